@@ -1,6 +1,6 @@
-"""The patch discriminator and the adversarial losses of stage 1 (MergeVQ section 3.4; Isola et al. 2017; LeCam: Tseng et al. 2021)."""
+"""The patch discriminator and the adversarial losses of stage 1 (PatchGAN: Isola et al. 2017; LeCam: Tseng et al. 2021)."""
 
-from __future__ import annotations
+from typing import Any, Self
 
 import flax.linen as nn
 import jax
@@ -81,8 +81,8 @@ class PatchDiscriminator(nn.Module):
         smallest = 3 * 2**self.num_layers
         if min(images.shape[1:3]) < smallest:
             raise ValueError(
-                f"PatchDiscriminator with num_layers={self.num_layers}: images of at least {smallest}x{smallest} pixels "
-                f"are needed, got {images.shape[1]}x{images.shape[2]}"
+                f"PatchDiscriminator with num_layers={self.num_layers} needs images of at least "
+                f"{smallest}x{smallest} pixels, got {images.shape[1]}x{images.shape[2]}"
             )
 
         def conv(features: int, stride: int, use_bias: bool, name: str, dtype: DTypeLike) -> nn.Conv:
@@ -144,22 +144,22 @@ class LeCam(struct.PyTreeNode):
     Update before use: `ema = ema.update(real, fake, decay)`, then `lecam_loss(real, fake, ema)`.
     """
 
-    real: Scalar
-    fake: Scalar
+    real: Any  # untyped: trees of shapes and of shardings have this structure too
+    fake: Any
 
     @classmethod
-    def zeros(cls) -> LeCam:
+    def zeros(cls) -> Self:
         """The state before the first step."""
         return cls(real=jnp.zeros((), jnp.float32), fake=jnp.zeros((), jnp.float32))
 
-    def update(self, real: Logits, fake: Logits, decay: float = 0.999) -> LeCam:
+    def update(self, real: Logits, fake: Logits, decay: float = 0.999) -> Self:
         """Moves the averages towards the means of patch logits [B, h, w, 1]; no gradient flows through them."""
 
         def moved(average: Scalar, logits: Logits) -> Scalar:
             mean = jnp.mean(jax.lax.stop_gradient(logits).astype(jnp.float32))
             return decay * average + (1.0 - decay) * mean
 
-        return LeCam(real=moved(self.real, real), fake=moved(self.fake, fake))
+        return self.replace(real=moved(self.real, real), fake=moved(self.fake, fake))
 
 
 def lecam_loss(real: Logits, fake: Logits, ema: LeCam) -> Scalar:
