@@ -1,6 +1,6 @@
-"""The patch discriminator and the adversarial losses of stage 1 (PatchGAN: Isola et al. 2017; LeCam: Tseng et al. 2021)."""
+"""The patch discriminator and the adversarial losses of stage 1 (PatchGAN: Isola 2017; LeCam: Tseng 2021)."""
 
-from typing import Any, Self
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -148,18 +148,18 @@ class LeCam(struct.PyTreeNode):
     fake: Any
 
     @classmethod
-    def zeros(cls) -> Self:
+    def zeros() -> "LeCam":
         """The state before the first step."""
-        return cls(real=jnp.zeros((), jnp.float32), fake=jnp.zeros((), jnp.float32))
+        return LeCam(real=jnp.zeros((), jnp.float32), fake=jnp.zeros((), jnp.float32))
 
-    def update(self, real: Logits, fake: Logits, decay: float = 0.999) -> Self:
+    def update(self, real: Logits, fake: Logits, decay: float = 0.999) -> "LeCam":
         """Moves the averages towards the means of patch logits [B, h, w, 1]; no gradient flows through them."""
 
         def moved(average: Scalar, logits: Logits) -> Scalar:
             mean = jnp.mean(jax.lax.stop_gradient(logits).astype(jnp.float32))
             return decay * average + (1.0 - decay) * mean
 
-        return self.replace(real=moved(self.real, real), fake=moved(self.fake, fake))
+        return LeCam(real=moved(self.real, real), fake=moved(self.fake, fake))
 
 
 def lecam_loss(real: Logits, fake: Logits, ema: LeCam) -> Scalar:
