@@ -147,7 +147,7 @@ class LeCam(struct.PyTreeNode):
     real: Any  # untyped: trees of shapes and of shardings have this structure too
     fake: Any
 
-    @classmethod
+    @staticmethod
     def zeros() -> "LeCam":
         """The state before the first step."""
         return LeCam(real=jnp.zeros((), jnp.float32), fake=jnp.zeros((), jnp.float32))
