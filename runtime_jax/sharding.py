@@ -1,0 +1,180 @@
+"""One device mesh of three axes, logical axis names for arrays, and the rules that place parameters and batches.
+
+Axes of the mesh: `data` (replicas), `fsdp` (splits batch and parameters), `tensor` (splits heads and hidden widths).
+The program that runs (train loop, command line) makes the mesh and enters it once with `jax.set_mesh`; models only call
+`constrain`, which does nothing when no mesh is set.
+"""
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array, Shaped
+
+MESH_AXES = ("data", "fsdp", "tensor")
+
+
+class Axis(Enum):
+    """Logical names of array dimensions."""
+
+    BATCH = "batch"
+    EMBED = "embed"
+    MLP = "mlp"
+    HEADS = "heads"
+    VOCAB = "vocab"
+
+
+# Which mesh axes split a logical axis.
+_SPLIT_OVER: dict[Axis, tuple[str, ...]] = {
+    Axis.BATCH: ("data", "fsdp"),
+    Axis.EMBED: ("fsdp",),
+    Axis.MLP: ("tensor",),
+    Axis.HEADS: ("tensor",),
+    Axis.VOCAB: ("tensor",),
+}
+
+# A rule: regular expression of the leaf's path within the parameters, and one logical axis (or None) for each of its
+# dimensions. An empty tuple of axes replicates a leaf of any rank.
+Rule = tuple[str, tuple[Axis | None, ...]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class MeshConfig:
+    """Sizes of the mesh axes; one of them may be -1: as many as fill the devices."""
+
+    data: int = -1
+    fsdp: int = 1
+    tensor: int = 1
+
+
+def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """Mesh (data, fsdp, tensor) over the given devices, by default all of them.
+
+    Raises:
+        ValueError: the sizes are not positive (or one -1), or their product is not the number of devices.
+    """
+    devices = jax.devices() if devices is None else list(devices)
+    sizes = [getattr(config, name) for name in MESH_AXES]
+    shown = ", ".join(f"{name}={size}" for name, size in zip(MESH_AXES, sizes, strict=True))
+    if any(size < 1 and size != -1 for size in sizes) or sizes.count(-1) > 1:
+        raise ValueError(f"mesh ({shown}): sizes are positive, and at most one is -1 (as many as fill the devices)")
+    known = math.prod(size for size in sizes if size != -1)
+    if -1 in sizes and len(devices) % known == 0:
+        sizes[sizes.index(-1)] = len(devices) // known
+    if math.prod(sizes) != len(devices):
+        need = f"a multiple of {known}" if -1 in sizes else str(known)
+        raise ValueError(f"mesh ({shown}) needs {need} devices, but there are {len(devices)}")
+    # The default axis type of current JAX is Explicit, which the constraints below and Linen's reject.
+    return jax.make_mesh(tuple(sizes), MESH_AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+
+
+def _partition_spec(shape: Sequence[int], axes: Sequence[Axis | None], mesh_shape: Mapping[str, int]) -> PartitionSpec:
+    """Spec of an array; a dimension that its mesh axes do not divide is split over fewer of them, or none."""
+    used: set[str] = set()
+    entries: list[tuple[str, ...] | None] = []
+    for size, axis in zip(shape, axes, strict=True):
+        if axis is not None and not isinstance(axis, Axis):
+            raise ValueError(f"unknown logical axis {axis!r}; known: {', '.join(str(a) for a in Axis)}, or None")
+        names = () if axis is None else _SPLIT_OVER[axis]
+        while names and size % math.prod(mesh_shape[name] for name in names):
+            names = names[:-1]
+        if used & set(names):
+            raise ValueError(f"axes {tuple(axes)} would split two dimensions over the same mesh axis {names}")
+        used |= set(names)
+        entries.append(names or None)
+    return PartitionSpec(*entries)
+
+
+def constrain(x: Shaped[Array, "..."], *axes: Axis | None) -> Shaped[Array, "..."]:
+    """Fix how `x` is laid out on the mesh set by `jax.set_mesh`; without one, `x` itself.
+
+    Args:
+        x: any array.
+        axes: one logical axis per dimension; None means not split.
+
+    Raises:
+        ValueError: unknown axis, or not one per dimension (also when no mesh is set, so that tests find it).
+    """
+    if len(axes) != x.ndim:
+        raise ValueError(f"constrain: {len(axes)} axes {axes} for an array of shape {x.shape}")
+    mesh = jax.sharding.get_abstract_mesh()
+    spec = _partition_spec(x.shape, axes, dict.fromkeys(MESH_AXES, 1) if mesh.empty else mesh.shape)
+    return x if mesh.empty else jax.lax.with_sharding_constraint(x, spec)
+
+
+def _leaf_spec(path: str, shape: Sequence[int], rules: Sequence[Rule], mesh: Mesh) -> PartitionSpec:
+    """Spec of one leaf. The pattern must match the path or a suffix of it that starts after a '/'."""
+    if math.prod(shape) == 1:
+        return PartitionSpec()
+    for pattern, axes in rules:
+        if re.search(rf"(?:^|/)(?:{pattern})$", path):
+            if axes == ():
+                return PartitionSpec()
+            if len(axes) != len(shape):
+                raise ValueError(f"{path}: rule {pattern!r} names {len(axes)} axes, the shape is {tuple(shape)}")
+            try:
+                return _partition_spec(shape, axes, mesh.shape)
+            except ValueError as error:
+                raise ValueError(f"{path}: rule {pattern!r}: {error}") from None
+    raise ValueError(f"{path}: no sharding rule matches (shape {tuple(shape)})")
+
+
+def param_shardings(tree: Any, rules: Sequence[Rule], mesh: Mesh) -> Any:
+    """Sharding of every leaf of a tree of parameters, or of a train state that embeds copies of them.
+
+    The first rule whose pattern matches the '/'-joined path, or a suffix of it that starts after a '/', decides. So a
+    rule written for `blocks/0/kernel` also places `opt_state/0/mu/blocks/0/kernel` and `ema/blocks/0/kernel`. Leaves of
+    one element are replicated without a rule. A dimension which the mesh axis does not divide is replicated.
+
+    Args:
+        tree: pytree of arrays or jax.ShapeDtypeStruct.
+        rules: (pattern, axes) pairs, see `Rule`.
+        mesh: the mesh of `make_mesh`.
+
+    Raises:
+        ValueError: lists every leaf that no rule matches or whose rank differs from its rule's.
+    """
+    leaves, treedef = jax.tree_util.tree_flatten_with_path(tree)
+    shardings, problems = [], []
+    for key_path, leaf in leaves:
+        path = jax.tree_util.keystr(key_path, simple=True, separator="/")
+        try:
+            shardings.append(NamedSharding(mesh, _leaf_spec(path, leaf.shape, rules, mesh)))
+        except ValueError as error:
+            problems.append(str(error))
+    if problems:
+        raise ValueError("cannot shard:\n  " + "\n  ".join(problems))
+    return treedef.unflatten(shardings)
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """The sharding that keeps a whole copy on every device."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """The sharding that splits the first dimension over the batch axes of the mesh."""
+    return NamedSharding(mesh, PartitionSpec(_SPLIT_OVER[Axis.BATCH]))
+
+
+def shard_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, Array]:
+    """Global device arrays [B, ...], split over the batch axes, from this process's rows [B / processes, ...].
+
+    Raises:
+        ValueError: the batch axes do not divide the global batch.
+    """
+    sharding = batch_sharding(mesh)
+    parts = math.prod(mesh.shape[name] for name in _SPLIT_OVER[Axis.BATCH])
+    for name, value in batch.items():
+        if len(value) * jax.process_count() % parts:
+            raise ValueError(
+                f"batch[{name!r}]: {len(value) * jax.process_count()} examples do not divide over "
+                f"data x fsdp = {parts} parts of the mesh"
+            )
+    return {name: jax.make_array_from_process_local_data(sharding, value) for name, value in batch.items()}
