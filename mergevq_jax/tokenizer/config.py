@@ -1,0 +1,189 @@
+"""What a tokenizer is: one flat record under the released configuration's names, and the published sizes."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from types import MappingProxyType
+from typing import Literal
+
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+
+from mergevq_jax.tokenizer import tome
+from runtime_jax.attention import AttentionBackend
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecoveryConfig:
+    """The learned source recovery (paper section 3.3)."""
+
+    rec_embed_dim: int = 512
+    num_layers: int = 2  # cross-attention
+    num_self_layers: int = 0  # self-attention after it: the paper has two, the released module none
+    num_heads: int = 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenizerConfig:
+    """Architecture of encoder, quantiser, decoder and source recovery (papers' table 1; released `ddconfig`)."""
+
+    resolution: int = 256  # training images, pixels; other multiples of the downsampling work as well
+    in_channels: int = 3
+    ch: int = 64
+    ch_mult: tuple[int, ...] = (1, 1, 2, 4, 8)
+    num_res_blocks: int | tuple[int, ...] = 4  # one number, or one for each level of both encoder and decoder
+    num_res_extra: int = 1  # more in the decoder, not at the finest level; only with one number above
+    num_att_blocks: int = 12
+    num_heads: int = 8
+    head_dim: int | None = None  # if given, heads are at least width // head_dim
+    isotropic: int | None = None  # width of the patchify encoder (variant R); None: the CNN encoder
+    z_channels: int = 18  # bits of a code
+    keep: int = 144  # tokens kept of a training image
+    layer_scale: float = 1e-5
+    dist_head: Literal["layer3", "layer2"] | None = "layer3"
+    num_classes: int = 768  # width of the alignment head's output
+    num_rep_blocks: int = 0  # blocks before the alignment head
+    recovery: RecoveryConfig | None = RecoveryConfig()
+
+    def __post_init__(self):
+        levels = len(self.ch_mult)
+        problems = []
+        if not self.ch_mult or min(self.ch_mult) < 1 or self.ch < 1:
+            problems.append(f"ch={self.ch}, ch_mult={self.ch_mult}: positive numbers are needed")
+        elif any(width % 32 for width in self.widths):
+            problems.append(f"ch={self.ch}, ch_mult={self.ch_mult}: widths {self.widths} must be multiples of 32 (GroupNorm)")
+        if isinstance(self.num_res_blocks, tuple) and len(self.num_res_blocks) != levels:
+            problems.append(f"num_res_blocks={self.num_res_blocks}: one number or {levels} (levels of ch_mult)")
+        if self.isotropic is not None and self.isotropic % 32:
+            problems.append(f"isotropic={self.isotropic}: a multiple of 32 is needed (GroupNorm)")
+        if not 1 <= self.z_channels <= 30:
+            problems.append(f"z_channels={self.z_channels}: allowed are 1 to 30 bits (indices are int32)")
+        if self.resolution % self.downsampling or self.resolution < 2 * self.downsampling:
+            problems.append(f"resolution={self.resolution}: a multiple of the downsampling {self.downsampling}, at least twice it")
+        for part, width, heads in (
+            ("encoder", self.encoder_width, self.encoder_heads),
+            ("decoder", self.decoder_width, self.decoder_heads),
+        ):
+            if width % heads:
+                problems.append(f"{part}: width {width} does not divide into {heads} heads")
+        if problems:
+            raise ValueError("tokenizer config: " + "; ".join(problems))
+        self.merge_counts(self.raw_tokens, self.keep)
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """Channels of each level, finest first."""
+        return tuple(self.ch * mult for mult in self.ch_mult)
+
+    @property
+    def downsampling(self) -> int:
+        """Pixels along one side of a raw token."""
+        return 2 ** (len(self.ch_mult) - 1)
+
+    @property
+    def raw_tokens(self) -> int:
+        """Raw tokens L of a training image."""
+        return (self.resolution // self.downsampling) ** 2
+
+    @property
+    def encoder_width(self) -> int:
+        """Width of the encoder's transformer."""
+        return self.isotropic or self.widths[-1]
+
+    @property
+    def decoder_width(self) -> int:
+        """Width of the decoder's transformer."""
+        return self.widths[-1]
+
+    @property
+    def encoder_heads(self) -> int:
+        """Attention heads of the encoder."""
+        return self._heads(self.encoder_width)
+
+    @property
+    def decoder_heads(self) -> int:
+        """Attention heads of the decoder."""
+        return self._heads(self.decoder_width)
+
+    def _heads(self, width: int) -> int:
+        return self.num_heads if self.head_dim is None else max(width // self.head_dim, self.num_heads)
+
+    @property
+    def encoder_res_blocks(self) -> tuple[int, ...]:
+        """Residual blocks of each encoder level, finest first."""
+        return self._res_blocks(extra=0)
+
+    @property
+    def decoder_res_blocks(self) -> tuple[int, ...]:
+        """Residual blocks of each decoder level, finest first."""
+        return self._res_blocks(extra=self.num_res_extra)
+
+    def _res_blocks(self, extra: int) -> tuple[int, ...]:
+        if isinstance(self.num_res_blocks, tuple):
+            return self.num_res_blocks
+        return tuple(self.num_res_blocks + (extra if level else 0) for level in range(len(self.ch_mult)))
+
+    def grid(self, height: int, width: int) -> tuple[int, int]:
+        """Raw tokens along the two sides of an image of height x width pixels.
+
+        Raises:
+          ValueError: a side is not a multiple of the downsampling.
+        """
+        f = self.downsampling
+        if height % f or width % f or height * width < 2 * f * f:
+            raise ValueError(
+                f"image of {height} x {width} pixels (height x width): both sides must be multiples of {f}, "
+                f"and there must be at least two tokens of {f} x {f}; crop or resize it first"
+            )
+        return height // f, width // f
+
+    def merge_counts(self, raw: int, keep: int) -> tuple[int, ...]:
+        """Tokens merged in each encoder block; see `tome.merge_counts`."""
+        return tome.merge_counts(raw, keep, self.num_att_blocks)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Compute:
+    """How a model is computed; no parameter depends on it."""
+
+    dtype: Literal["float32", "bfloat16"] = "float32"  # of convolutions and matmuls; parameters stay float32
+    attention: AttentionBackend = "xla"
+    remat: bool = False  # recompute the inside of each block in the backward pass
+
+    @property
+    def jax_dtype(self) -> DTypeLike:
+        """The dtype for modules."""
+        return jnp.dtype(self.dtype)
+
+
+def ratio_keep(config: TokenizerConfig, raw: int) -> int:
+    """Kept tokens of another image size at the same fraction as the training size, at least one."""
+    return max(1, math.floor(config.keep * raw / config.raw_tokens + 0.5))
+
+
+_GR = TokenizerConfig(keep=144)
+_G = replace(_GR, ch_mult=(1, 2, 4, 8), keep=256, dist_head="layer2")
+
+PRESETS: Mapping[str, TokenizerConfig] = MappingProxyType(
+    {
+        "g-d32": replace(_G, ch=32, ch_mult=(2, 4, 8, 12)),
+        "g-d64": _G,
+        "gr-d32": replace(_GR, ch=32, ch_mult=(2, 2, 4, 8, 12)),
+        "gr-d64": _GR,
+        "gr-d96": replace(_GR, ch=96, num_heads=12),
+        "r-d64": replace(_GR, isotropic=768, head_dim=64, keep=36),
+        "tiny": TokenizerConfig(
+            resolution=64,
+            ch=32,
+            ch_mult=(1, 2, 3),
+            num_res_blocks=(0, 1, 1),
+            num_att_blocks=3,
+            num_heads=3,
+            z_channels=12,
+            keep=144,
+            layer_scale=0.1,
+            dist_head=None,
+            recovery=RecoveryConfig(rec_embed_dim=96, num_heads=3),
+        ),
+    }
+)

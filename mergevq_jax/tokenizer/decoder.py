@@ -1,0 +1,76 @@
+"""A full grid of codes to images: transformer with convolutional positions, then adaptive GroupNorm and upsampling.
+
+Axes: B batch, h w grid of raw tokens, L = h w, C bits, D width.
+"""
+
+import flax.linen as nn
+import jax.numpy as jnp
+from einops import rearrange
+from jaxtyping import Array, Float
+
+from mergevq_jax.tokenizer.config import Compute, TokenizerConfig
+from mergevq_jax.tokenizer.layers import Block, ResBlock, conv, conv_uniform, depthwise_conv, group_norm
+from runtime_jax.sharding import Axis, constrain
+
+
+class Decoder(nn.Module):
+    """The MergeVQ decoder."""
+
+    config: TokenizerConfig
+    compute: Compute = Compute()
+
+    @nn.compact
+    def __call__(self, codes: Float[Array, "B h w C"]) -> Float[Array, "B H W 3"]:
+        """Decodes the unmerged codes of every raw position to images, nominally in [-1, 1] (not clipped)."""
+        config, compute = self.config, self.compute
+        style = codes.astype(jnp.float32)
+        x = conv(config.decoder_width, "conv_in", compute)(codes.astype(compute.jax_dtype))
+        x = _PositionedBlocks(config, compute, name="attn")(x)
+        res_block = nn.remat(ResBlock) if compute.remat else ResBlock
+        for level in reversed(range(len(config.widths))):
+            x = AdaptiveGroupNorm(compute, name=f"adaptive_{level}")(x, style)
+            for index in range(config.decoder_res_blocks[level]):
+                x = res_block(config.widths[level], compute, name=f"up_{level}_block_{index}")(x)
+            if level:
+                x = conv(4 * x.shape[-1], f"up_{level}_upsample", compute)(x)
+                x = rearrange(x, "b h w (i j d) -> b (h i) (w j) d", i=2, j=2)
+                x = constrain(x, Axis.BATCH, None, None, None)
+        x = nn.silu(group_norm("norm_out", compute)(x))
+        return conv(config.in_channels, "conv_out", compute)(x).astype(jnp.float32)
+
+
+class _PositionedBlocks(nn.Module):
+    """Scanned blocks; positions enter by depthwise convolutions, so any grid works."""
+
+    config: TokenizerConfig
+    compute: Compute
+
+    @nn.compact
+    def __call__(self, x):
+        grid = x.shape[1:3]
+        x = x + depthwise_conv(x.shape[-1], "pos_embed", self.compute)(x)
+        x = rearrange(x, "b h w d -> b (h w) d")
+        block = nn.remat(Block, prevent_cse=False) if self.compute.remat else Block
+        scan = nn.scan(
+            lambda module, x: (module(x)[0], None),
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            length=self.config.num_att_blocks,
+        )
+        module = block(self.config.decoder_heads, self.config.layer_scale, self.compute, grid=grid, name="blocks")
+        x, _ = scan(module, constrain(x, Axis.BATCH, None, None))
+        return rearrange(x, "b (h w) d -> b h w d", h=grid[0])
+
+
+class AdaptiveGroupNorm(nn.Module):
+    """GroupNorm whose scale and bias come from the spread and mean of the codes over the image."""
+
+    compute: Compute
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B H W D"], style: Float[Array, "B h w C"]) -> Float[Array, "B H W D"]:
+        spread = jnp.sqrt(jnp.var(style, axis=(1, 2), ddof=1) + 1e-6)
+        gamma = nn.Dense(x.shape[-1], kernel_init=conv_uniform, name="gamma")(spread)
+        beta = nn.Dense(x.shape[-1], kernel_init=conv_uniform, name="beta")(style.mean(axis=(1, 2)))
+        x = group_norm("norm", self.compute, affine=False)(x)
+        return x * gamma[:, None, None].astype(x.dtype) + beta[:, None, None].astype(x.dtype)

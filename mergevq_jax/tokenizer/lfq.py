@@ -1,0 +1,97 @@
+"""Look-up-free quantisation: the code is the sign of every channel, and the entropy over all 2^b codes is exact without a codebook.
+
+The dense form (MAGVIT-v2, arXiv 2310.05737) makes [N, 2^b] probabilities. Given a token its bits are independent, so the entropy of
+one token is a sum of b binary entropies, and the mean distribution over all codes is one matrix product of two [N, 2^(b/2)] factors.
+
+Axes: ... any batch axes, N flattened tokens, C = b bits; channel 0 is the least significant bit of an index.
+"""
+
+from collections.abc import Sequence
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+
+@flax.struct.dataclass
+class EntropyTerms:
+    """Entropies in nats: mean over tokens of each token's own, and of the mean distribution over tokens."""
+
+    per_sample: Float[Array, ""]
+    codebook: Float[Array, ""]
+
+    @property
+    def loss(self) -> Float[Array, ""]:
+        """Low for confident tokens that use the whole codebook."""
+        return self.per_sample - self.codebook
+
+
+def quantize(z: Float[Array, "*batch C"]) -> Float[Array, "*batch C"]:
+    """Sign of every channel (0 goes to -1) with the straight-through gradient."""
+    return _sign(z) + (z - jax.lax.stop_gradient(z))  # in this order the codes are exactly +1 and -1
+
+
+def _sign(z):
+    return jnp.where(z > 0, 1.0, -1.0).astype(z.dtype)
+
+
+def commitment_loss(z: Float[Array, "*batch C"]) -> Float[Array, ""]:
+    """Mean squared distance of the features to their codes."""
+    z = z.astype(jnp.float32)
+    return jnp.mean(jnp.square(z - jax.lax.stop_gradient(_sign(z))))
+
+
+def codes_to_indices(codes: Float[Array, "*batch C"]) -> Int[Array, "*batch"]:
+    """Index sum_j 2^j [code_j > 0]; at most 31 bits."""
+    return jnp.sum((codes > 0).astype(jnp.int32) << np.arange(codes.shape[-1], dtype=np.int32), axis=-1, dtype=jnp.int32)
+
+
+def indices_to_codes(indices: Int[Array, "*batch"], bits: int) -> Float[Array, "*batch C"]:
+    """The inverse of `codes_to_indices`: codes of +1 and -1 in float32."""
+    ones = (indices[..., None] >> np.arange(bits, dtype=np.int32)) & 1
+    return 2.0 * ones.astype(jnp.float32) - 1.0
+
+
+def split_indices(indices: Int[Array, "*batch"], bits: Sequence[int]) -> tuple[Int[Array, "*batch"], ...]:
+    """Sub-token indices of the factorised head: the first bits[0] channels, then the next bits[1], ..."""
+    starts = np.cumsum([0, *bits[:-1]])
+    return tuple((indices >> int(start)) & ((1 << n) - 1) for start, n in zip(starts, bits, strict=True))
+
+
+def join_indices(parts: Sequence[Int[Array, "*batch"]], bits: Sequence[int]) -> Int[Array, "*batch"]:
+    """The inverse of `split_indices`."""
+    starts = np.cumsum([0, *bits[:-1]])
+    return sum(part << int(start) for part, start in zip(parts, starts, strict=True))
+
+
+def entropy_terms(z: Float[Array, "*batch C"], *, temperature: float = 0.01, eps: float = 1e-5) -> EntropyTerms:
+    """Exact entropies of softmax(2 z·c / temperature) over all 2^C codes c, in O(N 2^(C/2)) memory and O(N 2^C) FLOPs of one matmul.
+
+    Args:
+      z: features before the sign; under jit on a mesh the mean runs over the global batch.
+      temperature: of the softmax.
+      eps: inside the logarithm of the mean distribution, as in the released code.
+    """
+    logits = (4.0 / temperature) * z.reshape(-1, z.shape[-1]).astype(jnp.float32)
+    per_sample = jnp.mean(jnp.sum(_binary_entropy(logits), axis=-1))
+    low, high = jnp.split(logits, [(logits.shape[-1] + 1) // 2], axis=-1)
+    mean = jnp.einsum("nl,nh->hl", _code_probabilities(low), _code_probabilities(high)) / logits.shape[0]
+    return EntropyTerms(per_sample=per_sample, codebook=-jnp.sum(mean * jnp.log(mean + eps)))
+
+
+def _binary_entropy(logits):
+    """Entropy of a Bernoulli variable by its log-odds, finite in value and gradient for any size of them."""
+    size = jnp.abs(logits)
+    return jnp.log1p(jnp.exp(-size)) + size * jax.nn.sigmoid(-size)
+
+
+def _code_probabilities(logits: Float[Array, "N b"]) -> Float[Array, "N codes"]:
+    """Probabilities [N, 2^b] of all codes of b independent bits; bit 0 varies fastest."""
+    probabilities = jnp.ones((logits.shape[0], 1), jnp.float32)
+    for bit in range(logits.shape[1]):
+        one = jax.nn.sigmoid(logits[:, bit : bit + 1])
+        zero = jax.nn.sigmoid(-logits[:, bit : bit + 1])
+        probabilities = jnp.concatenate([probabilities * zero, probabilities * one], axis=1)
+    return probabilities

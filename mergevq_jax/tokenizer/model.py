@@ -1,0 +1,229 @@
+"""The tokenizer as pure functions of its parameters, and a loaded one with a folder behind it.
+
+Axes: B batch, H W image, h w grid of raw tokens, L = h w, K kept tokens, C bits.
+"""
+
+import functools
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int, UInt8
+
+from mergevq_jax import convert
+from mergevq_jax.tokenizer import lfq, tome
+from mergevq_jax.tokenizer.config import Compute, TokenizerConfig, ratio_keep
+from mergevq_jax.tokenizer.decoder import Decoder
+from mergevq_jax.tokenizer.encoder import Encoded, Encoder
+from mergevq_jax.tokenizer.recovery import SourceRecovery
+from runtime_jax import config as config_lib
+from runtime_jax.hub import local_path
+from runtime_jax.weights import WeightError, export_weights, import_weights, read_safetensors, write_safetensors
+
+Params = dict[str, Any]
+CONFIG_NAME = "config.json"
+WEIGHTS_NAME = "model.safetensors"
+MODEL_TYPE = "mergevq_tokenizer"
+
+
+class TokenizerModule(nn.Module):
+    """Encoder, decoder and source recovery side by side: the parameter tree of a tokenizer."""
+
+    config: TokenizerConfig
+    compute: Compute = Compute()
+
+    def setup(self):
+        self.encoder = Encoder(self.config, self.compute)
+        self.decoder = Decoder(self.config, self.compute)
+        if self.config.recovery is not None:
+            self.recovery = SourceRecovery(self.config, self.compute)
+
+    def encode(self, images, *, keep, with_head=False):
+        return self.encoder(images, keep=keep, with_head=with_head)
+
+    def decode(self, codes):
+        return self.decoder(codes)
+
+    def recover(self, codes):
+        return self.recovery(codes)
+
+    def initialise(self, images):
+        """Touches every parameter once."""
+        encoded = self.encoder(images, keep=self.config.keep, with_head=self.config.dist_head is not None)
+        if self.config.recovery is not None:
+            self.recovery(encoded.z)
+        grid = self.config.grid(*images.shape[1:3])
+        return self.decoder(jnp.zeros((images.shape[0], *grid, self.config.z_channels)))
+
+
+def init_params(config: TokenizerConfig, key: Array) -> Params:
+    """Random parameters: {"encoder": ..., "decoder": ..., "recovery": ...}, float32."""
+    images = jnp.zeros((1, config.resolution, config.resolution, config.in_channels))
+    return TokenizerModule(config).init(key, images, method="initialise")["params"]
+
+
+def param_shapes(config: TokenizerConfig) -> Params:
+    """Shapes and dtypes of the parameters, without computing anything."""
+    return jax.eval_shape(functools.partial(init_params, config), jax.random.key(0))
+
+
+def encode(
+    params: Params,
+    config: TokenizerConfig,
+    images: Float[Array, "B H W 3"],
+    *,
+    keep: int,
+    with_head: bool = False,
+    compute: Compute = Compute(),
+) -> Encoded:
+    """Images in [-1, 1] to `keep` features each; see `Encoder`."""
+    return TokenizerModule(config, compute).apply(
+        {"params": params}, images, keep=keep, with_head=with_head, method="encode"
+    )
+
+
+def decode(
+    params: Params,
+    config: TokenizerConfig,
+    codes: Float[Array, "B K C"],
+    source_map: Int[Array, "B L"],
+    grid: tuple[int, int],
+    *,
+    compute: Compute = Compute(),
+) -> Float[Array, "B H W 3"]:
+    """Codes of the kept tokens, unmerged by `source_map` onto the grid (h, w), to images."""
+    full = tome.unmerge(codes, source_map)
+    full = full.reshape(full.shape[0], *grid, full.shape[-1])
+    return TokenizerModule(config, compute).apply({"params": params}, full, method="decode")
+
+
+def recover(
+    params: Params, config: TokenizerConfig, codes: Float[Array, "B K C"], *, compute: Compute = Compute()
+) -> Float[Array, "B L K"]:
+    """Logits of the source map from the codes alone; see `SourceRecovery`.
+
+    Raises:
+      ValueError: this tokenizer has no source recovery.
+    """
+    if config.recovery is None:
+        raise ValueError("this tokenizer has no source recovery (config.recovery is None)")
+    return TokenizerModule(config, compute).apply({"params": params}, codes, method="recover")
+
+
+@flax.struct.dataclass
+class Tokens:
+    """An image in the tokenizer's words."""
+
+    indices: Int[Array, "B K"]  # code of each kept token
+    source_map: Int[Array, "B L"]  # kept token of each raw position
+    grid: tuple[int, int] = flax.struct.field(pytree_node=False)  # raw tokens along height and width
+
+
+@dataclass(frozen=True)
+class Tokenizer:
+    """A tokenizer with its weights: what a user loads.
+
+    >>> tokenizer = Tokenizer.from_pretrained("folder")
+    >>> tokens = tokenizer.encode(images, keep=144)        # uint8 [B, H, W, 3]
+    >>> images = tokenizer.decode(tokens)                  # uint8 [B, H, W, 3]
+    """
+
+    config: TokenizerConfig
+    params: Params
+    compute: Compute = Compute()
+
+    @classmethod
+    def from_pretrained(cls, path: str | os.PathLike, *, compute: Compute = Compute()) -> "Tokenizer":
+        """Loads a folder with config.json and model.safetensors, or a hub id.
+
+        Raises:
+          ValueError: folder, a file in it or a parameter missing; another kind of model.
+        """
+        folder = local_path(path, (CONFIG_NAME, WEIGHTS_NAME))
+        missing = [name for name in (CONFIG_NAME, WEIGHTS_NAME) if not (folder / name).is_file()]
+        if missing:
+            raise ValueError(f"{folder}: not a tokenizer's folder, {' and '.join(missing)} missing")
+        config = read_config(folder / CONFIG_NAME)
+        tensors, _ = read_safetensors(folder / WEIGHTS_NAME)
+        try:
+            params = import_weights(convert.tokenizer_table(config), tensors, param_shapes(config))
+        except WeightError as error:
+            raise WeightError(f"{folder / WEIGHTS_NAME}: {error}") from None
+        return cls(config, params, compute)
+
+    def save_pretrained(self, path: str | os.PathLike) -> None:
+        """Writes config.json and model.safetensors (released state-dict names); each file atomically."""
+        folder = Path(path)
+        tensors = export_weights(convert.tokenizer_table(self.config), self.params)
+        write_safetensors(folder / WEIGHTS_NAME, tensors, {"format": "pt", "model_type": MODEL_TYPE})
+        text = json.dumps({"model_type": MODEL_TYPE, **config_lib.to_dict(self.config)}, indent=2)
+        partial = folder / f".{CONFIG_NAME}.{os.getpid()}.partial"
+        partial.write_text(text + "\n")
+        os.replace(partial, folder / CONFIG_NAME)
+
+    def encode(self, images: UInt8[np.ndarray, "B H W 3"] | UInt8[Array, "B H W 3"], *, keep: int | None = None) -> Tokens:
+        """Images to indices and source maps. `keep` defaults to the config's fraction of this image size.
+
+        Raises:
+          ValueError: image size or keep not possible.
+        """
+        grid = self.config.grid(*images.shape[1:3])
+        keep = ratio_keep(self.config, grid[0] * grid[1]) if keep is None else keep
+        self.config.merge_counts(grid[0] * grid[1], keep)
+        indices, source_map = _encode_images(self.params, images, self.config, keep, self.compute)
+        return Tokens(indices=indices, source_map=source_map, grid=grid)
+
+    def decode(self, tokens: Tokens) -> UInt8[Array, "B H W 3"]:
+        """Indices and source maps back to images."""
+        return _decode_tokens(self.params, tokens, self.config, self.compute)
+
+    def reconstruct(
+        self, images: UInt8[np.ndarray, "B H W 3"] | UInt8[Array, "B H W 3"], *, keep: int | None = None
+    ) -> UInt8[Array, "B H W 3"]:
+        """decode(encode(images))."""
+        return self.decode(self.encode(images, keep=keep))
+
+
+def read_config(path: Path) -> TokenizerConfig:
+    """The architecture in a folder's config.json.
+
+    Raises:
+      ValueError: not JSON, another kind of model, or a key that does not fit.
+    """
+    try:
+        fields = json.loads(path.read_text())
+    except (OSError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path}: not a readable JSON file ({error})") from error
+    kind = fields.pop("model_type", None) if isinstance(fields, dict) else None
+    if kind != MODEL_TYPE:
+        raise ValueError(f"{path}: model_type is {kind!r}, but a tokenizer's is {MODEL_TYPE!r}")
+    return config_lib.build(TokenizerConfig, fields, path=str(path))
+
+
+def to_float(images: UInt8[Array, "*shape"] | UInt8[np.ndarray, "*shape"]) -> Float[Array, "*shape"]:
+    """0..255 to [-1, 1]."""
+    return jnp.asarray(images).astype(jnp.float32) / 127.5 - 1.0
+
+
+def to_uint8(images: Float[Array, "*shape"]) -> UInt8[Array, "*shape"]:
+    """[-1, 1], clipped, to 0..255."""
+    return jnp.round((jnp.clip(images, -1.0, 1.0) + 1.0) * 127.5).astype(jnp.uint8)
+
+
+@functools.partial(jax.jit, static_argnames=("config", "keep", "compute"))
+def _encode_images(params, images, config, keep, compute):
+    encoded = encode(params, config, to_float(images), keep=keep, compute=compute)
+    return lfq.codes_to_indices(encoded.z), encoded.source_map
+
+
+@functools.partial(jax.jit, static_argnames=("config", "compute"))
+def _decode_tokens(params, tokens, config, compute):
+    codes = lfq.indices_to_codes(tokens.indices, config.z_channels)
+    return to_uint8(decode(params, config, codes, tokens.source_map, tokens.grid, compute=compute))

@@ -1,0 +1,73 @@
+"""Source recovery: which kept token each raw position belongs to, predicted from the kept tokens alone (paper section 3.3).
+
+Axes: B batch, L raw tokens, K kept tokens, C bits, D width.
+"""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from einops import rearrange
+from jaxtyping import Array, Float, Int
+
+from mergevq_jax.tokenizer.config import Compute, TokenizerConfig
+from mergevq_jax.tokenizer.layers import Block, LayerScale, Mlp, dense, layer_norm
+from runtime_jax.attention import attention
+
+
+class SourceRecovery(nn.Module):
+    """L learned queries read the kept tokens; a shared head scores every query against every token."""
+
+    config: TokenizerConfig
+    compute: Compute = Compute()
+
+    @nn.compact
+    def __call__(self, codes: Float[Array, "B K C"]) -> Float[Array, "B L K"]:
+        """Logits over the K kept tokens for each of the L raw positions of a training-size image."""
+        recovery, compute = self.config.recovery, self.compute
+        width = recovery.rec_embed_dim
+        keys = layer_norm("norm_in", compute)(dense(width, "rec_embed", compute)(codes.astype(compute.jax_dtype)))
+        queries = self.param("rec_tokens", nn.initializers.normal(1e-6), (1, self.config.raw_tokens, width))
+        x = jnp.broadcast_to(queries, (codes.shape[0], *queries.shape[1:])).astype(compute.jax_dtype)
+        for index in range(recovery.num_layers):
+            x = CrossAttentionBlock(recovery.num_heads, self.config.layer_scale, compute, name=f"blocks_{index}")(x, keys)
+        for index in range(recovery.num_self_layers):
+            x, _, _ = Block(recovery.num_heads, self.config.layer_scale, compute, name=f"self_blocks_{index}")(x)
+        head = dense(width, "rec_head", compute)
+        return jnp.einsum("bld,bkd->blk", head(x), head(keys), preferred_element_type=jnp.float32)
+
+
+class CrossAttentionBlock(nn.Module):
+    """Queries attend to keys (not normalised again), then an MLP."""
+
+    num_heads: int
+    layer_scale: float
+    compute: Compute
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B L D"], keys: Float[Array, "B K D"]) -> Float[Array, "B L D"]:
+        width, heads = x.shape[-1], self.num_heads
+        query = dense(width, "q", self.compute)(layer_norm("norm1", self.compute)(x))
+        key, value = jnp.split(dense(2 * width, "kv", self.compute)(keys), 2, axis=-1)
+        split = "b n (h d) -> b n h d"
+        attended = attention(
+            rearrange(query, split, h=heads),
+            rearrange(key, split, h=heads),
+            rearrange(value, split, h=heads),
+            backend=self.compute.attention,
+        )
+        attended = dense(width, "proj", self.compute)(rearrange(attended, "b n h d -> b n (h d)"))
+        x = x + LayerScale(self.layer_scale, name="ls1")(attended)
+        return x + LayerScale(self.layer_scale, name="ls2")(
+            Mlp(self.compute, name="mlp")(layer_norm("norm2", self.compute)(x))
+        )
+
+
+def source_loss(logits: Float[Array, "B L K"], source_map: Int[Array, "B L"]) -> Float[Array, ""]:
+    """L_src: mean cross-entropy of the K groups over the L positions, in nats."""
+    log_probability = jax.nn.log_softmax(logits.astype(jnp.float32), axis=-1)
+    return -jnp.mean(jnp.take_along_axis(log_probability, source_map[..., None], axis=-1))
+
+
+def recovered_source_map(logits: Float[Array, "B L K"]) -> Int[Array, "B L"]:
+    """The likeliest group of each position."""
+    return jnp.argmax(logits, axis=-1).astype(jnp.int32)

@@ -1,0 +1,131 @@
+"""Token merging (ToMe, arXiv 2210.09461) with static shapes and an index vector for the sources.
+
+`source_map[b, l]` is the kept token that raw token l went into. The paper's matrix S (section 3.2) is its one-hot form and is never
+built: maps compose by a gather, and S^T z is a gather as well.
+
+Axes: B batch, L raw tokens, T tokens before and K after a merge (a class token counted where there is one), D width.
+"""
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+
+@flax.struct.dataclass
+class Matching:
+    """Which tokens stay and which one each merged token joins."""
+
+    kept: Int[Array, "B K"]  # token that each new place continues
+    source: Int[Array, "B r"]  # tokens that are merged away
+    place: Int[Array, "B r"]  # new place that each of them joins
+
+
+def merge_counts(raw: int, kept: int, layers: int) -> tuple[int, ...]:
+    """Tokens merged in each layer: a linear fall from 1.5 r to 0.5 r whose sum is exactly raw - kept.
+
+    r is the integer whose schedule comes closest to raw - kept; the difference goes into the first layer.
+
+    Raises:
+      ValueError: kept is not in 1..raw, or a layer would have to merge more than half of its tokens.
+    """
+    total = raw - kept
+    if kept < 1 or total < 0:
+        raise ValueError(f"cannot keep {kept} of {raw} tokens: allowed are 1 to {raw}")
+    if layers < 1:
+        if total:
+            raise ValueError(f"cannot merge {raw} tokens to {kept} without transformer blocks")
+        return ()
+    schedule = min((_linear_schedule(r, layers) for r in range(raw + 1)), key=lambda counts: abs(sum(counts) - total))
+    schedule = (schedule[0] + total - sum(schedule), *schedule[1:])
+    tokens = raw
+    for layer, count in enumerate(schedule):
+        if not 0 <= count <= tokens // 2:
+            raise ValueError(
+                f"cannot keep {kept} of {raw} tokens in {layers} layers: layer {layer} would merge {count} of its "
+                f"{tokens} tokens, and a layer can merge 0 to {tokens // 2}; keep more tokens or use more layers"
+            )
+        tokens -= count
+    return schedule
+
+
+def _linear_schedule(r: int, layers: int) -> tuple[int, ...]:
+    first = 3 * r // 2
+    last = 2 * r - first
+    if layers == 1:
+        return (r,)
+    return tuple((first * (layers - 1) + (last - first) * i) // (layers - 1) for i in range(layers))
+
+
+def bipartite_soft_matching(metric: Float[Array, "B T D"], r: int, *, class_token: bool = False) -> Matching:
+    """Pairs each even token with its most similar odd one and merges the r most similar pairs.
+
+    Args:
+      metric: token features (keys averaged over heads); compared by cosine, in float32, without gradient.
+      r: pairs to merge, at most half of the tokens (the class token not counted).
+      class_token: token 0 never merges.
+
+    Returns:
+      Matching with K = T - r; the order of kept tokens is: even tokens that stay, by index, then odd ones.
+
+    Raises:
+      ValueError: r is out of range.
+    """
+    tokens = metric.shape[1]
+    limit = (tokens - class_token) // 2
+    if not 0 <= r <= limit:
+        raise ValueError(f"cannot merge {r} of {tokens} tokens in one step: allowed are 0 to {limit}")
+    metric = jax.lax.stop_gradient(metric).astype(jnp.float32)
+    metric = metric / jnp.linalg.norm(metric, axis=-1, keepdims=True)
+    even, odd = metric[:, ::2], metric[:, 1::2]
+    scores = jnp.einsum("bsd,btd->bst", even, odd)
+    best, partner = scores.max(-1), scores.argmax(-1)
+    if class_token:
+        best = best.at[:, 0].set(-jnp.inf)
+    order = jnp.argsort(-best, axis=-1)
+    merged, staying = order[:, :r], jnp.sort(order[:, r:], axis=-1)
+    odd_index = jnp.broadcast_to(jnp.arange(1, tokens, 2), odd.shape[:2])
+    return Matching(
+        kept=jnp.concatenate([2 * staying, odd_index], axis=1),
+        source=2 * merged,
+        place=staying.shape[1] + jnp.take_along_axis(partner, merged, axis=1),
+    )
+
+
+def merge(
+    matching: Matching, x: Float[Array, "B T D"], size: Float[Array, "B T"]
+) -> tuple[Float[Array, "B K D"], Float[Array, "B K"]]:
+    """Size-weighted mean of the tokens that a matching joins, and the new sizes; sums in float32."""
+    weighted = x.astype(jnp.float32) * size[..., None]
+    new_size = _sum_into(matching, size[..., None])
+    merged = _sum_into(matching, weighted) / new_size
+    return merged.astype(x.dtype), new_size[..., 0]
+
+
+def _sum_into(matching: Matching, x: Float[Array, "B T D"]) -> Float[Array, "B K D"]:
+    kept = jnp.take_along_axis(x, matching.kept[..., None], axis=1)
+    gone = jnp.take_along_axis(x, matching.source[..., None], axis=1)
+    return jax.vmap(lambda to, place, rows: to.at[place].add(rows))(kept, matching.place, gone)
+
+
+def merge_source_map(matching: Matching, source_map: Int[Array, "B L"]) -> Int[Array, "B L"]:
+    """The map from raw tokens through one more merge."""
+
+    def compose(kept, source, place, source_map):
+        new_place = jnp.zeros(kept.shape[0] + source.shape[0], source_map.dtype)
+        new_place = new_place.at[kept].set(jnp.arange(kept.shape[0], dtype=source_map.dtype))
+        return new_place.at[source].set(place.astype(source_map.dtype))[source_map]
+
+    return jax.vmap(compose)(matching.kept, matching.source, matching.place, source_map)
+
+
+def unmerge(tokens: Float[Array, "B K D"], source_map: Int[Array, "B L"]) -> Float[Array, "B L D"]:
+    """Gives every raw position its group's token: S^T z of the paper as one gather."""
+    return jnp.take_along_axis(tokens, source_map[..., None], axis=1)
+
+
+def first_members(source_map: Int[Array, "B L"], kept: int) -> Int[Array, "B K"]:
+    """Smallest raw index of each kept token's group; L where a group is empty."""
+    length = source_map.shape[1]
+    index = jnp.arange(length, dtype=source_map.dtype)
+    return jax.vmap(lambda groups: jnp.full(kept, length, groups.dtype).at[groups].min(index))(source_map)

@@ -1,0 +1,213 @@
+"""Weights of other programs as a table: one rule a line, read in both directions.
+
+A rule pairs a state-dict name with a path in the parameter tree, both as templates. `{i}` stands for a number, any other `{name}`
+for one path component; `[i]` at the end of a target component is a place in the leading (scanned) axis:
+
+    Rule("blocks.{i}.norm1.weight", "blocks_{i}/norm1/scale")          # one module a block
+    Rule("blocks.{i}.attn.qkv.weight", "blocks[i]/attn/qkv/kernel", LINEAR)   # blocks stacked by nn.scan
+"""
+
+import os
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from flax import traverse_util
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+
+class WeightError(ValueError):
+    """A state dict does not fit the table or the model; the message lists everything that is wrong."""
+
+
+@dataclass(frozen=True)
+class Transform:
+    """A change of layout from source to target, and its inverse."""
+
+    forward: Callable[[np.ndarray], np.ndarray]
+    inverse: Callable[[np.ndarray], np.ndarray]
+
+
+IDENTITY = Transform(lambda x: x, lambda x: x)
+LINEAR = Transform(np.transpose, np.transpose)  # [out, in] <-> [in, out]
+CONV = Transform(  # [out, in, h, w] <-> [h, w, in, out]; a depthwise kernel [C, 1, h, w] <-> [h, w, 1, C] as well
+    lambda x: np.transpose(x, (2, 3, 1, 0)), lambda x: np.transpose(x, (3, 2, 0, 1))
+)
+
+_PLACEHOLDER = re.compile(r"\{(\w+)\}|\[(\w+)\]")
+
+
+def _pattern(template: str) -> re.Pattern[str]:
+    """The regular expression that a template stands for; a name that occurs twice must match the same text."""
+    seen: set[str] = set()
+    parts, end = [], 0
+    for match in _PLACEHOLDER.finditer(template):
+        name = match[1] or match[2]
+        parts.append(re.escape(template[end : match.start()]))
+        parts.append(f"(?P={name})" if name in seen else f"(?P<{name}>{r'[0-9]+' if len(name) == 1 else r'[^./]+'})")
+        seen.add(name)
+        end = match.end()
+    return re.compile("".join([*parts, re.escape(template[end:])]))
+
+
+def _fill(template: str, values: Mapping[str, str]) -> str:
+    return re.sub(r"\{(\w+)\}", lambda match: values[match[1]], template)
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One line of a table: source name, target path ('/'-joined), change of layout.
+
+    Placeholders of one letter match numbers, longer ones match a path component.
+    """
+
+    source: str
+    target: str
+    transform: Transform = IDENTITY
+    _source_pattern: re.Pattern[str] = field(init=False, repr=False, compare=False)
+    _target_pattern: re.Pattern[str] = field(init=False, repr=False, compare=False)
+    _stacked: str | None = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self):
+        stacked = re.search(r"\[(\w+)\]", self.target)
+        object.__setattr__(self, "_source_pattern", _pattern(self.source))
+        object.__setattr__(self, "_target_pattern", _pattern(re.sub(r"\[\w+\]", "", self.target)))
+        object.__setattr__(self, "_stacked", stacked[1] if stacked else None)
+
+    def to_target(self, name: str) -> tuple[str, int | None] | None:
+        """The target path and place in the leading axis (None: not stacked) of a source name; None: not this rule's."""
+        match = self._source_pattern.fullmatch(name)
+        if match is None:
+            return None
+        path = re.sub(r"\[\w+\]", "", _fill(self.target, match.groupdict()))
+        return path, int(match[self._stacked]) if self._stacked else None
+
+    def to_source(self, path: str, place: int | None) -> str | None:
+        """The source name of a target path and place; None: not this rule's."""
+        match = self._target_pattern.fullmatch(path)
+        if match is None or (place is None) != (self._stacked is None):
+            return None
+        values = match.groupdict() | ({} if place is None else {self._stacked: str(place)})
+        return _fill(self.source, values)
+
+    def is_stacked(self, path: str) -> bool:
+        """Whether this rule fills `path` one place of the leading axis at a time."""
+        return self._stacked is not None and self._target_pattern.fullmatch(path) is not None
+
+
+def prefixed(table: Sequence[Rule], source: str, target: str) -> tuple[Rule, ...]:
+    """The same table one level down: `source` before every name, `target` before every path."""
+    return tuple(Rule(source + rule.source, target + rule.target, rule.transform) for rule in table)
+
+
+def import_weights(
+    table: Sequence[Rule], source: Mapping[str, np.ndarray], shapes: Any, *, ignore: Sequence[str] = ()
+) -> dict[str, Any]:
+    """Fills a parameter tree from a state dict.
+
+    Args:
+      table: rules; every source name must match exactly one, or a regular expression of `ignore`.
+      source: state dict; arrays are taken as they are (no cast).
+      shapes: nested dict of arrays or ShapeDtypeStructs: the tree to fill (as from `jax.eval_shape`).
+      ignore: regular expressions (full match) of source names that are left out on purpose.
+
+    Raises:
+      WeightError: names without a rule, leaves not filled or filled twice, shapes that differ, all listed together.
+    """
+    expected = {path: tuple(leaf.shape) for path, leaf in traverse_util.flatten_dict(shapes, sep="/").items()}
+    ignored = [re.compile(pattern) for pattern in ignore]
+    found: dict[str, dict[int | None, np.ndarray]] = {}
+    errors = []
+    for name, array in source.items():
+        if any(pattern.fullmatch(name) for pattern in ignored):
+            continue
+        matches = [(rule, hit) for rule in table if (hit := rule.to_target(name)) is not None]
+        if len(matches) != 1:
+            errors.append(f"{name} {tuple(array.shape)}: {'no rule' if not matches else 'several rules'} for this name")
+            continue
+        rule, (path, place) = matches[0]
+        if path not in expected:
+            errors.append(f"{name} {tuple(array.shape)}: the model has no parameter {path}")
+            continue
+        if place in found.setdefault(path, {}):
+            errors.append(f"{name}: {path} is filled twice")
+        value = rule.transform.forward(np.asarray(array))
+        wanted = expected[path] if place is None else expected[path][1:]
+        if value.shape != wanted:
+            errors.append(f"{name}: shape {value.shape} after conversion, but {path} has {wanted}")
+        found[path][place] = value
+    errors += _missing(expected, found)
+    if errors:
+        raise WeightError("the weights do not fit the model:\n  " + "\n  ".join(errors))
+    leaves = {
+        path: values[None] if None in values else np.stack([values[i] for i in range(len(values))])
+        for path, values in found.items()
+    }
+    return traverse_util.unflatten_dict(leaves, sep="/")
+
+
+def _missing(expected: Mapping[str, tuple[int, ...]], found: Mapping[str, Mapping[int | None, Any]]) -> list[str]:
+    errors = []
+    for path, shape in expected.items():
+        values = found.get(path, {})
+        if not values:
+            errors.append(f"{path} {shape}: not among the weights")
+        elif None not in values and set(values) != set(range(shape[0])):
+            errors.append(f"{path}: places {sorted(values)} are there, but 0 to {shape[0] - 1} are needed")
+    return errors
+
+
+def export_weights(table: Sequence[Rule], params: Any) -> dict[str, np.ndarray]:
+    """The inverse of `import_weights`: a nested parameter dict as a state dict, bit-equal.
+
+    Raises:
+      WeightError: a parameter that no rule, or more than one, covers.
+    """
+    result: dict[str, np.ndarray] = {}
+    errors = []
+    for path, leaf in traverse_util.flatten_dict(params, sep="/").items():
+        rules = [rule for rule in table if rule._target_pattern.fullmatch(path)]
+        if len(rules) != 1:
+            errors.append(f"{path}: {'no rule' if not rules else 'several rules'} for this parameter")
+            continue
+        (rule,) = rules
+        array = np.asarray(jax.device_get(leaf))
+        for place in range(len(array)) if rule.is_stacked(path) else [None]:
+            value = array if place is None else array[place]
+            result[rule.to_source(path, place)] = np.ascontiguousarray(rule.transform.inverse(value))
+    if errors:
+        raise WeightError("the parameters cannot be exported:\n  " + "\n  ".join(errors))
+    return result
+
+
+def read_safetensors(path: str | os.PathLike) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    """Tensors and metadata of one file.
+
+    Raises:
+      WeightError: the file is missing or is not a safetensors file.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise WeightError(f"{path}: no such file")
+    try:
+        with safe_open(path, framework="numpy") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+    except SafetensorError as error:
+        raise WeightError(f"{path}: not a readable safetensors file ({error})") from error
+
+
+def write_safetensors(path: str | os.PathLike, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> None:
+    """Writes one file atomically: a reader sees the old file or the whole new one."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        save_file({name: np.ascontiguousarray(array) for name, array in tensors.items()}, partial, metadata=dict(metadata))
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
