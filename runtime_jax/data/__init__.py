@@ -1,0 +1,26 @@
+"""Data: sources of pictures, and batches that are a pure function of the step."""
+
+from runtime_jax.data.pipeline import Batches, DataConfig, center_crop, make_batches, num_examples, random_crop
+from runtime_jax.data.sources import (
+    PHOTO_REGIONS,
+    Source,
+    SourceConfig,
+    decode_image,
+    open_source,
+    photo_region,
+)
+
+__all__ = [
+    "PHOTO_REGIONS",
+    "Batches",
+    "DataConfig",
+    "Source",
+    "SourceConfig",
+    "center_crop",
+    "decode_image",
+    "make_batches",
+    "num_examples",
+    "open_source",
+    "photo_region",
+    "random_crop",
+]

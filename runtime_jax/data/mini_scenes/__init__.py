@@ -1,0 +1,51 @@
+"""mini_scenes: procedural, captioned scenes with ground truth, as pure functions and as a TFDS dataset.
+
+scene = sample_scene(np.random.default_rng(0))
+image, mask = render_scene(scene, 64)
+text = caption(scene, np.random.default_rng(1))
+prepare("data", size=64)                       # then: tfds.data_source("mini_scenes/64", data_dir="data")
+"""
+
+from runtime_jax.data.mini_scenes.builder import (
+    MiniScenes,
+    MiniScenesConfig,
+    example_scene,
+    make_config,
+    prepare,
+)
+from runtime_jax.data.mini_scenes.captions import caption, full_caption
+from runtime_jax.data.mini_scenes.render import Rendering, render_scene
+from runtime_jax.data.mini_scenes.scene import (
+    Background,
+    Light,
+    Scene,
+    SceneObject,
+    accent_of,
+    sample_color,
+    sample_scene,
+)
+from runtime_jax.data.mini_scenes.vocabulary import BACKGROUNDS, CLASSES, COLORS, POSES, TEXTURES
+
+__all__ = [
+    "BACKGROUNDS",
+    "CLASSES",
+    "COLORS",
+    "POSES",
+    "TEXTURES",
+    "Background",
+    "Light",
+    "MiniScenes",
+    "MiniScenesConfig",
+    "Rendering",
+    "Scene",
+    "SceneObject",
+    "accent_of",
+    "caption",
+    "example_scene",
+    "full_caption",
+    "make_config",
+    "prepare",
+    "render_scene",
+    "sample_color",
+    "sample_scene",
+]

@@ -1,0 +1,182 @@
+"""Sources -> shuffled, mixed, cropped, batched: batch number s is a pure function of (config, s)."""
+
+import dataclasses
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import grain
+import numpy as np
+from absl import flags
+from PIL import Image
+
+from runtime_jax.data.sources import SourceConfig, open_source
+
+Batch = dict[str, np.ndarray]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """What a run reads.
+
+    image_size: side of the square images in pixels.
+    batch_size: examples per step over all hosts.
+    sources: mixed in proportion to their weights.
+    shuffle, random_crop, flip: True for training; False gives the sources in order and centre crops.
+    num_workers: processes that read and decode; 0 does it in threads, which is right on a few cores.
+    """
+
+    image_size: int
+    batch_size: int
+    sources: tuple[SourceConfig, ...]
+    seed: int = 0
+    shuffle: bool = True
+    random_crop: bool = True
+    flip: bool = False
+    num_workers: int = 0
+
+
+def num_examples(config: DataConfig) -> int:
+    """Examples in one epoch: the sum over the sources (a photograph counts as CROPS_PER_PHOTO crops)."""
+    _check(config)
+    return sum(len(open_source(source)) for source in config.sources)
+
+
+def make_batches(config: DataConfig, start_step: int, *, process_index: int = 0, process_count: int = 1) -> "Batches":
+    """An endless iterator of this host's part of the batches start_step, start_step + 1, ...
+
+    Host h of H gets rows h * B / H to (h + 1) * B / H of the global batch, which is the same for any H; nothing before
+    start_step is read. Batches are {"image": uint8 [B/H, S, S, 3], "label": int32 [B/H], "index": int64 [B/H]}, where
+    "index" is the example's position in the endless stream (step * B + row): fold it into keys.
+
+    Raises:
+        ValueError: a bad config, a missing source, or a batch that the hosts do not divide.
+    """
+    _check(config)
+    if start_step < 0:
+        raise ValueError(f"make_batches: start_step is {start_step}, it must not be negative")
+    if process_count < 1 or not 0 <= process_index < process_count:
+        raise ValueError(f"make_batches: process_index is {process_index} of {process_count} processes")
+    local_size, rest = divmod(config.batch_size, process_count)
+    if rest:
+        raise ValueError(f"data.batch_size is {config.batch_size}, {process_count} hosts do not divide it")
+    stream = _stream(config).batch(local_size, batch_fn=_stack)
+    mine = stream[start_step * process_count + process_index :: process_count]
+    threads = 0 if config.num_workers else 2
+    batches = mine.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads))
+    if config.num_workers:
+        # Grain reads an absl flag here, which fails in a program that does not parse its flags with absl.
+        if not flags.FLAGS.is_parsed():
+            flags.FLAGS.mark_as_parsed()
+        batches = batches.mp_prefetch(grain.MultiprocessingOptions(num_workers=config.num_workers))
+    return Batches(iter(batches))
+
+
+class Batches(Iterator[Batch]):
+    """The iterator of `make_batches`; `skipped` tells how often each unreadable file was replaced so far."""
+
+    def __init__(self, batches: Iterator[dict[str, Any]]):
+        self._batches = batches
+        self.skipped: dict[str, int] = {}
+
+    def __next__(self) -> Batch:
+        batch = next(self._batches)
+        self._count(batch.pop("skipped"))
+        return batch
+
+    def _count(self, names: tuple[str, ...]) -> None:
+        before = len(self.skipped)
+        for name in names:
+            self.skipped[name] = self.skipped.get(name, 0) + 1
+        # Reported at the first file and whenever their number has doubled, so that a bad disk does not flood the log.
+        if len(self.skipped).bit_length() > before.bit_length():
+            listed = ", ".join(list(self.skipped)[:5])
+            warnings.warn(f"{len(self.skipped)} unreadable image file(s) replaced so far: {listed}", stacklevel=3)
+
+
+def _check(config: DataConfig) -> None:
+    for name in ("image_size", "batch_size"):
+        if getattr(config, name) < 1:
+            raise ValueError(f"data.{name} is {getattr(config, name)}, it must be at least 1")
+    if config.num_workers < 0:
+        raise ValueError(f"data.num_workers is {config.num_workers}, it must not be negative")
+    if not 0 <= config.seed < 2**32:
+        raise ValueError(f"data.seed is {config.seed}, allowed are 0 to 2**32 - 1")
+    if not config.sources:
+        raise ValueError("data.sources is empty: name at least one source")
+
+
+def _stream(config: DataConfig) -> grain.MapDataset:
+    """The endless sequence of examples; element i depends on the config and i alone."""
+    parts = []
+    for number, source in enumerate(config.sources):
+        part = grain.MapDataset.source(_Tagged(open_source(source), source.crop_scale))
+        if config.shuffle:
+            part = part.shuffle(_seed(config.seed, number))
+        parts.append(part.repeat())
+    mixed = parts[0] if len(parts) == 1 else grain.MapDataset.mix(parts, [s.weight for s in config.sources])
+    return mixed.map_with_index(_Augment(config))
+
+
+def _seed(*entropy: int) -> int:
+    return int(np.random.SeedSequence(entropy).generate_state(1)[0])
+
+
+@dataclasses.dataclass(frozen=True)
+class _Tagged:
+    """Adds to each example how its source wants it cropped."""
+
+    source: Any
+    crop_scale: tuple[float, float]
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return {**self.source[index], "crop_scale": self.crop_scale}
+
+
+@dataclasses.dataclass(frozen=True)
+class _Augment:
+    config: DataConfig
+
+    def __call__(self, index: int, example: dict[str, Any]) -> dict[str, Any]:
+        rng = np.random.default_rng([self.config.seed, index])
+        size = self.config.image_size
+        if self.config.random_crop:
+            image = random_crop(example["image"], size, example["crop_scale"], rng)
+        else:
+            image = center_crop(example["image"], size)
+        if self.config.flip and rng.integers(2):
+            image = image[:, ::-1]
+        return {"image": image, "label": example["label"], "index": index, "skipped": example.get("skipped", ())}
+
+
+def center_crop(image: np.ndarray, size: int) -> np.ndarray:
+    """The largest centred square of uint8 [H, W, 3], resized to [size, size, 3]."""
+    height, width = image.shape[:2]
+    side = min(height, width)
+    return _resize(image, (width - side) / 2, (height - side) / 2, side, size)
+
+
+def random_crop(image: np.ndarray, size: int, scale: tuple[float, float], rng: np.random.Generator) -> np.ndarray:
+    """A random square whose side is `scale` times the shorter side (log-uniform), resized to [size, size, 3]."""
+    height, width = image.shape[:2]
+    side = min(height, width) * float(np.exp(rng.uniform(*np.log(scale))))
+    return _resize(image, rng.uniform() * (width - side), rng.uniform() * (height - side), side, size)
+
+
+def _resize(image: np.ndarray, left: float, top: float, side: float, size: int) -> np.ndarray:
+    if side == size and left == int(left) and top == int(top):
+        return image[int(top) : int(top) + size, int(left) : int(left) + size]
+    box = (left, top, left + side, top + side)
+    return np.asarray(Image.fromarray(image).resize((size, size), Image.Resampling.BICUBIC, box))
+
+
+def _stack(examples: list[dict[str, Any]]) -> dict[str, Any]:
+    return {
+        "image": np.stack([e["image"] for e in examples]),
+        "label": np.array([e["label"] for e in examples], np.int32),
+        "index": np.array([e["index"] for e in examples], np.int64),
+        "skipped": tuple(name for e in examples for name in e["skipped"]),
+    }

@@ -1,0 +1,189 @@
+"""Where pictures come from: TFDS datasets, folders of images, and scikit-learn's two sample photographs.
+
+Every source is a random-access sequence of examples `{"image": uint8 [H, W, 3], "label": int}`, with "caption" where the
+dataset has one, and "skipped" naming the unreadable files that stood in the example's place.
+"""
+
+import dataclasses
+import importlib.util
+import io
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import numpy as np
+from PIL import Image, ImageOps
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+# Pixels (left, top, right, bottom) of the 640 x 427 photographs: what training may see, and what it never sees.
+PHOTO_REGIONS = {
+    "china.jpg": {"train": (0, 0, 427, 427), "held_out": (427, 0, 640, 427)},
+    "flower.jpg": {"train": (0, 0, 360, 427), "held_out": (360, 0, 640, 427)},
+}
+# A photograph has no number of crops of its own: this many count as one epoch.
+CROPS_PER_PHOTO = 1024
+_UNREADABLE = (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SourceConfig:
+    """One source of pictures.
+
+    kind "tfds": `name` is a prepared TFDS dataset ("mini_scenes/64", "imagenet2012") under `data_dir`, read by `split`.
+    kind "folder": `path` holds one sub-folder per class (labels in sorted order) or images directly (label -1).
+    kind "photos": crops of scikit-learn's china.jpg and flower.jpg; `split` is "train" or "held_out" (label -1).
+    weight: share of the examples drawn from here, relative to the other sources.
+    crop_scale: side of a random crop relative to the picture's shorter side, drawn log-uniformly between the two.
+    """
+
+    kind: Literal["tfds", "folder", "photos"]
+    name: str = ""
+    path: str = ""
+    split: str = "train"
+    data_dir: str = "data"
+    weight: float = 1.0
+    crop_scale: tuple[float, float] = (1.0, 1.0)
+
+
+class Source(Protocol):
+    """A random-access sequence of examples."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> dict[str, Any]: ...
+
+
+def open_source(config: SourceConfig) -> Source:
+    """Opens a source and checks that it can be read.
+
+    Raises:
+        ValueError: unknown kind, missing dataset, folder or split, or nothing readable in it.
+    """
+    low, high = config.crop_scale
+    if not 0 < low <= high <= 1:
+        raise ValueError(f"source {config.kind}: crop_scale is {config.crop_scale}, allowed are 0 < low <= high <= 1")
+    if not (config.weight > 0 and np.isfinite(config.weight)):
+        raise ValueError(f"source {config.kind}: weight is {config.weight}, it must be positive and finite")
+    if config.kind == "tfds":
+        return TfdsSource(config.name, config.split, config.data_dir)
+    if config.kind == "folder":
+        return FolderSource(config.path)
+    if config.kind == "photos":
+        return PhotoSource(config.split)
+    raise ValueError(f"source: kind is {config.kind!r}, allowed are 'tfds', 'folder', 'photos'")
+
+
+def decode_image(data: bytes) -> np.ndarray:
+    """Encoded picture -> uint8 [H, W, 3]: upright by its EXIF tag, transparency over white, 16 bits cut to 8."""
+    with Image.open(io.BytesIO(data)) as image:
+        image = ImageOps.exif_transpose(image)
+        if image.mode.startswith("I;16"):
+            image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+        if "A" in image.getbands() or "transparency" in image.info:
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        return np.asarray(image.convert("RGB"))
+
+
+class TfdsSource:
+    """A split of a dataset already prepared in a random-access format."""
+
+    def __init__(self, name: str, split: str, data_dir: str):
+        import tensorflow_datasets as tfds
+
+        try:
+            builder = tfds.core.read_only_builder.builder_from_files(name, data_dir=data_dir)
+        except tfds.core.DatasetNotFoundError as error:
+            raise ValueError(_missing_dataset(name, data_dir)) from error
+        base = split.split("[")[0]
+        if base not in builder.info.splits:
+            raise ValueError(f"dataset {name!r} in {data_dir!r} has no split {split!r}: {sorted(builder.info.splits)}")
+        features = builder.info.features
+        if "image" not in features:
+            raise ValueError(f"dataset {name!r} has no feature 'image', only {sorted(features)}")
+        # Images are decoded here, and only the one that is used: a segmentation mask stays as it is.
+        pictures = [key for key, feature in features.items() if isinstance(feature, tfds.features.Image)]
+        undecoded = {key: tfds.decode.SkipDecoding() for key in pictures}
+        self._records = builder.as_data_source(split=split, decoders=undecoded)
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        record = self._records[index]
+        example = {"image": decode_image(record["image"]), "label": int(record.get("label", -1))}
+        if "caption" in record:
+            example["caption"] = record["caption"].decode()
+        return example
+
+
+def _missing_dataset(name: str, data_dir: str) -> str:
+    if name.split("/")[0] == "mini_scenes":
+        recipe = f"runtime_jax.data.mini_scenes.prepare({data_dir!r}) writes it"
+    else:
+        recipe = f"write it with tfds build {name} --data_dir={data_dir} --file_format=array_record"
+    return f"dataset {name!r} is not in {str(Path(data_dir).absolute())!r}: {recipe}"
+
+
+class FolderSource:
+    """Images in a folder; an unreadable file is replaced by the next readable one and named in "skipped"."""
+
+    def __init__(self, path: str):
+        root = Path(path)
+        if not path or not root.is_dir():
+            raise ValueError(f"image folder {path!r} does not exist or is not a folder")
+        files = sorted(f for f in root.rglob("*") if f.suffix.lower() in SUFFIXES and f.is_file())
+        if not files:
+            raise ValueError(f"image folder {path!r} holds no image ({', '.join(SUFFIXES)}), sub-folders included")
+        self._root = root
+        self._files = [f.relative_to(root) for f in files]
+        self.classes = sorted({f.parts[0] for f in self._files if len(f.parts) > 1})
+        # Ends with an error, before any training, when no file at all can be read.
+        self[0]
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        skipped = []
+        for step in range(len(self)):
+            file = self._files[(index + step) % len(self)]
+            try:
+                image = decode_image((self._root / file).read_bytes())
+            except _UNREADABLE:
+                skipped.append(str(self._root / file))
+                continue
+            label = self.classes.index(file.parts[0]) if len(file.parts) > 1 else -1
+            return {"image": image, "label": label, "skipped": tuple(skipped)}
+        raise ValueError(f"image folder {str(self._root)!r}: none of its {len(self)} images can be read")
+
+
+class PhotoSource:
+    """A region of each sample photograph, CROPS_PER_PHOTO times over."""
+
+    def __init__(self, split: str):
+        if split not in ("train", "held_out"):
+            raise ValueError(f"source photos: split is {split!r}, allowed are 'train', 'held_out'")
+        self._regions = [photo_region(name, split) for name in PHOTO_REGIONS]
+
+    def __len__(self) -> int:
+        return CROPS_PER_PHOTO * len(self._regions)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return {"image": self._regions[index % len(self._regions)], "label": -1}
+
+
+def photo_region(name: str, split: str) -> np.ndarray:
+    """The training or held-out region of a sample photograph, uint8 [H, W, 3].
+
+    Raises:
+        ValueError: unknown photograph, or scikit-learn is not installed.
+    """
+    if name not in PHOTO_REGIONS:
+        raise ValueError(f"photograph {name!r}: allowed are {sorted(PHOTO_REGIONS)}")
+    # Found without importing scikit-learn, which is slow.
+    spec = importlib.util.find_spec("sklearn")
+    if spec is None:
+        raise ValueError("source photos: scikit-learn, which ships china.jpg and flower.jpg, is not installed")
+    photo = decode_image((Path(spec.origin).parent / "datasets" / "images" / name).read_bytes())
+    left, top, right, bottom = PHOTO_REGIONS[name][split]
+    return photo[top:bottom, left:right]
