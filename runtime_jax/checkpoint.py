@@ -1,0 +1,377 @@
+"""Checkpoints of a run (Orbax: asynchronous, atomic, the newest n kept) and the order in which a state is found.
+
+Layout: `workdir/checkpoints/<step>/` holds three items which appear together or not at all: `state` (the train state),
+`loop` (what the train loop carries between steps) and `config` (the resolved config).
+"""
+
+import errno
+import logging
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
+from jax.sharding import SingleDeviceSharding
+
+_LOG = logging.getLogger(__name__)
+_ITEMS = ("state", "loop", "config")
+_TEMPORARY = ".orbax-checkpoint-tmp"
+# How TensorStore reports files that are absent, cut short or overwritten, as against no memory or no permission.
+_DAMAGE = ("NOT_FOUND", "DATA_LOSS", "OUT_OF_RANGE", "INVALID_ARGUMENT", "FAILED_PRECONDITION")
+
+
+class WorkdirError(OSError):
+    """The directory of a run cannot be written, or its disk is full."""
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint cannot be written or read."""
+
+
+class DamagedCheckpointError(CheckpointError):
+    """Files of a checkpoint are missing or cut short."""
+
+
+def check_workdir(workdir: str | Path, min_free_bytes: int = 0) -> Path:
+    """Creates the directory of a run and makes sure that it can be written, before anything expensive is done.
+
+    Only process 0 writes, so only process 0 looks. Returns the absolute path.
+
+    Raises:
+        WorkdirError: it is not a directory, a file cannot be written in it, or less than `min_free_bytes` are free.
+    """
+    path = Path(workdir).absolute()
+    if jax.process_index() != 0:
+        return path
+    probe = path / ".write_probe"
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        probe.write_text("probe")
+        probe.unlink()
+    except OSError as error:
+        raise WorkdirError(f"workdir {path}: cannot be written: {error.strerror} ({error.filename})") from error
+    _check_free(path, min_free_bytes, "a run")
+    return path
+
+
+def _check_free(path: Path, needed: int, what: str) -> None:
+    free = shutil.disk_usage(path).free
+    if free < needed:
+        raise WorkdirError(f"{path}: disk full: {what} needs {needed / 2**20:.1f} MiB, {free / 2**20:.1f} MiB are free")
+
+
+class Checkpointer:
+    """Reads and writes the checkpoints of one run.
+
+    What a killed run left half-written is passed over with a warning that names it, and set aside unless `read_only`.
+    All processes must call the same methods; process 0 writes what is not split over processes.
+    """
+
+    def __init__(self, workdir: str | Path, *, keep: int = 3, read_only: bool = False):
+        self.directory = Path(workdir).absolute() / "checkpoints"
+        self._pass_over_unfinished(read_only)
+        options = ocp.CheckpointManagerOptions(
+            create=not read_only, read_only=read_only, max_to_keep=None if read_only else keep
+        )
+        self._manager = (
+            ocp.CheckpointManager(self.directory, options=options, item_names=_ITEMS)
+            if (not read_only or self.directory.is_dir())
+            else None
+        )
+
+    def _pass_over_unfinished(self, read_only: bool) -> None:
+        """Warns of directories that a killed save left behind; unless read_only, makes room for a save at that step."""
+        for path in sorted(self.directory.glob("*")) if self.directory.is_dir() else ():
+            if _TEMPORARY in path.name:
+                _LOG.warning("passing over half-written checkpoint %s", path)
+                if not read_only and jax.process_index() == 0:
+                    shutil.rmtree(path)
+            elif path.name.isdecimal() and not _is_complete(path):
+                if read_only:
+                    _LOG.warning("passing over half-written checkpoint %s", path)
+                else:
+                    _set_aside(path)
+        if jax.process_count() > 1:
+            multihost_utils.sync_global_devices("checkpoint directory")
+
+    def steps(self) -> list[int]:
+        """Steps of the complete checkpoints, ascending."""
+        names = (path for path in self.directory.glob("*") if path.name.isdecimal()) if self.directory.is_dir() else ()
+        return sorted(int(path.name) for path in names if _is_complete(path))
+
+    def latest(self) -> int | None:
+        """Newest complete step, or None."""
+        return max(self.steps(), default=None)
+
+    def path(self, step: int) -> Path:
+        """Directory of one checkpoint."""
+        return self.directory / str(step)
+
+    def save(self, step: int, state: Any, config: Mapping[str, Any], loop: Mapping[str, Any] | None = None) -> None:
+        """Starts to write a checkpoint and returns once the state is copied to the host (it may then be donated).
+
+        Args:
+            step: number of train steps that the state has seen.
+            state: pytree of arrays.
+            config: resolved config, JSON-able.
+            loop: what the train loop carries between steps, JSON-able.
+
+        Raises:
+            WorkdirError: the disk has no room for it.
+            CheckpointError: this save could not start, or the one before it failed.
+        """
+        size = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
+        self.wait()
+        if jax.process_index() == 0:
+            _check_free(self.directory, size, f"checkpoint {step}")
+        args = ocp.args.Composite(
+            state=ocp.args.StandardSave(state),
+            loop=ocp.args.JsonSave(dict(loop or {})),
+            config=ocp.args.JsonSave(dict(config)),
+        )
+        try:
+            self._manager.save(step, args=args, force=True)
+        except Exception as error:
+            raise self._explained(error, step) from error
+
+    def wait(self) -> None:
+        """Blocks until the last save is on disk.
+
+        Raises:
+            WorkdirError: the disk is full.
+            CheckpointError: the save failed otherwise.
+        """
+        try:
+            if self._manager is not None:
+                self._manager.wait_until_finished()
+        except Exception as error:
+            raise self._explained(error, None) from error
+
+    def close(self) -> None:
+        """Waits for the last save and stops the writing threads."""
+        self.wait()
+        if self._manager is not None:
+            self._manager.close()
+
+    def __enter__(self) -> "Checkpointer":
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
+
+    def _explained(self, error: Exception, step: int | None) -> Exception:
+        """The error of a writing thread, with the path, and as a full disk where that is what it was."""
+        where = self.directory if step is None else self.path(step)
+        chain = [error]
+        while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None and cause not in chain:
+            chain.append(cause)
+        full = any(isinstance(e, OSError) and e.errno in (errno.ENOSPC, errno.EDQUOT) for e in chain)
+        if full or "No space left" in str(error) or "RESOURCE_EXHAUSTED" in str(error):
+            return WorkdirError(f"{where}: disk full while a checkpoint was written: {error}")
+        return CheckpointError(f"{where}: a checkpoint could not be written: {type(error).__name__}: {error}")
+
+    def config(self, step: int) -> dict[str, Any]:
+        """The resolved config that was saved with a checkpoint."""
+        return self._json(step, "config")
+
+    def loop(self, step: int) -> dict[str, Any]:
+        """What the train loop saved with a checkpoint."""
+        return self._json(step, "loop")
+
+    def _json(self, step: int, item: str) -> dict[str, Any]:
+        try:
+            args = ocp.args.Composite(**{item: ocp.args.JsonRestore()})
+            return self._manager.restore(step, args=args)[item]
+        except ValueError as error:
+            raise DamagedCheckpointError(f"{self.path(step) / item}: unreadable: {error}") from error
+
+    def restore(self, abstract_state: Any, step: int | None = None) -> Any:
+        """Reads the state of a step (by default the newest) onto the shardings of `abstract_state`, bit-equal.
+
+        Args:
+            abstract_state: tree of jax.ShapeDtypeStruct or arrays; a leaf without sharding goes to the first device.
+            step: one of `steps()`.
+
+        Raises:
+            FileNotFoundError: there is no such checkpoint.
+            ValueError: the checkpoint is of another architecture; lists the leaves that differ. Nothing was read.
+            DamagedCheckpointError: files are missing or cut short.
+        """
+        step = self.latest() if step is None else step
+        if step is None or step not in self.steps():
+            raise FileNotFoundError(f"{self.directory}: no checkpoint{'' if step is None else f' of step {step}'}")
+        target = jax.tree.map(_with_sharding, abstract_state)
+        try:
+            saved = self._manager.item_metadata(step)["state"].tree
+        except (AttributeError, KeyError, ValueError) as error:
+            raise DamagedCheckpointError(f"{self.path(step)}: unreadable: {error}") from error
+        differences = _differences(_leaves(saved), _leaves(target))
+        if differences:
+            raise ValueError(
+                f"{self.path(step)} is a checkpoint of another architecture; {len(differences)} leaves differ:\n  "
+                + "\n  ".join(differences)
+            )
+        try:
+            args = ocp.args.Composite(state=ocp.args.StandardRestore(target))
+            return self._manager.restore(step, args=args)["state"]
+        except (ValueError, OSError) as error:
+            if isinstance(error, FileNotFoundError) or any(code in str(error) for code in _DAMAGE):
+                raise DamagedCheckpointError(f"{self.path(step)}: unreadable: {error}") from error
+            raise
+
+
+def _is_complete(path: Path) -> bool:
+    """Whether a step's directory has the marks of a finished save."""
+    marks = ("_CHECKPOINT_METADATA", "state/_METADATA", "loop/metadata", "config/metadata")
+    return all((path / mark).is_file() and (path / mark).stat().st_size for mark in marks)
+
+
+def _set_aside(path: Path) -> None:
+    """Renames a damaged checkpoint, so that its step can be saved again and nothing is lost."""
+    aside = path.with_name(f"{path.name}.damaged")
+    _LOG.warning("passing over half-written checkpoint %s (set aside as %s)", path, aside.name)
+    if jax.process_index() == 0:
+        shutil.rmtree(aside, ignore_errors=True)
+        path.rename(aside)
+
+
+def _with_sharding(leaf: Any) -> jax.ShapeDtypeStruct:
+    sharding = getattr(leaf, "sharding", None) or SingleDeviceSharding(jax.devices()[0])
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+
+def _leaves(tree: Any) -> dict[str, tuple[tuple[int, ...], str]]:
+    """Shape and dtype by '/'-joined path."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="/"): (tuple(leaf.shape), str(leaf.dtype))
+        for path, leaf in leaves
+    }
+
+
+def _differences(saved: Mapping[str, tuple], wanted: Mapping[str, tuple]) -> list[str]:
+    """One line per leaf that is missing, extra or of another shape or dtype."""
+    lines = []
+    for path in sorted(saved.keys() | wanted.keys()):
+        if path not in saved:
+            lines.append(f"{path}: {_shown(wanted[path])} is missing in the checkpoint")
+        elif path not in wanted:
+            lines.append(f"{path}: {_shown(saved[path])} in the checkpoint is not in the model")
+        elif saved[path] != wanted[path]:
+            lines.append(f"{path}: {_shown(saved[path])} in the checkpoint, {_shown(wanted[path])} in the model")
+    return lines
+
+
+def _shown(leaf: tuple[tuple[int, ...], str]) -> str:
+    return f"{leaf[1]}{list(leaf[0])}"
+
+
+class InitialState(NamedTuple):
+    """A run's state, the number of train steps it has seen, and where it comes from."""
+
+    state: Any
+    step: int
+    origin: str
+
+
+def initial_state(
+    workdir: str | Path,
+    abstract_state: Any,
+    *,
+    config: Mapping[str, Any],
+    init: Callable[[], Any],
+    init_from: Callable[[Any], Any] | None = None,
+    resume_from: str | Path | None = None,
+    must_match: Sequence[str] = (),
+) -> InitialState:
+    """The state that a run starts from, by the first of these that exists:
+
+    1. the newest readable checkpoint in `workdir`: a run started again goes on, whatever else is asked for;
+    2. `resume_from`: a workdir, its `checkpoints` folder or one step's folder of another run, with its step;
+    3. `init_from(init())`: weights put into a new state by the caller, step 0;
+    4. `init()`: from scratch, step 0.
+
+    Args:
+        workdir: directory of this run.
+        abstract_state: tree of jax.ShapeDtypeStruct with shardings: what the state is and where it belongs.
+        config: resolved config of this run, compared with the checkpoint's.
+        init: makes a new state.
+        init_from: gives that state other weights.
+        resume_from: see 2.
+        must_match: prefixes of dotted config keys (such as "model") which may not differ from the checkpoint's.
+
+    Raises:
+        ValueError: the checkpoint is of another architecture, or differs in a `must_match` key.
+        FileNotFoundError: `resume_from` holds no checkpoint.
+        DamagedCheckpointError: `resume_from` cannot be read.
+        WorkdirError: the workdir cannot be written.
+    """
+    path = check_workdir(workdir)
+    with Checkpointer(path) as own:
+        for step in reversed(own.steps()):
+            try:
+                state = _restored(own, step, abstract_state, config, must_match)
+            except DamagedCheckpointError as error:
+                _LOG.warning("%s", error)
+                _set_aside(own.path(step))
+                continue
+            return InitialState(state, step, f"own checkpoint {own.path(step)}")
+    if resume_from is not None:
+        source, step = _locate(resume_from)
+        with Checkpointer(source, read_only=True) as other:
+            step = other.latest() if step is None else step
+            if step is None:
+                raise FileNotFoundError(f"resume_from {resume_from}: no checkpoint there")
+            state = _restored(other, step, abstract_state, config, must_match)
+            return InitialState(state, step, f"resumed from {other.path(step)}")
+    if init_from is not None:
+        return InitialState(init_from(init()), 0, "init_from weights")
+    return InitialState(init(), 0, "scratch")
+
+
+def _restored(
+    checkpointer: Checkpointer, step: int, abstract_state: Any, config: Mapping[str, Any], must_match: Sequence[str]
+) -> Any:
+    """The state of one checkpoint, after a look at what differs between its config and this run's."""
+    changes = _config_changes(checkpointer.config(step), config)
+    where = f"config of {checkpointer.path(step)}"
+    barred = [line for key, line in changes.items() if any(_is_under(key, prefix) for prefix in must_match)]
+    if barred:
+        raise ValueError(f"{where} differs from this run's in keys that must not change:\n  " + "\n  ".join(barred))
+    if changes:
+        _LOG.warning("%s differs from this run's:\n  %s", where, "\n  ".join(changes.values()))
+    return checkpointer.restore(abstract_state, step)
+
+
+def _is_under(key: str, prefix: str) -> bool:
+    return key == prefix or key.startswith(prefix + ".")
+
+
+def _flat(value: Any, path: str = "") -> dict[str, Any]:
+    """Leaves of nested mappings by dotted path; tuples as JSON has them."""
+    if isinstance(value, Mapping):
+        return {k: v for key, item in value.items() for k, v in _flat(item, f"{path}.{key}" if path else key).items()}
+    return {path: list(value) if isinstance(value, tuple) else value}
+
+
+def _config_changes(saved: Mapping[str, Any], current: Mapping[str, Any]) -> dict[str, str]:
+    """Dotted keys whose values differ, with a line of text each."""
+    old, new = _flat(saved), _flat(current)
+    return {
+        key: f"{key}: {old.get(key, 'absent')!r} -> {new.get(key, 'absent')!r}"
+        for key in sorted(old.keys() | new.keys())
+        if key not in old or key not in new or old[key] != new[key]
+    }
+
+
+def _locate(path: str | Path) -> tuple[Path, int | None]:
+    """The workdir, and the step if one is named, of `workdir`, `workdir/checkpoints` or `workdir/checkpoints/300`."""
+    path = Path(path).absolute()
+    if path.parent.name == "checkpoints" and path.name.isdecimal():
+        return path.parents[1], int(path.name)
+    if path.name == "checkpoints":
+        return path.parent, None
+    return path, None

@@ -1,0 +1,219 @@
+"""What a run tells: `metrics.jsonl` (one JSON object per line), TensorBoard, PNG images, and progress on the terminal.
+
+Everything is written by process 0 only.
+"""
+
+import contextlib
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from datetime import timedelta
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import numpy as np
+from jaxtyping import UInt8
+from tqdm import tqdm
+
+
+class MetricWriter:
+    """Appends to `workdir/metrics.jsonl`, `workdir/tensorboard/` and `workdir/images/`.
+
+    A run that goes on after step n drops what an earlier attempt wrote about later steps, so that the file reads as if
+    the run had never been interrupted. Processes other than 0 write nothing.
+    """
+
+    def __init__(self, workdir: str | Path, start_step: int = 0):
+        """Opens the files; lines about steps after `start_step` are dropped.
+
+        Raises:
+            OSError: they cannot be written; names the file.
+        """
+        self._workdir = Path(workdir)
+        self._file = None
+        if jax.process_index() != 0:
+            return
+        from tensorboardX import SummaryWriter  # here, because importing it takes half a second
+
+        path = self._workdir / "metrics.jsonl"
+        _drop_later(path, start_step)
+        self._file = path.open("a", encoding="utf-8")
+        self._board = SummaryWriter(str(self._workdir / "tensorboard"), purge_step=start_step + 1)
+
+    def scalars(self, step: int, values: Mapping[str, float]) -> None:
+        """Writes one line {"step": step, name: value, ...}; NaN and infinities, which JSON does not know, become null.
+
+        Raises:
+            OSError: the disk is full; names the file.
+        """
+        if self._file is None:
+            return
+        record = {"step": step} | {key: _json_number(value) for key, value in values.items()}
+        try:
+            self._file.write(json.dumps(record, allow_nan=False) + "\n")
+            self._file.flush()
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, self._file.name) from error
+        for key, value in values.items():
+            self._board.add_scalar(key, value, step)
+
+    def images(self, step: int, name: str, image: UInt8[np.ndarray, "H W 3"]) -> None:
+        """Writes an image [H, W, 3] as `images/<name>_<step>.png` and to TensorBoard."""
+        if self._file is None:
+            return
+        from PIL import Image
+
+        path = self._workdir / "images" / f"{name}_{step:08d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image).save(path)
+        self._board.add_image(name, image, step, dataformats="HWC")
+
+    def close(self) -> None:
+        """Flushes and closes the files."""
+        if self._file is not None:
+            self._file.close()
+            self._board.close()
+            self._file = None
+
+    def __enter__(self) -> "MetricWriter":
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
+
+
+def _json_number(value: float) -> float | None:
+    return float(value) if math.isfinite(value) else None
+
+
+def _drop_later(path: Path, step: int) -> None:
+    """Rewrites the file without lines of steps after `step` and without a last line that was cut short."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
+        if line.endswith("\n") and json.loads(line)["step"] <= step:
+            kept.append(line)
+    new = path.with_name(path.name + ".new")
+    new.write_text("".join(kept), encoding="utf-8")
+    os.replace(new, path)
+
+
+class IntervalMeans:
+    """Means of (sum, count) metrics over the steps since the last line; `nonfinite` is summed, not averaged."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, tuple[float, float]] = {}
+
+    def add(self, metrics: Mapping[str, tuple[float, float]]) -> None:
+        """Adds the metrics of one step."""
+        for key, (total, count) in metrics.items():
+            before = self._sums.get(key, (0.0, 0.0))
+            self._sums[key] = (before[0] + total, before[1] + count)
+
+    def take(self) -> dict[str, float]:
+        """The means; the next interval starts empty. A mean over no examples is NaN."""
+        sums, self._sums = self._sums, {}
+        return {
+            key: total if key == "nonfinite" else total / count if count else math.nan
+            for key, (total, count) in sums.items()
+        }
+
+    def carried(self) -> dict[str, list[float]]:
+        """The open interval, JSON-able, so that a resumed run writes the line that it would have written."""
+        return {key: list(pair) for key, pair in self._sums.items()}
+
+    def restore(self, carried: Mapping[str, list[float]]) -> None:
+        """Inverse of `carried`."""
+        self._sums = {key: (float(total), float(count)) for key, (total, count) in carried.items()}
+
+
+class Seconds(NamedTuple):
+    """Seconds per step, and the share of them in which the device waited for data."""
+
+    step: float
+    data_wait: float
+
+
+class Stopwatch:
+    """Time per step of an interval, without what is not a step: compilation, evaluation, pictures, checkpoints."""
+
+    def __init__(self) -> None:
+        self.steps = 0
+        self.data_wait = 0.0
+        self._elapsed = 0.0
+        self._since: float | None = None
+
+    def start(self) -> None:
+        """Starts to run."""
+        self._since = time.perf_counter()
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Does not run inside."""
+        self._elapsed += time.perf_counter() - self._since
+        self._since = None
+        yield
+        self._since = time.perf_counter()
+
+    def take(self) -> Seconds | None:
+        """The interval's times, None where it had no step; the next interval starts now."""
+        now = time.perf_counter()
+        elapsed = self._elapsed + (now - self._since if self._since is not None else 0.0)
+        result = Seconds(elapsed / self.steps, self.data_wait / elapsed) if self.steps else None
+        self.steps, self.data_wait, self._elapsed = 0, 0.0, 0.0
+        self._since = now if self._since is not None else None
+        return result
+
+
+class Progress:
+    """A bar on a terminal, else one line per interval; nothing on processes other than 0."""
+
+    _SHOWN = ("loss", "lr", "grad_norm")
+
+    def __init__(self, start_step: int, total_steps: int) -> None:
+        self._total = total_steps
+        self._quiet = jax.process_index() != 0
+        self._bar = None
+        if sys.stderr.isatty() and not self._quiet:
+            self._bar = tqdm(initial=start_step, total=total_steps, unit="step", dynamic_ncols=True)
+
+    def advance(self) -> None:
+        """One step is done."""
+        if self._bar is not None:
+            self._bar.update()
+
+    def say(self, text: str) -> None:
+        """Prints a line."""
+        if self._bar is not None:
+            self._bar.write(text)
+        elif not self._quiet:
+            print(text, flush=True)
+
+    def line(self, step: int, means: Mapping[str, float], rates: Mapping[str, float]) -> None:
+        """Shows an interval: step, loss, learning rate, gradient norm, speed, data wait, time to go."""
+        parts = [f"{key} {means[key]:.4g}" for key in self._SHOWN if key in means]
+        if means.get("nonfinite"):
+            parts.append(f"skipped {means['nonfinite']:.0f}")
+        if rates:
+            parts.append(f"{rates['time/step']:.3g} s/step")
+            parts.append(f"{rates['time/examples_per_s_per_chip']:.4g} images/s/chip")
+            if "time/mfu" in rates:
+                parts.append(f"MFU {rates['time/mfu']:.1%}")
+            parts.append(f"data-wait {rates['time/data_wait']:.1%}")
+            parts.append(f"ETA {timedelta(seconds=round((self._total - step) * rates['time/step']))}")
+        if self._bar is not None:
+            self._bar.set_postfix_str("  ".join(parts))
+        else:
+            self.say("  ".join([f"step {step}/{self._total}", *parts]))
+
+    def __enter__(self) -> "Progress":
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        if self._bar is not None:
+            self._bar.close()
