@@ -10,7 +10,9 @@ from flax import struct
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-Logits = Float[Array, "batch height width 1"]
+from runtime_jax.weights import CONV, Rule
+
+Logits = Float[Array, "batch h w 1"]
 Scalar = Float[Array, ""]
 
 
@@ -166,3 +168,26 @@ def lecam_loss(real: Logits, fake: Logits, ema: LeCam) -> Scalar:
     """LeCam regulariser: logits are pulled inside the other side's moving average (`ema` already updated)."""
     real, fake = real.astype(jnp.float32), fake.astype(jnp.float32)
     return jnp.mean(jnp.square(nn.relu(real - ema.fake))) + jnp.mean(jnp.square(nn.relu(ema.real - fake)))
+
+
+def discriminator_table(num_layers: int) -> tuple[Rule, ...]:
+    """Rules from the released PatchGAN state dict to `{"params": .., "batch_stats": ..}` of `PatchDiscriminator`."""
+    rules = [
+        Rule("main.0.weight", "params/conv_0/kernel", CONV),
+        Rule("main.0.bias", "params/conv_0/bias"),
+        Rule(f"main.{3 * num_layers + 2}.weight", "params/logits/kernel", CONV),
+        Rule(f"main.{3 * num_layers + 2}.bias", "params/logits/bias"),
+    ]
+    for n in range(1, num_layers + 1):
+        norm = f"main.{3 * n}"
+        rules += [
+            Rule(f"main.{3 * n - 1}.weight", f"params/conv_{n}/kernel", CONV),
+            Rule(f"{norm}.weight", f"params/norm_{n}/scale"),
+            Rule(f"{norm}.bias", f"params/norm_{n}/bias"),
+            Rule(f"{norm}.running_mean", f"batch_stats/norm_{n}/mean"),
+            Rule(f"{norm}.running_var", f"batch_stats/norm_{n}/var"),
+        ]
+    return tuple(rules)
+
+
+DISCRIMINATOR_IGNORED = (r"main\.\d+\.num_batches_tracked",)

@@ -1,10 +1,19 @@
 """LPIPS, the learned perceptual distance on VGG16 features (Zhang et al. 2018, version 0.1)."""
 
+import os
+import re
+from typing import Any
+
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
+import numpy as np
 from einops import reduce
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
+
+from runtime_jax.hub import merge_tensors, read_tensors
+from runtime_jax.weights import CONV, IDENTITY, Rule, Transform, WeightError, import_weights
 
 Images = Float[Array, "batch height width 3"]
 FeatureMap = Float[Array, "batch h w channels"]
@@ -28,7 +37,7 @@ class VGG16Features(nn.Module):
     dtype: DTypeLike = jnp.float32
 
     @nn.compact
-    def __call__(self, images: Images) -> list[FeatureMap]:
+    def __call__(self, images: Images) -> list[Array]:
         """Maps standardised images [B, H, W, 3] to five maps [B, H/2^s, W/2^s, widths[s]]."""
         x = images.astype(self.dtype)
         features = []
@@ -79,3 +88,52 @@ class LPIPS(nn.Module):
             difference = jnp.square(unit_normalize(a) - unit_normalize(b))
             distance += reduce(difference * weight[None, None, None], "b h w c -> b", "sum") / (a.shape[1] * a.shape[2])
         return distance
+
+
+_FLATTEN = Transform(lambda x: np.reshape(x, -1), lambda x: np.reshape(x, (1, -1, 1, 1)))
+# Places of the convolutions in torchvision's vgg16().features, stage by stage.
+_TORCHVISION_PLACES = ((0, 2), (5, 7), (10, 12, 14), (17, 19, 21), (24, 26, 28))
+
+TABLE = (
+    *(
+        Rule(f"features.{place}.{source}", f"vgg/conv_{stage}_{n}/{target}", transform)
+        for stage, places in enumerate(_TORCHVISION_PLACES)
+        for n, place in enumerate(places)
+        for source, target, transform in (("weight", "kernel", CONV), ("bias", "bias", IDENTITY))
+    ),
+    Rule("lin{i}.model.1.weight", "lin_{i}", _FLATTEN),
+)
+_IGNORED = (r"classifier\..*", r"pre_logits\..*", r"head\..*", r"scaling_layer\..*")
+# The lpips package slices torchvision's layers, keeps their numbers and lists its linear layers twice.
+_RENAMES = ((r"^net\.slice\d\.", "features."), (r"^lins\.(\d)\.", r"lin\1."), (r"^(lin\d)\.model\.0\.", r"\1.model.1."))
+
+
+def load_lpips(*sources: str | os.PathLike, widths: tuple[int, ...] = VGG16_WIDTHS) -> dict[str, Any]:
+    """The parameters of `LPIPS(widths)`, float32, from weights in the layouts that are in use.
+
+    Args:
+      sources: .safetensors files, folders of them, or hub ids, which together hold VGG16's convolutions (torchvision's
+        or timm's `features.N.*`, or the lpips package's `net.sliceK.N.*`) and the linear layers
+        (`linN.model.1.weight`). Classifier weights are left out.
+      widths: channels of the five stages.
+
+    Raises:
+      WeightError: a source cannot be had or read, names or shapes do not fit, a linear weight is negative.
+    """
+    if not sources:
+        raise WeightError(
+            "LPIPS needs VGG16's and the linear layers' weights: give at least one file, folder or hub id"
+        )
+    parts = []
+    for source in sources:
+        for name, array in read_tensors(source).items():
+            for pattern, replacement in _RENAMES:
+                name = re.sub(pattern, replacement, name)
+            parts.append((source, {name: array.astype(np.float32)}))
+    images = jax.ShapeDtypeStruct((1, 16, 16, 3), jnp.float32)
+    shapes = jax.eval_shape(LPIPS(widths).init, jax.random.key(0), images, images)["params"]
+    params = import_weights(TABLE, merge_tensors(parts), shapes, ignore=_IGNORED)
+    negative = [name for name in params if name.startswith("lin_") and np.any(params[name] < 0)]
+    if negative:
+        raise WeightError(f"{', '.join(negative)}: LPIPS' linear weights are >= 0, these are not")
+    return params

@@ -1,0 +1,70 @@
+"""Where weights come from: a local file, a local folder or a Hugging Face hub id, all as local files."""
+
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from runtime_jax.weights import WeightError, read_safetensors
+
+PICKLED = (".pth", ".pt", ".bin", ".ckpt")
+
+
+def local_path(source: str | os.PathLike, patterns: Sequence[str]) -> Path:
+    """The local file or folder of `source`; of a hub id "owner/name", the files of `patterns` are fetched.
+
+    Raises:
+      WeightError: neither a local path nor a hub id, or the hub cannot be reached or has no such repository.
+    """
+    path = Path(source).expanduser()
+    if path.exists():
+        return path
+    if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", str(source)) or path.suffix in (".safetensors", *PICKLED):
+        raise WeightError(f"{source}: no such file or folder (and not a hub id of the form owner/name)")
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(str(source), allow_patterns=list(patterns)))
+    except Exception as error:  # the hub client raises OSError, ValueError and its HTTP library's own errors
+        raise WeightError(
+            f"{source}: no such local file or folder, and the hub did not provide it ({type(error).__name__}: "
+            f"{str(error).splitlines()[0] if str(error) else 'no message'}). Without network, pass a local folder."
+        ) from error
+
+
+def read_tensors(source: str | os.PathLike) -> dict[str, np.ndarray]:
+    """All tensors of a .safetensors file, or of those in a folder or hub repository, under their own names.
+
+    Raises:
+      WeightError: nothing there, only pickled PyTorch files, an unreadable file, or one name with two contents.
+    """
+    path = local_path(source, ("*.safetensors", "*.json"))
+    files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
+    pickled = [p for p in (path.iterdir() if path.is_dir() else [path]) if p.suffix in PICKLED]
+    if pickled and (path.is_file() or not files):
+        raise WeightError(
+            f"{pickled[0]}: a pickled PyTorch file, which cannot be read without torch. Convert it once, where torch "
+            f'is installed: python -c "import torch, safetensors.torch; '
+            f"safetensors.torch.save_file(torch.load('{pickled[0]}', map_location='cpu'), "
+            f"'{pickled[0].with_suffix('.safetensors')}')\""
+        )
+    if not files:
+        raise WeightError(f"{source}: the folder holds no .safetensors file")
+    return merge_tensors([(file, read_safetensors(file)[0]) for file in files])
+
+
+def merge_tensors(parts: Sequence[tuple[str | os.PathLike, dict[str, np.ndarray]]]) -> dict[str, np.ndarray]:
+    """The union of several state dicts, each with the place that it came from; a name may recur with equal contents.
+
+    Raises:
+      WeightError: one name with two contents.
+    """
+    merged: dict[str, np.ndarray] = {}
+    for place, tensors in parts:
+        for name, array in tensors.items():
+            if name in merged and not np.array_equal(merged[name], array):
+                raise WeightError(f"{place}: {name} has other contents than in the files before it")
+            merged[name] = array
+    return merged
