@@ -21,6 +21,7 @@ from runtime_jax.weights import CONV, LINEAR, Rule, Transform, WeightError, impo
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 LAYER_NORM_EPSILON = 1e-6
+BICUBIC_A = -0.75
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +48,7 @@ class DINOv2Output(NamedTuple):
 
 def bicubic_matrix(old: int, new: int) -> np.ndarray:
     """Weights [new, old] of PyTorch's bicubic resize of one axis: a = -0.75, half-pixel centres, no antialias."""
-    a = -0.75
+    a = BICUBIC_A
     position = (np.arange(new) + 0.5) * old / new - 0.5
     first = np.floor(position).astype(int) - 1
     matrix = np.zeros((new, old))

@@ -1,0 +1,126 @@
+"""How well images come back, and how much of the codebook is used; on the host, in numpy."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from jax.typing import ArrayLike
+from jaxtyping import Float, Int
+from scipy.special import stdtrit
+
+
+def psnr(images: ArrayLike, targets: ArrayLike) -> Float[np.ndarray, "batch"]:
+    """Peak signal-to-noise ratio of each image, in dB [B].
+
+    Each image has its own mean squared error; the result does not depend on how images are batched.
+
+    Args:
+      images, targets: [B, H, W, C], both uint8 or both floating point in [-1, 1] (values outside are clipped, as
+        they would be when shown). Equal images give inf, images with NaN give NaN.
+
+    Raises:
+      ValueError: shapes or kinds of dtype differ.
+    """
+    images, targets = np.asarray(images), np.asarray(targets)
+    integer = images.dtype == np.uint8 and targets.dtype == np.uint8
+    floating = all(np.issubdtype(x.dtype, np.floating) or x.dtype.name == "bfloat16" for x in (images, targets))
+    if images.shape != targets.shape or images.ndim != 4 or not (integer or floating):
+        raise ValueError(
+            "psnr: two arrays [B, H, W, C] are needed, both uint8 or both floating point in [-1, 1]; got "
+            f"{images.dtype} {list(images.shape)} and {targets.dtype} {list(targets.shape)}"
+        )
+    images, targets = images.astype(np.float64), targets.astype(np.float64)
+    peak = 255.0 if integer else 2.0
+    if floating:
+        images, targets = np.clip(images, -1, 1), np.clip(targets, -1, 1)
+    errors = np.mean(np.square(images - targets), axis=(1, 2, 3))
+    with np.errstate(divide="ignore"):
+        return 10 * np.log10(peak**2 / errors)
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean, half the width of its 95 % confidence interval, and the number of values."""
+
+    mean: float
+    half_width: float
+    count: int
+
+    def __str__(self) -> str:
+        return f"{self.mean:.2f} ± {self.half_width:.2f}"
+
+
+def estimate(values: np.ndarray | Sequence[float]) -> Estimate:
+    """Mean and 95 % interval (Student's t) of independent values; the half width of a single value is inf.
+
+    Raises:
+      ValueError: no values, or NaN among them (a broken image must not vanish in a mean).
+    """
+    values = np.asarray(values, np.float64).reshape(-1)
+    broken = np.flatnonzero(np.isnan(values))
+    if values.size == 0 or broken.size:
+        where = f"NaN at places {broken[:10].tolist()}" if broken.size else "no values"
+        raise ValueError(f"estimate: {where} of {values.size}")
+    if values.size == 1:
+        return Estimate(float(values[0]), float("inf"), 1)
+    half = stdtrit(values.size - 1, 0.975) * np.std(values, ddof=1) / np.sqrt(values.size)
+    return Estimate(float(np.mean(values)), float(half), values.size)
+
+
+@dataclass
+class CodeUsage:
+    """Counts code indices as they come: `usage.update(indices)` for each batch, then read the properties.
+
+    Bit j of an index is channel j of the code (channel 0 least significant).
+    """
+
+    bits: int
+    counts: Int[np.ndarray, "codes"] = field(init=False, repr=False)
+
+    def __post_init__(self):
+        if not 1 <= self.bits <= 24:
+            raise ValueError(f"CodeUsage: bits must be 1 to 24, got {self.bits}")
+        self.counts = np.zeros(2**self.bits, np.int64)
+
+    def update(self, indices: ArrayLike) -> None:
+        """Adds code indices of any shape; ValueError when one is not in 0..2^bits - 1."""
+        indices = np.asarray(indices).reshape(-1)
+        if indices.size and (indices.min() < 0 or indices.max() >= self.counts.size):
+            raise ValueError(
+                f"CodeUsage: indices {indices.min()}..{indices.max()}, allowed are 0..{self.counts.size - 1}"
+            )
+        np.add.at(self.counts, indices, 1)
+
+    @property
+    def tokens(self) -> int:
+        """Number of indices counted."""
+        return int(self.counts.sum())
+
+    @property
+    def bit_rates(self) -> Float[np.ndarray, "bits"]:
+        """Share of tokens in which each bit is one."""
+        codes = np.arange(self.counts.size)
+        ones = [self.counts[(codes >> bit) & 1 == 1].sum() for bit in range(self.bits)]
+        return np.array(ones, np.float64) / self._counted()
+
+    @property
+    def dead_bits(self) -> tuple[int, ...]:
+        """Bits that have the same value in every token."""
+        rates = self.bit_rates
+        return tuple(int(bit) for bit in np.flatnonzero((rates == 0) | (rates == 1)))
+
+    @property
+    def used(self) -> float:
+        """Share of all 2^bits codes that occur; at most tokens / 2^bits."""
+        return float(np.mean(self.counts > 0)) if self._counted() else 0.0
+
+    @property
+    def perplexity(self) -> float:
+        """exp of the entropy of the codes' distribution: the effective number of codes."""
+        shares = self.counts[self.counts > 0] / self._counted()
+        return float(np.exp(-np.sum(shares * np.log(shares))))
+
+    def _counted(self) -> int:
+        if not self.tokens:
+            raise ValueError("CodeUsage: no indices were counted yet")
+        return self.tokens

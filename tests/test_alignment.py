@@ -1,0 +1,281 @@
+"""Alignment losses, the DINOv2 teacher against transformers' outputs, and initialisation from wider weights."""
+
+import json
+
+import huggingface_hub
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from einops import rearrange
+
+from mergevq_jax.tokenizer import alignment, dinov2
+from mergevq_jax.tokenizer.alignment import init_blocks_from_dinov2, select_uniform
+from mergevq_jax.tokenizer.dinov2 import DINOv2, DINOv2Config, bicubic_matrix, load_dinov2
+from runtime_jax.weights import WeightError, export_weights, read_safetensors, write_safetensors
+
+
+@pytest.fixture(scope="module")
+def golden(goldens):
+    tensors, metadata = read_safetensors(goldens / "dinov2.safetensors")
+    return tensors, json.loads(metadata["config"])
+
+
+@pytest.fixture(scope="module")
+def state_dict(golden):
+    return {name.removeprefix("param/"): array for name, array in golden[0].items() if name.startswith("param/")}
+
+
+@pytest.fixture(scope="module")
+def folder(golden, state_dict, tmp_path_factory):
+    path = tmp_path_factory.mktemp("dinov2")
+    (path / "config.json").write_text(json.dumps(golden[1] | {"model_type": "dinov2"}))
+    write_safetensors(path / "model.safetensors", state_dict, {})
+    return path
+
+
+@pytest.fixture(scope="module")
+def teacher(folder):
+    return load_dinov2(folder)
+
+
+@pytest.fixture(scope="module")
+def images(golden):
+    return jnp.asarray(rearrange(golden[0]["in/x"], "b c h w -> b h w c"))
+
+
+def error(actual, expected):
+    return float(np.max(np.abs(actual - expected)) / np.max(np.abs(expected)))
+
+
+def run(teacher, images):
+    config, params = teacher
+    # A new function each time: equal modules share their traces, and some tests change what is traced.
+    return jax.jit(lambda params: DINOv2(config).apply({"params": params}, images))(params)
+
+
+def test_teacher_equals_transformers_on_another_grid(golden, teacher, images):
+    output = run(teacher, images)
+    assert error(output.hidden, golden[0]["out/hidden"]) < 1e-5
+    assert error(output.pooled, golden[0]["out/pooled"]) < 1e-5
+
+
+@pytest.mark.parametrize("path", ["positions", "class_token", "blocks/scale2", "blocks/query/bias", "norm/bias"])
+def test_a_mutated_weight_fails(golden, teacher, images, path):
+    config, params = teacher
+    mutated = jax.tree_util.tree_map_with_path(
+        lambda place, x: x * 1.1 if "/".join(key.key for key in place) == path else x, params
+    )
+    assert error(run((config, mutated), images).hidden, golden[0]["out/hidden"]) > 1e-4
+
+
+def test_a_mutated_epsilon_or_interpolation_fails(golden, teacher, images, monkeypatch):
+    monkeypatch.setattr(dinov2, "LAYER_NORM_EPSILON", 1e-3)
+    assert error(run(teacher, images).hidden, golden[0]["out/hidden"]) > 1e-4
+    monkeypatch.undo()
+    monkeypatch.setattr(dinov2, "BICUBIC_A", -0.5)
+    assert error(run(teacher, images).hidden, golden[0]["out/hidden"]) > 1e-4
+
+
+def test_files_of_older_transformers_give_the_same(golden, state_dict, folder, teacher, tmp_path):
+    old_names = {
+        "q_proj": "attention.query",
+        "k_proj": "attention.key",
+        "v_proj": "attention.value",
+        "o_proj": "output.dense",
+    }
+    renamed = {}
+    for name, array in state_dict.items():
+        for new, old in old_names.items():
+            name = name.replace(new, old)
+        renamed[name] = array
+    assert "encoder.layer.0.attention.attention.query.weight" in renamed
+    (tmp_path / "config.json").write_bytes((folder / "config.json").read_bytes())
+    write_safetensors(tmp_path / "model.safetensors", renamed, {})
+    config, params = load_dinov2(tmp_path)
+    assert config == teacher[0]
+    jax.tree.map(lambda x, y: np.testing.assert_array_equal(x, y, strict=True), params, teacher[1])
+
+
+def test_round_trip_is_bit_equal(state_dict, teacher):
+    exported = export_weights(dinov2.TABLE, teacher[1])
+    assert exported.keys() == state_dict.keys() - {"embeddings.mask_token"}
+    for name, array in exported.items():
+        np.testing.assert_array_equal(array, state_dict[name], strict=True)
+
+
+def test_hub_id(folder, teacher, monkeypatch):
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, allow_patterns: str(folder))
+    assert load_dinov2("facebook/dinov2-base")[0] == teacher[0]
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("model_type", "vit", "model_type = 'vit', only 'dinov2'"),
+        ("use_swiglu_ffn", True, "use_swiglu_ffn = True, only False"),
+        ("hidden_size", None, "no whole number under hidden_size"),
+        ("hidden_size", 64, r"position_embeddings: shape \(17, 32\) after conversion, but positions has \(17, 64\)"),
+        ("num_hidden_layers", 2, r"blocks/norm1/scale"),
+    ],
+)
+def test_other_models_are_refused(golden, folder, tmp_path, field, value, message):
+    (tmp_path / "config.json").write_text(json.dumps(golden[1] | {field: value}))
+    (tmp_path / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes())
+    with pytest.raises(WeightError, match=message):
+        load_dinov2(tmp_path)
+
+
+def test_missing_files(tmp_path):
+    with pytest.raises(WeightError, match=r"not a readable config\.json"):
+        load_dinov2(tmp_path)
+    with pytest.raises(WeightError, match="no such file or folder"):
+        load_dinov2(tmp_path / "absent")
+
+
+def test_full_size_and_bad_image_size():
+    shapes = jax.eval_shape(DINOv2().init, jax.random.key(0), jnp.zeros((1, 224, 224, 3)))
+    assert sum(leaf.size for leaf in jax.tree.leaves(shapes)) == 86_580_480 - 768  # DINOv2-Base without its mask token
+    output = jax.eval_shape(DINOv2(dtype=jnp.bfloat16).apply, shapes, jnp.zeros((2, 224, 224, 3)))
+    assert (output.hidden.shape, output.pooled.dtype) == ((2, 257, 768), jnp.float32)
+    with pytest.raises(ValueError, match="image size 225x224 is no multiple of 14"):
+        jax.eval_shape(DINOv2().init, jax.random.key(0), jnp.zeros((1, 225, 224, 3)))
+
+
+def test_bicubic_weights():
+    np.testing.assert_array_equal(bicubic_matrix(5, 5), np.eye(5))
+    for old, new in ((4, 6), (37, 16), (3, 11)):
+        np.testing.assert_allclose(bicubic_matrix(old, new).sum(axis=1), 1, rtol=1e-6)
+    # Halfway between two samples a = -0.75 gives (-3, 19, 19, -3) / 32.
+    np.testing.assert_allclose(bicubic_matrix(8, 4)[1], np.array([0, -3, 19, 19, -3, 0, 0, 0]) / 32)
+
+
+def test_standardize():
+    white = dinov2.standardize(jnp.ones((1, 1, 1, 3)))
+    np.testing.assert_allclose(
+        white[0, 0, 0], (1 - np.array([0.485, 0.456, 0.406])) / np.array([0.229, 0.224, 0.225]), 1e-5
+    )
+
+
+def softmax(x):
+    e = np.exp(x - x.max(axis=-1, keepdims=True))
+    return e / e.sum(axis=-1, keepdims=True)
+
+
+@pytest.fixture(scope="module")
+def features():
+    rng = np.random.default_rng(0)
+    return rng.normal(size=(3, 16)).astype(np.float32) * 3, rng.normal(size=(3, 16)).astype(np.float32) * 3
+
+
+def test_kl(features):
+    student, teacher = features
+    p, q = softmax(teacher.astype(np.float64) / 4), softmax(student.astype(np.float64) / 4)
+    expected = 16 * np.mean(np.sum(p * np.log(p / q), axis=-1))
+    student, teacher = map(jnp.asarray, features)
+    assert float(alignment.kl_alignment_loss(student, teacher)) == pytest.approx(expected, rel=1e-5)
+    assert float(alignment.kl_alignment_loss(teacher, teacher)) == 0
+    assert float(alignment.kl_alignment_loss(student + 7, teacher)) == pytest.approx(expected, rel=1e-4)
+
+
+def test_cosine(features):
+    student, teacher = map(jnp.asarray, features)
+    a, b = (x.astype(np.float64) for x in features)
+    expected = -np.mean(np.sum(a * b, axis=1) / np.linalg.norm(a, axis=1) / np.linalg.norm(b, axis=1))
+    assert float(alignment.cosine_alignment_loss(student, teacher)) == pytest.approx(expected, rel=1e-5)
+    assert float(alignment.cosine_alignment_loss(5 * teacher, teacher)) == pytest.approx(-1, rel=1e-6)
+    assert np.all(np.isfinite(jax.grad(alignment.cosine_alignment_loss)(jnp.zeros((3, 16)), teacher)))
+
+
+@pytest.mark.parametrize("loss", [alignment.kl_alignment_loss, alignment.cosine_alignment_loss])
+def test_only_the_student_learns(features, loss):
+    student, teacher = map(jnp.asarray, features)
+    assert np.any(jax.grad(loss)(student, teacher))
+    assert not np.any(jax.grad(loss, argnums=1)(student, teacher))
+
+
+def test_smoothed_cross_entropy(features):
+    logits, labels = features[0], np.array([1, 0, 15])
+    log_p = np.log(softmax(logits.astype(np.float64)))
+    expected = -np.mean(0.9 * log_p[np.arange(3), labels] + 0.1 * log_p.mean(axis=1))
+    actual = alignment.smoothed_cross_entropy(jnp.asarray(logits), jnp.asarray(labels))
+    assert float(actual) == pytest.approx(expected, rel=1e-5)
+
+
+def test_select_uniform():
+    x = np.arange(48).reshape(6, 8)
+    np.testing.assert_array_equal(select_uniform(x, (3, 4)), x[::2, ::2])
+    np.testing.assert_array_equal(select_uniform(x, (6, 8)), x)
+    # 8 to 5: positions 0, 1.75, 3.5, 5.25, 7 round to 0, 2, 4, 5, 7.
+    np.testing.assert_array_equal(select_uniform(x, (1, 5)), x[:1, [0, 2, 4, 5, 7]])
+    for shape in ((7, 8), (48,), (0, 8)):
+        with pytest.raises(ValueError, match="cannot be taken"):
+            select_uniform(x, shape)
+
+
+def block_shapes(width, layers):
+    def norm():
+        return {"scale": np.zeros(width, np.float32), "bias": np.zeros(width, np.float32)}
+
+    def dense(inputs, outputs):
+        return {"kernel": np.zeros((inputs, outputs), np.float32), "bias": np.zeros(outputs, np.float32)}
+
+    return {"cls_token": np.ones((1, 1, width), np.float32)} | {
+        f"blocks_{i}": {
+            "norm1": norm(),
+            "attn": {"qkv": dense(width, 3 * width), "proj": dense(width, width)},
+            "ls1": {"gamma": np.zeros(width, np.float32)},
+            "norm2": norm(),
+            "mlp": {"fc1": dense(width, 4 * width), "fc2": dense(4 * width, width)},
+            "ls2": {"gamma": np.zeros(width, np.float32)},
+        }
+        for i in range(layers)
+    }
+
+
+def test_encoder_blocks_from_dinov2(teacher):
+    source = teacher[1]["blocks"]
+    target = block_shapes(16, 3)
+    filled = init_blocks_from_dinov2(target, teacher[1])
+    assert jax.tree.map(np.shape, filled) == jax.tree.map(np.shape, target)
+    assert filled["cls_token"] is target["cls_token"]
+    for i in range(3):
+        block = filled[f"blocks_{i}"]
+        np.testing.assert_array_equal(block["ls1"]["gamma"], source["scale1"][i, ::2])
+        np.testing.assert_array_equal(block["mlp"]["fc1"]["kernel"], source["fc1"]["kernel"][i, ::2, ::2])
+        for n, name in enumerate(("query", "key", "value")):
+            part = slice(16 * n, 16 * (n + 1))
+            np.testing.assert_array_equal(block["attn"]["qkv"]["kernel"][:, part], source[name]["kernel"][i, ::2, ::2])
+            np.testing.assert_array_equal(block["attn"]["qkv"]["bias"][part], source[name]["bias"][i, ::2])
+    with pytest.raises(ValueError, match="4 transformer blocks, DINOv2 3"):
+        init_blocks_from_dinov2(block_shapes(16, 4), teacher[1])
+    with pytest.raises(ValueError, match="cannot be taken"):
+        init_blocks_from_dinov2(block_shapes(64, 3), teacher[1])
+
+
+def test_filled_blocks_are_the_teachers_at_equal_width(golden, teacher):
+    """The encoder's own block, filled at the teacher's width, computes what the teacher's block does."""
+    from mergevq_jax.tokenizer.config import Compute
+    from mergevq_jax.tokenizer.layers import Block
+
+    config, params = teacher
+    x = jnp.asarray(golden[0]["out/hidden"])
+    filled = init_blocks_from_dinov2(block_shapes(config.width, 1), params)["blocks_0"]
+    actual, _, _ = Block(config.num_heads, 1e-5, Compute()).apply({"params": filled}, x)
+    first = jax.tree.map(lambda leaf: leaf[0], params["blocks"])
+    expected, _ = dinov2.Block(config, "xla", jnp.float32).apply({"params": first}, x, None)
+    assert error(actual, expected) < 1e-4  # the norms' epsilons differ: 1e-5 here, 1e-6 there
+
+
+def test_config_defaults_are_dinov2_base():
+    assert DINOv2Config() == dinov2.parse_config(
+        {
+            "model_type": "dinov2",
+            "hidden_size": 768,
+            "num_hidden_layers": 12,
+            "num_attention_heads": 12,
+            "mlp_ratio": 4,
+            "patch_size": 14,
+            "image_size": 518,
+        }
+    )

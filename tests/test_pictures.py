@@ -1,0 +1,150 @@
+"""Grids, labels, group outlines and curves, by their pixels."""
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from runtime_jax import pictures
+from runtime_jax.pictures import image_grid, loss_curve, outline_groups, read_metrics, save_png
+
+GREY = np.full((8, 8, 3), 128, np.uint8)
+
+
+def solid(height, width, value):
+    return np.full((height, width, 3), value, np.uint8)
+
+
+def test_grid_places_every_picture():
+    grid = image_grid([[solid(2, 3, 10), None], [solid(1, 3, 20), solid(2, 3, 30)]], scale=2, padding=1)
+    assert grid.shape == (2 * 6, 2 * 8, 3) and grid.dtype == np.uint8
+    np.testing.assert_array_equal(grid[1:5, 1:7], solid(4, 6, 10))
+    np.testing.assert_array_equal(grid[8:10, 1:7], solid(2, 6, 20))  # centred in its cell
+    np.testing.assert_array_equal(grid[7:11, 9:15], solid(4, 6, 30))
+    assert np.all(grid[:6, 8:] == 255)
+    assert np.sum(grid != 255) == 3 * (24 + 12 + 24)
+
+
+def test_grid_labels_are_drawn_beside_the_pictures():
+    rows = [[GREY, GREY], [GREY, GREY]]
+    plain = image_grid(rows)
+    labelled = image_grid(
+        rows, row_labels=["a photograph", "b\nheld out"], column_labels=["original", "K=36"], font_size=14
+    )
+    assert labelled.shape[0] > plain.shape[0] and labelled.shape[1] > plain.shape[1] + 60
+    heading, margin = labelled[:16], labelled[20:, :60]
+    for area in (heading, margin):
+        assert area.min() < 60  # ink
+    other = image_grid(
+        rows, row_labels=["a photograph", "b\nheld out"], column_labels=["original", "K=64"], font_size=14
+    )
+    assert other.shape == labelled.shape and np.any(other != labelled)
+    # Labels never cover a picture.
+    assert np.sum(np.all(labelled == 128, axis=-1)) >= 4 * 64
+
+
+@pytest.mark.parametrize(
+    ("rows", "labels", "message"),
+    [
+        ([[None]], {}, "no picture"),
+        ([[GREY]], {"row_labels": ["a", "b"]}, "2 row labels for 1 rows"),
+        ([[GREY, GREY]], {"column_labels": ["a"]}, "1 column labels for 2 columns"),
+        ([[GREY.astype(np.float32)]], {}, r"uint8 \[H, W, 3\], got float32"),
+        ([[GREY[..., 0]]], {}, r"got uint8 \[8, 8\]"),
+    ],
+)
+def test_bad_grids_are_refused(rows, labels, message):
+    with pytest.raises(ValueError, match=message):
+        image_grid(rows, **labels)
+
+
+def changed(picture, base):
+    return np.any(picture != base, axis=-1)
+
+
+def test_outline_is_drawn_between_groups_only():
+    # Left half one group, right half four single tokens.
+    groups = np.array([0, 0, 1, 2, 0, 0, 3, 4, 0, 0, 5, 6, 0, 0, 7, 8])
+    drawn = changed(outline_groups(GREY, groups), GREY)
+    assert np.all(drawn[:, 3:5]) and not np.any(drawn[:, :3]) and not np.any(drawn[:, 5:])
+    light_and_dark = outline_groups(GREY, groups)[0, 3:5]
+    assert light_and_dark[0].min() > 200 and light_and_dark[1].max() < 60
+    everything = changed(outline_groups(GREY, groups, singles=True), GREY)
+    assert np.all(everything[:, 5:7]) and np.all(everything[1:3, 5:]) and not np.any(everything[:, :3])
+
+
+def test_outline_without_merges_or_with_one_group_is_the_image():
+    np.testing.assert_array_equal(outline_groups(GREY, np.arange(16)), GREY)
+    np.testing.assert_array_equal(outline_groups(GREY, np.zeros(16, int), scale=2), solid(16, 16, 128))
+
+
+def test_outline_on_a_grid_that_is_not_square():
+    image = solid(4, 12, 128)
+    drawn = changed(outline_groups(image, np.array([0, 0, 1, 0, 0, 1]), grid=(2, 3), scale=2), solid(8, 24, 128))
+    assert drawn.shape == (8, 24) and np.all(drawn[:, 15:17]) and np.sum(drawn) == 16
+
+
+def test_tint_colours_merged_groups_alone():
+    groups = np.array([0, 1, 2, 0])  # tokens 0 and 3 are one group that does not touch
+    picture = outline_groups(GREY, groups, tint=0.5)
+    np.testing.assert_array_equal(picture[0, 0], picture[-1, -1])
+    assert np.any(picture[0, 0] != 128) and np.all(picture[0, -1] == 128)
+    assert GREY[0, 0, 0] == 128  # the input is left alone
+
+
+def test_outline_of_another_size_is_refused():
+    with pytest.raises(ValueError, match="15 tokens do not tile"):
+        outline_groups(GREY, np.arange(15))
+    with pytest.raises(ValueError, match="9 tokens do not tile a 3 x 3 grid on a picture of 8 x 8"):
+        outline_groups(GREY, np.arange(9))
+
+
+def test_save_png_is_atomic(tmp_path, monkeypatch):
+    path = tmp_path / "new" / "picture.png"
+    save_png(path, GREY)
+    np.testing.assert_array_equal(np.array(Image.open(path)), GREY)
+
+    def interrupted(self, target, **kwargs):
+        target.write_bytes(b"half")
+        raise OSError("disk full")
+
+    monkeypatch.setattr(Image.Image, "save", interrupted)
+    with pytest.raises(OSError, match="disk full"):
+        save_png(path, solid(2, 2, 0))
+    assert [file.name for file in path.parent.iterdir()] == ["picture.png"]
+    monkeypatch.undo()
+    np.testing.assert_array_equal(np.array(Image.open(path)), GREY)
+    with pytest.raises(ValueError, match="uint8"):
+        save_png(path, GREY / 255)
+
+
+@pytest.fixture
+def metrics(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    lines = [{"step": s, "loss": 1 / s} | ({"psnr": 20.0 + s} if s % 10 == 0 else {}) for s in range(1, 201)]
+    path.write_text("\n".join(map(json.dumps, lines)) + "\n")
+    return path
+
+
+def test_metrics_are_read_by_name(metrics):
+    curves = read_metrics(metrics, ["loss", "psnr"])
+    assert len(curves["loss"][0]) == 200 and len(curves["psnr"][0]) == 20
+    assert (curves["psnr"][0][0], curves["psnr"][1][0]) == (10, 30.0)
+    with pytest.raises(ValueError, match="no line has 'los'; there are loss, psnr"):
+        read_metrics(metrics, ["los"])
+
+
+def test_loss_curve_draws_a_picture(metrics, tmp_path):
+    loss_curve(metrics, tmp_path / "loss.png", names=("loss", "psnr"), title="tiny")
+    both = np.array(Image.open(tmp_path / "loss.png").convert("RGB"))
+    loss_curve({"loss": (np.arange(3), np.array([3.0, 2.0, 1.0]))}, tmp_path / "one.png")
+    one = np.array(Image.open(tmp_path / "one.png").convert("RGB"))
+    assert both.shape[0] == 2 * one.shape[0] and both.shape[1] == one.shape[1]
+    blue = (one[..., 2] > 150) & (one[..., 0] < 80)
+    rows, columns = np.nonzero(blue)
+    assert np.corrcoef(rows, columns)[0, 1] > 0.95  # the values fall: further right is further down
+
+
+def test_module_does_not_load_matplotlib():
+    assert not hasattr(pictures, "matplotlib")

@@ -1,0 +1,113 @@
+"""PSNR per image, intervals and codebook usage, against numbers that can be checked by hand."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mergevq_jax.evaluate.reconstruction import CodeUsage, estimate, psnr
+
+
+@pytest.fixture(scope="module")
+def images():
+    return np.random.default_rng(0).uniform(-0.8, 0.8, (3, 4, 5, 3)).astype(np.float32)
+
+
+def test_psnr_of_known_errors(images):
+    offsets = np.array([0.2, 0.02, 0.002], np.float32)
+    np.testing.assert_allclose(psnr(images + offsets[:, None, None, None], images), [20, 40, 60], atol=1e-2)
+    a = np.full((1, 2, 2, 3), 100, np.uint8)
+    np.testing.assert_allclose(psnr(a, a + np.uint8(5)), 20 * np.log10(255 / 5))
+    np.testing.assert_allclose(psnr(a + np.uint8(5), a), 20 * np.log10(255 / 5))  # no wrap-around below zero
+
+
+def test_psnr_does_not_depend_on_the_batch(images):
+    noisy = images + np.float32([0.3, 0.1, 0.01])[:, None, None, None]
+    alone = np.concatenate([psnr(noisy[i : i + 1], images[i : i + 1]) for i in range(3)])
+    np.testing.assert_array_equal(psnr(noisy, images), alone)
+
+
+def test_psnr_units_agree(images):
+    a = np.round((images + 1) * 127.5).astype(np.uint8)
+    b = np.clip(a.astype(int) + 9, 0, 255).astype(np.uint8)
+    np.testing.assert_allclose(psnr(a / 127.5 - 1, b / 127.5 - 1), psnr(a, b), rtol=1e-10)
+
+
+def test_psnr_clips_equals_and_nan(images):
+    assert np.all(psnr(images, images) == np.inf)
+    np.testing.assert_array_equal(psnr(np.full((1, 2, 2, 3), 1.5), np.ones((1, 2, 2, 3))), [np.inf])
+    broken = images.copy()
+    broken[1, 0, 0, 0] = np.nan
+    assert np.isnan(psnr(broken, images)).tolist() == [False, True, False]
+    assert psnr(jnp.asarray(images, jnp.bfloat16), images).min() > 40
+
+
+@pytest.mark.parametrize(
+    "other", [np.zeros((3, 4, 5, 3), np.uint8), np.zeros((3, 4, 5, 1)), np.zeros((3, 4, 5, 3), int)]
+)
+def test_psnr_refuses_mixed_kinds(images, other):
+    with pytest.raises(ValueError, match="psnr: two arrays"):
+        psnr(images, other)
+
+
+def test_estimate():
+    result = estimate([1.0, 2.0, 3.0, 4.0])
+    assert (result.mean, result.count) == (2.5, 4)
+    assert result.half_width == pytest.approx(
+        3.182446 * np.std([1, 2, 3, 4], ddof=1) / 2, rel=1e-6
+    )  # t table, 3 degrees
+    assert str(result) == "2.50 ± 2.05"
+    assert estimate([7.0]).half_width == np.inf
+    with pytest.raises(ValueError, match=r"NaN at places \[1\] of 2"):
+        estimate([1.0, np.nan])
+    with pytest.raises(ValueError, match="no values"):
+        estimate([])
+
+
+def test_interval_covers_the_mean_as_often_as_it_says():
+    rng = np.random.default_rng(0)
+    results = [estimate(rng.normal(5, 2, 6)) for _ in range(2000)]
+    assert np.mean([abs(r.mean - 5) <= r.half_width for r in results]) == pytest.approx(0.95, abs=0.015)
+
+
+def test_code_usage_of_a_known_stream():
+    usage = CodeUsage(3)
+    usage.update(np.array([[1, 1], [3, 3]]))
+    usage.update(np.array([5, 5, 7, 7]))
+    assert usage.tokens == 8
+    np.testing.assert_array_equal(usage.bit_rates, [1, 0.5, 0.5])
+    assert usage.dead_bits == (0,)
+    assert usage.used == 0.5
+    assert usage.perplexity == pytest.approx(4)
+    usage.update(np.array([0, 0]))
+    assert usage.dead_bits == () and usage.used == 5 / 8 and usage.perplexity == pytest.approx(5)
+
+
+def test_a_bit_that_is_never_one_is_dead_too():
+    usage = CodeUsage(2)
+    usage.update(np.array([0, 1]))
+    assert usage.dead_bits == (1,)
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.integers(1, 10), st.lists(st.integers(0, 2**10 - 1), min_size=1, max_size=60))
+def test_code_usage_equals_counting_one_by_one(bits, raw):
+    indices = np.array(raw) % 2**bits
+    usage = CodeUsage(bits)
+    for index in indices:
+        usage.update(index)
+    expected = [np.mean([(int(i) >> bit) & 1 for i in indices]) for bit in range(bits)]
+    np.testing.assert_allclose(usage.bit_rates, expected)
+    assert usage.used == len(set(indices.tolist())) / 2**bits
+    assert 1 - 1e-9 <= usage.perplexity <= len(set(indices.tolist())) + 1e-9
+
+
+def test_code_usage_refuses_what_it_cannot_count():
+    with pytest.raises(ValueError, match=r"indices -1\.\.8, allowed are 0\.\.7"):
+        CodeUsage(3).update(np.array([-1, 8]))
+    with pytest.raises(ValueError, match="bits must be 1 to 24"):
+        CodeUsage(0)
+    for name in ("bit_rates", "dead_bits", "used", "perplexity"):
+        with pytest.raises(ValueError, match="no indices were counted"):
+            getattr(CodeUsage(3), name)
