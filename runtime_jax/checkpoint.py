@@ -17,7 +17,6 @@ from jax.experimental import multihost_utils
 from jax.sharding import SingleDeviceSharding
 
 _LOG = logging.getLogger(__name__)
-_ITEMS = ("state", "loop", "config")
 _TEMPORARY = ".orbax-checkpoint-tmp"
 # How TensorStore reports files that are absent, cut short or overwritten, as against no memory or no permission.
 _DAMAGE = ("NOT_FOUND", "DATA_LOSS", "OUT_OF_RANGE", "INVALID_ARGUMENT", "FAILED_PRECONDITION")
@@ -68,19 +67,25 @@ class Checkpointer:
 
     What a killed run left half-written is passed over with a warning that names it, and set aside unless `read_only`.
     All processes must call the same methods; process 0 writes what is not split over processes.
+
+    Raises:
+        FileNotFoundError: `read_only`, and there is no directory of checkpoints.
     """
 
     def __init__(self, workdir: str | Path, *, keep: int = 3, read_only: bool = False):
         self.directory = Path(workdir).absolute() / "checkpoints"
+        if read_only and not self.directory.is_dir():
+            raise FileNotFoundError(f"{self.directory}: no such directory")
         self._pass_over_unfinished(read_only)
         options = ocp.CheckpointManagerOptions(
             create=not read_only, read_only=read_only, max_to_keep=None if read_only else keep
         )
-        self._manager = (
-            ocp.CheckpointManager(self.directory, options=options, item_names=_ITEMS)
-            if (not read_only or self.directory.is_dir())
-            else None
-        )
+        handlers = {
+            "state": ocp.StandardCheckpointHandler(),
+            "loop": ocp.JsonCheckpointHandler(),
+            "config": ocp.JsonCheckpointHandler(),
+        }
+        self._manager = ocp.CheckpointManager(self.directory, options=options, item_handlers=handlers)
 
     def _pass_over_unfinished(self, read_only: bool) -> None:
         """Warns of directories that a killed save left behind; unless read_only, makes room for a save at that step."""
@@ -145,16 +150,14 @@ class Checkpointer:
             CheckpointError: the save failed otherwise.
         """
         try:
-            if self._manager is not None:
-                self._manager.wait_until_finished()
+            self._manager.wait_until_finished()
         except Exception as error:
             raise self._explained(error, None) from error
 
     def close(self) -> None:
         """Waits for the last save and stops the writing threads."""
         self.wait()
-        if self._manager is not None:
-            self._manager.close()
+        self._manager.close()
 
     def __enter__(self) -> "Checkpointer":
         return self
@@ -206,7 +209,7 @@ class Checkpointer:
         target = jax.tree.map(_with_sharding, abstract_state)
         try:
             saved = self._manager.item_metadata(step)["state"].tree
-        except (AttributeError, KeyError, ValueError) as error:
+        except ValueError as error:
             raise DamagedCheckpointError(f"{self.path(step)}: unreadable: {error}") from error
         differences = _differences(_leaves(saved), _leaves(target))
         if differences:
@@ -306,30 +309,42 @@ def initial_state(
     Raises:
         ValueError: the checkpoint is of another architecture, or differs in a `must_match` key.
         FileNotFoundError: `resume_from` holds no checkpoint.
-        DamagedCheckpointError: `resume_from` cannot be read.
+        DamagedCheckpointError: no checkpoint of the workdir can be read, or `resume_from` cannot.
         WorkdirError: the workdir cannot be written.
     """
     path = check_workdir(workdir)
     with Checkpointer(path) as own:
-        for step in reversed(own.steps()):
-            try:
-                state = _restored(own, step, abstract_state, config, must_match)
-            except DamagedCheckpointError as error:
-                _LOG.warning("%s", error)
-                _set_aside(own.path(step))
-                continue
-            return InitialState(state, step, f"own checkpoint {own.path(step)}")
+        if own.steps():
+            return _newest_readable(own, lambda step: _restored(own, step, abstract_state, config, must_match))
     if resume_from is not None:
         source, step = _locate(resume_from)
         with Checkpointer(source, read_only=True) as other:
             step = other.latest() if step is None else step
-            if step is None:
-                raise FileNotFoundError(f"resume_from {resume_from}: no checkpoint there")
+            if step not in other.steps():
+                raise FileNotFoundError(f"resume_from {resume_from}: no complete checkpoint there")
             state = _restored(other, step, abstract_state, config, must_match)
             return InitialState(state, step, f"resumed from {other.path(step)}")
     if init_from is not None:
         return InitialState(init_from(init()), 0, "init_from weights")
     return InitialState(init(), 0, "scratch")
+
+
+def _newest_readable(own: Checkpointer, restore: Callable[[int], Any]) -> InitialState:
+    """The newest checkpoint that can be read; damaged ones above it are set aside, so that their steps can be saved."""
+    damaged: list[DamagedCheckpointError] = []
+    for step in reversed(own.steps()):
+        try:
+            state = restore(step)
+        except DamagedCheckpointError as error:
+            _LOG.warning("passing over damaged checkpoint %s", error)
+            damaged.append(error)
+            continue
+        for passed in own.steps():
+            if passed > step:
+                _set_aside(own.path(passed))
+        return InitialState(state, step, f"own checkpoint {own.path(step)}")
+    # To start from scratch here would bury a run that can perhaps be saved.
+    raise DamagedCheckpointError(f"{own.directory}: none of {len(damaged)} checkpoints can be read: {damaged[0]}")
 
 
 def _restored(
