@@ -10,6 +10,7 @@ from flax import struct
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
+from runtime_jax.sharding import Axis, constrain
 from runtime_jax.weights import CONV, Rule
 
 Logits = Float[Array, "batch h w 1"]
@@ -100,12 +101,12 @@ class PatchDiscriminator(nn.Module):
             )
 
         x = conv(self.ndf, 2, True, "conv_0", self.dtype)(images.astype(self.dtype))
-        x = nn.leaky_relu(x, 0.2)
+        x = constrain(nn.leaky_relu(x, 0.2), Axis.BATCH, None, None, None)
         for n in range(1, self.num_layers + 1):
             stride = 2 if n < self.num_layers else 1
             x = conv(self.ndf * min(2**n, 8), stride, False, f"conv_{n}", self.dtype)(x)
             x = BatchNorm(dtype=self.dtype, name=f"norm_{n}")(x, train=train)
-            x = nn.leaky_relu(x, 0.2)
+            x = constrain(nn.leaky_relu(x, 0.2), Axis.BATCH, None, None, None)
         return conv(1, 1, True, "logits", jnp.float32)(x.astype(jnp.float32))
 
 

@@ -16,6 +16,7 @@ from jaxtyping import Array, Float
 
 from runtime_jax.attention import AttentionBackend, attention
 from runtime_jax.hub import local_path, read_tensors
+from runtime_jax.sharding import Axis, constrain
 from runtime_jax.weights import CONV, LINEAR, Rule, Transform, WeightError, import_weights
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -92,7 +93,7 @@ class Block(nn.Module):
         def dense(features: int, name: str) -> nn.Dense:
             return nn.Dense(features, dtype=self.dtype, name=name)
 
-        def layer_scale(name: str) -> Float[Array, "1 1 width"]:
+        def layer_scale(name: str):
             return self.param(name, nn.initializers.ones, (config.width,))[None, None].astype(self.dtype)
 
         y = _layer_norm(x, "norm1").astype(self.dtype)
@@ -104,7 +105,8 @@ class Block(nn.Module):
         x = x + dense(config.width, "out")(y) * layer_scale("scale1")
         y = _layer_norm(x, "norm2").astype(self.dtype)
         y = nn.gelu(dense(config.mlp_ratio * config.width, "fc1")(y), approximate=False)
-        return x + dense(config.width, "fc2")(y) * layer_scale("scale2"), None
+        x = x + dense(config.width, "fc2")(y) * layer_scale("scale2")
+        return constrain(x, Axis.BATCH, None, None), None
 
 
 class DINOv2(nn.Module):

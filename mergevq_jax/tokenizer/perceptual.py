@@ -13,6 +13,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from runtime_jax.hub import merge_tensors, read_tensors
+from runtime_jax.sharding import Axis, constrain
 from runtime_jax.weights import CONV, IDENTITY, Rule, Transform, WeightError, import_weights
 
 Images = Float[Array, "batch height width 3"]
@@ -46,6 +47,7 @@ class VGG16Features(nn.Module):
                 x = nn.max_pool(x, (2, 2), strides=(2, 2))
             for n in range(convs):
                 x = nn.relu(nn.Conv(width, (3, 3), padding=1, dtype=self.dtype, name=f"conv_{stage}_{n}")(x))
+                x = constrain(x, Axis.BATCH, None, None, None)
             features.append(x)
         return features
 
