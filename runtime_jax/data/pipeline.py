@@ -8,9 +8,11 @@ from typing import Any
 import grain
 import numpy as np
 from absl import flags
+from jaxtyping import UInt8
 from PIL import Image
 
 from runtime_jax.data.sources import SourceConfig, open_source
+from runtime_jax.prng import Stream, host_rng
 
 Batch = dict[str, np.ndarray]
 
@@ -69,6 +71,8 @@ def make_batches(config: DataConfig, start_step: int, *, process_index: int = 0,
         if not flags.FLAGS.is_parsed():
             flags.FLAGS.mark_as_parsed()
         batches = batches.mp_prefetch(grain.MultiprocessingOptions(num_workers=config.num_workers))
+        # What the workers hand over lies in shared memory: copied out, so that nobody has to give it back.
+        batches = batches.map(_copy)
     return Batches(iter(batches))
 
 
@@ -83,6 +87,10 @@ class Batches(Iterator[Batch]):
         batch = next(self._batches)
         self._count(batch.pop("skipped"))
         return batch
+
+    def close(self) -> None:
+        """Stops the threads or processes behind the iterator; no batch can be drawn afterwards."""
+        self._batches.close()
 
     def _count(self, names: tuple[str, ...]) -> None:
         before = len(self.skipped)
@@ -112,14 +120,10 @@ def _stream(config: DataConfig) -> grain.MapDataset:
     for number, source in enumerate(config.sources):
         part = grain.MapDataset.source(_Tagged(open_source(source), source.crop_scale))
         if config.shuffle:
-            part = part.shuffle(_seed(config.seed, number))
+            part = part.shuffle(int(host_rng(config.seed, Stream.DATA, number).integers(2**32)))
         parts.append(part.repeat())
     mixed = parts[0] if len(parts) == 1 else grain.MapDataset.mix(parts, [s.weight for s in config.sources])
     return mixed.map_with_index(_Augment(config))
-
-
-def _seed(*entropy: int) -> int:
-    return int(np.random.SeedSequence(entropy).generate_state(1)[0])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,7 +145,7 @@ class _Augment:
     config: DataConfig
 
     def __call__(self, index: int, example: dict[str, Any]) -> dict[str, Any]:
-        rng = np.random.default_rng([self.config.seed, index])
+        rng = host_rng(self.config.seed, Stream.AUGMENT, index)
         size = self.config.image_size
         if self.config.random_crop:
             image = random_crop(example["image"], size, example["crop_scale"], rng)
@@ -152,14 +156,16 @@ class _Augment:
         return {"image": image, "label": example["label"], "index": index, "skipped": example.get("skipped", ())}
 
 
-def center_crop(image: np.ndarray, size: int) -> np.ndarray:
+def center_crop(image: UInt8[np.ndarray, "H W 3"], size: int) -> UInt8[np.ndarray, "{size} {size} 3"]:
     """The largest centred square of uint8 [H, W, 3], resized to [size, size, 3]."""
     height, width = image.shape[:2]
-    side = min(height, width)
+    side = float(min(height, width))
     return _resize(image, (width - side) / 2, (height - side) / 2, side, size)
 
 
-def random_crop(image: np.ndarray, size: int, scale: tuple[float, float], rng: np.random.Generator) -> np.ndarray:
+def random_crop(
+    image: UInt8[np.ndarray, "H W 3"], size: int, scale: tuple[float, float], rng: np.random.Generator
+) -> UInt8[np.ndarray, "{size} {size} 3"]:
     """A random square whose side is `scale` times the shorter side (log-uniform), resized to [size, size, 3]."""
     height, width = image.shape[:2]
     side = min(height, width) * float(np.exp(rng.uniform(*np.log(scale))))
@@ -171,6 +177,10 @@ def _resize(image: np.ndarray, left: float, top: float, side: float, size: int) 
         return image[int(top) : int(top) + size, int(left) : int(left) + size]
     box = (left, top, left + side, top + side)
     return np.asarray(Image.fromarray(image).resize((size, size), Image.Resampling.BICUBIC, box))
+
+
+def _copy(batch: dict[str, Any]) -> dict[str, Any]:
+    return {key: np.array(value) if isinstance(value, np.ndarray) else value for key, value in batch.items()}
 
 
 def _stack(examples: list[dict[str, Any]]) -> dict[str, Any]:

@@ -1,16 +1,17 @@
 """Where pictures come from: TFDS datasets, folders of images, and scikit-learn's two sample photographs.
 
-Every source is a random-access sequence of examples `{"image": uint8 [H, W, 3], "label": int}`, with "caption" where the
-dataset has one, and "skipped" naming the unreadable files that stood in the example's place.
+Every source is a random-access sequence of examples `{"image": uint8 [H, W, 3], "label": int}`, with "caption" where
+the dataset has one, and "skipped" naming the unreadable files that stood in the example's place.
 """
 
 import dataclasses
 import importlib.util
 import io
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
+from jaxtyping import UInt8
 from PIL import Image, ImageOps
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
@@ -44,6 +45,7 @@ class SourceConfig:
     crop_scale: tuple[float, float] = (1.0, 1.0)
 
 
+@runtime_checkable
 class Source(Protocol):
     """A random-access sequence of examples."""
 
@@ -72,7 +74,7 @@ def open_source(config: SourceConfig) -> Source:
     raise ValueError(f"source: kind is {config.kind!r}, allowed are 'tfds', 'folder', 'photos'")
 
 
-def decode_image(data: bytes) -> np.ndarray:
+def decode_image(data: bytes) -> UInt8[np.ndarray, "H W 3"]:
     """Encoded picture -> uint8 [H, W, 3]: upright by its EXIF tag, transparency over white, 16 bits cut to 8."""
     with Image.open(io.BytesIO(data)) as image:
         image = ImageOps.exif_transpose(image)
@@ -90,6 +92,8 @@ class TfdsSource:
     def __init__(self, name: str, split: str, data_dir: str):
         import tensorflow_datasets as tfds
 
+        if not name:
+            raise ValueError("source tfds: name is empty, it must be a dataset such as 'mini_scenes/64'")
         try:
             builder = tfds.core.read_only_builder.builder_from_files(name, data_dir=data_dir)
         except tfds.core.DatasetNotFoundError as error:
@@ -172,7 +176,7 @@ class PhotoSource:
         return {"image": self._regions[index % len(self._regions)], "label": -1}
 
 
-def photo_region(name: str, split: str) -> np.ndarray:
+def photo_region(name: str, split: str) -> UInt8[np.ndarray, "H W 3"]:
     """The training or held-out region of a sample photograph, uint8 [H, W, 3].
 
     Raises:

@@ -9,11 +9,11 @@ prepare("data", size=64)                       # then: tfds.data_source("mini_sc
 from runtime_jax.data.mini_scenes.builder import (
     MiniScenes,
     MiniScenesConfig,
-    example_scene,
     make_config,
     prepare,
 )
 from runtime_jax.data.mini_scenes.captions import caption, full_caption
+from runtime_jax.data.mini_scenes.examples import example_scene
 from runtime_jax.data.mini_scenes.render import Rendering, render_scene
 from runtime_jax.data.mini_scenes.scene import (
     Background,

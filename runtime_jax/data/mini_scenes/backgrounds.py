@@ -35,7 +35,7 @@ def _interpolate(knots: np.ndarray, side: int) -> np.ndarray:
     return knots[lower] * (1 - weight) + knots[lower + 1] * weight
 
 
-def _hsv(hue: float, saturation: float, value: float) -> np.ndarray:
+def _hsv(hue, saturation, value) -> np.ndarray:
     return np.array(colorsys.hsv_to_rgb(hue / 360 % 1, saturation, value), np.float32)
 
 
@@ -45,7 +45,7 @@ def _mix(weight: np.ndarray, zero: np.ndarray, one: np.ndarray) -> np.ndarray:
 
 
 def _below(background: Background, side: int) -> tuple[np.ndarray, np.ndarray]:
-    """Depth into the ground [side] (0 at the horizon, 1 at the bottom) and an antialiased indicator of it [side, 1, 1]."""
+    """Depth into the ground [side], 0 at the horizon and 1 at the bottom, and its indicator [side, 1, 1]."""
     rise = axis(side) - background.horizon
     return np.clip(rise / (1 - background.horizon), 0, 1), np.clip(rise * side + 0.5, 0, 1)[:, None, None]
 
@@ -74,7 +74,7 @@ def _brick(background, side, rng):
     across, along = (x % 1) * 2, y % 1
     to_joint = np.minimum(np.minimum(across, 2 - across), np.minimum(along, 1 - along))
     shade = rng.uniform(0.9, 1.08, (rows + 1, rows + 1)).astype(np.float32)[row.astype(int), np.floor(x).astype(int)]
-    brick = _mix(np.float32(background.tone), _hsv(14, 0.4, 0.62), _hsv(28, 0.28, 0.74)) * shade[..., None]
+    brick = _mix(np.array(background.tone, np.float32), _hsv(14, 0.4, 0.62), _hsv(28, 0.28, 0.74)) * shade[..., None]
     joint = np.clip((to_joint - 0.05) * side / rows + 0.5, 0, 1)
     return _mix(joint, _hsv(35, 0.12, 0.82), brick)
 
@@ -155,9 +155,8 @@ def _floor_plane(background: Background, side: int) -> tuple[np.ndarray, np.ndar
 
 def _room_wall(background, side, rng):
     hue = rng.uniform(0, 360)
-    return _sky(
-        background, side, _hsv(hue, 0.14, 0.88 - 0.16 * background.tone), _hsv(hue, 0.2, 0.8 - 0.2 * background.tone)
-    )
+    upper, lower = _hsv(hue, 0.14, 0.88 - 0.16 * background.tone), _hsv(hue, 0.2, 0.8 - 0.2 * background.tone)
+    return _sky(background, side, upper, lower)
 
 
 def _skirting(background: Background, side: int, image: np.ndarray) -> np.ndarray:
@@ -172,7 +171,7 @@ def _floor(background, side, rng):
     shade = rng.uniform(0.9, 1.08, 80).astype(np.float32)[np.clip(plank, 0, 79).astype(int)]
     edge = np.abs(plank % 1 - 0.5)
     shade = shade * (1 - 0.28 * np.clip((edge - 0.465) / 0.035, 0, 1))
-    ground = _mix(np.float32(background.tone), _hsv(26, 0.46, 0.58), _hsv(34, 0.4, 0.74)) * shade[..., None]
+    ground = _mix(np.array(background.tone, np.float32), _hsv(26, 0.46, 0.58), _hsv(34, 0.4, 0.74)) * shade[..., None]
     return _skirting(background, side, _stack(background, side, _room_wall(background, side, rng), ground))
 
 

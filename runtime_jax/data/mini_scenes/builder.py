@@ -1,22 +1,20 @@
 """The TFDS dataset: array_record files of PNG images and masks, captions and every attribute of the scene."""
 
 import dataclasses
-import io
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import tensorflow_datasets as tfds
-from PIL import Image
 
 from runtime_jax.data.mini_scenes import vocabulary as words
-from runtime_jax.data.mini_scenes.captions import caption, full_caption
-from runtime_jax.data.mini_scenes.render import MIN_SIZE, render_scene
-from runtime_jax.data.mini_scenes.scene import Scene, SceneObject, sample_scene
+from runtime_jax.data.mini_scenes.examples import SPLITS, make_examples
+from runtime_jax.data.mini_scenes.render import MIN_SIZE
 
-SPLITS = ("train", "validation", "test")
 NAME = "mini_scenes"
+PARALLEL_FROM = 2000
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -46,13 +44,6 @@ def make_config(size: int = 64, train: int = 20_000, validation: int = 1_000, te
     usual = (train, validation, test, seed) == (20_000, 1_000, 1_000, 0)
     name = f"{size}" if usual else f"{size}_n{train}_{validation}_{test}_s{seed}"
     return MiniScenesConfig(name=name, size=size, train=train, validation=validation, test=test, seed=seed)
-
-
-def example_scene(seed: int, split: str, index: int) -> tuple[Scene, str]:
-    """Scene and caption number `index` of a split: a pure function of (seed, split, index)."""
-    scene_rng, caption_rng = (np.random.default_rng([seed, SPLITS.index(split), index, part]) for part in (0, 1))
-    scene = sample_scene(scene_rng)
-    return scene, caption(scene, caption_rng)
 
 
 class MiniScenes(tfds.core.GeneratorBasedBuilder):
@@ -108,37 +99,10 @@ class MiniScenes(tfds.core.GeneratorBasedBuilder):
 
     def _generate_examples(self, split: str) -> Iterator[tuple[int, dict[str, Any]]]:
         config = self.builder_config
-        for index in range(getattr(config, split)):
-            yield index, _make_example(config.seed, split, index, config.size)
-
-
-def _make_example(seed: int, split: str, index: int, size: int) -> dict[str, Any]:
-    scene, text = example_scene(seed, split, index)
-    image, mask = render_scene(scene, size)
-    return {
-        "image": _png(image),
-        "mask": _png(mask),
-        "label": scene.label,
-        "caption": text,
-        "full_caption": full_caption(scene),
-        "scene": scene.to_json(),
-        "background": scene.background.kind,
-        "light": dataclasses.asdict(scene.light),
-        "objects": [_attributes(item) for item in scene.objects],
-    }
-
-
-def _attributes(item: SceneObject) -> dict[str, Any]:
-    fields = dataclasses.asdict(item)
-    del fields["accent"]
-    return {**fields, "rgb": np.array(item.rgb, np.uint8)}
-
-
-def _png(image: np.ndarray) -> bytes:
-    """Encoded here, so that TFDS never asks TensorFlow to do it."""
-    buffer = io.BytesIO()
-    Image.fromarray(image).save(buffer, "PNG", compress_level=4)
-    return buffer.getvalue()
+        count = getattr(config, split)
+        # Starting a worker takes about two seconds, which pays off from a few thousand examples on.
+        workers = len(os.sched_getaffinity(0)) if count >= PARALLEL_FROM else 0
+        yield from enumerate(make_examples(config.seed, split, count, config.size, min(workers, 16)))
 
 
 def prepare(
@@ -157,10 +121,10 @@ def prepare(
     Raises:
         ValueError: as `make_config`.
     """
-    builder = MiniScenes(data_dir=str(data_dir), config=make_config(size, train, validation, test, seed))
-    builder.download_and_prepare(
-        download_config=tfds.download.DownloadConfig(
-            try_download_gcs=False, compute_stats=tfds.download.ComputeStatsMode.SKIP
-        )
-    )
-    return f"{NAME}/{builder.builder_config.name}"
+    config = make_config(size, train, validation, test, seed)
+    known = config.name in MiniScenes.builder_configs
+    builder = MiniScenes(data_dir=str(data_dir), config=config.name if known else config)
+    # No look at Google's bucket, and no statistics, which would need TensorFlow.
+    options = tfds.download.DownloadConfig(try_download_gcs=False, compute_stats=tfds.download.ComputeStatsMode.SKIP)
+    builder.download_and_prepare(download_config=options)
+    return f"{NAME}/{config.name}"

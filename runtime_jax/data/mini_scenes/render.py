@@ -11,7 +11,7 @@ from runtime_jax.data.mini_scenes.shapes import outline_distance
 from runtime_jax.data.mini_scenes.vocabulary import UPRIGHT_BACKGROUNDS
 
 SUPERSAMPLING = 2
-BEVEL = 0.5  # how far the rounding of the surface reaches inwards, in radii
+BEVEL = 0.36  # how far the rounding of the surface reaches inwards, in radii
 MIN_SIZE = 16
 
 
@@ -30,15 +30,14 @@ def render_scene(scene: Scene, size: int) -> Rendering:
     """
     if size < MIN_SIZE:
         raise ValueError(f"render_scene: size is {size}, it must be at least {MIN_SIZE} pixels")
-    side = SUPERSAMPLING * size
-    canvas = paint_background(scene.background, side) * _falloff(scene.light, side)[..., None]
     mask = np.zeros((size, size), np.uint8)
+    canvas = paint_background(scene.background, size) * _falloff(scene.light, size)[..., None]
     # Objects whose feet are lower stand nearer and are drawn over the others; all shadows fall first.
     order = sorted(range(len(scene.objects)), key=lambda i: scene.objects[i].y + 0.85 * scene.objects[i].size)
-    shade = np.ones((size, size), np.float32)
     for i in order:
-        shade *= 1 - _shadow(scene, scene.objects[i], size)
-    canvas *= np.repeat(np.repeat(shade, SUPERSAMPLING, 0), SUPERSAMPLING, 1)[..., None]
+        canvas *= 1 - _shadow(scene, scene.objects[i], size)[..., None]
+    # Only the objects need the finer grid: what lies behind them is smooth or antialiased already.
+    canvas = canvas.repeat(SUPERSAMPLING, 0).repeat(SUPERSAMPLING, 1)
     for i in order:
         coverage = _draw(canvas, scene.objects[i], scene.light)
         mask[_shrink(coverage) >= 0.5] = i + 1
@@ -103,15 +102,16 @@ def _draw(canvas: np.ndarray, item: SceneObject, light: Light) -> np.ndarray:
 def _shade(paint: np.ndarray, distance: np.ndarray, pixel: float, light: Light) -> np.ndarray:
     """Lambert and Blinn-Phong on a body whose rim is a quarter circle of width BEVEL."""
     towards = _direction(light)
-    slope = 1 - np.clip(-distance / BEVEL, 0, 1)
-    slope *= 0.92
+    slope = 0.9 * (1 - np.clip(-distance / BEVEL, 0, 1))
     down, right = np.gradient(distance, pixel)
     nx, ny, nz = right * slope, down * slope, np.sqrt(1 - slope**2)
     diffuse = np.maximum(nx * towards[0] + ny * towards[1] + nz * towards[2], 0)
     half = towards + np.float32([0, 0, 1])
     half /= np.linalg.norm(half)
-    gloss = np.maximum(nx * half[0] + ny * half[1] + nz * half[2], 0) ** 40
-    return paint * (0.42 + 0.72 * diffuse)[..., None] + 0.3 * gloss[..., None]
+    gloss = np.maximum(nx * half[0] + ny * half[1] + nz * half[2], 0)
+    for _ in range(5):
+        gloss = gloss * gloss
+    return paint * (0.5 + 0.66 * diffuse)[..., None] + 0.3 * gloss[..., None]
 
 
 def _texture(item: SceneObject, u: np.ndarray, v: np.ndarray, pixel: float) -> np.ndarray:
@@ -155,36 +155,38 @@ PATTERNS = {"striped": _striped, "dotted": _dotted, "checkered": _checkered, "zi
 def _shadow(scene: Scene, item: SceneObject, size: int) -> np.ndarray:
     """Share of the light that the object takes away, [size, size]."""
     towards = _direction(scene.light)
-    out = np.zeros((size, size), np.float32)
-    x, y = axis(size)[None], axis(size)[:, None]
     if scene.background.kind in UPRIGHT_BACKGROUNDS:
-        lift = 0.3 * item.size
-        reach = 1.5 * item.size
-        cx, cy = item.x - lift * towards[0], item.y - lift * towards[1]
-        rows, columns = _window(cy - reach, cy + reach, size), _window(cx - reach, cx + reach, size)
-        u, v = _local(item, x[:, columns] + lift * towards[0], y[rows] + lift * towards[1])
-        out[rows, columns] = 0.5 * _soft(outline_distance(item.shape, u, v), 0.3)
-        return out
-    foot = _foot(item)
-    # The ground lies nearly edge-on: a height h throws its shadow 0.3 h back and to the side away from the light.
-    back = 0.3
-    height = (foot - y) / back
+        return _wall_shadow(item, towards, size)
+    return _ground_shadow(item, towards, scene.background.horizon, size)
+
+
+def _wall_shadow(item: SceneObject, towards: np.ndarray, size: int) -> np.ndarray:
+    """The outline itself, shifted away from the light."""
+    shift_x, shift_y = (0.35 * item.size * float(part) for part in towards[:2])
+    reach = 1.5 * item.size
+    rows = _window(item.y - shift_y - reach, item.y - shift_y + reach, size)
+    columns = _window(item.x - shift_x - reach, item.x - shift_x + reach, size)
+    u, v = _local(item, axis(size)[None, columns] + shift_x, axis(size)[rows, None] + shift_y)
+    out = np.zeros((size, size), np.float32)
+    out[rows, columns] = 0.5 * _soft(outline_distance(item.shape, u, v), 0.3)
+    return out
+
+
+def _ground_shadow(item: SceneObject, towards: np.ndarray, horizon: float, size: int) -> np.ndarray:
+    """The outline laid on the ground behind the object and leaning away from the light, darkest where it stands."""
+    foot, radius, margin = _foot(item), item.size, 1.3 * item.size
     lean = 0.9 * float(towards[0])
-    reach_x = (1.2 + 1.9 * abs(lean)) * item.size
-    rows = _window(max(foot - 0.75 * item.size, scene.background.horizon), foot + 0.25 * item.size, size)
-    columns = _window(item.x - reach_x - 2.0 * item.size * abs(lean), item.x + reach_x, size)
-    columns = _window(
-        item.x - 1.3 * item.size - 2 * item.size * max(lean, 0),
-        item.x + 1.3 * item.size - 2 * item.size * min(lean, 0),
-        size,
-    )
-    h = height[rows]
-    u, v = _local(item, x[:, columns] + lean * h, foot - h)
+    left, right = item.x - 2 * radius * max(lean, 0), item.x - 2 * radius * min(lean, 0)
+    rows = _window(max(foot - 0.75 * radius, horizon), foot + 0.25 * radius, size)
+    columns = _window(left - margin, right + margin, size)
+    x, y = axis(size)[None, columns], axis(size)[rows, None]
+    # The ground is seen nearly edge-on: what is h above it throws its shadow 0.3 h back.
+    height = (foot - y) / 0.3
+    u, v = _local(item, x + lean * height, foot - height)
     cast = 0.45 * _soft(outline_distance(item.shape, u, v), 0.35)
-    contact = np.exp(
-        -(((x[:, columns] - item.x) / (0.5 * item.size)) ** 2 + ((y[rows] - foot) / (0.09 * item.size)) ** 2)
-    )
-    out[rows, columns] = np.maximum(cast, 0.5 * contact)
+    contact = 0.5 * np.exp(-(((x - item.x) / (0.5 * radius)) ** 2 + ((y - foot) / (0.09 * radius)) ** 2))
+    out = np.zeros((size, size), np.float32)
+    out[rows, columns] = np.maximum(cast, contact)
     return out
 
 

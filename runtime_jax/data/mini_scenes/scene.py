@@ -43,7 +43,7 @@ class SceneObject:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Light:
-    """azimuth: degrees counter-clockwise from the right; elevation: degrees out of the image plane; warmth in [-1, 1]."""
+    """azimuth: degrees counter-clockwise from the right; elevation: degrees out of the plane; warmth in [-1, 1]."""
 
     azimuth: float
     elevation: float
@@ -62,7 +62,7 @@ class Light:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Background:
-    """kind: a key of BACKGROUNDS; horizon: height of the ground's edge from the top; tone in [0, 1] and seed vary it."""
+    """kind: a key of BACKGROUNDS; horizon: the ground's edge, from the top; tone in [0, 1] and seed vary it."""
 
     kind: str
     horizon: float
@@ -91,7 +91,7 @@ class Scene:
 
     def to_json(self) -> str:
         """One line of JSON, exact: `from_json(scene.to_json()) == scene`."""
-        return json.dumps(dataclasses.asdict(self), separators=(",", ":"))
+        return json.dumps(self, default=vars, separators=(",", ":"))
 
     @classmethod
     def from_json(cls, text: str) -> "Scene":
@@ -121,12 +121,12 @@ def accent_of(rgb: RGB) -> RGB:
 
 def sample_scene(rng: np.random.Generator) -> Scene:
     """One to three objects of different classes and colours, arranged without much overlap, on a random background."""
-    kind = str(rng.choice(tuple(words.BACKGROUNDS)))
+    kind = _pick(rng, tuple(words.BACKGROUNDS))
     background = Background(
         kind=kind, horizon=rng.uniform(0.4, 0.56), tone=rng.uniform(), seed=int(rng.integers(2**31))
     )
-    direction = words.LIGHT_DIRECTIONS[str(rng.choice(tuple(words.LIGHT_DIRECTIONS)))]
-    warmth = words.LIGHT_WARMTHS[str(rng.choice(tuple(words.LIGHT_WARMTHS)))]
+    direction = words.LIGHT_DIRECTIONS[_pick(rng, tuple(words.LIGHT_DIRECTIONS))]
+    warmth = words.LIGHT_WARMTHS[_pick(rng, tuple(words.LIGHT_WARMTHS))]
     light = Light(azimuth=rng.uniform(*direction), elevation=rng.uniform(35, 60), warmth=rng.uniform(*warmth))
     count = int(rng.integers(1, MAX_OBJECTS + 1))
     shapes = rng.permutation(words.CLASSES)[:count]
@@ -139,15 +139,19 @@ def sample_scene(rng: np.random.Generator) -> Scene:
     return Scene(objects=objects, light=light, background=background)
 
 
+def _pick(rng: np.random.Generator, options: tuple[str, ...]) -> str:
+    return options[rng.integers(len(options))]
+
+
 def _sample_object(rng: np.random.Generator, shape: str, color: str, x: float, y: float, size: float) -> SceneObject:
     rgb = sample_color(rng, color)
-    centre, spread = words.POSES[str(rng.choice(tuple(words.POSES)))]
+    centre, spread = words.POSES[_pick(rng, tuple(words.POSES))]
     rotation = centre + rng.uniform(-spread, spread)
     return SceneObject(
         shape=shape,
         color=color,
         rgb=rgb,
-        texture=str(rng.choice(words.TEXTURES)),
+        texture=_pick(rng, words.TEXTURES),
         accent=accent_of(rgb),
         size=size,
         x=x,
@@ -157,21 +161,21 @@ def _sample_object(rng: np.random.Generator, shape: str, color: str, x: float, y
 
 
 def _sample_sizes(rng: np.random.Generator, count: int) -> list[float]:
-    main = rng.uniform(*((0.2, 0.34), (0.18, 0.26), (0.165, 0.2))[count - 1])
-    return [main, *(max(0.125, main * rng.uniform(0.6, 0.88)) for _ in range(count - 1))]
+    main = rng.uniform(*((0.2, 0.34), (0.19, 0.27), (0.175, 0.21))[count - 1])
+    return [main, *(max(0.14, main * rng.uniform(0.6, 0.88)) for _ in range(count - 1))]
 
 
 def _arrange(rng: np.random.Generator, sizes: list[float], background: Background) -> list[tuple[float, float, float]]:
     """(x, y, size) of each object, redrawn until the bounding circles overlap by less than a tenth.
 
-    After every failed draw the objects shrink by one per cent, so that the loop ends.
+    After every failed draw the objects shrink a little, so that the loop ends.
     """
     while True:
         places = [(rng.uniform(0.02 + r, 0.98 - r), _sample_height(rng, r, background), r) for r in sizes]
         pairs = [(a, b) for i, a in enumerate(places) for b in places[:i]]
         if all(np.hypot(a[0] - b[0], a[1] - b[1]) > 0.92 * (a[2] + b[2]) for a, b in pairs):
             return places
-        sizes = [0.99 * r for r in sizes]
+        sizes = [0.997 * r for r in sizes]
 
 
 def _sample_height(rng: np.random.Generator, radius: float, background: Background) -> float:

@@ -51,7 +51,7 @@ def _fold(x, y, count):
 
 
 def _pointed(x, y, count, outer, inner, rounding):
-    """A star with `count` tips at radius `outer` and notches at `inner`; a regular polygon when the notches are flat."""
+    """A star with `count` tips at radius `outer`, notches at `inner`; a regular polygon when the notches are flat."""
     along, across = _fold(x, y, count)
     half = np.pi / count
     edge = np.array([inner * np.cos(half) - outer, inner * np.sin(half)])
@@ -65,7 +65,7 @@ def _pointed(x, y, count, outer, inner, rounding):
 
 
 def _triangle(x, y):
-    return _pointed(x, y + 0.0, 3, 0.98, 0.49, 0.07)
+    return _pointed(x, y, 3, 0.98, 0.49, 0.07)
 
 
 def _hexagon(x, y):

@@ -59,7 +59,7 @@ COLORS = {
 TEXTURES = ("plain", "striped", "dotted", "checkered", "zigzag")
 
 # Radius as a share of the image side; what lies between has no name.
-SMALL_BELOW = 0.155
+SMALL_BELOW = 0.165
 BIG_ABOVE = 0.24
 SIZES = ("small", "medium", "big")
 

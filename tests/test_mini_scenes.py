@@ -1,0 +1,297 @@
+"""mini_scenes: determinism, ground truth that agrees with the pixels, captions, and the TFDS dataset on disk."""
+
+import dataclasses
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import tensorflow_datasets as tfds
+
+from runtime_jax.data.mini_scenes import (
+    BACKGROUNDS,
+    CLASSES,
+    COLORS,
+    POSES,
+    TEXTURES,
+    Background,
+    Light,
+    Scene,
+    SceneObject,
+    accent_of,
+    caption,
+    example_scene,
+    full_caption,
+    make_config,
+    prepare,
+    render_scene,
+    sample_color,
+    sample_scene,
+)
+from runtime_jax.data.mini_scenes.examples import make_examples
+from runtime_jax.data.mini_scenes.vocabulary import MENTION_RATES, SYMMETRY
+
+COUNTS = {"train": 40, "validation": 5, "test": 5}
+PLAIN_WALL = Background(kind="wall", horizon=0.5, tone=0.5, seed=3)
+ABOVE = Light(azimuth=90.0, elevation=50.0, warmth=0.0)
+
+
+@pytest.fixture(scope="module")
+def scenes() -> list[Scene]:
+    return [example_scene(0, "train", i)[0] for i in range(250)]
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory) -> str:
+    data_dir = str(tmp_path_factory.mktemp("data"))
+    assert prepare(data_dir, 64, **COUNTS, seed=7) == "mini_scenes/64_n40_5_5_s7"
+    return data_dir
+
+
+def one_object(shape: str = "circle", **changes) -> Scene:
+    item = SceneObject(
+        shape=shape,
+        color="red",
+        rgb=(214, 30, 30),
+        texture="plain",
+        accent=accent_of((214, 30, 30)),
+        size=0.3,
+        x=0.5,
+        y=0.5,
+        rotation=0.0,
+    )
+    return Scene(objects=(dataclasses.replace(item, **changes),), light=ABOVE, background=PLAIN_WALL)
+
+
+def test_example_is_a_function_of_seed_split_and_index():
+    scene, text = example_scene(3, "train", 11)
+    assert example_scene(3, "train", 11) == (scene, text)
+    others = [example_scene(4, "train", 11), example_scene(3, "test", 11), example_scene(3, "train", 12)]
+    assert all(other[0] != scene for other in others)
+    first, second = render_scene(scene, 32), render_scene(scene, 32)
+    assert np.array_equal(first.image, second.image) and np.array_equal(first.mask, second.mask)
+
+
+def test_json_gives_the_scene_back(scenes):
+    assert all(Scene.from_json(scene.to_json()) == scene for scene in scenes[:50])
+
+
+def test_variety(scenes):
+    objects = [item for scene in scenes for item in scene.objects]
+    assert {item.shape for item in objects} == set(CLASSES)
+    assert {item.color for item in objects} == set(COLORS)
+    assert {item.texture for item in objects} == set(TEXTURES)
+    assert {scene.background.kind for scene in scenes} == set(BACKGROUNDS)
+    assert {len(scene.objects) for scene in scenes} == {1, 2, 3}
+    assert {item.pose for item in objects} == {*POSES, None}
+    assert {item.size_name for item in objects} == {"small", "medium", "big"}
+    assert {scene.light.direction_name for scene in scenes} == {"left", "right", "above"}
+    assert {scene.light.warmth_name for scene in scenes} == {"warm", "cool", "neutral"}
+
+
+def test_the_first_object_is_the_largest_and_gives_the_label(scenes):
+    for scene in scenes:
+        assert scene.objects[0].size == max(item.size for item in scene.objects)
+        assert CLASSES[scene.label] == scene.objects[0].shape
+        assert len({item.shape for item in scene.objects}) == len(scene.objects)
+        assert len({item.color for item in scene.objects}) == len(scene.objects)
+
+
+def test_masks_agree_with_the_objects(scenes):
+    for scene in scenes[:120]:
+        mask = render_scene(scene, 64).mask
+        assert set(np.unique(mask)) == set(range(len(scene.objects) + 1))
+        for number, item in enumerate(scene.objects, 1):
+            y, x = (np.nonzero(mask == number)[axis] / 64 for axis in (0, 1))
+            # The bounding circle holds the object, which fills at least a fifth of it.
+            assert np.hypot(x + 0.5 / 64 - item.x, y + 0.5 / 64 - item.y).max() < 1.06 * item.size + 1 / 64
+            assert len(x) / 64**2 > 0.2 * np.pi * item.size**2 * 0.8
+
+
+def test_objects_hide_little_of_each_other(scenes):
+    for scene in scenes[:60]:
+        together = render_scene(scene, 64).mask
+        for number, item in enumerate(scene.objects, 1):
+            alone = render_scene(dataclasses.replace(scene, objects=(item,)), 64).mask
+            assert (together == number).sum() > 0.8 * alone.sum()
+
+
+def test_every_class_has_an_outline_of_its_own():
+    masks = {shape: render_scene(one_object(shape, size=0.4), 64).mask > 0 for shape in CLASSES}
+    for a in CLASSES:
+        for b in CLASSES:
+            overlap = (masks[a] & masks[b]).sum() / (masks[a] | masks[b]).sum()
+            assert overlap == 1 if a == b else overlap < 0.9, (a, b, overlap)
+
+
+@pytest.mark.parametrize("shape", CLASSES)
+def test_symmetry_table(shape):
+    turn = 360 / SYMMETRY[shape] if SYMMETRY[shape] else 77.0
+    upright = render_scene(one_object(shape, size=0.4), 128).mask
+    turned = render_scene(one_object(shape, size=0.4, rotation=turn), 128).mask
+    assert (upright != turned).mean() < 0.003
+    if SYMMETRY[shape]:
+        between = render_scene(one_object(shape, size=0.4, rotation=turn / 2), 128).mask
+        assert (upright != between).mean() > 0.008
+
+
+def test_one_changed_attribute_changes_only_that_object(scenes):
+    scene = next(s for s in scenes if len(s.objects) == 3)
+    rgb = sample_color(np.random.default_rng(0), "teal")
+    before = render_scene(scene, 64)
+    after = render_scene(scene.with_object(1, color="teal", rgb=rgb, accent=accent_of(rgb), texture="plain"), 64)
+    assert np.array_equal(before.mask, after.mask)
+    changed = (before.image != after.image).any(-1)
+    near = np.pad(before.mask == 2, 1)
+    near = near[:-2, 1:-1] | near[2:, 1:-1] | near[1:-1, :-2] | near[1:-1, 2:] | near[1:-1, 1:-1]
+    assert changed[before.mask == 2].mean() > 0.9 and not changed[~near].any()
+
+
+@pytest.mark.parametrize("name", COLORS)
+def test_colors_are_seen_as_stored(name):
+    rgb = sample_color(np.random.default_rng(1), name)
+    image, mask = render_scene(one_object(rgb=rgb), 64)
+    seen = image[mask == 1].astype(float).mean(0)
+    cosine = seen @ rgb / np.linalg.norm(seen) / np.linalg.norm(rgb)
+    assert cosine > 0.98
+    assert 0.75 < seen.sum() / sum(rgb) < 1.25
+
+
+@pytest.mark.parametrize("texture", TEXTURES)
+def test_textures_are_strong_on_the_smallest_object(texture):
+    image, mask = render_scene(one_object(texture=texture, size=0.14), 64)
+    plain, _ = render_scene(one_object(size=0.14), 64)
+    difference = np.abs(image.astype(int) - plain)[mask == 1].max(-1)
+    # A third to two thirds of the surface carries the second colour.
+    assert 0.2 < (difference > 40).mean() < 0.75 if texture != "plain" else not difference.any()
+
+
+def test_light_falls_from_where_it_says():
+    def brightness(azimuth: float) -> np.ndarray:
+        scene = dataclasses.replace(one_object(), light=dataclasses.replace(ABOVE, azimuth=azimuth))
+        return render_scene(scene, 64).image.astype(float).mean(-1)
+
+    right, left = brightness(20.0), brightness(160.0)
+    assert right[:, 40:].mean() > left[:, 40:].mean() + 5 and left[:, :24].mean() > right[:, :24].mean() + 5
+
+
+def test_the_same_picture_at_every_size(scenes):
+    for scene in scenes[:12]:
+        small = render_scene(scene, 32).image.astype(float)
+        large = render_scene(scene, 128).image.reshape(32, 4, 32, 4, 3).mean((1, 3))
+        assert np.abs(small - large).mean() < 6
+
+
+def test_captions_name_attributes_some_of_the_time():
+    rng = np.random.default_rng(5)
+    drawn = [sample_scene(rng) for _ in range(1000)]
+    pairs = [(scene, caption(scene, rng)) for scene in drawn if len(scene.objects) == 1]
+    assert len(pairs) > 250
+    named = {
+        "color": [scene.objects[0].color in text.split() for scene, text in pairs],
+        "texture": [scene.objects[0].texture in text.replace("plain wall", "") for scene, text in pairs],
+        "background": [BACKGROUNDS[scene.background.kind] in text for scene, text in pairs],
+        "size": [s.objects[0].size_name in t.split() for s, t in pairs if s.objects[0].size_name != "medium"],
+        "pose": [scene.objects[0].pose in text for scene, text in pairs if scene.objects[0].pose],
+        "warmth": [scene.light.warmth_name in text for scene, text in pairs if scene.light.warmth_name != "neutral"],
+        "direction": ["lit from" in text for _, text in pairs],
+    }
+    for attribute, hits in named.items():
+        assert abs(np.mean(hits) - MENTION_RATES[attribute]) < 4 * np.sqrt(0.25 / len(hits)), attribute
+    assert all(scene.objects[0].shape in text for scene, text in pairs)
+    assert len({text.split()[0] for _, text in pairs}) > 5
+
+
+def test_captions_never_name_what_is_not_there(scenes):
+    for number, scene in enumerate(scenes):
+        text = caption(scene, np.random.default_rng(number)).replace("a plain wall", "").replace(",", "").split()
+        for attribute, vocabulary in (("shape", CLASSES), ("color", COLORS), ("texture", TEXTURES)):
+            there = [getattr(item, attribute) for item in scene.objects]
+            assert all(text.count(word) <= there.count(word) for word in vocabulary)
+        assert sum(text.count(shape) for shape in CLASSES) == len(scene.objects)
+
+
+def test_full_caption_names_everything(scenes):
+    for scene in scenes[:100]:
+        text = full_caption(scene)
+        for item in scene.objects:
+            assert f"{item.color} {item.texture} {item.shape}" in text
+            assert item.pose is None or f"{item.shape} {item.pose}" in text
+        assert BACKGROUNDS[scene.background.kind] in text and "lit from" in text
+
+
+def test_dataset_on_disk(dataset):
+    builder = tfds.core.read_only_builder.builder_from_files("mini_scenes/64_n40_5_5_s7", data_dir=dataset)
+    for split, count in COUNTS.items():
+        records = builder.as_data_source(split=split)
+        assert len(records) == count
+        for index in (0, count - 1):
+            record, (scene, text) = records[index], example_scene(7, split, index)
+            image, mask = render_scene(scene, 64)
+            assert np.array_equal(record["image"], image) and np.array_equal(record["mask"][..., 0], mask)
+            assert record["caption"].decode() == text and record["full_caption"].decode() == full_caption(scene)
+            assert Scene.from_json(record["scene"].decode()) == scene and record["label"] == scene.label
+            assert np.array_equal(record["objects"]["rgb"], [item.rgb for item in scene.objects])
+            assert [CLASSES[i] for i in record["objects"]["shape"]] == [item.shape for item in scene.objects]
+
+
+def test_prepare_is_done_once(dataset, monkeypatch):
+    def refuse(*_):
+        raise AssertionError("built again")
+
+    monkeypatch.setattr("runtime_jax.data.mini_scenes.builder.make_examples", refuse)
+    prepare(dataset, 64, **COUNTS, seed=7)
+
+
+def test_an_interrupted_build_leaves_no_dataset(tmp_path, monkeypatch):
+    def stop(*_):
+        yield from make_examples(0, "train", 2, 32, 0)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr("runtime_jax.data.mini_scenes.builder.make_examples", stop)
+        with pytest.raises(KeyboardInterrupt):
+            prepare(tmp_path, 32, train=3, validation=1, test=1)
+    assert not list(tmp_path.rglob("dataset_info.json"))
+    prepare(tmp_path, 32, train=3, validation=1, test=1)
+
+
+def test_workers_make_the_same_examples():
+    alone = list(make_examples(1, "test", 5, 32, 0))
+    shared = list(make_examples(1, "test", 5, 32, 2))
+    assert [e["image"] for e in alone] == [e["image"] for e in shared]
+    assert [e["caption"] for e in alone] == [e["caption"] for e in shared]
+
+
+def test_tensorflow_is_never_imported(tmp_path):
+    program = f"""
+import sys
+from runtime_jax.data import DataConfig, SourceConfig, make_batches
+from runtime_jax.data.mini_scenes import prepare
+name = prepare({str(tmp_path)!r}, 32, train=4, validation=1, test=1)
+source = SourceConfig(kind="tfds", name=name, data_dir={str(tmp_path)!r})
+batches = make_batches(DataConfig(image_size=32, batch_size=2, sources=(source,)), 0)
+assert next(batches)["image"].shape == (2, 32, 32, 3)
+batches.close()
+assert not {{"tensorflow", "torch"}} & set(sys.modules), "TensorFlow or torch was imported"
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"size": 8}, "size is 8"),
+        ({"train": 0}, "train is 0"),
+        ({"seed": -1}, "seed is -1"),
+    ],
+)
+def test_bad_config(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        make_config(**arguments)
+
+
+def test_too_small_a_picture():
+    with pytest.raises(ValueError, match="at least 16"):
+        render_scene(one_object(), 8)
