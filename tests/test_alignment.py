@@ -202,6 +202,28 @@ def test_smoothed_cross_entropy(features):
     assert float(actual) == pytest.approx(expected, rel=1e-5)
 
 
+def test_random_crops_are_crops_fixed_by_their_keys():
+    rows, columns = jnp.meshgrid(jnp.arange(32.0), jnp.arange(48.0), indexing="ij")
+    images = jnp.stack([jnp.stack([rows, columns, jnp.ones((32, 48))], axis=-1)] * 3)
+    keys = jax.random.split(jax.random.key(0), 3)
+    crops = jax.jit(alignment.random_resized_crops, static_argnums=2)(images, keys, 16)
+    np.testing.assert_allclose(crops[..., 2], 1, rtol=1e-5)
+    for crop in np.asarray(crops):
+        down, right = (
+            np.diff(crop[2:-2, 8, 0]),
+            np.diff(crop[8, 2:-2, 1]),
+        )  # coordinates rise evenly: one window, one zoom
+        np.testing.assert_allclose(down, down.mean(), rtol=0.1)
+        np.testing.assert_allclose(down.mean() * 16 / 32, right.mean() * 16 / 48, rtol=0.03)
+        assert 0.38 <= down.mean() * 16 / 32 <= 1.02
+        assert crop[..., :2].min() >= -0.01 and crop[..., 0].max() <= 31.01 and crop[..., 1].max() <= 47.01
+    # Another batch around it, the same crop for the same image and key.
+    alone = jax.jit(alignment.random_resized_crops, static_argnums=2)(images[1:2], keys[1:2], 16)
+    np.testing.assert_allclose(alone[0], crops[1], rtol=1e-5, atol=1e-4)
+    assert np.abs(crops[0] - crops[1]).max() > 1
+    assert alignment.resized(images, 16).shape == (3, 16, 16, 3)
+
+
 def test_select_uniform():
     x = np.arange(48).reshape(6, 8)
     np.testing.assert_array_equal(select_uniform(x, (3, 4)), x[::2, ::2])
