@@ -1,0 +1,187 @@
+"""Strict config: what builds, what does not and what the error says, config files and overrides."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, Optional
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from ml_collections import ConfigDict
+
+from runtime_jax.config import ConfigError, Duration, build, load, to_dict
+
+
+@dataclass(frozen=True, kw_only=True)
+class Optimizer:
+    lr: float
+    kind: Literal["adamw", "sgd"] = "adamw"
+    betas: tuple[float, float] = (0.9, 0.95)
+
+    def __post_init__(self) -> None:
+        if self.lr < 0:
+            raise ValueError(f"lr is not negative; got {self.lr}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    steps: int
+    optimizer: Optimizer
+    name: str = ""
+    flag: bool = False
+    clip: Optional[float] = None  # noqa: UP045  (both spellings must work)
+    kept: int | tuple[int, ...] = 64
+    weights: dict[str, float] = field(default_factory=dict)
+    groups: tuple[Optimizer, ...] = ()
+    teacher: Optimizer | None = None
+
+
+GOOD = {"steps": 3, "optimizer": {"lr": 1}}
+
+
+def error(**changes: Any) -> str:
+    with pytest.raises(ConfigError) as info:
+        build(Config, {**GOOD, **changes})
+    return str(info.value)
+
+
+def test_builds_nested():
+    config = build(
+        Config,
+        ConfigDict({**GOOD, "kept": [1, 2], "weights": {"a": 1}, "groups": [{"lr": 0.1, "betas": [0.5, 1]}]}),
+    )
+    assert config.optimizer == Optimizer(lr=1.0) and type(config.optimizer.lr) is float
+    assert config.kept == (1, 2) and config.weights == {"a": 1.0}
+    assert config.groups == (Optimizer(lr=0.1, betas=(0.5, 1.0)),)
+    assert build(Config, {**GOOD, "teacher": {"lr": 0.5}}).teacher == Optimizer(lr=0.5)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"stepz": 4},
+            "config.stepz: unknown key (value 4); known: steps, optimizer, name, flag, clip, kept, weights, groups, "
+            "teacher",
+        ),
+        ({"flags": True}, "config.flags: unknown key (value True); did you mean 'flag'?"),
+        ({"optimizer": {}}, "config.optimizer.lr: missing, expected float"),
+        ({"optimizer": 3}, "config.optimizer: got 3 (int), expected Optimizer with keys lr, kind, betas"),
+        ({"optimizer": {"lr": "1e-3"}}, "config.optimizer.lr: got '1e-3' (str), expected float"),
+        ({"optimizer": {"lr": -1}}, "config.optimizer: lr is not negative; got -1.0"),
+        (
+            {"optimizer": {"lr": 1, "kind": "adam"}},
+            "config.optimizer.kind: got 'adam' (str), expected one of 'adamw', 'sgd'; did you mean 'adamw'?",
+        ),
+        (
+            {"optimizer": {"lr": 1, "betas": [1]}},
+            "config.optimizer.betas: got [1] (list), expected tuple[float, float]: 2 entries, not 1",
+        ),
+        ({"optimizer": {"lr": 1, "betas": [1, True]}}, "config.optimizer.betas.1: got True (bool), expected float"),
+        ({"steps": True}, "config.steps: got True (bool), expected int"),
+        ({"steps": 1.0}, "config.steps: got 1.0 (float), expected int"),
+        ({"flag": 1}, "config.flag: got 1 (int), expected bool"),
+        ({"name": None}, "config.name: got None (NoneType), expected str"),
+        ({"clip": "x"}, "config.clip: got 'x' (str), expected float | None"),
+        ({"kept": "x"}, "config.kept: got 'x' (str), expected int | tuple[int, ...]"),
+        ({"kept": [1, "x"]}, "config.kept.1: got 'x' (str), expected int"),
+        ({"weights": {"a": "x"}}, "config.weights.a: got 'x' (str), expected float"),
+        ({"groups": [{"lr": 1}, {"l": 1}]}, "config.groups.1.l: unknown key (value 1); did you mean 'lr'?"),
+        ({"teacher": {"lr": "x"}}, "config.teacher.lr: got 'x' (str), expected float"),
+    ],
+)
+def test_error_names_path_value_and_what_is_allowed(changes, message):
+    assert message in error(**changes)
+
+
+def test_all_problems_at_once():
+    message = error(stepz=1, steps="x", optimizer={"lr": 1, "kind": 3})
+    assert [line.split(":")[0] for line in message.splitlines()] == [
+        "config.stepz",
+        "config.steps",
+        "config.optimizer.kind",
+    ]
+
+
+@given(
+    steps=st.integers(),
+    lr=st.floats(min_value=0, allow_infinity=False),
+    kept=st.one_of(st.integers(), st.lists(st.integers()).map(tuple)),
+    weights=st.dictionaries(st.text(), st.floats(allow_nan=False)),
+    clip=st.none() | st.floats(allow_nan=False),
+)
+def test_to_dict_is_the_inverse(steps, lr, kept, weights, clip):
+    config = Config(steps=steps, optimizer=Optimizer(lr=lr), kept=kept, weights=weights, clip=clip)
+    assert build(Config, to_dict(config)) == config
+
+
+def test_duration_is_in_exactly_one_unit():
+    assert Duration(steps=7).to_steps(4, 100) == 7
+    assert Duration(examples=9).to_steps(4) == 3
+    assert Duration(epochs=1.5).to_steps(4, 10) == 4
+    with pytest.raises(ValueError, match="exactly one of steps, examples, epochs; got none"):
+        Duration()
+    with pytest.raises(ValueError, match=r"exactly one of steps, examples, epochs; got \{'steps': 1, 'epochs': 2"):
+        Duration(steps=1, epochs=2.0)
+    with pytest.raises(ValueError, match="number of examples is not known"):
+        Duration(epochs=1.0).to_steps(4)
+
+
+@pytest.fixture
+def config_file(tmp_path: Path) -> str:
+    file = tmp_path / "tiny.py"
+    file.write_text(
+        "from ml_collections import ConfigDict\n"
+        "def get_config(arg='small'):\n"
+        "    groups = ({'lr': 1.0}, {'lr': 2.0})\n"
+        "    c = ConfigDict({'name': arg, 'steps': 3, 'optimizer': {'lr': 0.1}, 'groups': groups})\n"
+        "    c.twice = c.get_ref('steps') * 2\n"
+        "    return c\n"
+    )
+    return str(file)
+
+
+def test_load_applies_overrides(config_file):
+    assert load(config_file).name == "small"
+    config = load(f"{config_file}:big", ["optimizer.lr=1e-3", "steps=5", "groups.1.lr=7", "name=(1, 2)", "name=a b"])
+    assert config.optimizer.lr == 1e-3 and config.name == "a b" and config.groups == ({"lr": 1.0}, {"lr": 7})
+    assert config.twice == 10, "a value that refers to an overridden one follows it"
+    assert load(config_file, ["steps=many"]).steps == "many", "build judges types"
+
+
+def test_override_may_set_a_default_of_the_dataclass(config_file):
+    file = load(config_file, ["optimizer.kind=sgd", "teacher.lr=2"], new_keys=True)
+    del file["twice"]
+    config = build(Config, file)
+    assert config.optimizer.kind == "sgd" and config.teacher == Optimizer(lr=2.0)
+    with pytest.raises(ConfigError, match=r"config.optimizer.knd: unknown key .* did you mean 'kind'"):
+        build(Config, load(config_file, ["optimizer.knd=sgd"], new_keys=True))
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("optimizr.lr=1", "override optimizr: unknown key; did you mean 'optimizer'?; known: groups, name, "),
+        ("optimizer.lrr=1", "override optimizer.lrr: unknown key; did you mean 'lr'?; known: lr"),
+        ("groups.2.lr=1", "override groups.2: expected an index in 0..1, got '2'"),
+        ("steps.x=1", "override steps.x: steps is 3, which has no keys"),
+        ("steps", "override 'steps': expected dotted.key=value"),
+        ("=3", "override '=3': expected dotted.key=value"),
+    ],
+)
+def test_bad_override(config_file, override, message):
+    with pytest.raises(ConfigError) as info:
+        load(config_file, [override])
+    assert message in str(info.value)
+
+
+def test_bad_config_file(tmp_path, config_file):
+    with pytest.raises(ConfigError, match=r"no such config file .*tinny\.py'; did you mean .*tiny\.py'"):
+        load(str(tmp_path / "tinny.py:arg"))
+    (tmp_path / "empty.py").write_text("")
+    with pytest.raises(ConfigError, match="defines no get_config"):
+        load(str(tmp_path / "empty.py"))
+    (tmp_path / "plain.py").write_text("def get_config():\n    return {'a': 1}\n")
+    assert load(str(tmp_path / "plain.py")).a == 1
+    with pytest.raises(ConfigError, match="get_config takes no argument 'x'"):
+        load(str(tmp_path / "plain.py:x"))

@@ -1,0 +1,156 @@
+"""A two-layer regression for the tests of checkpoints and loop; a program of its own, so that it can be killed."""
+
+import argparse
+import json
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from runtime_jax import checkpoint, loop
+from runtime_jax.config import Duration
+from runtime_jax.prng import Stream, host_rng, stream_key
+from runtime_jax.sharding import Axis, MeshConfig, constrain, make_mesh, param_shardings, shard_batch
+
+RULES = ((".*/kernel", (Axis.EMBED, Axis.MLP)), (".*/bias", (Axis.MLP,)))
+BATCH = 16
+TX = optax.adamw(1e-2)
+
+
+@flax.struct.dataclass
+class State:
+    """Train state of the toy."""
+
+    step: Any
+    params: Any
+    opt_state: Any
+    ema: Any
+
+
+def init(width: int = 8) -> State:
+    """A new state; `width` changes the architecture."""
+    keys = jax.random.split(stream_key(0, Stream.PARAMS))
+    params = {
+        "first": {"kernel": jax.random.normal(keys[0], (4, width)), "bias": jnp.zeros(width)},
+        "second": {"kernel": jax.random.normal(keys[1], (width, 2)), "bias": jnp.zeros(2)},
+    }
+    return State(jnp.int32(0), params, TX.init(params), jax.tree.map(jnp.copy, params))
+
+
+def loss_fn(params: Any, batch: Any) -> Any:
+    """Mean squared error, both layers' outputs constrained."""
+    hidden = jnp.tanh(batch["x"] @ params["first"]["kernel"] + params["first"]["bias"][None])
+    hidden = constrain(hidden, Axis.BATCH, Axis.MLP)
+    out = hidden @ params["second"]["kernel"] + params["second"]["bias"][None]
+    # Without this one the CPU partitioner returns wrong gradients on a 2x2x2 mesh, and no error.
+    out = constrain(out, Axis.BATCH, None)
+    return jnp.mean((out - batch["y"]) ** 2)
+
+
+def update(state: State, batch: Any) -> tuple[State, dict]:
+    """One update; skipped and counted where the loss is not finite."""
+    loss, grads = jax.value_and_grad(loss_fn)(state.params, batch)
+    good = jnp.isfinite(loss)
+    updates, opt_state = TX.update(grads, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    new = State(state.step, params, opt_state, jax.tree.map(lambda e, p: 0.9 * e + 0.1 * p, state.ema, params))
+    new = jax.tree.map(lambda a, b: jnp.where(good, a, b), new, state).replace(step=state.step + 1)
+    metrics = {"loss": (jnp.where(good, loss, 0.0), good), "nonfinite": (1 - good.astype(int), jnp.int32(1))}
+    return new, metrics
+
+
+_update = jax.jit(update, donate_argnums=0)
+
+
+def train_step(state: State, batch: Any, step: int) -> tuple[State, dict]:
+    """What the loop calls: the jitted update, whatever the step."""
+    return _update(state, batch)
+
+
+def batches(start: int, nan_from: int | None = None) -> Iterator[dict[str, np.ndarray]]:
+    """Batch s as a function of s; NaN from one step on, if wanted."""
+    while True:
+        rng = host_rng(0, Stream.DATA, start)
+        x = rng.normal(size=(BATCH, 4)).astype(np.float32)
+        if nan_from is not None and start >= nan_from:
+            x[:] = np.nan
+        yield {"x": x, "y": np.sin(x[:, :2])}
+        start += 1
+
+
+def main(argv: list[str]) -> None:
+    """Runs, or dies on the way as the flags say."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("workdir", type=Path)
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--kill-at", type=int, help="SIGKILL when the batch of this step is asked for")
+    parser.add_argument("--kill-in-save", type=int, help="SIGKILL while the checkpoint of this step is being written")
+    parser.add_argument("--term-at", type=int, help="SIGTERM to itself when the batch of this step is asked for")
+    parser.add_argument("--checkpoint-every", type=int, default=6)
+    args = parser.parse_args(argv)
+    mesh = make_mesh(MeshConfig(data=1, fsdp=-1), jax.devices())
+    abstract = jax.eval_shape(init)
+    shardings = param_shardings(abstract, RULES, mesh)
+    abstract = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), abstract, shardings)
+
+    def stream(start: int) -> Iterator[dict[str, np.ndarray]]:
+        for step, batch in enumerate(batches(start), start):
+            if step == args.kill_at:
+                os.kill(os.getpid(), signal.SIGKILL)
+            if step == args.term_at:
+                os.kill(os.getpid(), signal.SIGTERM)
+            yield batch
+
+    if args.kill_in_save is not None:
+        die_while_saving(args.kill_in_save)
+    config = {"steps": args.steps}
+    with jax.set_mesh(mesh):
+        state, step, origin = checkpoint.initial_state(
+            args.workdir, abstract, config=config, init=jax.jit(init, out_shardings=shardings)
+        )
+        print("origin:", origin, flush=True)
+        result = loop.run(
+            config=loop.LoopConfig(
+                duration=Duration(steps=args.steps),
+                log_every=5,
+                checkpoint_every=args.checkpoint_every,
+                eval_every=7,
+                min_free_bytes=0,
+            ),
+            workdir=args.workdir,
+            resolved_config=config,
+            state=state,
+            start_step=step,
+            total_steps=args.steps,
+            train_step=train_step,
+            batches=stream,
+            shard=lambda batch: shard_batch(batch, mesh),
+            evaluate=lambda state, step: {"norm": optax.global_norm(state.params)},
+        )
+    leaves = {jax.tree_util.keystr(k): np.asarray(v) for k, v in jax.tree_util.tree_leaves_with_path(result.state)}
+    np.savez(args.workdir / "final.npz", **leaves)
+    print(json.dumps({"step": result.step, "stopped_by": result.stopped_by}), flush=True)
+
+
+def die_while_saving(step: int) -> None:
+    """Makes the process die when the checkpoint of this step is all written and about to get its final name."""
+    rename = os.rename
+
+    def rename_or_die(source: Any, target: Any) -> None:
+        if Path(target).name == str(step):
+            os.kill(os.getpid(), signal.SIGKILL)
+        rename(source, target)
+
+    os.rename = rename_or_die
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
