@@ -1,4 +1,7 @@
-"""The released state-dict layout, in both directions. A saved tokenizer uses the same names, under encoder., decoder., recovery."""
+"""The released state-dict layout, in both directions.
+
+A saved tokenizer uses the same names, under encoder., decoder. and recovery.
+"""
 
 from collections.abc import Mapping
 
@@ -41,7 +44,6 @@ def _res_block(source: str, target: str) -> tuple[Rule, ...]:
 
 # 1x1 convolutions over tokens are linear layers here.
 POINTWISE = Transform(lambda x: np.transpose(x[:, :, 0, 0]), lambda x: np.transpose(x)[:, :, None, None])
-
 
 
 def encoder_table(config: TokenizerConfig) -> tuple[Rule, ...]:

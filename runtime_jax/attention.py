@@ -30,7 +30,11 @@ def attention(
         raise ValueError(f"attention backend {backend!r}: allowed are {', '.join(get_args(AttentionBackend))}")
     if backend == "tpu_flash":
         return _tpu_flash(query, key, value, key_bias)
-    bias = None if key_bias is None else key_bias[:, None, None, :].astype(jnp.float32 if backend == "xla" else query.dtype)
+    bias = (
+        None
+        if key_bias is None
+        else key_bias[:, None, None, :].astype(jnp.float32 if backend == "xla" else query.dtype)
+    )
     if bias is not None and backend == "cudnn":  # its kernel broadcasts over batch and heads only
         bias = jnp.broadcast_to(bias, (bias.shape[0], 1, query.shape[1], bias.shape[-1]))
     return jax.nn.dot_product_attention(query, key, value, bias=bias, implementation=backend)

@@ -1,7 +1,7 @@
 """Weights of other programs as a table: one rule a line, read in both directions.
 
-A rule pairs a state-dict name with a path in the parameter tree, both as templates. `{i}` stands for a number, any other `{name}`
-for one path component; `[i]` at the end of a target component is a place in the leading (scanned) axis:
+A rule pairs a state-dict name with a path in the parameter tree, both as templates. `{i}` stands for a number, any
+other `{name}` for one path component; `[i]` at the end of a target component is a place in the leading (scanned) axis:
 
     Rule("blocks.{i}.norm1.weight", "blocks_{i}/norm1/scale")          # one module a block
     Rule("blocks.{i}.attn.qkv.weight", "blocks[i]/attn/qkv/kernel", LINEAR)   # blocks stacked by nn.scan
@@ -207,7 +207,9 @@ def write_safetensors(path: str | os.PathLike, tensors: Mapping[str, np.ndarray]
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
-        save_file({name: np.ascontiguousarray(array) for name, array in tensors.items()}, partial, metadata=dict(metadata))
+        save_file(
+            {name: np.ascontiguousarray(array) for name, array in tensors.items()}, partial, metadata=dict(metadata)
+        )
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)

@@ -2,9 +2,9 @@
 
     python tests/check_golden.py tests/golden/encoder_gr.safetensors ...
 
-A golden file holds `param/<state-dict name>`, `in/...` and `out/...`; its metadata key `config` is the reference constructor's
-arguments as JSON. The module is told by the file's name, up to an optional suffix. Prints each output's relative error, or the
-share of identical entries for integers, and exits non-zero above 1e-4 or below 100 %.
+A golden file holds `param/<state-dict name>`, `in/...` and `out/...`; its metadata key `config` is the reference
+constructor's arguments as JSON. The module is told by the file's name, up to an optional suffix. Prints each output's
+relative error, or the share of identical entries for integers, and exits non-zero above 1e-4 or below 100 %.
 """
 
 import argparse
@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mergevq_jax import convert
-from mergevq_jax.tokenizer import adversarial, lfq, recovery, tome
+from mergevq_jax.tokenizer import lfq, recovery, tome
 from mergevq_jax.tokenizer.config import RecoveryConfig, TokenizerConfig
 from mergevq_jax.tokenizer.decoder import Decoder
 from mergevq_jax.tokenizer.encoder import Encoder
@@ -65,7 +65,17 @@ def source_matrix(source_map: Any, kept: int) -> np.ndarray:
 
 def tokenizer_config(reference: dict[str, Any]) -> TokenizerConfig:
     """Our config from the reference's `ddconfig`."""
-    names = "resolution in_channels ch num_res_extra num_att_blocks num_heads head_dim z_channels num_rep_blocks".split()
+    names = [
+        "resolution",
+        "in_channels",
+        "ch",
+        "num_res_extra",
+        "num_att_blocks",
+        "num_heads",
+        "head_dim",
+        "z_channels",
+        "num_rep_blocks",
+    ]
     fields = {name: reference[name] for name in names if name in reference}
     fields["ch_mult"] = tuple(reference["ch_mult"])
     blocks = reference.get("num_res_blocks", 2)

@@ -51,7 +51,9 @@ class TokenizerConfig:
         if not self.ch_mult or min(self.ch_mult) < 1 or self.ch < 1:
             problems.append(f"ch={self.ch}, ch_mult={self.ch_mult}: positive numbers are needed")
         elif any(width % 32 for width in self.widths):
-            problems.append(f"ch={self.ch}, ch_mult={self.ch_mult}: widths {self.widths} must be multiples of 32 (GroupNorm)")
+            problems.append(
+                f"ch={self.ch}, ch_mult={self.ch_mult}: widths {self.widths} must be multiples of 32 (GroupNorm)"
+            )
         if isinstance(self.num_res_blocks, tuple) and len(self.num_res_blocks) != levels:
             problems.append(f"num_res_blocks={self.num_res_blocks}: one number or {levels} (levels of ch_mult)")
         if self.isotropic is not None and self.isotropic % 32:
@@ -59,7 +61,9 @@ class TokenizerConfig:
         if not 1 <= self.z_channels <= 30:
             problems.append(f"z_channels={self.z_channels}: allowed are 1 to 30 bits (indices are int32)")
         if self.resolution % self.downsampling or self.resolution < 2 * self.downsampling:
-            problems.append(f"resolution={self.resolution}: a multiple of the downsampling {self.downsampling}, at least twice it")
+            problems.append(
+                f"resolution={self.resolution}: a multiple of the downsampling {self.downsampling}, at least twice it"
+            )
         for part, width, heads in (
             ("encoder", self.encoder_width, self.encoder_heads),
             ("decoder", self.decoder_width, self.decoder_heads),

@@ -136,7 +136,7 @@ class LayerScale(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "B N D"]) -> Float[Array, "B N D"]:
         gamma = self.param("gamma", nn.initializers.constant(self.init), (x.shape[-1],))
-        return x * gamma.astype(x.dtype)
+        return x * gamma.astype(x.dtype)[None, None]
 
 
 class Block(nn.Module):
@@ -156,7 +156,9 @@ class Block(nn.Module):
         source_map: Int[Array, "B L"] | None = None,
     ) -> tuple[Float[Array, "B K D"], Float[Array, "B K"] | None, Int[Array, "B L"] | None]:
         """Returns tokens, sizes and source map after the block; the last two are needed only where tokens merge."""
-        attended, metric = Attention(self.num_heads, self.compute, name="attn")(layer_norm("norm1", self.compute)(x), size)
+        attended, metric = Attention(self.num_heads, self.compute, name="attn")(
+            layer_norm("norm1", self.compute)(x), size
+        )
         x = x + LayerScale(self.layer_scale, name="ls1")(attended)
         if self.merge_count:
             matching = tome.bipartite_soft_matching(metric, self.merge_count, class_token=True)

@@ -1,7 +1,8 @@
-"""Look-up-free quantisation: the code is the sign of every channel, and the entropy over all 2^b codes is exact without a codebook.
+"""Look-up-free quantisation: the code is the sign of every channel; exact entropies over all 2^b codes without a codebook.
 
-The dense form (MAGVIT-v2, arXiv 2310.05737) makes [N, 2^b] probabilities. Given a token its bits are independent, so the entropy of
-one token is a sum of b binary entropies, and the mean distribution over all codes is one matrix product of two [N, 2^(b/2)] factors.
+The dense form (MAGVIT-v2, arXiv 2310.05737) makes [N, 2^b] probabilities. Given a token its bits are independent, so the
+entropy of one token is a sum of b binary entropies, and the mean distribution over all codes is one matrix product of
+two [N, 2^(b/2)] factors.
 
 Axes: ... any batch axes, N flattened tokens, C = b bits; channel 0 is the least significant bit of an index.
 """
@@ -45,7 +46,9 @@ def commitment_loss(z: Float[Array, "*batch C"]) -> Float[Array, ""]:
 
 def codes_to_indices(codes: Float[Array, "*batch C"]) -> Int[Array, "*batch"]:
     """Index sum_j 2^j [code_j > 0]; at most 31 bits."""
-    return jnp.sum((codes > 0).astype(jnp.int32) << np.arange(codes.shape[-1], dtype=np.int32), axis=-1, dtype=jnp.int32)
+    return jnp.sum(
+        (codes > 0).astype(jnp.int32) << np.arange(codes.shape[-1], dtype=np.int32), axis=-1, dtype=jnp.int32
+    )
 
 
 def indices_to_codes(indices: Int[Array, "*batch"], bits: int) -> Float[Array, "*batch C"]:
@@ -67,7 +70,7 @@ def join_indices(parts: Sequence[Int[Array, "*batch"]], bits: Sequence[int]) -> 
 
 
 def entropy_terms(z: Float[Array, "*batch C"], *, temperature: float = 0.01, eps: float = 1e-5) -> EntropyTerms:
-    """Exact entropies of softmax(2 z·c / temperature) over all 2^C codes c, in O(N 2^(C/2)) memory and O(N 2^C) FLOPs of one matmul.
+    """Exact entropies of softmax(2 z·c / temperature) over all 2^C codes c, in O(N 2^(C/2)) memory and one matmul.
 
     Args:
       z: features before the sign; under jit on a mesh the mean runs over the global batch.

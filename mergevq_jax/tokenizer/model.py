@@ -168,7 +168,9 @@ class Tokenizer:
         partial.write_text(text + "\n")
         os.replace(partial, folder / CONFIG_NAME)
 
-    def encode(self, images: UInt8[np.ndarray, "B H W 3"] | UInt8[Array, "B H W 3"], *, keep: int | None = None) -> Tokens:
+    def encode(
+        self, images: UInt8[np.ndarray, "B H W 3"] | UInt8[Array, "B H W 3"], *, keep: int | None = None
+    ) -> Tokens:
         """Images to indices and source maps. `keep` defaults to the config's fraction of this image size.
 
         Raises:

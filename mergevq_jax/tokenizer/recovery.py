@@ -1,4 +1,4 @@
-"""Source recovery: which kept token each raw position belongs to, predicted from the kept tokens alone (paper section 3.3).
+"""Source recovery: which kept token each raw position belongs to, predicted from the kept tokens (paper section 3.3).
 
 Axes: B batch, L raw tokens, K kept tokens, C bits, D width.
 """
@@ -29,7 +29,9 @@ class SourceRecovery(nn.Module):
         queries = self.param("rec_tokens", nn.initializers.normal(1e-6), (1, self.config.raw_tokens, width))
         x = jnp.broadcast_to(queries, (codes.shape[0], *queries.shape[1:])).astype(compute.jax_dtype)
         for index in range(recovery.num_layers):
-            x = CrossAttentionBlock(recovery.num_heads, self.config.layer_scale, compute, name=f"blocks_{index}")(x, keys)
+            x = CrossAttentionBlock(recovery.num_heads, self.config.layer_scale, compute, name=f"blocks_{index}")(
+                x, keys
+            )
         for index in range(recovery.num_self_layers):
             x, _, _ = Block(recovery.num_heads, self.config.layer_scale, compute, name=f"self_blocks_{index}")(x)
         head = dense(width, "rec_head", compute)

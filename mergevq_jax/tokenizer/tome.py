@@ -1,7 +1,7 @@
 """Token merging (ToMe, arXiv 2210.09461) with static shapes and an index vector for the sources.
 
-`source_map[b, l]` is the kept token that raw token l went into. The paper's matrix S (section 3.2) is its one-hot form and is never
-built: maps compose by a gather, and S^T z is a gather as well.
+`source_map[b, l]` is the kept token that raw token l went into. The paper's matrix S (section 3.2) is its one-hot form
+and is never built: maps compose by a gather, and S^T z is a gather as well.
 
 Axes: B batch, L raw tokens, T tokens before and K after a merge (a class token counted where there is one), D width.
 """

@@ -1,0 +1,331 @@
+"""Stage 1: generator and discriminator are updated in one jitted step from one forward pass (paper section 3.4).
+
+The two losses share a backward pass: the generator's term sees the discriminator's parameters as constants and the
+discriminator's term sees the reconstruction as one, so one gradient of their sum is the two separate gradients.
+
+Axes: B batch, A micro-batches of an update, H W image, L raw tokens, K kept tokens.
+"""
+
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+from einops import rearrange
+from jaxtyping import Array, Float
+
+from mergevq_jax.tokenizer import adversarial, alignment, dinov2, lfq, model, recovery
+from mergevq_jax.tokenizer.adversarial import LeCam, PatchDiscriminator
+from mergevq_jax.tokenizer.config import Compute, TokenizerConfig
+from mergevq_jax.tokenizer.dinov2 import DINOv2Config
+from mergevq_jax.tokenizer.perceptual import LPIPS
+from runtime_jax.optimizer import ema_update
+from runtime_jax.prng import Stream, example_keys, stream_key
+from runtime_jax.sharding import Axis, Rule, constrain
+
+Params = Any
+Metrics = dict[str, tuple[Array, Array]]
+
+DISCRIMINATOR_LOSSES = {
+    "hinge": adversarial.hinge_d_loss,
+    "vanilla": adversarial.vanilla_d_loss,
+    "non_saturating": adversarial.non_saturating_d_loss,
+}
+GENERATOR_LOSSES = {"hinge": adversarial.hinge_g_loss, "non_saturating": adversarial.non_saturating_g_loss}
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossConfig:
+    """Terms of stage 1; the defaults are the released code's. A weight of 0 leaves the term and its work out."""
+
+    pixel: Literal["l1", "l2"] = "l1"
+    perceptual_weight: float = 1.0
+    adversarial_weight: float = 0.1
+    generator: Literal["hinge", "non_saturating"] = "non_saturating"
+    discriminator: Literal["hinge", "vanilla", "non_saturating"] = "hinge"
+    discriminator_start: int = 0  # updates before the adversarial terms set in
+    lecam_weight: float = 0.01
+    lecam_decay: float = 0.999
+    entropy_weight: float = 0.1
+    entropy_temperature: float = 0.01
+    commitment_weight: float = 0.25
+    source_weight: float = 0.5
+    alignment_weight: float = 0.0
+    alignment: Literal["kl", "cosine", "label"] = "kl"
+    alignment_size: int = 224  # side of the aligned view, pixels
+
+
+@dataclass(frozen=True, kw_only=True)
+class DiscriminatorConfig:
+    """The patch discriminator."""
+
+    ndf: int = 64
+    num_layers: int = 3
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepConfig:
+    """Everything static that a train step reads."""
+
+    model: TokenizerConfig
+    compute: Compute = Compute()
+    losses: LossConfig = LossConfig()
+    discriminator: DiscriminatorConfig = DiscriminatorConfig()
+    accumulate: int = 1  # micro-batches of one update
+    ema_decay: float = 0.999
+    teacher: DINOv2Config | None = None  # of the alignment loss, unless that is "label"
+    seed: int = 0
+
+    def __post_init__(self):
+        losses, config = self.losses, self.model
+        if self.accumulate < 1 or not 0 <= self.ema_decay < 1:
+            raise ValueError(f"accumulate={self.accumulate} is at least 1, ema_decay={self.ema_decay} in [0, 1)")
+        if losses.alignment_weight:
+            if config.dist_head is None:
+                raise ValueError(
+                    "losses.alignment_weight is not 0, but model.dist_head is None: there is no head to align"
+                )
+            if losses.alignment != "label" and self.teacher is None:
+                raise ValueError(f"losses.alignment={losses.alignment!r} needs a teacher: give its folder or hub id")
+            if losses.alignment_size % config.downsampling:
+                raise ValueError(
+                    f"losses.alignment_size={losses.alignment_size} must be a multiple of the tokenizer's "
+                    f"downsampling {config.downsampling}"
+                )
+        if losses.source_weight and config.recovery is None:
+            raise ValueError(
+                "losses.source_weight is not 0, but model.recovery is None: nothing predicts the source map"
+            )
+
+    def patch_discriminator(self) -> PatchDiscriminator:
+        """The discriminator module."""
+        return PatchDiscriminator(self.discriminator.ndf, self.discriminator.num_layers, self.compute.jax_dtype)
+
+
+class Optimizers(NamedTuple):
+    """Gradient transformations, and the generator's learning rate for the log."""
+
+    generator: optax.GradientTransformation
+    discriminator: optax.GradientTransformation
+    schedule: optax.Schedule
+
+
+@flax.struct.dataclass
+class TrainState:
+    """What a checkpoint holds; all of it is donated to the step."""
+
+    step: Array
+    params: Params
+    opt_state: Any
+    ema: Params
+    disc_params: Params
+    disc_stats: Any
+    disc_opt_state: Any
+    lecam: LeCam
+
+
+@flax.struct.dataclass
+class Frozen:
+    """Parameters that a step reads and never changes; None where the loss does not need them."""
+
+    lpips: Params | None = None
+    teacher: Params | None = None
+
+
+SHARDING_RULES: tuple[Rule, ...] = (
+    (r"decoder/attn/blocks/attn/qkv/kernel", (None, Axis.EMBED, Axis.HEADS)),
+    (r"decoder/attn/blocks/attn/proj/kernel", (None, Axis.HEADS, Axis.EMBED)),
+    (r"decoder/attn/blocks/mlp/fc1/kernel", (None, Axis.EMBED, Axis.MLP)),
+    (r"decoder/attn/blocks/mlp/fc2/kernel", (None, Axis.MLP, Axis.EMBED)),
+    (r"decoder/attn/blocks/mlp/dwconv/kernel", (None, None, None, None, Axis.MLP)),
+    (r"(attn/qkv|blocks_\d+/(q|kv))/kernel", (Axis.EMBED, Axis.HEADS)),
+    (r"(attn|blocks_\d+)/proj/kernel", (Axis.HEADS, Axis.EMBED)),
+    (r"(mlp|head)/fc1/kernel", (Axis.EMBED, Axis.MLP)),
+    (r"(mlp|head)/fc2/kernel", (Axis.MLP, Axis.EMBED)),
+    (r"(conv_in|conv_out|conv[12]|nin_shortcut|pos_embed|\w+_downsample|\w+_upsample|conv_\d|logits)/kernel", ()),
+    (r".*", ()),
+)
+
+
+def init_state(config: StepConfig, optimizers: Optimizers) -> TrainState:
+    """A new state from the config's seed."""
+    params_key, disc_key = jax.random.split(stream_key(config.seed, Stream.PARAMS))
+    params = model.init_params(config.model, params_key)
+    side = config.model.resolution
+    disc = config.patch_discriminator().init(
+        disc_key, jnp.zeros((1, side, side, config.model.in_channels)), train=False
+    )
+    return TrainState(
+        step=jnp.zeros((), jnp.int32),
+        params=params,
+        opt_state=optimizers.generator.init(params),
+        ema=jax.tree.map(jnp.copy, params),
+        disc_params=disc["params"],
+        disc_stats=disc["batch_stats"],
+        disc_opt_state=optimizers.discriminator.init(disc["params"]),
+        lecam=LeCam.zeros(),
+    )
+
+
+def train_step(
+    state: TrainState,
+    frozen: Frozen,
+    batch: dict[str, Array],
+    *,
+    config: StepConfig,
+    optimizers: Optimizers,
+    keep: int,
+) -> tuple[TrainState, Metrics]:
+    """One update of generator and discriminator.
+
+    Args:
+      state: donated by the caller's jit.
+      frozen: perceptual network and alignment teacher.
+      batch: "image" uint8 [B, H, W, 3]; "label" int32 [B] and "index" int [B] where the alignment loss needs them.
+      config, optimizers, keep: static.
+
+    Returns:
+      The new state and metrics as (sum, count). Where the loss or a gradient is not finite, everything but the step's
+      number is kept as it was and "nonfinite" counts one.
+    """
+    micro = {
+        name: rearrange(value, "(m a) ... -> a m ...", a=config.accumulate)
+        for name, value in batch.items()
+        if name in ("image", "label", "index")
+    }
+
+    def accumulate(carry, micro_batch):
+        gradients, stats, lecam = carry
+        (_, aux), new = jax.value_and_grad(_losses, has_aux=True)(
+            (state.params, state.disc_params), stats, lecam, frozen, micro_batch, state.step, config, keep
+        )
+        metrics, stats, lecam = aux
+        return (jax.tree.map(jnp.add, gradients, new), stats, lecam), metrics
+
+    zeros = jax.tree.map(jnp.zeros_like, (state.params, state.disc_params))
+    carry = (zeros, state.disc_stats, state.lecam)
+    if config.accumulate == 1:
+        carry, metrics = accumulate(carry, jax.tree.map(lambda value: value[0], micro))
+    else:
+        carry, metrics = jax.lax.scan(accumulate, carry, micro)
+        metrics = jax.tree.map(jnp.mean, metrics)
+    gradients, stats, lecam = carry
+    gradients = jax.tree.map(lambda gradient: gradient / config.accumulate, gradients)
+    norms = {"grad_norm": optax.global_norm(gradients[0]), "disc/grad_norm": optax.global_norm(gradients[1])}
+
+    updates, opt_state = optimizers.generator.update(gradients[0], state.opt_state, state.params)
+    disc_updates, disc_opt_state = optimizers.discriminator.update(
+        gradients[1], state.disc_opt_state, state.disc_params
+    )
+    params = optax.apply_updates(state.params, updates)
+    new_state = TrainState(
+        step=state.step,
+        params=params,
+        opt_state=opt_state,
+        ema=ema_update(state.ema, params, state.step, config.ema_decay),
+        disc_params=optax.apply_updates(state.disc_params, disc_updates),
+        disc_stats=stats,
+        disc_opt_state=disc_opt_state,
+        lecam=lecam,
+    )
+    finite = jnp.isfinite(metrics["loss"] + metrics["disc/loss"] + norms["grad_norm"] + norms["disc/grad_norm"])
+    new_state = jax.tree.map(lambda new, old: jnp.where(finite, new, old), new_state, state)
+    new_state = new_state.replace(step=state.step + 1)
+    metrics |= norms | {"lr": jnp.asarray(optimizers.schedule(state.step), jnp.float32)}
+    counted = finite.astype(jnp.float32)  # a skipped step's values would make every average of the interval NaN
+    metrics = {name: (jnp.where(finite, value, 0.0), counted) for name, value in metrics.items()}
+    return new_state, metrics | {"nonfinite": (1.0 - counted, jnp.ones(()))}
+
+
+def _losses(trained, disc_stats, lecam, frozen, batch, step, config: StepConfig, keep: int):
+    """Sum of both sides' losses of one micro-batch; aux: metrics, batch statistics, LeCam averages."""
+    params, disc_params = trained
+    losses = config.losses
+    images = constrain(model.to_float(batch["image"]), Axis.BATCH, None, None, None)
+    encoded = model.encode(params, config.model, images, keep=keep, compute=config.compute)
+    codes = lfq.quantize(encoded.z)
+    grid = config.model.grid(*images.shape[1:3])
+    rebuilt = model.decode(params, config.model, codes, encoded.source_map, grid, compute=config.compute)
+    metrics = {"mse": jnp.mean(jnp.square(jnp.clip(rebuilt, -1, 1) - images))}
+
+    error = rebuilt - images
+    terms = {"pixel": (1.0, jnp.mean(jnp.abs(error) if losses.pixel == "l1" else jnp.square(error)))}
+    if losses.perceptual_weight:
+        terms["perceptual"] = (losses.perceptual_weight, _perceptual_loss(frozen.lpips, images, rebuilt, config))
+    if losses.entropy_weight:
+        entropy = lfq.entropy_terms(encoded.z, temperature=losses.entropy_temperature)
+        terms["entropy"] = (losses.entropy_weight, entropy.loss)
+        metrics |= {"entropy/per_sample": entropy.per_sample, "entropy/codebook": entropy.codebook}
+    if losses.commitment_weight:
+        terms["commitment"] = (losses.commitment_weight, lfq.commitment_loss(encoded.z))
+    if losses.source_weight:
+        # On constants: recovery learns to read the codes, the codes are not shaped by it.
+        logits = model.recover(params, config.model, jax.lax.stop_gradient(codes), compute=config.compute)
+        terms["source"] = (losses.source_weight, recovery.source_loss(logits, encoded.source_map))
+        metrics["source/accuracy"] = jnp.mean(recovery.recovered_source_map(logits) == encoded.source_map)
+    if losses.alignment_weight:
+        loss = _alignment_loss(params, frozen.teacher, images, batch, step, config, keep / encoded.source_map.shape[1])
+        terms["alignment"] = (losses.alignment_weight, loss)
+    total = sum(weight * value for weight, value in terms.values())
+    metrics |= {name: value for name, (_, value) in terms.items()}
+    disc_loss = jnp.zeros(())
+    if losses.adversarial_weight:
+        on = (step >= losses.discriminator_start).astype(jnp.float32)
+        sides = _adversarial_losses(disc_params, disc_stats, lecam, images, rebuilt, config)
+        total = total + on * losses.adversarial_weight * sides.generator
+        disc_loss, disc_stats, lecam = on * sides.discriminator, sides.stats, sides.lecam
+        metrics |= {"adversarial": sides.generator, **sides.metrics}
+    return total + disc_loss, (metrics | {"loss": total, "disc/loss": disc_loss}, disc_stats, lecam)
+
+
+def _perceptual_loss(lpips, images, rebuilt, config: StepConfig) -> Float[Array, ""]:
+    return jnp.mean(LPIPS(dtype=config.compute.jax_dtype).apply({"params": lpips}, images, rebuilt))
+
+
+class _Sides(NamedTuple):
+    generator: Array
+    discriminator: Array
+    stats: Any
+    lecam: LeCam
+    metrics: dict[str, Array]
+
+
+def _adversarial_losses(disc_params, disc_stats, lecam, images, rebuilt, config: StepConfig) -> _Sides:
+    losses, module = config.losses, config.patch_discriminator()
+
+    def logits(params, stats, x):
+        return module.apply({"params": params, "batch_stats": stats}, x, train=True, mutable=["batch_stats"])
+
+    constant = jax.lax.stop_gradient
+    seen_by_generator, _ = logits(constant(disc_params), disc_stats, rebuilt)
+    real, updated = logits(disc_params, disc_stats, images)
+    # Same forward pass as the generator's, which the compiler merges with it; only the gradients differ.
+    fake, updated = logits(disc_params, updated["batch_stats"], constant(rebuilt))
+    discriminator = DISCRIMINATOR_LOSSES[losses.discriminator](real, fake)
+    metrics = {"disc/real": jnp.mean(real), "disc/fake": jnp.mean(fake)}
+    if losses.lecam_weight:
+        lecam = lecam.update(real, fake, losses.lecam_decay)
+        regulariser = adversarial.lecam_loss(real, fake, lecam)
+        discriminator = discriminator + losses.lecam_weight * regulariser
+        metrics["disc/lecam"] = regulariser
+    generator = GENERATOR_LOSSES[losses.generator](seen_by_generator)
+    return _Sides(generator, discriminator, updated["batch_stats"], lecam, metrics)
+
+
+def _alignment_loss(params, teacher, images, batch, step, config: StepConfig, fraction: float) -> Float[Array, ""]:
+    """Head of the whole image, `fraction` of its tokens kept, against the label or the teacher's view: a random crop."""
+    size = config.losses.alignment_size
+    student_view = alignment.resized(images, size)
+    raw = (size // config.model.downsampling) ** 2
+    student = model.encode(
+        params, config.model, student_view, keep=max(1, round(fraction * raw)), with_head=True, compute=config.compute
+    ).head
+    if config.losses.alignment == "label":
+        return alignment.smoothed_cross_entropy(student, batch["label"])
+    keys = example_keys(stream_key(config.seed, Stream.AUGMENT, step), batch["index"])
+    teacher_view = dinov2.standardize(alignment.random_resized_crops(images, keys, size))
+    features = dinov2.DINOv2(config.teacher).apply({"params": teacher}, teacher_view).pooled
+    loss = alignment.kl_alignment_loss if config.losses.alignment == "kl" else alignment.cosine_alignment_loss
+    return loss(student, jax.lax.stop_gradient(features))

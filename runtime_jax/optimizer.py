@@ -1,0 +1,82 @@
+"""Optimizers and schedules from config; everything counts updates, never micro-batches."""
+
+import re
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from runtime_jax.config import Duration
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """Adam(W) with clipping and a schedule."""
+
+    learning_rate: float = 1e-4
+    schedule: Literal["constant", "cosine", "steps"] = "constant"
+    warmup: Duration = Duration(steps=0)  # linear, from 0
+    drops: tuple[Duration, ...] = ()  # "steps": times of the drops, from the start of the run
+    drop_factor: float = 0.1
+    final_fraction: float = 0.0  # "cosine": of the learning rate, at the end of the run
+    b1: float = 0.9
+    b2: float = 0.999
+    eps: float = 1e-8
+    weight_decay: float = 0.0  # decoupled; kernels only: no norm, bias, LayerScale or embedding vector
+    clip_norm: float | None = None  # of the global gradient
+
+    def __post_init__(self):
+        if (self.schedule == "steps") != bool(self.drops):
+            raise ValueError(
+                f"optimizer: schedule={self.schedule!r} with drops={self.drops}: drops belong to 'steps' only"
+            )
+        if self.learning_rate <= 0 or self.weight_decay < 0 or (self.clip_norm is not None and self.clip_norm <= 0):
+            raise ValueError("optimizer: learning_rate and clip_norm are positive, weight_decay is not negative")
+
+
+def make_schedule(
+    config: OptimizerConfig, *, total_steps: int, batch_size: int, num_examples: int | None
+) -> optax.Schedule:
+    """Learning rate of update number n, n = 0, 1, ...
+
+    Raises:
+      ValueError: the warm-up is longer than the run, or a duration is in epochs of unknown length.
+    """
+    warmup = config.warmup.to_steps(batch_size, num_examples)
+    if warmup >= total_steps:
+        raise ValueError(f"optimizer.warmup: {warmup} steps, but the run has {total_steps}")
+    rate = config.learning_rate
+    if config.schedule == "cosine":
+        after = optax.cosine_decay_schedule(rate, total_steps - warmup, config.final_fraction)
+    else:
+        drops = [drop.to_steps(batch_size, num_examples) - warmup for drop in config.drops]
+        if min(drops, default=1) < 1:
+            raise ValueError("optimizer.drops: a drop lies before the end of the warm-up")
+        after = optax.piecewise_constant_schedule(rate, dict.fromkeys(drops, config.drop_factor))
+    if not warmup:
+        return after
+    return optax.join_schedules([lambda step: rate * (step + 1) / warmup, after], [warmup])
+
+
+def make_optimizer(config: OptimizerConfig, schedule: optax.Schedule) -> optax.GradientTransformation:
+    """Clip, Adam, decoupled weight decay on kernels, minus the learning rate."""
+    return optax.chain(
+        optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity(),
+        optax.scale_by_adam(b1=config.b1, b2=config.b2, eps=config.eps),
+        optax.add_decayed_weights(config.weight_decay, mask=_is_kernel) if config.weight_decay else optax.identity(),
+        optax.scale_by_learning_rate(schedule),
+    )
+
+
+def _is_kernel(params: Any) -> Any:
+    """Mask of the leaves named kernel; a scanned norm has two axes, so the rank does not tell."""
+    name = lambda path: jax.tree_util.keystr(path, simple=True, separator="/")  # noqa: E731
+    return jax.tree_util.tree_map_with_path(lambda path, _: bool(re.search(r"(^|/)kernel$", name(path))), params)
+
+
+def ema_update(ema: Any, params: Any, step: jax.Array, decay: float) -> Any:
+    """Moving average in float32 whose decay grows from 0.1 as (1 + n) / (10 + n), up to `decay`; n counts updates."""
+    decay = jnp.minimum(decay, (1.0 + step) / (10.0 + step)).astype(jnp.float32)
+    return jax.tree.map(lambda average, new: average + (1.0 - decay) * (new.astype(jnp.float32) - average), ema, params)
