@@ -97,35 +97,41 @@ class TfdsSource:
         try:
             builder = tfds.core.read_only_builder.builder_from_files(name, data_dir=data_dir)
         except tfds.core.DatasetNotFoundError as error:
-            raise ValueError(_missing_dataset(name, data_dir)) from error
+            where = str(Path(data_dir).absolute())
+            raise ValueError(f"dataset {name!r} is not in {where!r}: {_recipe(name, data_dir)}") from error
         base = split.split("[")[0]
         if base not in builder.info.splits:
             raise ValueError(f"dataset {name!r} in {data_dir!r} has no split {split!r}: {sorted(builder.info.splits)}")
         features = builder.info.features
         if "image" not in features:
             raise ValueError(f"dataset {name!r} has no feature 'image', only {sorted(features)}")
-        # Images are decoded here, and only the one that is used: a segmentation mask stays as it is.
-        pictures = [key for key, feature in features.items() if isinstance(feature, tfds.features.Image)]
-        undecoded = {key: tfds.decode.SkipDecoding() for key in pictures}
-        self._records = builder.as_data_source(split=split, decoders=undecoded)
+        # Only what is used is parsed, and images are decoded here: TFDS would decode masks and attributes too.
+        wanted = {key: features[key] for key in ("image", "label", "caption") if key in features}
+        self._features = tfds.features.FeaturesDict(wanted)
+        self._decoders = {"image": tfds.decode.SkipDecoding()}
+        raw = tfds.decode.DeserializeMethod.RAW_BYTES
+        try:
+            self._records = builder.as_data_source(split=split, deserialize_method=raw)
+        except NotImplementedError as error:
+            raise ValueError(
+                f"dataset {name!r} in {data_dir!r} has no random access: {_recipe(name, data_dir)}"
+            ) from error
 
     def __len__(self) -> int:
         return len(self._records)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        record = self._records[index]
+        record = self._features.deserialize_example_np(self._records[index], decoders=self._decoders)
         example = {"image": decode_image(record["image"]), "label": int(record.get("label", -1))}
         if "caption" in record:
             example["caption"] = record["caption"].decode()
         return example
 
 
-def _missing_dataset(name: str, data_dir: str) -> str:
+def _recipe(name: str, data_dir: str) -> str:
     if name.split("/")[0] == "mini_scenes":
-        recipe = f"runtime_jax.data.mini_scenes.prepare({data_dir!r}) writes it"
-    else:
-        recipe = f"write it with tfds build {name} --data_dir={data_dir} --file_format=array_record"
-    return f"dataset {name!r} is not in {str(Path(data_dir).absolute())!r}: {recipe}"
+        return f"runtime_jax.data.mini_scenes.prepare({data_dir!r}, size) writes it"
+    return f"write it with: tfds build {name} --data_dir={data_dir} --file_format=array_record"
 
 
 class FolderSource:

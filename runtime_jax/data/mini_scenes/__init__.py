@@ -24,13 +24,29 @@ from runtime_jax.data.mini_scenes.scene import (
     sample_color,
     sample_scene,
 )
-from runtime_jax.data.mini_scenes.vocabulary import BACKGROUNDS, CLASSES, COLORS, POSES, TEXTURES
+from runtime_jax.data.mini_scenes.vocabulary import (
+    BACKGROUNDS,
+    CLASSES,
+    COLORS,
+    LIGHT_DIRECTIONS,
+    LIGHT_WARMTHS,
+    MENTION_RATES,
+    POSES,
+    SIZES,
+    SYMMETRY,
+    TEXTURES,
+)
 
 __all__ = [
     "BACKGROUNDS",
     "CLASSES",
     "COLORS",
+    "LIGHT_DIRECTIONS",
+    "LIGHT_WARMTHS",
+    "MENTION_RATES",
     "POSES",
+    "SIZES",
+    "SYMMETRY",
     "TEXTURES",
     "Background",
     "Light",

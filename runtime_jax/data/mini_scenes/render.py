@@ -85,8 +85,7 @@ def _draw(canvas: np.ndarray, item: SceneObject, light: Light) -> np.ndarray:
     side = canvas.shape[0]
     reach = 1.15 * item.size
     rows, columns = _window(item.y - reach, item.y + reach, side), _window(item.x - reach, item.x + reach, side)
-    x, y = np.meshgrid(axis(side)[columns], axis(side)[rows])
-    u, v = _local(item, x, y)
+    u, v = _local(item, axis(side)[None, columns], axis(side)[rows, None])
     pixel = 1 / (side * item.size)
     distance = outline_distance(item.shape, u, v).astype(np.float32)
     part = np.clip(0.5 - distance / pixel, 0, 1)
@@ -198,7 +197,7 @@ def _soft(distance: np.ndarray, width: float) -> np.ndarray:
 
 def _foot(item: SceneObject) -> float:
     """Height in the image of the object's lowest point."""
-    probe = np.linspace(-1.1, 1.1, 45, dtype=np.float32) * np.float32(item.size)
-    u, v = _local(item, item.x + probe[None], item.y + probe[:, None])
+    across, down = (np.linspace(low, 1.1, 25, dtype=np.float32) * np.float32(item.size) for low in (-1.1, 0.0))
+    u, v = _local(item, item.x + across[None], item.y + down[:, None])
     inside = (outline_distance(item.shape, u, v) < 0).any(1)
-    return item.y + float(probe[np.flatnonzero(inside)[-1]])
+    return item.y + float(down[np.flatnonzero(inside)[-1]])

@@ -52,7 +52,7 @@ class Light:
     @property
     def direction_name(self) -> str:
         """ "left", "right" or "above"."""
-        return min(words.LIGHT_DIRECTIONS, key=lambda name: abs(self.azimuth - np.mean(words.LIGHT_DIRECTIONS[name])))
+        return min(words.LIGHT_DIRECTIONS, key=lambda name: abs(2 * self.azimuth - sum(words.LIGHT_DIRECTIONS[name])))
 
     @property
     def warmth_name(self) -> str:
