@@ -247,6 +247,7 @@ class _Run:
         if failing or done.number % self.config.log_every == 0 or done.number == self.total_steps:
             self.log(done)
         if failing:
+            self.checkpointer.wait()
             raise FloatingPointError(
                 f"step {done.number}: loss or gradient not finite in {self.skipped_in_a_row} updates in a row, all "
                 f"skipped; the newest checkpoint is of step {self.checkpointer.latest()}"

@@ -1,11 +1,10 @@
 """A two-layer regression for the tests of checkpoints and loop; a program of its own, so that it can be killed."""
 
-import argparse
-import json
 import os
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -86,58 +85,50 @@ def batches(start: int, nan_from: int | None = None) -> Iterator[dict[str, np.nd
         start += 1
 
 
-def main(argv: list[str]) -> None:
-    """Runs, or dies on the way as the flags say."""
-    parser = argparse.ArgumentParser()
-    parser.add_argument("workdir", type=Path)
-    parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--kill-at", type=int, help="SIGKILL when the batch of this step is asked for")
-    parser.add_argument("--kill-in-save", type=int, help="SIGKILL while the checkpoint of this step is being written")
-    parser.add_argument("--term-at", type=int, help="SIGTERM to itself when the batch of this step is asked for")
-    parser.add_argument("--checkpoint-every", type=int, default=6)
-    args = parser.parse_args(argv)
+def train(workdir: Path, steps: int, stream: Callable[[int], Iterator] = batches, **options: Any) -> loop.Result:
+    """A whole run on all devices: initial state, loop, and the final state as `final.npz`.
+
+    `options` are fields of LoopConfig and arguments of `loop.run`.
+    """
     mesh = make_mesh(MeshConfig(data=1, fsdp=-1), jax.devices())
     abstract = jax.eval_shape(init)
     shardings = param_shardings(abstract, RULES, mesh)
     abstract = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), abstract, shardings)
+    intervals = {"log_every": 5, "checkpoint_every": 6, "eval_every": 7, "min_free_bytes": 0}
+    intervals |= {field.name: options.pop(field.name) for field in fields(loop.LoopConfig) if field.name in options}
+    with jax.set_mesh(mesh):
+        state, step, origin = checkpoint.initial_state(
+            workdir, abstract, config={"steps": steps}, init=jax.jit(init, out_shardings=shardings)
+        )
+        print("origin:", origin, flush=True)
+        arguments = {
+            "config": loop.LoopConfig(duration=Duration(steps=steps), **intervals),
+            "workdir": workdir,
+            "resolved_config": {"steps": steps},
+            "state": state,
+            "start_step": step,
+            "total_steps": steps,
+            "train_step": train_step,
+            "batches": stream,
+            "shard": lambda batch: shard_batch(batch, mesh),
+            "evaluate": lambda state, step: {"norm": optax.tree.norm(state.params)},
+        }
+        result = loop.run(**arguments | options)
+    leaves = {jax.tree_util.keystr(k): np.asarray(v) for k, v in jax.tree_util.tree_leaves_with_path(result.state)}
+    np.savez(workdir / "final.npz", **leaves)
+    return result
+
+
+def signalled(number: signal.Signals, at: int) -> Callable[[int], Iterator]:
+    """Batches that send a signal to this process when that of step `at` is asked for."""
 
     def stream(start: int) -> Iterator[dict[str, np.ndarray]]:
         for step, batch in enumerate(batches(start), start):
-            if step == args.kill_at:
-                os.kill(os.getpid(), signal.SIGKILL)
-            if step == args.term_at:
-                os.kill(os.getpid(), signal.SIGTERM)
+            if step == at:
+                os.kill(os.getpid(), number)
             yield batch
 
-    if args.kill_in_save is not None:
-        die_while_saving(args.kill_in_save)
-    config = {"steps": args.steps}
-    with jax.set_mesh(mesh):
-        state, step, origin = checkpoint.initial_state(
-            args.workdir, abstract, config=config, init=jax.jit(init, out_shardings=shardings)
-        )
-        print("origin:", origin, flush=True)
-        result = loop.run(
-            config=loop.LoopConfig(
-                duration=Duration(steps=args.steps),
-                log_every=5,
-                checkpoint_every=args.checkpoint_every,
-                eval_every=7,
-                min_free_bytes=0,
-            ),
-            workdir=args.workdir,
-            resolved_config=config,
-            state=state,
-            start_step=step,
-            total_steps=args.steps,
-            train_step=train_step,
-            batches=stream,
-            shard=lambda batch: shard_batch(batch, mesh),
-            evaluate=lambda state, step: {"norm": optax.global_norm(state.params)},
-        )
-    leaves = {jax.tree_util.keystr(k): np.asarray(v) for k, v in jax.tree_util.tree_leaves_with_path(result.state)}
-    np.savez(args.workdir / "final.npz", **leaves)
-    print(json.dumps({"step": result.step, "stopped_by": result.stopped_by}), flush=True)
+    return stream
 
 
 def die_while_saving(step: int) -> None:
@@ -153,4 +144,7 @@ def die_while_saving(step: int) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    folder, how, when = sys.argv[1:]
+    if how == "in-save":
+        die_while_saving(int(when))
+    train(Path(folder), 20, signalled(signal.SIGKILL, int(when)) if how == "in-step" else batches)
