@@ -308,6 +308,7 @@ def test_missing_split(scenes):
 
 def test_tfds_slices(scenes):
     assert len(open_source(dataclasses.replace(scenes, split="train[:3]"))) == 3
+    assert len(open_source(dataclasses.replace(scenes, split="train[:3]+test"))) == 8
 
 
 def test_the_iterator_type():

@@ -1,6 +1,7 @@
 """mini_scenes: determinism, ground truth that agrees with the pixels, captions, and the TFDS dataset on disk."""
 
 import dataclasses
+import shutil
 import subprocess
 import sys
 
@@ -211,6 +212,20 @@ def test_captions_never_name_what_is_not_there(scenes):
         assert sum(text.count(shape) for shape in CLASSES) == len(scene.objects)
 
 
+def test_relations_are_true(scenes):
+    told = 0
+    for number, scene in enumerate(scenes):
+        text = caption(scene, np.random.default_rng(number))
+        for side in ("left", "right"):
+            if f" to the {side} of " in text:
+                before, after = text.split(f" to the {side} of ")
+                (first,) = (item for item in scene.objects if f" {item.shape}" in before)
+                (second,) = (item for item in scene.objects if f" {item.shape}" in after)
+                assert (first.x < second.x) == (side == "left")
+                told += 1
+    assert told > 10
+
+
 def test_full_caption_names_everything(scenes):
     for scene in scenes[:100]:
         text = full_caption(scene)
@@ -261,6 +276,12 @@ def test_workers_make_the_same_examples():
     shared = list(make_examples(1, "test", 5, 32, 2))
     assert [e["image"] for e in alone] == [e["image"] for e in shared]
     assert [e["caption"] for e in alone] == [e["caption"] for e in shared]
+
+
+def test_a_dead_worker_is_an_error(monkeypatch):
+    monkeypatch.setattr(sys, "executable", shutil.which("false"))
+    with pytest.raises(RuntimeError, match="worker ended early with exit code 1"):
+        list(make_examples(1, "test", 5, 32, 2))
 
 
 def test_tensorflow_is_never_imported(tmp_path):

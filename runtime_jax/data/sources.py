@@ -99,8 +99,8 @@ class TfdsSource:
         except tfds.core.DatasetNotFoundError as error:
             where = str(Path(data_dir).absolute())
             raise ValueError(f"dataset {name!r} is not in {where!r}: {_recipe(name, data_dir)}") from error
-        base = split.split("[")[0]
-        if base not in builder.info.splits:
+        parts = [part.split("[")[0] for part in split.split("+")]
+        if not set(parts) <= set(builder.info.splits):
             raise ValueError(f"dataset {name!r} in {data_dir!r} has no split {split!r}: {sorted(builder.info.splits)}")
         features = builder.info.features
         if "image" not in features:

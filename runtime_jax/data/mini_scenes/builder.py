@@ -14,7 +14,9 @@ from runtime_jax.data.mini_scenes.examples import SPLITS, make_examples
 from runtime_jax.data.mini_scenes.render import MIN_SIZE
 
 NAME = "mini_scenes"
+# Starting a worker takes about two seconds, which pays off from a few thousand examples on.
 PARALLEL_FROM = 2000
+MAX_WORKERS = 8
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -100,9 +102,8 @@ class MiniScenes(tfds.core.GeneratorBasedBuilder):
     def _generate_examples(self, split: str) -> Iterator[tuple[int, dict[str, Any]]]:
         config = self.builder_config
         count = getattr(config, split)
-        # Starting a worker takes about two seconds, which pays off from a few thousand examples on.
-        workers = len(os.sched_getaffinity(0)) if count >= PARALLEL_FROM else 0
-        yield from enumerate(make_examples(config.seed, split, count, config.size, min(workers, 16)))
+        workers = min(os.cpu_count() or 1, MAX_WORKERS) if count >= PARALLEL_FROM else 0
+        yield from enumerate(make_examples(config.seed, split, count, config.size, workers))
 
 
 def prepare(

@@ -1,7 +1,7 @@
 """Examples of a split as records of plain values, made in this process or in several at once."""
 
 import io
-import json
+import os
 import pickle
 import subprocess
 import sys
@@ -53,8 +53,7 @@ def make_examples(seed: int, split: str, count: int, size: int, num_workers: int
         return
     # Programs of their own rather than multiprocessing: forking is unsafe once JAX has started its threads, and
     # spawning would run the caller's script a second time.
-    jobs = [json.dumps([seed, split, first, count, num_workers, size]) for first in range(num_workers)]
-    workers = [subprocess.Popen([sys.executable, "-m", __name__, job], stdout=subprocess.PIPE) for job in jobs]
+    workers = [_start(seed, split, first, count, num_workers, size) for first in range(num_workers)]
     try:
         for index in range(count):
             yield _receive(workers[index % num_workers])
@@ -64,6 +63,13 @@ def make_examples(seed: int, split: str, count: int, size: int, num_workers: int
             worker.communicate()
 
 
+def _start(*job: Any) -> subprocess.Popen:
+    program = f"from {__name__} import write_examples; write_examples(*{job!r})"
+    # The worker finds the package wherever this process found it.
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    return subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, env=environment)
+
+
 def _receive(worker: subprocess.Popen) -> dict[str, Any]:
     try:
         return pickle.load(worker.stdout)
@@ -71,7 +77,8 @@ def _receive(worker: subprocess.Popen) -> dict[str, Any]:
         raise RuntimeError(f"a mini_scenes worker ended early with exit code {worker.wait()}") from error
 
 
-def _work(seed: int, split: str, first: int, count: int, step: int, size: int) -> None:
+def write_examples(seed: int, split: str, first: int, count: int, step: int, size: int) -> None:
+    """A worker's whole life: pickles examples first, first + step, ... to standard output."""
     for index in range(first, count, step):
         pickle.dump(make_example(seed, split, index, size), sys.stdout.buffer)
     sys.stdout.buffer.flush()
@@ -87,7 +94,3 @@ def _png(image: np.ndarray) -> bytes:
     buffer = io.BytesIO()
     Image.fromarray(image).save(buffer, "PNG", compress_level=2)
     return buffer.getvalue()
-
-
-if __name__ == "__main__":
-    _work(*json.loads(sys.argv[1]))

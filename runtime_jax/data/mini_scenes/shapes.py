@@ -82,12 +82,12 @@ def _flower(x, y):
 
 
 def _heart(x, y):
-    # A square on its corner with a half-disc on each of its upper sides.
+    # A square on its corner with a half-disc on each of its upper sides; mirrored, so one of the two is enough.
     side = 0.55
     x, y = np.abs(x), y - 0.02
     across, along = (x - y) / np.sqrt(2), (x + y) / np.sqrt(2)
-    square = np.maximum(np.abs(across), np.abs(along)) - side
-    return np.minimum(square, np.hypot(across - side, along) - side) - 0.03
+    square = np.maximum(np.abs(along), -across) - side
+    return np.where(across > side, np.hypot(across - side, along) - side, square) - 0.03
 
 
 def _drop(x, y):
