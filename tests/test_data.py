@@ -206,6 +206,11 @@ def test_photo_regions_are_disjoint_and_training_stays_inside():
     assert np.array_equal(held_out[0]["image"], photo_region("china.jpg", "held_out"))
 
 
+def test_photos_are_cropped_at_several_scales_by_default(scenes):
+    assert SourceConfig(kind="photos").scale == (0.25, 1.0) and PHOTOS.scale == (0.3, 1.0)
+    assert scenes.scale == (1.0, 1.0)
+
+
 def test_crops_look_at_the_picture():
     ramp = np.broadcast_to(np.arange(200, dtype=np.uint8)[None, :, None], (100, 200, 3))
     centre = center_crop(ramp, 50)

@@ -118,7 +118,7 @@ def _stream(config: DataConfig) -> grain.MapDataset:
     """The endless sequence of examples; element i depends on the config and i alone."""
     parts = []
     for number, source in enumerate(config.sources):
-        part = grain.MapDataset.source(_Tagged(open_source(source), source.crop_scale))
+        part = grain.MapDataset.source(_Tagged(open_source(source), source.scale))
         if config.shuffle:
             part = part.shuffle(int(host_rng(config.seed, Stream.DATA, number).integers(2**32)))
         parts.append(part.repeat())

@@ -33,7 +33,8 @@ class SourceConfig:
     kind "folder": `path` holds one sub-folder per class (labels in sorted order) or images directly (label -1).
     kind "photos": crops of scikit-learn's china.jpg and flower.jpg; `split` is "train" or "held_out" (label -1).
     weight: share of the examples drawn from here, relative to the other sources.
-    crop_scale: side of a random crop relative to the picture's shorter side, drawn log-uniformly between the two.
+    crop_scale: side of a random crop relative to the picture's shorter side, drawn log-uniformly between the two;
+        None is (0.25, 1) for photos, which are large and few, and (1, 1) for the others.
     """
 
     kind: Literal["tfds", "folder", "photos"]
@@ -42,7 +43,14 @@ class SourceConfig:
     split: str = "train"
     data_dir: str = "data"
     weight: float = 1.0
-    crop_scale: tuple[float, float] = (1.0, 1.0)
+    crop_scale: tuple[float, float] | None = None
+
+    @property
+    def scale(self) -> tuple[float, float]:
+        """crop_scale, or what None stands for."""
+        if self.crop_scale is not None:
+            return self.crop_scale
+        return (0.25, 1.0) if self.kind == "photos" else (1.0, 1.0)
 
 
 @runtime_checkable
@@ -60,7 +68,7 @@ def open_source(config: SourceConfig) -> Source:
     Raises:
         ValueError: unknown kind, missing dataset, folder or split, or nothing readable in it.
     """
-    low, high = config.crop_scale
+    low, high = config.scale
     if not 0 < low <= high <= 1:
         raise ValueError(f"source {config.kind}: crop_scale is {config.crop_scale}, allowed are 0 < low <= high <= 1")
     if not (config.weight > 0 and np.isfinite(config.weight)):
