@@ -5,6 +5,7 @@ Layout: `workdir/checkpoints/<step>/` holds three items which appear together or
 """
 
 import errno
+import json
 import logging
 import shutil
 from collections.abc import Callable, Mapping, Sequence
@@ -19,7 +20,7 @@ from jax.sharding import SingleDeviceSharding
 _LOG = logging.getLogger(__name__)
 _TEMPORARY = ".orbax-checkpoint-tmp"
 # How TensorStore reports files that are absent, cut short or overwritten, as against no memory or no permission.
-_DAMAGE = ("NOT_FOUND", "DATA_LOSS", "OUT_OF_RANGE", "INVALID_ARGUMENT", "FAILED_PRECONDITION")
+_DAMAGE = ("NOT_FOUND", "DATA_LOSS", "OUT_OF_RANGE", "FAILED_PRECONDITION")
 
 
 class WorkdirError(OSError):
@@ -40,9 +41,9 @@ def check_workdir(workdir: str | Path, min_free_bytes: int = 0) -> Path:
     Only process 0 writes, so only process 0 looks. Returns the absolute path.
 
     Raises:
-        WorkdirError: it is not a directory, a file cannot be written in it, or less than `min_free_bytes` are free.
+        WorkdirError: it is a URL or no directory, a file cannot be written in it, or fewer bytes are free than that.
     """
-    path = Path(workdir).absolute()
+    path = _local(workdir)
     if jax.process_index() != 0:
         return path
     probe = path / ".write_probe"
@@ -54,6 +55,13 @@ def check_workdir(workdir: str | Path, min_free_bytes: int = 0) -> Path:
         raise WorkdirError(f"workdir {path}: cannot be written: {error.strerror} ({error.filename})") from error
     _check_free(path, min_free_bytes, "a run")
     return path
+
+
+def _local(path: str | Path) -> Path:
+    """Absolute path; a URL would silently become a local folder of that name."""
+    if "://" in str(path):
+        raise WorkdirError(f"{path}: not a path of a file system; mount the bucket and give the mount point")
+    return Path(path).absolute()
 
 
 def _check_free(path: Path, needed: int, what: str) -> None:
@@ -73,7 +81,7 @@ class Checkpointer:
     """
 
     def __init__(self, workdir: str | Path, *, keep: int = 3, read_only: bool = False):
-        self.directory = Path(workdir).absolute() / "checkpoints"
+        self.directory = _local(workdir) / "checkpoints"
         if read_only and not self.directory.is_dir():
             raise FileNotFoundError(f"{self.directory}: no such directory")
         self._pass_over_unfinished(read_only)
@@ -221,7 +229,8 @@ class Checkpointer:
             args = ocp.args.Composite(state=ocp.args.StandardRestore(target))
             return self._manager.restore(step, args=args)["state"]
         except (ValueError, OSError) as error:
-            if isinstance(error, FileNotFoundError) or any(code in str(error) for code in _DAMAGE):
+            unreadable = isinstance(error, FileNotFoundError | json.JSONDecodeError | UnicodeDecodeError)
+            if unreadable or any(code in str(error) for code in _DAMAGE):
                 raise DamagedCheckpointError(f"{self.path(step)}: unreadable: {error}") from error
             raise
 
@@ -358,6 +367,7 @@ def _restored(
         raise ValueError(f"{where} differs from this run's in keys that must not change:\n  " + "\n  ".join(barred))
     if changes:
         _LOG.warning("%s differs from this run's:\n  %s", where, "\n  ".join(changes.values()))
+    checkpointer.loop(step)  # if it is damaged, this is the time to find out
     return checkpointer.restore(abstract_state, step)
 
 
@@ -384,7 +394,7 @@ def _config_changes(saved: Mapping[str, Any], current: Mapping[str, Any]) -> dic
 
 def _locate(path: str | Path) -> tuple[Path, int | None]:
     """The workdir, and the step if one is named, of `workdir`, `workdir/checkpoints` or `workdir/checkpoints/300`."""
-    path = Path(path).absolute()
+    path = _local(path)
     if path.parent.name == "checkpoints" and path.name.isdecimal():
         return path.parents[1], int(path.name)
     if path.name == "checkpoints":

@@ -53,30 +53,34 @@ class MetricWriter:
         if self._file is None:
             return
         record = {"step": step} | {key: _json_number(value) for key, value in values.items()}
-        try:
+        with _naming(self._file.name):
             self._file.write(json.dumps(record, allow_nan=False) + "\n")
             self._file.flush()
-        except OSError as error:
-            raise OSError(error.errno, error.strerror, self._file.name) from error
         for key, value in values.items():
             self._board.add_scalar(key, value, step)
 
     def images(self, step: int, name: str, image: UInt8[np.ndarray, "H W 3"]) -> None:
-        """Writes an image [H, W, 3] as `images/<name>_<step>.png` and to TensorBoard."""
+        """Writes an image [H, W, 3] as `images/<name>_<step>.png` and to TensorBoard.
+
+        Raises:
+            OSError: the disk is full; names the file.
+        """
         if self._file is None:
             return
         from PIL import Image
 
         path = self._workdir / "images" / f"{name}_{step:08d}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(image).save(path)
+        with _naming(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(image).save(path)
         self._board.add_image(name, image, step, dataformats="HWC")
 
     def close(self) -> None:
         """Flushes and closes the files."""
         if self._file is not None:
-            self._file.close()
             self._board.close()
+            with _naming(self._file.name):
+                self._file.close()
             self._file = None
 
     def __enter__(self) -> "MetricWriter":
@@ -84,6 +88,15 @@ class MetricWriter:
 
     def __exit__(self, *exc_info: object) -> None:
         self.close()
+
+
+@contextlib.contextmanager
+def _naming(path: str | Path) -> Iterator[None]:
+    """Adds the file's name to errors of writing, which lack it when the disk is full."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 def _json_number(value: float) -> float | None:
@@ -132,25 +145,37 @@ class IntervalMeans:
         self._sums = {key: (float(total), float(count)) for key, (total, count) in carried.items()}
 
 
-class Seconds(NamedTuple):
-    """Seconds per step, and the share of them in which the device waited for data."""
+class Rates(NamedTuple):
+    """Seconds per step, the share of them in which the device waited for data, and operations per second."""
 
     step: float
     data_wait: float
+    flops: float
 
 
 class Stopwatch:
     """Time per step of an interval, without what is not a step: compilation, evaluation, pictures, checkpoints."""
 
     def __init__(self) -> None:
-        self.steps = 0
-        self.data_wait = 0.0
-        self._elapsed = 0.0
         self._since: float | None = None
+        self._reset()
+
+    def _reset(self) -> None:
+        self._steps, self._flops, self._data_wait, self._elapsed = 0, 0.0, 0.0, 0.0
 
     def start(self) -> None:
         """Starts to run."""
         self._since = time.perf_counter()
+
+    def step(self, flops: float) -> None:
+        """One more step, of so many floating-point operations, was done while the watch ran."""
+        self._steps += 1
+        self._flops += flops
+
+    def wait(self, seconds: float) -> None:
+        """So long the device had nothing to do for want of data; not counted while paused."""
+        if self._since is not None:
+            self._data_wait += seconds
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
@@ -160,14 +185,14 @@ class Stopwatch:
         yield
         self._since = time.perf_counter()
 
-    def take(self) -> Seconds | None:
-        """The interval's times, None where it had no step; the next interval starts now."""
+    def take(self) -> Rates | None:
+        """The interval's rates, None where it had no step; the next interval starts now."""
         now = time.perf_counter()
         elapsed = self._elapsed + (now - self._since if self._since is not None else 0.0)
-        result = Seconds(elapsed / self.steps, self.data_wait / elapsed) if self.steps else None
-        self.steps, self.data_wait, self._elapsed = 0, 0.0, 0.0
+        rates = Rates(elapsed / self._steps, self._data_wait / elapsed, self._flops / elapsed) if self._steps else None
+        self._reset()
         self._since = now if self._since is not None else None
-        return result
+        return rates
 
 
 class Progress:

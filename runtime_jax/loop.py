@@ -68,7 +68,7 @@ def run(
     preview: Callable[[Any, int], Mapping[str, np.ndarray] | None] | None = None,
     evaluate: Callable[[Any, int], Mapping[str, float] | None] | None = None,
     variant: Callable[[int], Hashable] = lambda step: None,
-    flops_per_step: float | None = None,
+    flops_per_step: float | Callable[[int], float] | None = None,
     peak_flops: float | None = None,
 ) -> Result:
     """Trains from `start_step` to `total_steps`, writing checkpoints, metrics and pictures below `workdir`.
@@ -94,7 +94,8 @@ def run(
         evaluate: (state, step) -> numbers by name, logged as `eval/<name>`; every `eval_every` steps and at the end.
         variant: step -> key of the program that `train_step` runs. The first step of each key compiles and is left out
             of the reported times.
-        flops_per_step: floating-point operations of one step over all devices, for the MFU.
+        flops_per_step: floating-point operations of a step over all devices, for the MFU; a function of the step where
+            its variants differ.
         peak_flops: peak operations per second of one device.
 
     Returns:
@@ -117,7 +118,8 @@ def run(
             train_step=train_step,
             preview=preview,
             evaluate=evaluate,
-            rates=_Rates(flops_per_step, peak_flops),
+            flops=flops_per_step if callable(flops_per_step) else lambda step: flops_per_step or 0.0,
+            peak_flops=peak_flops,
             checkpointer=stack.enter_context(Checkpointer(path, keep=config.keep_checkpoints)),
             writer=stack.enter_context(MetricWriter(path, start_step)),
             progress=progress,
@@ -125,14 +127,6 @@ def run(
         )
         this.resume(state, start_step)
         return this.train(state, start_step, map(shard, batches(start_step)), variant)
-
-
-@dataclass(frozen=True)
-class _Rates:
-    """What turns seconds per step into a share of the peak."""
-
-    flops_per_step: float | None
-    peak_flops: float | None
 
 
 @dataclass
@@ -157,7 +151,8 @@ class _Run:
     train_step: Callable[[Any, Any, int], tuple[Any, Metrics]]
     preview: Callable[[Any, int], Mapping[str, np.ndarray] | None] | None
     evaluate: Callable[[Any, int], Mapping[str, float] | None] | None
-    rates: _Rates
+    flops: Callable[[int], float]
+    peak_flops: float | None
     checkpointer: Checkpointer
     writer: MetricWriter
     progress: Progress
@@ -193,7 +188,7 @@ class _Run:
                 compiled.add(key)
                 self.settle()
                 with self.watch.paused():
-                    state = self.dispatch(state, next(stream), step)
+                    state = self.dispatch(state, self.next_batch(stream), step)
                     self.settle(timed=False)
             stopping = number < self.total_steps and self.stop.requested(number)
             looking = self.due(number, self.config.eval_every) or self.due(number, self.config.preview_every)
@@ -215,9 +210,11 @@ class _Run:
     def next_batch(self, stream: Iterator[Any]) -> Any:
         """The next batch; the time counts as data wait where the device had run out of work by its end."""
         begin = time.perf_counter()
-        batch = next(stream)
+        batch = next(stream, None)
+        if batch is None:
+            raise ValueError("batches: the iterator ended before the last step; it must go on without end")
         if self.pending is None or self.pending.finished():
-            self.watch.data_wait += time.perf_counter() - begin
+            self.watch.wait(time.perf_counter() - begin)
         return batch
 
     def dispatch(self, state: Any, batch: Any, step: int) -> Any:
@@ -238,7 +235,8 @@ class _Run:
     def account(self, done: _Pending, timed: bool) -> None:
         """Reads a step's metrics: the non-finite policy, the interval's means, the log line."""
         metrics = {key: (float(total), float(n)) for key, (total, n) in jax.device_get(dict(done.metrics)).items()}
-        self.watch.steps += timed
+        if timed:
+            self.watch.step(self.flops(done.number - 1))
         self.means.add(metrics)
         self.progress.advance()
         skipped = metrics.get("nonfinite", (0.0, 1.0))[0] > 0
@@ -260,10 +258,8 @@ class _Run:
         if seconds is not None:
             rates = {"time/step": seconds.step, "time/data_wait": seconds.data_wait}
             rates["time/examples_per_s_per_chip"] = done.examples / seconds.step / jax.device_count()
-            if self.rates.flops_per_step and self.rates.peak_flops:
-                rates["time/mfu"] = self.rates.flops_per_step / (
-                    seconds.step * self.rates.peak_flops * jax.device_count()
-                )
+            if seconds.flops and self.peak_flops:
+                rates["time/mfu"] = seconds.flops / (self.peak_flops * jax.device_count())
         self.writer.scalars(done.number, means | rates)
         self.progress.line(done.number, means, rates)
 

@@ -1,6 +1,7 @@
 """The train loop: resume is bit-equal however a run ends, metrics and times, non-finite stop, clear errors."""
 
 import io
+import itertools
 import json
 import os
 import re
@@ -86,6 +87,11 @@ def test_finished_run_has_nothing_to_do(tmp_path, whole, capsys):
     assert (whole / "metrics.jsonl").read_text() == before
 
 
+def test_batches_that_end(tmp_path):
+    with pytest.raises(ValueError, match="the iterator ended before the last step"):
+        toy_run.train(tmp_path, 20, lambda start: itertools.islice(toy_run.batches(start), 9))
+
+
 def test_longer_run_goes_on(tmp_path, whole):
     toy_run.train(tmp_path, 10)
     assert toy_run.train(tmp_path, 20).step == 20
@@ -97,7 +103,7 @@ def test_what_a_run_leaves_and_says(tmp_path, capsys):
     def preview(state, step):
         return {"grid": np.full((4, 6, 3), step, np.uint8)}
 
-    toy_run.train(tmp_path, 12, preview=preview, preview_every=8, peak_flops=1e9, flops_per_step=1e3)
+    toy_run.train(tmp_path, 12, preview=preview, preview_every=8, peak_flops=1e9, flops_per_step=lambda step: 1e3)
     assert [(r["step"], "loss" in r) for r in lines(tmp_path)] == [
         (5, True),
         (7, False),
