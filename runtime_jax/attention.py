@@ -4,9 +4,13 @@ from typing import Literal, get_args
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float
 
+from runtime_jax.sharding import Axis, partition_spec
+
 AttentionBackend = Literal["xla", "cudnn", "tpu_flash"]
+FLASH_BLOCK = 128  # tokens
 
 
 def attention(
@@ -21,7 +25,7 @@ def attention(
 
     Args:
       key_bias: added to the logits of a key for every query and head (ToMe's log(size)).
-      backend: "xla" anywhere; "cudnn" fused on NVIDIA GPUs (bfloat16 or float16); "tpu_flash" the Pallas kernel on TPUs.
+      backend: "xla" anywhere; "cudnn" fused on NVIDIA GPUs (bfloat16, float16); "tpu_flash" Pallas' kernel on TPUs.
 
     Raises:
       ValueError: unknown backend.
@@ -30,24 +34,40 @@ def attention(
         raise ValueError(f"attention backend {backend!r}: allowed are {', '.join(get_args(AttentionBackend))}")
     if backend == "tpu_flash":
         return _tpu_flash(query, key, value, key_bias)
-    bias = (
-        None
-        if key_bias is None
-        else key_bias[:, None, None, :].astype(jnp.float32 if backend == "xla" else query.dtype)
-    )
+    bias = None if key_bias is None else key_bias[:, None, None, :]
     if bias is not None and backend == "cudnn":  # its kernel broadcasts over batch and heads only
-        bias = jnp.broadcast_to(bias, (bias.shape[0], 1, query.shape[1], bias.shape[-1]))
+        bias = jnp.broadcast_to(bias.astype(query.dtype), (bias.shape[0], 1, query.shape[1], bias.shape[-1]))
     return jax.nn.dot_product_attention(query, key, value, bias=bias, implementation=backend)
 
 
 def _tpu_flash(query, key, value, key_bias):
-    # Imported here: the module loads Pallas' TPU lowering, which other platforms do not need.
-    from jax.experimental.pallas.ops.tpu.flash_attention import flash_attention
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return _flash_kernel(query, key, value, key_bias)
+    # The compiler cannot partition a Pallas kernel, so every device runs it on its own examples and heads.
+    spec = partition_spec(query.shape, (Axis.BATCH, None, Axis.HEADS, None), mesh.shape)
+    bias_spec = None if key_bias is None else PartitionSpec(spec[0], None)
+    kernel = jax.shard_map(_flash_kernel, in_specs=(spec, spec, spec, bias_spec), out_specs=spec, check_vma=False)
+    return kernel(query, key, value, key_bias)
 
-    scale = query.shape[-1] ** -0.5
+
+def _flash_kernel(query, key, value, key_bias):
+    # Imported here: the module loads Pallas' TPU lowering, which other platforms do not need.
+    from jax.experimental.pallas.ops.tpu.flash_attention import SegmentIds, flash_attention
+
+    batch, queries, _, width = query.shape
+    keys = key.shape[1]
+    query, key, value = (jnp.swapaxes(_pad_tokens(x), 1, 2) for x in (query, key, value))
     bias = None
     if key_bias is not None:
-        shape = (query.shape[0], query.shape[2], query.shape[1], key.shape[1])
-        bias = jnp.broadcast_to(key_bias[:, None, None, :].astype(jnp.float32), shape)
-    query, key, value = (jnp.swapaxes(x, 1, 2) for x in (query, key, value))
-    return jnp.swapaxes(flash_attention(query, key, value, ab=bias, sm_scale=scale), 1, 2)
+        bias = _pad_tokens(key_bias.astype(jnp.float32)) * width**0.5  # the kernel adds it before it scales the logits
+        bias = jnp.broadcast_to(bias[:, None, None, :], (*query.shape[:3], key.shape[2]))
+    real = jnp.broadcast_to(jnp.arange(key.shape[2]) < keys, (batch, key.shape[2])).astype(jnp.int32)
+    segments = SegmentIds(q=jnp.ones((batch, query.shape[2]), jnp.int32), kv=real)  # padding is read by no query
+    result = flash_attention(query, key, value, ab=bias, segment_ids=segments, sm_scale=width**-0.5)
+    return jnp.swapaxes(result, 1, 2)[:, :queries]
+
+
+def _pad_tokens(x):
+    """Zeros up to a multiple of the kernel's block of tokens, axis 1."""
+    return jnp.pad(x, [(0, -x.shape[1] % FLASH_BLOCK if axis == 1 else 0) for axis in range(x.ndim)])

@@ -74,7 +74,7 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     return jax.make_mesh(tuple(sizes), MESH_AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
 
 
-def _partition_spec(shape: Sequence[int], axes: Sequence[Axis | None], mesh_shape: Mapping[str, int]) -> PartitionSpec:
+def partition_spec(shape: Sequence[int], axes: Sequence[Axis | None], mesh_shape: Mapping[str, int]) -> PartitionSpec:
     """Spec of an array; a dimension that its mesh axes do not divide is split over fewer of them, or none."""
     used: set[str] = set()
     entries: list[tuple[str, ...] | None] = []
@@ -104,7 +104,7 @@ def constrain(x: Shaped[Array, "..."], *axes: Axis | None) -> Shaped[Array, "...
     if len(axes) != x.ndim:
         raise ValueError(f"constrain: {len(axes)} axes {axes} for an array of shape {x.shape}")
     mesh = jax.sharding.get_abstract_mesh()
-    spec = _partition_spec(x.shape, axes, dict.fromkeys(MESH_AXES, 1) if mesh.empty else mesh.shape)
+    spec = partition_spec(x.shape, axes, dict.fromkeys(MESH_AXES, 1) if mesh.empty else mesh.shape)
     return x if mesh.empty else jax.lax.with_sharding_constraint(x, spec)
 
 
@@ -119,7 +119,7 @@ def _leaf_spec(path: str, shape: Sequence[int], rules: Sequence[Rule], mesh: Mes
             if len(axes) != len(shape):
                 raise ValueError(f"{path}: rule {pattern!r} names {len(axes)} axes, the shape is {tuple(shape)}")
             try:
-                return _partition_spec(shape, axes, mesh.shape)
+                return partition_spec(shape, axes, mesh.shape)
             except ValueError as error:
                 raise ValueError(f"{path}: rule {pattern!r}: {error}") from None
     raise ValueError(f"{path}: no sharding rule matches (shape {tuple(shape)})")
