@@ -9,6 +9,7 @@ Axes: B batch, L raw tokens, T tokens before and K after a merge (a class token 
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int
 
 
@@ -24,10 +25,11 @@ class Matching:
 def merge_counts(raw: int, kept: int, layers: int) -> tuple[int, ...]:
     """Tokens merged in each layer: a linear fall from 1.5 r to 0.5 r whose sum is exactly raw - kept.
 
-    r is the integer whose schedule comes closest to raw - kept; the difference goes into the first layer.
+    r is the integer whose schedule comes closest to raw - kept; the difference goes into the first layer. Where a layer
+    would then merge less than nothing or more than half of its tokens, the next closest r is taken.
 
     Raises:
-      ValueError: kept is not in 1..raw, or a layer would have to merge more than half of its tokens.
+      ValueError: kept is not in 1..raw, or no r will do.
     """
     total = raw - kept
     if kept < 1 or total < 0:
@@ -36,17 +38,25 @@ def merge_counts(raw: int, kept: int, layers: int) -> tuple[int, ...]:
         if total:
             raise ValueError(f"cannot merge {raw} tokens to {kept} without transformer blocks")
         return ()
-    schedule = min((_linear_schedule(r, layers) for r in range(raw + 1)), key=lambda counts: abs(sum(counts) - total))
-    schedule = (schedule[0] + total - sum(schedule), *schedule[1:])
-    tokens = raw
-    for layer, count in enumerate(schedule):
-        if not 0 <= count <= tokens // 2:
-            raise ValueError(
-                f"cannot keep {kept} of {raw} tokens in {layers} layers: layer {layer} would merge {count} of its "
-                f"{tokens} tokens, and a layer can merge 0 to {tokens // 2}; keep more tokens or use more layers"
-            )
-        tokens -= count
-    return schedule
+    counts = _closest_schedule(raw, kept, layers)
+    if counts is None:
+        fewest = next(k for k in range(kept, raw + 1) if _closest_schedule(raw, k, layers))
+        raise ValueError(
+            f"cannot keep {kept} of {raw} tokens in {layers} layers, each of which merges at most half of its tokens: "
+            f"allowed are {fewest} to {raw}; keep more tokens or use more layers"
+        )
+    return counts
+
+
+def _closest_schedule(raw: int, kept: int, layers: int) -> tuple[int, ...] | None:
+    total = raw - kept
+    schedules = (_linear_schedule(r, layers) for r in range(raw + 1))
+    for counts in sorted(schedules, key=lambda counts: abs(sum(counts) - total)):
+        counts = (counts[0] + total - sum(counts), *counts[1:])
+        before = raw - np.cumsum((0, *counts[:-1]))
+        if counts[0] >= 0 and np.all(counts <= before // 2):
+            return counts
+    return None
 
 
 def _linear_schedule(r: int, layers: int) -> tuple[int, ...]:
@@ -76,9 +86,10 @@ def bipartite_soft_matching(metric: Float[Array, "B T D"], r: int, *, class_toke
     if not 0 <= r <= limit:
         raise ValueError(f"cannot merge {r} of {tokens} tokens in one step: allowed are 0 to {limit}")
     metric = jax.lax.stop_gradient(metric).astype(jnp.float32)
-    metric = metric / jnp.linalg.norm(metric, axis=-1, keepdims=True)
+    # A zero vector is similar to nothing; as 0 / 0 it would sort behind the class token, which would then merge.
+    metric = metric / jnp.maximum(jnp.linalg.norm(metric, axis=-1, keepdims=True), 1e-12)
     even, odd = metric[:, ::2], metric[:, 1::2]
-    scores = jnp.einsum("bsd,btd->bst", even, odd)
+    scores = jnp.einsum("bsd,btd->bst", even, odd, precision="highest")
     best, partner = scores.max(-1), scores.argmax(-1)
     if class_token:
         best = best.at[:, 0].set(-jnp.inf)
