@@ -1,8 +1,8 @@
-"""Look-up-free quantisation: the code is the sign of every channel; exact entropies over all 2^b codes without a codebook.
+"""Look-up-free quantisation: a code is the sign of every channel; exact entropies over all 2^b codes, no codebook.
 
-The dense form (MAGVIT-v2, arXiv 2310.05737) makes [N, 2^b] probabilities. Given a token its bits are independent, so the
-entropy of one token is a sum of b binary entropies, and the mean distribution over all codes is one matrix product of
-two [N, 2^(b/2)] factors.
+The dense form (MAGVIT-v2, arXiv 2310.05737) makes [N, 2^b] probabilities. Given a token its bits are independent, so
+the entropy of one token is a sum of b binary entropies, and the mean distribution over all codes is one matrix product
+of two [N, 2^(b/2)] factors.
 
 Axes: ... any batch axes, N flattened tokens, C = b bits; channel 0 is the least significant bit of an index.
 """
@@ -80,7 +80,8 @@ def entropy_terms(z: Float[Array, "*batch C"], *, temperature: float = 0.01, eps
     logits = (4.0 / temperature) * z.reshape(-1, z.shape[-1]).astype(jnp.float32)
     per_sample = jnp.mean(jnp.sum(_binary_entropy(logits), axis=-1))
     low, high = jnp.split(logits, [(logits.shape[-1] + 1) // 2], axis=-1)
-    mean = jnp.einsum("nl,nh->hl", _code_probabilities(low), _code_probabilities(high)) / logits.shape[0]
+    sums = jnp.einsum("nl,nh->hl", _code_probabilities(low), _code_probabilities(high), precision="highest")
+    mean = sums / logits.shape[0]
     return EntropyTerms(per_sample=per_sample, codebook=-jnp.sum(mean * jnp.log(mean + eps)))
 
 
