@@ -25,6 +25,7 @@ from mergevq_jax.tokenizer.encoder import Encoded, Encoder
 from mergevq_jax.tokenizer.recovery import SourceRecovery
 from runtime_jax import config as config_lib
 from runtime_jax.hub import local_path
+from runtime_jax.sharding import constrain
 from runtime_jax.weights import WeightError, export_weights, import_weights, read_safetensors, write_safetensors
 
 Params = dict[str, Any]
@@ -42,8 +43,9 @@ class TokenizerModule(nn.Module):
     def setup(self):
         self.encoder = Encoder(self.config, self.compute)
         self.decoder = Decoder(self.config, self.compute)
-        if self.config.recovery is not None:
-            self.recovery = SourceRecovery(self.config, self.compute)
+        config = self.config
+        if config.recovery is not None:
+            self.recovery = SourceRecovery(config.recovery, config.raw_tokens, config.layer_scale, self.compute)
 
     def encode(self, images, *, keep, with_head=False):
         return self.encoder(images, keep=keep, with_head=with_head)
@@ -156,7 +158,8 @@ class Tokenizer:
             params = import_weights(convert.tokenizer_table(config), tensors, param_shapes(config))
         except WeightError as error:
             raise WeightError(f"{folder / WEIGHTS_NAME}: {error}") from None
-        return cls(config, params, compute)
+        # To the device once, not with every call.
+        return cls(config, jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), params), compute)
 
     def save_pretrained(self, path: str | os.PathLike) -> None:
         """Writes config.json and model.safetensors (released state-dict names); each file atomically."""
@@ -174,8 +177,12 @@ class Tokenizer:
         """Images to indices and source maps. `keep` defaults to the config's fraction of this image size.
 
         Raises:
-          ValueError: image size or keep not possible.
+          ValueError: not uint8 [B, H, W, 3], or image size or keep not possible.
         """
+        if images.ndim != 4 or images.dtype != np.uint8 or images.shape[-1] != self.config.in_channels:
+            raise ValueError(
+                f"images: uint8 [B, H, W, {self.config.in_channels}] is needed, got {images.dtype} {images.shape}"
+            )
         grid = self.config.grid(*images.shape[1:3])
         keep = ratio_keep(self.config, grid[0] * grid[1]) if keep is None else keep
         self.config.merge_counts(grid[0] * grid[1], keep)
@@ -222,10 +229,12 @@ def to_uint8(images: Float[Array, "*shape"]) -> UInt8[Array, "*shape"]:
 @functools.partial(jax.jit, static_argnames=("config", "keep", "compute"))
 def _encode_images(params, images, config, keep, compute):
     encoded = encode(params, config, to_float(images), keep=keep, compute=compute)
-    return lfq.codes_to_indices(encoded.z), encoded.source_map
+    # Whole on every device, so that each host of a pod can read them.
+    return constrain(lfq.codes_to_indices(encoded.z), None, None), constrain(encoded.source_map, None, None)
 
 
 @functools.partial(jax.jit, static_argnames=("config", "compute"))
 def _decode_tokens(params, tokens, config, compute):
     codes = lfq.indices_to_codes(tokens.indices, config.z_channels)
-    return to_uint8(decode(params, config, codes, tokens.source_map, tokens.grid, compute=compute))
+    images = to_uint8(decode(params, config, codes, tokens.source_map, tokens.grid, compute=compute))
+    return constrain(images, None, None, None, None)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from einops import rearrange
 from jaxtyping import Array, Float, Int
 
-from mergevq_jax.tokenizer.config import Compute, TokenizerConfig
+from mergevq_jax.tokenizer.config import Compute, RecoveryConfig
 from mergevq_jax.tokenizer.layers import Block, LayerScale, Mlp, dense, layer_norm
 from runtime_jax.attention import attention
 
@@ -17,23 +17,23 @@ from runtime_jax.attention import attention
 class SourceRecovery(nn.Module):
     """L learned queries read the kept tokens; a shared head scores every query against every token."""
 
-    config: TokenizerConfig
+    config: RecoveryConfig
+    raw_tokens: int  # L, of a training-size image
+    layer_scale: float = 1e-5
     compute: Compute = Compute()
 
     @nn.compact
     def __call__(self, codes: Float[Array, "B K C"]) -> Float[Array, "B L K"]:
-        """Logits over the K kept tokens for each of the L raw positions of a training-size image."""
-        recovery, compute = self.config.recovery, self.compute
-        width = recovery.rec_embed_dim
+        """Logits over the K kept tokens for each of the L raw positions."""
+        config, compute = self.config, self.compute
+        width = config.rec_embed_dim
         keys = layer_norm("norm_in", compute)(dense(width, "rec_embed", compute)(codes.astype(compute.jax_dtype)))
-        queries = self.param("rec_tokens", nn.initializers.normal(1e-6), (1, self.config.raw_tokens, width))
+        queries = self.param("rec_tokens", nn.initializers.normal(1e-6), (1, self.raw_tokens, width))
         x = jnp.broadcast_to(queries, (codes.shape[0], *queries.shape[1:])).astype(compute.jax_dtype)
-        for index in range(recovery.num_layers):
-            x = CrossAttentionBlock(recovery.num_heads, self.config.layer_scale, compute, name=f"blocks_{index}")(
-                x, keys
-            )
-        for index in range(recovery.num_self_layers):
-            x, _, _ = Block(recovery.num_heads, self.config.layer_scale, compute, name=f"self_blocks_{index}")(x)
+        for index in range(config.num_layers):
+            x = CrossAttentionBlock(config.num_heads, self.layer_scale, compute, name=f"blocks_{index}")(x, keys)
+        for index in range(config.num_self_layers):
+            x, _, _ = Block(config.num_heads, self.layer_scale, compute, name=f"self_blocks_{index}")(x)
         head = dense(width, "rec_head", compute)
         return jnp.einsum("bld,bkd->blk", head(x), head(keys), preferred_element_type=jnp.float32)
 
