@@ -46,17 +46,22 @@ class TokenizerConfig:
     recovery: RecoveryConfig | None = RecoveryConfig()
 
     def __post_init__(self):
+        names = ("resolution", "ch", "ch_mult", "num_att_blocks", "num_heads", "head_dim", "num_classes")
+        fields = {name: getattr(self, name) for name in names}
+        if self.recovery is not None:
+            fields |= {f"recovery.{name}": getattr(self.recovery, name) for name in ("rec_embed_dim", "num_heads")}
+        bad = [f"{name}={value}" for name, value in fields.items() if not _positive(value)]
+        if bad:
+            raise ValueError(f"tokenizer config: {', '.join(bad)}: positive numbers are needed")
         levels = len(self.ch_mult)
         problems = []
-        if not self.ch_mult or min(self.ch_mult) < 1 or self.ch < 1:
-            problems.append(f"ch={self.ch}, ch_mult={self.ch_mult}: positive numbers are needed")
-        elif any(width % 32 for width in self.widths):
+        if any(width % 32 for width in self.widths):
             problems.append(
                 f"ch={self.ch}, ch_mult={self.ch_mult}: widths {self.widths} must be multiples of 32 (GroupNorm)"
             )
         if isinstance(self.num_res_blocks, tuple) and len(self.num_res_blocks) != levels:
             problems.append(f"num_res_blocks={self.num_res_blocks}: one number or {levels} (levels of ch_mult)")
-        if self.isotropic is not None and self.isotropic % 32:
+        if self.isotropic is not None and (self.isotropic < 32 or self.isotropic % 32):
             problems.append(f"isotropic={self.isotropic}: a multiple of 32 is needed (GroupNorm)")
         if not 1 <= self.z_channels <= 30:
             problems.append(f"z_channels={self.z_channels}: allowed are 1 to 30 bits (indices are int32)")
@@ -64,10 +69,13 @@ class TokenizerConfig:
             problems.append(
                 f"resolution={self.resolution}: a multiple of the downsampling {self.downsampling}, at least twice it"
             )
-        for part, width, heads in (
+        parts = [
             ("encoder", self.encoder_width, self.encoder_heads),
             ("decoder", self.decoder_width, self.decoder_heads),
-        ):
+        ]
+        if self.recovery is not None:
+            parts.append(("recovery", self.recovery.rec_embed_dim, self.recovery.num_heads))
+        for part, width, heads in parts:
             if width % heads:
                 problems.append(f"{part}: width {width} does not divide into {heads} heads")
         if problems:
@@ -146,6 +154,10 @@ class TokenizerConfig:
         return tome.merge_counts(raw, keep, self.num_att_blocks)
 
 
+def _positive(value: int | tuple[int, ...] | None) -> bool:
+    return value is None or min(value if isinstance(value, tuple) else (value,), default=0) > 0
+
+
 @dataclass(frozen=True, kw_only=True)
 class Compute:
     """How a model is computed; no parameter depends on it."""
@@ -163,6 +175,17 @@ class Compute:
 def ratio_keep(config: TokenizerConfig, raw: int) -> int:
     """Kept tokens of another image size at the same fraction as the training size, at least one."""
     return max(1, math.floor(config.keep * raw / config.raw_tokens + 0.5))
+
+
+def preset(name: str) -> TokenizerConfig:
+    """A published size or the tiny one.
+
+    Raises:
+      ValueError: no preset of that name.
+    """
+    if name not in PRESETS:
+        raise ValueError(f"no preset {name!r}; there are {', '.join(PRESETS)}")
+    return PRESETS[name]
 
 
 _GR = TokenizerConfig(keep=144)
