@@ -179,7 +179,7 @@ def export_weights(table: Sequence[Rule], params: Any) -> dict[str, np.ndarray]:
         array = np.asarray(jax.device_get(leaf))
         for place in range(len(array)) if rule.is_stacked(path) else [None]:
             value = array if place is None else array[place]
-            result[rule.to_source(path, place)] = np.ascontiguousarray(rule.transform.inverse(value))
+            result[rule.to_source(path, place)] = np.asarray(rule.transform.inverse(value), order="C")
     if errors:
         raise WeightError("the parameters cannot be exported:\n  " + "\n  ".join(errors))
     return result
@@ -208,7 +208,7 @@ def write_safetensors(path: str | os.PathLike, tensors: Mapping[str, np.ndarray]
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         save_file(
-            {name: np.ascontiguousarray(array) for name, array in tensors.items()}, partial, metadata=dict(metadata)
+            {name: np.asarray(array, order="C") for name, array in tensors.items()}, partial, metadata=dict(metadata)
         )
         os.replace(partial, path)
     finally:

@@ -46,15 +46,19 @@ def commitment_loss(z: Float[Array, "*batch C"]) -> Float[Array, ""]:
 
 def codes_to_indices(codes: Float[Array, "*batch C"]) -> Int[Array, "*batch"]:
     """Index sum_j 2^j [code_j > 0]; at most 31 bits."""
-    return jnp.sum(
-        (codes > 0).astype(jnp.int32) << np.arange(codes.shape[-1], dtype=np.int32), axis=-1, dtype=jnp.int32
-    )
+    ones = (codes > 0).astype(jnp.int32)
+    return jnp.sum(ones << _bit_numbers(codes.shape[-1], codes.ndim), axis=-1, dtype=jnp.int32)
 
 
 def indices_to_codes(indices: Int[Array, "*batch"], bits: int) -> Float[Array, "*batch C"]:
     """The inverse of `codes_to_indices`: codes of +1 and -1 in float32."""
-    ones = (indices[..., None] >> np.arange(bits, dtype=np.int32)) & 1
+    ones = (indices[..., None] >> _bit_numbers(bits, indices.ndim + 1)) & 1
     return 2.0 * ones.astype(jnp.float32) - 1.0
+
+
+def _bit_numbers(bits: int, ndim: int) -> np.ndarray:
+    """0, 1, ..., bits - 1 along the last of ndim axes."""
+    return np.arange(bits, dtype=np.int32).reshape(*[1] * (ndim - 1), bits)
 
 
 def split_indices(indices: Int[Array, "*batch"], bits: Sequence[int]) -> tuple[Int[Array, "*batch"], ...]:
