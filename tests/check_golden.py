@@ -149,11 +149,15 @@ def run_tome_step(config: dict, params: Tensors, inputs: Tensors) -> Tensors:
     metric, x, size = (jnp.asarray(inputs[name]) for name in ("metric", "x", "size"))
     # The reference merges at most half of the tokens and no more, whatever r says; ours takes no such r.
     r = min(config["r"], (x.shape[1] - config["class_token"]) // 2)
-    matching = tome.bipartite_soft_matching(metric, r, class_token=config["class_token"])
-    merged, new_size = tome.merge(matching, x, size[..., 0])
-    identity = jnp.broadcast_to(jnp.arange(x.shape[1], dtype=jnp.int32), x.shape[:2])
-    source = one_hot(tome.merge_source_map(matching, identity), merged.shape[1])
-    return {"x": merged, "size": new_size[..., None], "source": source}
+
+    @jax.jit
+    def step(metric, x, size):
+        matching = tome.bipartite_soft_matching(metric, r, class_token=config["class_token"])
+        identity = jnp.broadcast_to(jnp.arange(x.shape[1], dtype=jnp.int32), x.shape[:2])
+        return *tome.merge(matching, x, size[..., 0]), tome.merge_source_map(matching, identity)
+
+    merged, new_size, source_map = step(metric, x, size)
+    return {"x": merged, "size": new_size[..., None], "source": one_hot(source_map, merged.shape[1])}
 
 
 def run_lfq(config: dict, params: Tensors, inputs: Tensors) -> Tensors:
@@ -163,7 +167,7 @@ def run_lfq(config: dict, params: Tensors, inputs: Tensors) -> Tensors:
         terms = lfq.entropy_terms(z, temperature=config.get("temperature", 0.01), eps=config.get("eps", 1e-5))
         return terms.loss, terms
 
-    (loss, terms), gradient = jax.value_and_grad(entropy, has_aux=True)(z)
+    (loss, terms), gradient = jax.jit(jax.value_and_grad(entropy, has_aux=True))(z)
     codes = lfq.quantize(z)
     like_input = lambda tokens: np.asarray(tokens).swapaxes(1, 2).reshape(inputs["x"].shape)  # noqa: E731
     return {
