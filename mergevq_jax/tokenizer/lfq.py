@@ -91,7 +91,7 @@ def entropy_terms(z: Float[Array, "*batch C"], *, temperature: float = 0.01, eps
 
 def _binary_entropy(logits):
     """Entropy of a Bernoulli variable by its log-odds, finite in value and gradient for any size of them."""
-    size = jnp.abs(logits)
+    size = jnp.minimum(jnp.abs(logits), 100.0)  # beyond, the entropy is 0 in float32, and infinity times 0 is not
     return jnp.log1p(jnp.exp(-size)) + size * jax.nn.sigmoid(-size)
 
 
