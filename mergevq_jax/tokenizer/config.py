@@ -61,6 +61,12 @@ class TokenizerConfig:
             )
         if isinstance(self.num_res_blocks, tuple) and len(self.num_res_blocks) != levels:
             problems.append(f"num_res_blocks={self.num_res_blocks}: one number or {levels} (levels of ch_mult)")
+        if self.isotropic is None and not problems:
+            ends = [width for width, blocks in zip(self.widths, self.encoder_res_blocks, strict=True) if blocks]
+            if [self.ch, *ends][-1] != self.widths[-1]:
+                problems.append(
+                    f"num_res_blocks={self.num_res_blocks}: without blocks the last level cannot change width"
+                )
         if self.isotropic is not None and (self.isotropic < 32 or self.isotropic % 32):
             problems.append(f"isotropic={self.isotropic}: a multiple of 32 is needed (GroupNorm)")
         if not 1 <= self.z_channels <= 30:
@@ -202,15 +208,15 @@ PRESETS: Mapping[str, TokenizerConfig] = MappingProxyType(
         "tiny": TokenizerConfig(
             resolution=64,
             ch=32,
-            ch_mult=(1, 2, 3),
+            ch_mult=(1, 1, 2),
             num_res_blocks=(0, 1, 1),
             num_att_blocks=3,
-            num_heads=3,
+            num_heads=2,
             z_channels=12,
             keep=144,
             layer_scale=0.1,
             dist_head=None,
-            recovery=RecoveryConfig(rec_embed_dim=96, num_heads=3),
+            recovery=RecoveryConfig(rec_embed_dim=64, num_heads=2),
         ),
     }
 )
