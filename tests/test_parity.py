@@ -180,8 +180,8 @@ def nchw(tokens, rows, columns):
         # a CNN with more blocks on some levels, a head whose width only the weights tell, an image that is not square
         (
             "encoder_foo_2",
-            {"dist_head": True, "merge_num": 12, "num_res_blocks": [0, 2, 1], "head_dim": None},
-            {"dist_head": "layer2", "num_classes": 7, "num_res_blocks": (0, 2, 1)},
+            {"dist_head": True, "merge_num": 12, "num_res_blocks": [0, 1, 0], "head_dim": None},
+            {"dist_head": "layer2", "num_classes": 7, "num_res_blocks": (0, 1, 0)},
             (16, 24),
             12,
         ),
