@@ -23,8 +23,10 @@ class MergeRatioConfig:
             raise ValueError(
                 f"merge_ratio: {len(self.keeps)} keeps and {len(self.weights)} weights, one of each is needed"
             )
-        if min(self.weights) < 0 or not sum(self.weights) > 0:
-            raise ValueError(f"merge_ratio.weights={self.weights}: none may be negative, and one must be positive")
+        if min(self.weights) < 0 or not 0 < sum(self.weights) < math.inf:
+            raise ValueError(
+                f"merge_ratio.weights={self.weights}: all finite, none may be negative, and one must be positive"
+            )
 
     @property
     def probabilities(self) -> np.ndarray:
