@@ -9,7 +9,7 @@ from einops import rearrange
 from jaxtyping import Array, Float
 
 from mergevq_jax.tokenizer.config import Compute, TokenizerConfig
-from mergevq_jax.tokenizer.layers import Block, ResBlock, conv, conv_uniform, depthwise_conv, group_norm
+from mergevq_jax.tokenizer.layers import Block, DepthwiseConv, ResBlock, conv, conv_uniform, group_norm
 from runtime_jax.sharding import Axis, constrain
 
 
@@ -48,7 +48,7 @@ class _PositionedBlocks(nn.Module):
     @nn.compact
     def __call__(self, x):
         grid = x.shape[1:3]
-        x = x + depthwise_conv(x.shape[-1], "pos_embed", self.compute)(x)
+        x = x + DepthwiseConv(self.compute, name="pos_embed")(x)
         x = rearrange(x, "b h w d -> b (h w) d")
         block = nn.remat(Block, prevent_cse=False) if self.compute.remat else Block
         scan = nn.scan(

@@ -37,17 +37,25 @@ def conv(features: int, name: str, compute: Compute, *, size: int = 3, stride: i
     )
 
 
-def depthwise_conv(features: int, name: str, compute: Compute) -> nn.Conv:
-    """A depthwise 3x3 convolution of a transformer."""
-    return nn.Conv(
-        features,
-        (3, 3),
-        padding=((1, 1), (1, 1)),
-        feature_group_count=features,
-        dtype=compute.jax_dtype,
-        kernel_init=trunc_normal,
-        name=name,
-    )
+class DepthwiseConv(nn.Module):
+    """A 3x3 convolution of every channel by itself, with bias.
+
+    Written as nine shifted products, which compilers fuse into one pass over memory. On CPUs, XLA computes the weight
+    gradient of its own depthwise convolution as that of a dense one, which is D times the work.
+    """
+
+    compute: Compute
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B h w D"]) -> Float[Array, "B h w D"]:
+        height, width, channels = x.shape[1:]
+        kernel = self.param("kernel", trunc_normal, (3, 3, 1, channels)).astype(self.compute.jax_dtype)
+        bias = self.param("bias", nn.initializers.zeros, (channels,)).astype(self.compute.jax_dtype)
+        padded = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
+        shifted = (
+            padded[:, i : i + height, j : j + width] * kernel[i, j][None, None] for i in range(3) for j in range(3)
+        )
+        return sum(shifted) + bias[None, None, None]
 
 
 def group_norm(name: str, compute: Compute, *, groups: int = 32, affine: bool = True) -> nn.GroupNorm:
@@ -124,7 +132,7 @@ class Mlp(nn.Module):
         x = constrain(dense(4 * width, "fc1", self.compute)(x), Axis.BATCH, None, Axis.MLP)
         if self.grid is not None:
             x = rearrange(x, "b (h w) d -> b h w d", h=self.grid[0])
-            x = rearrange(depthwise_conv(4 * width, "dwconv", self.compute)(x), "b h w d -> b (h w) d")
+            x = rearrange(DepthwiseConv(self.compute, name="dwconv")(x), "b h w d -> b (h w) d")
         return constrain(dense(width, "fc2", self.compute)(gelu(x)), Axis.BATCH, None, None)
 
 

@@ -315,7 +315,7 @@ def _adversarial_losses(disc_params, disc_stats, lecam, images, rebuilt, config:
 
 
 def _alignment_loss(params, teacher, images, batch, step, config: StepConfig, fraction: float) -> Float[Array, ""]:
-    """Head of the whole image, `fraction` of its tokens kept, against the label or the teacher's view: a random crop."""
+    """Head of the whole image, `fraction` of its tokens kept, against the label or the teacher on a random crop."""
     size = config.losses.alignment_size
     student_view = alignment.resized(images, size)
     raw = (size // config.model.downsampling) ** 2

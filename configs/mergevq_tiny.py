@@ -1,0 +1,72 @@
+"""The tiny tokenizer on mini_scenes and crops of two photographs: 64 px, 256 raw tokens, 12 bits.
+
+mergevq train --config configs/mergevq_tiny.py --workdir runs/tiny            # the shipped one
+mergevq train --config configs/mergevq_tiny.py:demo --workdir runs/demo       # a few minutes on two cores
+"""
+
+from ml_collections import ConfigDict
+
+from mergevq_jax.tokenizer.config import PRESETS
+from runtime_jax.config import to_dict
+
+STEPS = {"full": 2400, "demo": 300}
+
+
+def _sources(scenes: str, photos: str) -> list[dict]:
+    return [
+        {"kind": "tfds", "name": "mini_scenes/64", "split": scenes, "weight": 0.75},
+        {"kind": "photos", "split": photos, "weight": 0.25, "crop_scale": [0.3, 1.0]},
+    ]
+
+
+def get_config(arg: str = "full") -> ConfigDict:
+    """`full`: what is shipped; `demo`: the same model, trained for a few minutes."""
+    steps = STEPS[arg]
+    optimizer = {
+        "learning_rate": 1.5e-3,
+        "schedule": "cosine",
+        "warmup": {"steps": steps // 30},
+        "final_fraction": 0.02,
+        "b1": 0.9,
+        "b2": 0.95,
+        "clip_norm": 1.0,
+    }
+    return ConfigDict(
+        {
+            "task": "tokenizer",
+            "seed": 0,
+            "model": to_dict(PRESETS["tiny"]),
+            "losses": {
+                "perceptual_weight": 0.0,
+                "adversarial_weight": 0.02,
+                "discriminator_start": 2 * steps // 3,
+                "entropy_weight": 0.02,
+                "commitment_weight": 0.05,
+                "source_weight": 0.05,
+            },
+            "discriminator": {"ndf": 16},
+            "merge_ratio": {"keeps": [64, 144, 256], "weights": [0.25, 0.5, 0.25]},
+            "optimizer": optimizer,
+            "discriminator_optimizer": {"learning_rate": 5e-4, "b1": 0.5, "b2": 0.9},
+            "ema_decay": 0.995,
+            "data": {"image_size": 64, "batch_size": 8, "sources": _sources("train", "train"), "flip": True},
+            "evaluation": {
+                "data": {
+                    "image_size": 64,
+                    "batch_size": 32,
+                    "sources": _sources("validation", "held_out"),
+                    "shuffle": False,
+                    "random_crop": False,
+                },
+                "batches": 4,
+                "keeps": [64, 144, 256],
+            },
+            "loop": {
+                "duration": {"steps": steps},
+                "log_every": 20,
+                "checkpoint_every": 300,
+                "eval_every": 600,
+                "preview_every": 600,
+            },
+        }
+    )

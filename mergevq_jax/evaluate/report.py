@@ -1,0 +1,73 @@
+"""What a tokenizer does, as numbers and as a picture: reconstructions at several K, with the merged groups outlined."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import UInt8
+from tqdm import tqdm
+
+from mergevq_jax.evaluate.reconstruction import CodeUsage, Estimate, estimate, psnr
+from mergevq_jax.tokenizer.model import Tokenizer
+from runtime_jax.pictures import image_grid, outline_groups
+
+Images = UInt8[np.ndarray, "N H W 3"]
+
+
+@dataclass(frozen=True)
+class Reconstruction:
+    """Quality and code usage over one set of images at one K."""
+
+    keep: int
+    psnr: Estimate  # dB, mean over images
+    usage: CodeUsage
+
+
+def measure(
+    tokenizer: Tokenizer, images: Images, keeps: Sequence[int], *, batch_size: int = 32
+) -> list[Reconstruction]:
+    """PSNR and code usage of every K over `images` [N, H, W, 3]; the last batch is padded."""
+    results = []
+    for keep in keeps:
+        usage, values = CodeUsage(tokenizer.config.z_channels), []
+        for start in tqdm(range(0, len(images), batch_size), desc=f"K={keep}", leave=False, disable=None):
+            batch = images[start : start + batch_size]
+            padded = np.concatenate([batch, np.repeat(batch[-1:], min(batch_size, len(images)) - len(batch), axis=0)])
+            tokens = tokenizer.encode(padded, keep=keep)
+            usage.update(np.asarray(tokens.indices)[: len(batch)])
+            values.append(psnr(np.asarray(tokenizer.decode(tokens))[: len(batch)], batch))
+        results.append(Reconstruction(keep, estimate(np.concatenate(values)), usage))
+    return results
+
+
+def picture(
+    tokenizer: Tokenizer, images: Images, keeps: Sequence[int], *, scale: int = 2
+) -> UInt8[np.ndarray, "h w 3"]:
+    """A row an image: original, then for every K the reconstruction and the original with its groups outlined."""
+    columns: list[Sequence[np.ndarray]] = [[np.repeat(np.repeat(image, scale, 0), scale, 1) for image in images]]
+    labels = ["original"]
+    for keep in keeps:
+        tokens = tokenizer.encode(images, keep=keep)
+        rebuilt = np.asarray(tokenizer.decode(tokens))
+        columns.append([np.repeat(np.repeat(image, scale, 0), scale, 1) for image in rebuilt])
+        maps = np.asarray(tokens.source_map)
+        outlined = zip(images, maps, strict=True)
+        columns.append([outline_groups(image, groups, grid=tokens.grid, scale=scale) for image, groups in outlined])
+        labels += [f"K = {keep}\n{np.mean(psnr(rebuilt, images)):.1f} dB", f"{keep} groups of {maps.shape[1]}"]
+    return image_grid(list(zip(*columns, strict=True)), column_labels=labels)
+
+
+def table(results: Mapping[str, Sequence[Reconstruction]]) -> str:
+    """A Markdown table, one row for each set of images and K."""
+    lines = [
+        "| images | count | K | PSNR, dB (95 % interval) | codes used | perplexity | ones per bit | dead bits |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for name, rows in results.items():
+        for row in rows:
+            usage, rates = row.usage, row.usage.bit_rates
+            lines.append(
+                f"| {name} | {row.psnr.count} | {row.keep} | {row.psnr} | {100 * usage.used:.1f} % of {2**usage.bits} | "
+                f"{usage.perplexity:.0f} | {rates.min():.2f} to {rates.max():.2f} | {len(usage.dead_bits)} |"
+            )
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,124 @@
+"""`mergevq inspect`: what a model costs, from its config alone."""
+
+import functools
+from dataclasses import replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mergevq_jax.tokenizer import model
+from mergevq_jax.tokenizer import train as stage1
+from mergevq_jax.tokenizer.config import Compute, TokenizerConfig
+from mergevq_jax.tokenizer.run import TrainConfig
+from runtime_jax.optimizer import make_optimizer
+
+
+def count(tree: Any) -> int:
+    """Numbers in a tree of arrays or shapes."""
+    return sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(tree))
+
+
+def size_of(tree: Any) -> int:
+    """Bytes of a tree of arrays or shapes."""
+    return sum(int(np.prod(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
+def parameter_counts(config: TokenizerConfig) -> dict[str, int]:
+    """Parameters of each part; the alignment head is not counted to the encoder, as in the paper's table."""
+    shapes = dict(model.param_shapes(config))
+    encoder = dict(shapes.pop("encoder"))
+    head = encoder.pop("head", {})
+    return {
+        "encoder": count(encoder),
+        "alignment head": count(head),
+        **{name: count(part) for name, part in shapes.items()},
+    }
+
+
+def forward_programs(config: TokenizerConfig, batch_size: int, compute: Compute = Compute()) -> dict[str, Any]:
+    """Lowered encode and decode of training-size images, not compiled."""
+    params, side = model.param_shapes(config), config.resolution
+    images = jax.ShapeDtypeStruct((batch_size, side, side, config.in_channels), jnp.float32)
+    codes = jax.ShapeDtypeStruct((batch_size, config.keep, config.z_channels), jnp.float32)
+    source_map = jax.ShapeDtypeStruct((batch_size, config.raw_tokens), jnp.int32)
+    grid = config.grid(side, side)
+    encode = lambda params, images: model.encode(params, config, images, keep=config.keep, compute=compute)  # noqa: E731
+    decode = lambda params, codes, sources: model.decode(params, config, codes, sources, grid, compute=compute)  # noqa: E731
+    return {
+        "encode": jax.jit(encode).lower(params, images),
+        "decode": jax.jit(decode).lower(params, codes, source_map),
+    }
+
+
+def inspect_model(config: TokenizerConfig, batch_size: int, *, compile: bool = False) -> str:
+    """Tables of parameters, and of FLOPs and bytes of encode and decode."""
+    lines = [
+        f"{config.resolution} px, {config.raw_tokens} raw tokens, {config.keep} kept, {config.z_channels} bits",
+        "",
+    ]
+    lines += _table(
+        ("part", "parameters", "MB, float32"),
+        [(name, f"{number:,}", f"{4 * number / 1e6:.1f}") for name, number in parameter_counts(config).items()],
+    )
+    rows = [_program_row(name, program, compile) for name, program in forward_programs(config, batch_size).items()]
+    return "\n".join([*lines, "", *_table((f"batch of {batch_size}", "GFLOP", "temporary MB"), rows)])
+
+
+def inspect_config(config: TrainConfig, *, compile: bool = False) -> str:
+    """As `inspect_model`, and the train step: bytes of its state, FLOPs, and with `compile` its temporary memory."""
+    batch_size = config.data.batch_size
+    state, lowered = lower_train_step(config, batch_size)
+    rows = [
+        (name, f"{count(part):,}", f"{size_of(part) / 1e6:.1f}")
+        for name, part in (
+            ("parameters", state.params),
+            ("optimizer", state.opt_state),
+            ("moving average", state.ema),
+            ("discriminator and its optimizer", (state.disc_params, state.disc_stats, state.disc_opt_state)),
+            ("whole train state", state),
+        )
+    ]
+    return "\n".join(
+        [
+            inspect_model(config.model, batch_size, compile=compile),
+            "",
+            *_table(("train state", "numbers", "MB"), rows),
+            "",
+            *_table(
+                (f"batch of {batch_size}", "GFLOP", "temporary MB"), [_program_row("train step", lowered, compile)]
+            ),
+        ]
+    )
+
+
+def lower_train_step(config: TrainConfig, batch_size: int) -> tuple[stage1.TrainState, Any]:
+    """Shapes of the train state, and the lowered step; the frozen networks' loss terms are left out (no weights)."""
+    losses = replace(config.losses, perceptual_weight=0.0, alignment_weight=0.0)
+    step_config = stage1.StepConfig(
+        model=config.model,
+        compute=config.compute,
+        losses=losses,
+        discriminator=config.discriminator,
+        accumulate=config.accumulate,
+    )
+    schedule = lambda step: config.optimizer.learning_rate  # noqa: E731
+    optimizers = stage1.Optimizers(
+        make_optimizer(config.optimizer, schedule), make_optimizer(config.discriminator_optimizer, schedule), schedule
+    )
+    state = jax.eval_shape(functools.partial(stage1.init_state, step_config, optimizers))
+    side = config.model.resolution
+    batch = {"image": jax.ShapeDtypeStruct((batch_size, side, side, config.model.in_channels), jnp.uint8)}
+    step = functools.partial(stage1.train_step, config=step_config, optimizers=optimizers, keep=config.model.keep)
+    return state, jax.jit(step, donate_argnums=0).lower(state, stage1.Frozen(), batch)
+
+
+def _program_row(name: str, lowered: Any, compile: bool) -> tuple[str, str, str]:
+    flops = lowered.cost_analysis()["flops"]
+    memory = f"{lowered.compile().memory_analysis().temp_size_in_bytes / 1e6:.1f}" if compile else "(--compile)"
+    return name, f"{flops / 1e9:,.1f}", memory
+
+
+def _table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> list[str]:
+    return [f"| {' | '.join(row)} |" for row in (head, ("---",) * len(head), *rows)]

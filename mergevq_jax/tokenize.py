@@ -1,0 +1,150 @@
+"""`mergevq tokenize`: codes and source maps of a whole dataset on disk, in shards of array_record files.
+
+A record is one image as a small safetensors blob: `indices` int32 [K], `source_map` int32 [L], `label` and `index`
+int64 []. `tokens.json` beside the shards says what they are. A shard appears under its final name only when it is
+complete, so a run that was stopped and is started again goes on with the first missing one.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
+from safetensors.numpy import load as from_bytes
+from safetensors.numpy import save as to_bytes
+from tqdm import tqdm
+
+from mergevq_jax.pretrained import load_tokenizer
+from mergevq_jax.tokenizer.model import Tokenizer
+from runtime_jax import config as config_lib
+from runtime_jax.data import SourceConfig, center_crop, open_source
+
+INFO_NAME = "tokens.json"
+
+
+def fingerprint(tokenizer: Tokenizer) -> str:
+    """SHA-256 over a tokenizer's config and parameters: codes of one tokenizer mean nothing to another."""
+    from mergevq_jax.convert import tokenizer_table
+    from runtime_jax.weights import export_weights
+
+    digest = hashlib.sha256(json.dumps(config_lib.to_dict(tokenizer.config), sort_keys=True).encode())
+    for name, array in sorted(export_weights(tokenizer_table(tokenizer.config), tokenizer.params).items()):
+        digest.update(name.encode() + np.ascontiguousarray(array).tobytes())
+    return digest.hexdigest()
+
+
+def tokenize(
+    source: SourceConfig, tokenizer: str, out: Path, *, keep: int | None, batch_size: int = 32, shard_size: int = 4096
+) -> str:
+    """Tokenizes every image of a source, resized and centre-cropped to the training size; returns a summary line.
+
+    An unreadable image of a folder is left out and counted in the summary and in tokens.json.
+
+    Raises:
+      ValueError: missing source, K not possible, or `out` holds the codes of another tokenizer, source or K.
+    """
+    loaded, images = load_tokenizer(tokenizer), open_source(source)
+    config = loaded.config
+    keep = config.keep if keep is None else keep
+    config.merge_counts(config.raw_tokens, keep)
+    if batch_size < 1 or shard_size < 1:
+        raise ValueError(f"--batch-size {batch_size} and --shard-size {shard_size}: at least 1")
+    shards = -(-len(images) // shard_size)
+    info = {
+        "tokenizer": fingerprint(loaded),
+        "bits": config.z_channels,
+        "keep": keep,
+        "grid": list(config.grid(config.resolution, config.resolution)),
+        "source": config_lib.to_dict(source),
+        "images": len(images),
+        "shard_size": shard_size,
+    }
+    _claim(out, info)
+    for shard in tqdm(range(shards), desc="shards", disable=None):
+        path = out / f"tokens-{shard:05d}-of-{shards:05d}.array_record"
+        if not path.exists():
+            _write_shard(
+                path,
+                loaded,
+                images,
+                range(shard * shard_size, min(len(images), (shard + 1) * shard_size)),
+                keep,
+                batch_size,
+            )
+    count = sum(1 for _ in read_tokens(out))
+    return f"{count} images in {shards} shards under {out} ({len(images) - count} unreadable ones left out)"
+
+
+def _claim(out: Path, info: dict) -> None:
+    """Writes tokens.json, or makes sure that the one that is there says the same."""
+    path = out / INFO_NAME
+    if path.exists():
+        old = json.loads(path.read_text())
+        differing = [f"{key}: {old.get(key)!r} there, {info[key]!r} now" for key in info if old.get(key) != info[key]]
+        if differing:
+            raise ValueError(f"{out} holds other tokens; choose another folder\n  " + "\n  ".join(differing))
+        return
+    out.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    partial.write_text(json.dumps(info, indent=2) + "\n")
+    os.replace(partial, path)
+
+
+def _write_shard(path: Path, tokenizer: Tokenizer, images, indices: range, keep: int, batch_size: int) -> None:
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    writer = ArrayRecordWriter(str(partial), "group_size:1")
+    try:
+        for start in range(indices.start, indices.stop, batch_size):
+            chosen = list(indices[start - indices.start : start - indices.start + batch_size])
+            for record in _records(tokenizer, images, chosen, keep, batch_size):
+                writer.write(record)
+        writer.close()
+        os.replace(partial, path)
+    finally:
+        if writer.is_open():
+            writer.close()
+        partial.unlink(missing_ok=True)
+
+
+def _records(tokenizer: Tokenizer, images, indices: list[int], keep: int, batch_size: int) -> Iterator[bytes]:
+    # A source puts the next readable image in the place of a broken one; here the broken one is left out.
+    examples = [(index, example) for index in indices if not (example := images[index]).get("skipped")]
+    if not examples:
+        return
+    size = tokenizer.config.resolution
+    pixels = np.stack([center_crop(example["image"], size) for _, example in examples])
+    padded = np.concatenate([pixels, np.repeat(pixels[-1:], batch_size - len(pixels), axis=0)])
+    tokens = tokenizer.encode(padded, keep=keep)
+    codes, maps = np.asarray(tokens.indices), np.asarray(tokens.source_map)
+    for row, (index, example) in enumerate(examples):
+        yield to_bytes(
+            {
+                "indices": codes[row],
+                "source_map": maps[row],
+                "label": np.asarray(example["label"], np.int64),
+                "index": np.asarray(index, np.int64),
+            }
+        )
+
+
+def read_tokens(folder: Path) -> Iterator[dict[str, np.ndarray]]:
+    """The records of a folder that `tokenize` wrote, in order.
+
+    Raises:
+      ValueError: not such a folder, or shards missing.
+    """
+    if not (folder / INFO_NAME).is_file():
+        raise ValueError(f"{folder}: no {INFO_NAME}; mergevq tokenize writes such folders")
+    info = json.loads((folder / INFO_NAME).read_text())
+    wanted = -(-info["images"] // info["shard_size"])
+    paths = sorted(folder.glob("tokens-*.array_record"))
+    if len(paths) != wanted:
+        raise ValueError(f"{folder}: {len(paths)} of {wanted} shards are there; start mergevq tokenize again")
+    for path in paths:
+        reader = ArrayRecordReader(str(path))
+        for blob in reader.read_all():
+            yield from_bytes(blob)
+        reader.close()

@@ -1,0 +1,244 @@
+"""A tokenizer training run: config, data, mesh, state and loop put together."""
+
+import functools
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import numpy as np
+
+from mergevq_jax.evaluate import report
+from mergevq_jax.tokenizer import train as stage1
+from mergevq_jax.tokenizer.config import Compute, TokenizerConfig
+from mergevq_jax.tokenizer.dinov2 import load_dinov2
+from mergevq_jax.tokenizer.merge_ratio import MergeRatioConfig, draw_keep
+from mergevq_jax.tokenizer.model import Tokenizer
+from mergevq_jax.tokenizer.perceptual import load_lpips
+from runtime_jax import config as config_lib
+from runtime_jax import loop, sharding
+from runtime_jax.checkpoint import check_workdir, initial_state
+from runtime_jax.data import DataConfig, make_batches, num_examples
+from runtime_jax.optimizer import OptimizerConfig, make_optimizer, make_schedule
+
+MODEL_FOLDER = "tokenizer"
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationConfig:
+    """What is measured and drawn on the way, with the averaged parameters."""
+
+    data: DataConfig
+    batches: int = 4
+    keeps: tuple[int, ...] = ()  # none: the model's own K
+    preview_images: int = 6
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """A whole run; what configs/mergevq_*.py return is built into this."""
+
+    task: Literal["tokenizer"] = "tokenizer"
+    seed: int = 0
+    model: TokenizerConfig
+    compute: Compute = Compute()
+    losses: stage1.LossConfig = stage1.LossConfig()
+    discriminator: stage1.DiscriminatorConfig = stage1.DiscriminatorConfig()
+    merge_ratio: MergeRatioConfig
+    optimizer: OptimizerConfig = OptimizerConfig(b1=0.5, b2=0.9)
+    discriminator_optimizer: OptimizerConfig = OptimizerConfig(b1=0.5, b2=0.9)
+    accumulate: int = 1
+    ema_decay: float = 0.999
+    data: DataConfig
+    evaluation: EvaluationConfig
+    mesh: sharding.MeshConfig = sharding.MeshConfig()
+    loop: loop.LoopConfig
+    lpips: tuple[str, ...] = ()  # files, folders or hub ids with VGG16's and LPIPS' weights
+    teacher: str | None = None  # DINOv2 folder or hub id
+    init_from: str | None = None  # a tokenizer's folder or hub id
+    resume_from: str | None = None  # another run's workdir or checkpoint
+
+    def __post_init__(self):
+        model = self.model
+        if self.data.image_size != model.resolution or self.evaluation.data.image_size != model.resolution:
+            raise ValueError(
+                f"data.image_size={self.data.image_size} and evaluation.data.image_size="
+                f"{self.evaluation.data.image_size} must be model.resolution={model.resolution}"
+            )
+        for keep in (*self.merge_ratio.keeps, *self.evaluation.keeps):
+            model.merge_counts(model.raw_tokens, keep)
+        if self.data.batch_size % self.accumulate:
+            raise ValueError(f"data.batch_size={self.data.batch_size} does not divide by accumulate={self.accumulate}")
+        if self.losses.perceptual_weight and not self.lpips:
+            raise ValueError(
+                "losses.perceptual_weight is not 0, but lpips names no weights: give a file, folder or hub id with "
+                "VGG16's convolutions and LPIPS' linear layers, or set the weight to 0"
+            )
+
+
+def train(config: TrainConfig, workdir: str | Path) -> Path:
+    """Trains, or goes on training, in `workdir`; returns the folder of the averaged tokenizer.
+
+    Raises:
+      ValueError: config, data, weights or checkpoint that do not fit, before anything is compiled.
+      WorkdirError: the workdir cannot be written.
+      FloatingPointError: too many updates in a row were not finite.
+    """
+    workdir = check_workdir(workdir, config.loop.min_free_bytes)
+    examples, batch_size = num_examples(config.data), config.data.batch_size
+    total_steps = config.loop.duration.to_steps(batch_size, examples)
+    schedules = [
+        make_schedule(optimizer, total_steps=total_steps, batch_size=batch_size, num_examples=examples)
+        for optimizer in (config.optimizer, config.discriminator_optimizer)
+    ]
+    optimizers = stage1.Optimizers(
+        make_optimizer(config.optimizer, schedules[0]),
+        make_optimizer(config.discriminator_optimizer, schedules[1]),
+        schedules[0],
+    )
+    step_config, frozen = load_frozen(config)
+    images = evaluation_images(config.evaluation)
+    mesh = sharding.make_mesh(config.mesh)
+    parts = mesh.shape["data"] * mesh.shape["fsdp"] * config.accumulate
+    if batch_size % parts:
+        raise ValueError(f"data.batch_size={batch_size} does not divide by data x fsdp x accumulate = {parts}")
+    resolved = config_lib.to_dict(config)
+    with jax.set_mesh(mesh):
+        program = Program(step_config, optimizers, mesh, frozen)
+        found = initial_state(
+            workdir,
+            program.abstract_state,
+            config=resolved,
+            init=program.init,
+            init_from=functools.partial(program.with_weights, config.init_from) if config.init_from else None,
+            resume_from=config.resume_from,
+            must_match=("model", "discriminator", "seed", "data", "merge_ratio"),
+        )
+        if jax.process_index() == 0:
+            print(f"{total_steps} steps of {batch_size} images, from step {found.step} ({found.origin})", flush=True)
+        looks = _Looks(config, images)
+        result = loop.run(
+            config=config.loop,
+            workdir=workdir,
+            resolved_config=resolved,
+            state=found.state,
+            start_step=found.step,
+            total_steps=total_steps,
+            train_step=lambda state, batch, step: program.step(
+                state, batch, draw_keep(config.merge_ratio, config.seed, step)
+            ),
+            batches=lambda step: make_batches(
+                config.data, step, process_index=jax.process_index(), process_count=jax.process_count()
+            ),
+            shard=lambda batch: sharding.shard_batch(batch, mesh),
+            preview=looks.preview,
+            evaluate=looks.evaluate,
+            variant=lambda step: draw_keep(config.merge_ratio, config.seed, step),
+        )
+        folder = workdir / MODEL_FOLDER
+        ema = jax.device_get(jax.jit(lambda ema: ema, out_shardings=sharding.replicated(mesh))(result.state.ema))
+        if jax.process_index() == 0 and result.stopped_by is None:
+            Tokenizer(config.model, ema).save_pretrained(folder)
+    return folder
+
+
+def load_frozen(config: TrainConfig) -> tuple[stage1.StepConfig, stage1.Frozen]:
+    """The static part of the step, and the parameters that it never changes, read from where the config says."""
+    losses, teacher, teacher_params = config.losses, None, None
+    if losses.alignment_weight and losses.alignment != "label" and config.teacher is not None:
+        teacher, teacher_params = load_dinov2(config.teacher)
+    step_config = stage1.StepConfig(
+        model=config.model,
+        compute=config.compute,
+        losses=losses,
+        discriminator=config.discriminator,
+        accumulate=config.accumulate,
+        ema_decay=config.ema_decay,
+        teacher=teacher,
+        seed=config.seed,
+    )
+    lpips = load_lpips(*config.lpips) if losses.perceptual_weight else None
+    return step_config, stage1.Frozen(lpips=lpips, teacher=teacher_params)
+
+
+def evaluation_images(config: EvaluationConfig) -> np.ndarray:
+    """The images that every evaluation of a run uses, uint8 [N, H, W, 3]."""
+    return np.concatenate([batch["image"] for batch in itertools.islice(make_batches(config.data, 0), config.batches)])
+
+
+class Program:
+    """The compiled side of a run: one executable for each K, and how the state lies on the mesh.
+
+    Use it under `jax.set_mesh(mesh)`.
+    """
+
+    def __init__(
+        self,
+        config: stage1.StepConfig,
+        optimizers: stage1.Optimizers,
+        mesh: jax.sharding.Mesh,
+        frozen: stage1.Frozen,
+    ):
+        self._config, self._optimizers, self._mesh = config, optimizers, mesh
+        shapes = jax.eval_shape(functools.partial(stage1.init_state, config, optimizers))
+        self._shardings = sharding.param_shardings(shapes, stage1.SHARDING_RULES, mesh)
+        self.abstract_state = jax.tree.map(
+            lambda shape, place: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=place), shapes, self._shardings
+        )
+        self._frozen = jax.device_put(frozen, sharding.replicated(mesh)) if jax.tree.leaves(frozen) else frozen
+        self._compiled: dict[int, Any] = {}
+
+    def init(self) -> stage1.TrainState:
+        """A new state, made where it belongs."""
+        return jax.jit(
+            functools.partial(stage1.init_state, self._config, self._optimizers), out_shardings=self._shardings
+        )()
+
+    def with_weights(self, source: str, state: stage1.TrainState) -> stage1.TrainState:
+        """The state with the weights of a saved tokenizer of the same architecture."""
+        tokenizer = Tokenizer.from_pretrained(source)
+        if tokenizer.config != self._config.model:
+            raise ValueError(f"init_from {source}: its architecture is {tokenizer.config}, not {self._config.model}")
+        params = jax.tree.map(jax.device_put, tokenizer.params, self._shardings.params)
+        return state.replace(params=params, ema=jax.tree.map(lambda x: x.copy(), params))
+
+    def step(self, state: stage1.TrainState, batch: Mapping[str, Any], keep: int) -> tuple[stage1.TrainState, Any]:
+        """One update; `state` is donated."""
+        return self.compiled(keep)(state, self._frozen, dict(batch))
+
+    def compiled(self, keep: int) -> Any:
+        """The jitted step that keeps `keep` tokens."""
+        if keep not in self._compiled:
+            step = functools.partial(stage1.train_step, config=self._config, optimizers=self._optimizers, keep=keep)
+            self._compiled[keep] = jax.jit(
+                step, donate_argnums=0, out_shardings=(self._shardings, sharding.replicated(self._mesh))
+            )
+        return self._compiled[keep]
+
+
+class _Looks:
+    """Evaluation and preview pictures of a run."""
+
+    def __init__(self, config: TrainConfig, images: np.ndarray):
+        self._config, self._images = config, images
+        self._keeps: Sequence[int] = config.evaluation.keeps or (config.model.keep,)
+
+    def _tokenizer(self, state: stage1.TrainState) -> Tokenizer:
+        return Tokenizer(self._config.model, state.ema, self._config.compute)
+
+    def evaluate(self, state: stage1.TrainState, step: int) -> dict[str, float]:
+        """PSNR for each K; code usage at the smallest."""
+        batch_size = self._config.evaluation.data.batch_size
+        results = report.measure(self._tokenizer(state), self._images, self._keeps, batch_size=batch_size)
+        usage = results[0].usage
+        return {f"psnr/{result.keep}": result.psnr.mean for result in results} | {
+            "codes_used": usage.used,
+            "dead_bits": float(len(usage.dead_bits)),
+        }
+
+    def preview(self, state: stage1.TrainState, step: int) -> dict[str, np.ndarray]:
+        """Reconstructions of the first evaluation images."""
+        images = self._images[: self._config.evaluation.preview_images]
+        return {"reconstructions": report.picture(self._tokenizer(state), images, self._keeps)}
