@@ -43,7 +43,7 @@ def _res_block(source: str, target: str) -> tuple[Rule, ...]:
 
 
 # 1x1 convolutions over tokens are linear layers here.
-POINTWISE = Transform(lambda x: np.transpose(x[:, :, 0, 0]), lambda x: np.transpose(x)[:, :, None, None])
+POINTWISE = Transform(lambda x: x.reshape(x.shape[:2]).T, lambda x: x.T[:, :, None, None])
 
 
 def encoder_table(config: TokenizerConfig) -> tuple[Rule, ...]:

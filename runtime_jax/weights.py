@@ -134,13 +134,19 @@ def import_weights(
         if path not in expected:
             errors.append(f"{name} {tuple(array.shape)}: the model has no parameter {path}")
             continue
-        if place in found.setdefault(path, {}):
+        filled = found.setdefault(path, {})
+        if filled and (place in filled or None in (place, *filled)):
             errors.append(f"{name}: {path} is filled twice")
-        value = rule.transform.forward(np.asarray(array))
+        try:
+            value = rule.transform.forward(np.asarray(array))
+        except (ValueError, IndexError) as error:
+            errors.append(f"{name} {tuple(array.shape)}: cannot become {path} {expected[path]} ({error})")
+            filled[place] = array
+            continue
         wanted = expected[path] if place is None else expected[path][1:]
         if value.shape != wanted:
             errors.append(f"{name}: shape {value.shape} after conversion, but {path} has {wanted}")
-        found[path][place] = value
+        filled[place] = value
     errors += _missing(expected, found)
     if errors:
         raise WeightError("the weights do not fit the model:\n  " + "\n  ".join(errors))

@@ -248,12 +248,14 @@ def test_every_weight_that_does_not_fit_is_listed(tokenizer, tmp_path):
     del tensors["recovery.rec_head.bias"], tensors["decoder.attn.blocks.0.norm2.bias"]
     tensors["decoder.attn.blocks.2.norm2.bias"] = np.zeros(32, np.float32)
     tensors["encoder.head.weight"] = np.zeros(2, np.float32)
+    tensors["encoder.norm_out.weight"] = np.zeros((1, 32), np.float32)
     write_safetensors(tmp_path / "model.safetensors", tensors, metadata)
     with pytest.raises(WeightError) as error:
         Tokenizer.from_pretrained(tmp_path)
     text = str(error.value)
     assert text.startswith(f"{tmp_path / 'model.safetensors'}: the weights do not fit the model:")
     for line in (
+        "encoder.norm_out.weight: shape (1, 32) after conversion, but encoder/norm_out/scale has (32,)",
         "encoder.conv_out.weight: shape (32, 4) after conversion, but encoder/conv_out/kernel has (32, 6)",
         "decoder.attn.blocks.1.norm1.bias: shape (3,) after conversion, but decoder/attn/blocks/norm1/bias has (32,)",
         "recovery/rec_head/bias (32,): not among the weights",
@@ -261,6 +263,13 @@ def test_every_weight_that_does_not_fit_is_listed(tokenizer, tmp_path):
         "encoder.head.weight (2,): no rule for this name",
     ):
         assert line in text
+
+
+def test_a_convolution_is_not_taken_for_a_pointwise_one(tokenizer):
+    tensors = export_weights(convert.tokenizer_table(CONFIG), tokenizer.params)
+    tensors["encoder.conv_out.weight"] = np.zeros((6, 32, 3, 3), np.float32)
+    with pytest.raises(WeightError, match=r"encoder\.conv_out\.weight \(6, 32, 3, 3\): cannot become"):
+        import_weights(convert.tokenizer_table(CONFIG), tensors, model.param_shapes(CONFIG))
 
 
 # The released checkpoints.
