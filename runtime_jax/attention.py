@@ -24,7 +24,7 @@ def attention(
     """softmax(query · key / sqrt(D) + key_bias) · value, logits and softmax in float32.
 
     Args:
-      key_bias: added to the logits of a key for every query and head (ToMe's log(size)).
+      key_bias: added to the logits of a key for every query and head (ToMe's log(size)); "cudnn" gives it no gradient.
       backend: "xla" anywhere; "cudnn" fused on NVIDIA GPUs (bfloat16, float16); "tpu_flash" Pallas' kernel on TPUs.
 
     Raises:
@@ -34,10 +34,20 @@ def attention(
         raise ValueError(f"attention backend {backend!r}: allowed are {', '.join(get_args(AttentionBackend))}")
     if backend == "tpu_flash":
         return _tpu_flash(query, key, value, key_bias)
+    if backend == "cudnn" and key_bias is not None:
+        return _cudnn_with_bias(query, key, value, key_bias)
     bias = None if key_bias is None else key_bias[:, None, None, :]
-    if bias is not None and backend == "cudnn":  # its kernel broadcasts over batch and heads only
-        bias = jnp.broadcast_to(bias.astype(query.dtype), (bias.shape[0], 1, query.shape[1], bias.shape[-1]))
     return jax.nn.dot_product_attention(query, key, value, bias=bias, implementation=backend)
+
+
+def _cudnn_with_bias(query, key, value, key_bias):
+    # With a bias, its kernels take even numbers of tokens only, and broadcast over batch and heads, not over queries.
+    length = query.shape[1]
+    query, key, value = (_pad_tokens(x, 2) for x in (query, key, value))
+    bias = _pad_tokens(key_bias.astype(query.dtype), 2, float(jnp.finfo(query.dtype).min) / 2)
+    bias = jnp.broadcast_to(bias[:, None, None, :], (bias.shape[0], 1, query.shape[1], bias.shape[-1]))
+    result = jax.nn.dot_product_attention(query, key, value, bias=bias, implementation="cudnn")
+    return result[:, :length]
 
 
 def _tpu_flash(query, key, value, key_bias):
@@ -57,10 +67,11 @@ def _flash_kernel(query, key, value, key_bias):
 
     batch, queries, _, width = query.shape
     keys = key.shape[1]
-    query, key, value = (jnp.swapaxes(_pad_tokens(x), 1, 2) for x in (query, key, value))
+    query, key, value = (jnp.swapaxes(_pad_tokens(x, FLASH_BLOCK), 1, 2) for x in (query, key, value))
     bias = None
     if key_bias is not None:
-        bias = _pad_tokens(key_bias.astype(jnp.float32)) * width**0.5  # the kernel adds it before it scales the logits
+        # The kernel adds it before it scales the logits.
+        bias = _pad_tokens(key_bias.astype(jnp.float32), FLASH_BLOCK) * width**0.5
         bias = jnp.broadcast_to(bias[:, None, None, :], (*query.shape[:3], key.shape[2]))
     real = jnp.broadcast_to(jnp.arange(key.shape[2]) < keys, (batch, key.shape[2])).astype(jnp.int32)
     segments = SegmentIds(q=jnp.ones((batch, query.shape[2]), jnp.int32), kv=real)  # padding is read by no query
@@ -68,6 +79,8 @@ def _flash_kernel(query, key, value, key_bias):
     return jnp.swapaxes(result, 1, 2)[:, :queries]
 
 
-def _pad_tokens(x):
-    """Zeros up to a multiple of the kernel's block of tokens, axis 1."""
-    return jnp.pad(x, [(0, -x.shape[1] % FLASH_BLOCK if axis == 1 else 0) for axis in range(x.ndim)])
+def _pad_tokens(x, multiple, value=0.0):
+    """Pads axis 1 up to a multiple of `multiple` tokens."""
+    return jnp.pad(
+        x, [(0, -x.shape[1] % multiple if axis == 1 else 0) for axis in range(x.ndim)], constant_values=value
+    )

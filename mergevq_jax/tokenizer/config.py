@@ -172,6 +172,10 @@ class Compute:
     attention: AttentionBackend = "xla"
     remat: bool = False  # recompute the inside of each block in the backward pass
 
+    def __post_init__(self):
+        if self.attention == "cudnn" and self.dtype != "bfloat16":
+            raise ValueError(f"attention='cudnn' needs dtype='bfloat16', got {self.dtype!r}")
+
     @property
     def jax_dtype(self) -> DTypeLike:
         """The dtype for modules."""
