@@ -54,6 +54,8 @@ def make_schedule(
         drops = [drop.to_steps(batch_size, num_examples) - warmup for drop in config.drops]
         if min(drops, default=1) < 1:
             raise ValueError("optimizer.drops: a drop lies before the end of the warm-up")
+        if len(set(drops)) < len(drops):
+            raise ValueError(f"optimizer.drops: two at one step, {sorted(drop + warmup for drop in drops)}")
         after = optax.piecewise_constant_schedule(rate, dict.fromkeys(drops, config.drop_factor))
     if not warmup:
         return after
