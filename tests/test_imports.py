@@ -1,0 +1,96 @@
+"""Which package may import which, and what importing one must not do."""
+
+import ast
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGES = ("runtime_jax", "mergevq_jax", "tokenverse_jax")
+FORBIDDEN = {
+    "runtime_jax": {"mergevq_jax", "tokenverse_jax"},
+    "mergevq_jax": {"tokenverse_jax"},
+    "tokenverse_jax": {"mergevq_jax"},
+}
+HEAVY = {"torch", "torchvision", "tensorflow", "clu", "kauldron"}
+
+
+def imported(tree: ast.AST, package: str) -> set[str]:
+    """Top-level packages that a module imports anywhere in it, by statement or by name; `package` is its own."""
+    names = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names.add(package if node.level else node.module)
+        elif isinstance(node, ast.Call) and node.args and isinstance(node.args[0], ast.Constant):
+            function = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
+            if function in ("import_module", "__import__", "lazy_import"):
+                names.add(node.args[0].value)
+    return {name.split(".")[0] for name in names}
+
+
+def modules(package: str) -> list[Path]:
+    return sorted((ROOT / package).rglob("*.py"))
+
+
+def test_the_walk_finds_every_kind_of_import():
+    source = """
+import a.b, c as d
+from e.f import g
+from . import h
+def function():
+    import i
+    from j import k
+    importlib.import_module("l.m")
+    __import__("n")
+"""
+    assert imported(ast.parse(source), "own") == {"a", "c", "e", "own", "i", "j", "l", "n"}
+
+
+@pytest.mark.parametrize("package", [package for package in PACKAGES if modules(package)])
+def test_packages_keep_to_the_import_rule(package):
+    wrong = {}
+    for path in modules(package):
+        found = imported(ast.parse(path.read_text()), package) & (FORBIDDEN[package] | HEAVY)
+        if found:
+            wrong[str(path.relative_to(ROOT))] = found
+    assert not wrong
+
+
+def test_the_rule_covers_every_package():
+    packages = {path.parent.name for path in ROOT.glob("*/__init__.py")}
+    assert {"runtime_jax", "mergevq_jax"} <= packages <= set(PACKAGES)
+
+
+PROBE = """
+import importlib, json, os, pkgutil, sys
+import jax  # sets two variables itself
+before = dict(os.environ)
+package = importlib.import_module(sys.argv[1])
+for module in pkgutil.walk_packages(package.__path__, package.__name__ + "."):
+    if not module.name.endswith("__main__"):
+        importlib.import_module(module.name)
+from jax._src import xla_bridge
+print(json.dumps({
+    "heavy": sorted(set(sys.argv[2].split(",")) & set(sys.modules)),
+    "backends": sorted(xla_bridge._backends),
+    "environment": sorted(key for key in os.environ.keys() | before.keys() if os.environ.get(key) != before.get(key)),
+    "modules": len([name for name in sys.modules if name.startswith(sys.argv[1] + ".")]),
+}))
+"""
+
+
+@pytest.mark.parametrize("package", [package for package in PACKAGES if modules(package)])
+def test_importing_everything_starts_nothing(package, tmp_path):
+    command = [sys.executable, "-c", PROBE, package, ",".join(sorted(HEAVY))]
+    environment = {"PATH": "", "HOME": str(tmp_path), "PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=tmp_path, env=environment)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["modules"] >= len(modules(package)) - 3
+    assert (found["heavy"], found["backends"], found["environment"]) == ([], [], [])
+    assert [path.name for path in tmp_path.rglob("*")] == []
