@@ -1,6 +1,5 @@
 """`mergevq evaluate`: tokenizers on held-out scenes and photographs, as a table and pictures on disk."""
 
-import itertools
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,30 +11,27 @@ from runtime_jax.data import DataConfig, SourceConfig, make_batches
 from runtime_jax.pictures import image_grid, loss_curve, save_png
 
 
-def held_out_images(size: int, data_dir: str, count: int) -> dict[str, np.ndarray]:
-    """uint8 [count, size, size, 3] of scenes that no training run reads, and of regions of photographs held out of all.
+def held_out_photographs(size: int, count: int) -> np.ndarray:
+    """uint8 [count, size, size, 3]: crops of regions of the two photographs that no training run reads."""
+    source = SourceConfig(kind="photos", split="held_out", crop_scale=(0.3, 1.0))
+    return _read(source, size, count, random_crop=True)
+
+
+def held_out_scenes(size: int, count: int, data_dir: str) -> np.ndarray:
+    """uint8 [count, size, size, 3]: scenes that no training run reads.
 
     Raises:
       ValueError: mini_scenes of this size is not under data_dir.
     """
-    sources = {
-        "scenes": SourceConfig(kind="tfds", name=f"mini_scenes/{size}", split="test", data_dir=data_dir),
-        "photographs": SourceConfig(kind="photos", split="held_out", crop_scale=(0.3, 1.0)),
-    }
-    images = {}
-    for name, source in sources.items():
-        number = count if name == "scenes" else max(1, count // 4)
-        config = DataConfig(
-            image_size=size,
-            batch_size=min(32, number),
-            sources=(source,),
-            seed=1,
-            shuffle=False,
-            random_crop=name == "photographs",
-        )
-        batches = itertools.islice(make_batches(config, 0), -(-number // config.batch_size))
-        images[name] = np.concatenate([batch["image"] for batch in batches])[:number]
-    return images
+    source = SourceConfig(kind="tfds", name=f"mini_scenes/{size}", split="test", data_dir=data_dir)
+    return _read(source, size, count, random_crop=False)
+
+
+def _read(source: SourceConfig, size: int, count: int, *, random_crop: bool) -> np.ndarray:
+    config = DataConfig(
+        image_size=size, batch_size=count, sources=(source,), seed=1, shuffle=False, random_crop=random_crop
+    )
+    return next(make_batches(config, 0))["image"]
 
 
 def evaluate(
@@ -47,7 +43,7 @@ def evaluate(
     num_images: int,
     metrics: str | None = None,
 ) -> None:
-    """Writes summary.md, and reconstructions.png (and loss.png where `metrics` is a metrics.jsonl), and prints the table.
+    """Prints a table; writes it as summary.md, reconstructions.png, and loss.png where `metrics` is a metrics.jsonl.
 
     Raises:
       ValueError: no such tokenizer, K not possible, dataset missing.
@@ -57,7 +53,11 @@ def evaluate(
     for name, tokenizer in loaded.items():
         for keep in keeps:
             tokenizer.config.merge_counts(tokenizer.config.raw_tokens, keep)
-        images = held_out_images(tokenizer.config.resolution, data_dir, num_images)
+        size = tokenizer.config.resolution
+        images = {
+            "scenes": held_out_scenes(size, num_images, data_dir),
+            "photographs": held_out_photographs(size, max(1, num_images // 4)),
+        }
         results = {kind: report.measure(tokenizer, pixels, keeps) for kind, pixels in images.items()}
         texts.append(f"### {name}\n\n{report.table(results)}")
         shown = np.concatenate([images["scenes"][:5], images["photographs"][:3]])

@@ -67,7 +67,8 @@ def table(results: Mapping[str, Sequence[Reconstruction]]) -> str:
         for row in rows:
             usage, rates = row.usage, row.usage.bit_rates
             lines.append(
-                f"| {name} | {row.psnr.count} | {row.keep} | {row.psnr} | {100 * usage.used:.1f} % of {2**usage.bits} | "
+                f"| {name} | {row.psnr.count} | {row.keep} | {row.psnr} "
+                f"| {100 * usage.used:.1f} % of {2**usage.bits} | "
                 f"{usage.perplexity:.0f} | {rates.min():.2f} to {rates.max():.2f} | {len(usage.dead_bits)} |"
             )
     return "\n".join(lines) + "\n"

@@ -9,7 +9,7 @@ from einops import rearrange
 from jaxtyping import Array, Float
 
 from mergevq_jax.tokenizer.config import Compute, TokenizerConfig
-from mergevq_jax.tokenizer.layers import Block, DepthwiseConv, ResBlock, conv, conv_uniform, group_norm
+from mergevq_jax.tokenizer.layers import Block, DepthwiseConv, GroupNorm, ResBlock, conv, conv_uniform
 from runtime_jax.sharding import Axis, constrain
 
 
@@ -35,7 +35,7 @@ class Decoder(nn.Module):
                 x = conv(4 * x.shape[-1], f"up_{level}_upsample", compute)(x)
                 x = rearrange(x, "b h w (i j d) -> b (h i) (w j) d", i=2, j=2)
                 x = constrain(x, Axis.BATCH, None, None, None)
-        x = nn.silu(group_norm("norm_out", compute)(x))
+        x = nn.silu(GroupNorm(compute, name="norm_out")(x))
         return conv(config.in_channels, "conv_out", compute)(x).astype(jnp.float32)
 
 
@@ -72,5 +72,5 @@ class AdaptiveGroupNorm(nn.Module):
         spread = jnp.sqrt(jnp.var(style, axis=(1, 2), ddof=1) + 1e-6)
         gamma = nn.Dense(x.shape[-1], kernel_init=conv_uniform, name="gamma")(spread)
         beta = nn.Dense(x.shape[-1], kernel_init=conv_uniform, name="beta")(style.mean(axis=(1, 2)))
-        x = group_norm("norm", self.compute, affine=False)(x)
+        x = GroupNorm(self.compute, affine=False, name="norm")(x)
         return x * gamma[:, None, None].astype(x.dtype) + beta[:, None, None].astype(x.dtype)

@@ -10,7 +10,7 @@ from einops import rearrange
 from jaxtyping import Array, Float, Int
 
 from mergevq_jax.tokenizer.config import Compute, TokenizerConfig
-from mergevq_jax.tokenizer.layers import Block, ResBlock, conv, conv_uniform, dense, gelu, group_norm, layer_norm
+from mergevq_jax.tokenizer.layers import Block, GroupNorm, ResBlock, conv, conv_uniform, dense, gelu, layer_norm
 from runtime_jax.sharding import Axis, constrain
 
 
@@ -51,7 +51,7 @@ class Encoder(nn.Module):
         x = rearrange(x, "b h w d -> b (h w) d")
         x, size, source_map = _MergingBlocks(config, compute, counts, name="attn")(x)
         head = _AlignmentHead(config, compute, name="head")(x) if with_head else None
-        z = nn.silu(group_norm("norm_out", compute)(x[:, 1:]))
+        z = nn.silu(GroupNorm(compute, name="norm_out")(x[:, 1:]))
         z = nn.Dense(config.z_channels, dtype=compute.jax_dtype, kernel_init=conv_uniform, name="conv_out")(z)
         return Encoded(z=z.astype(jnp.float32), source_map=source_map[:, 1:] - 1, size=size[:, 1:], head=head)
 
@@ -68,7 +68,7 @@ class _Stem(nn.Module):
         if config.isotropic is not None:
             patch, width = config.downsampling, config.isotropic
             x = nn.Conv(width, (patch, patch), (patch, patch), "VALID", dtype=compute.jax_dtype, name="conv_in")(x)
-            return group_norm("norm_in", compute, groups=width)(x)
+            return GroupNorm(compute, groups=width, name="norm_in")(x)
         x = conv(config.ch, "conv_in", compute, bias=False)(x)
         res_block = nn.remat(ResBlock) if compute.remat else ResBlock
         for level, (width, blocks) in enumerate(zip(config.widths, config.encoder_res_blocks, strict=True)):

@@ -5,7 +5,8 @@ Axes: B batch, H W image, N tokens, D width.
 
 import flax.linen as nn
 import jax.numpy as jnp
-from einops import rearrange
+from einops import rearrange, reduce, repeat
+from jax import lax
 from jaxtyping import Array, Float, Int
 
 from mergevq_jax.tokenizer import tome
@@ -58,17 +59,36 @@ class DepthwiseConv(nn.Module):
         return sum(shifted) + bias[None, None, None]
 
 
-def group_norm(name: str, compute: Compute, *, groups: int = 32, affine: bool = True) -> nn.GroupNorm:
-    """GroupNorm over all axes but batch and channels, statistics in float32."""
-    return nn.GroupNorm(
-        num_groups=groups,
-        epsilon=1e-6,
-        use_bias=affine,
-        use_scale=affine,
-        use_fast_variance=False,
-        dtype=compute.jax_dtype,
-        name=name,
-    )
+class GroupNorm(nn.Module):
+    """GroupNorm over all axes but batch and channels, statistics in float32.
+
+    Means run over positions first and over the channels of a group last. Channels lie innermost in memory, so that is
+    a plain sum of rows; a reduction that splits them into groups of two or four numbers was 6 times slower on a CPU.
+    """
+
+    compute: Compute
+    groups: int = 32
+    affine: bool = True
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B *positions D"]) -> Float[Array, "B *positions D"]:
+        channels, positions = x.shape[-1], tuple(range(1, x.ndim - 1))
+
+        def group_mean(x):
+            mean = reduce(x.mean(axis=positions), "b (g d) -> b g", "mean", g=self.groups)
+            return jnp.expand_dims(repeat(mean, "b g -> b (g d)", d=channels // self.groups), positions)
+
+        x = x.astype(jnp.float32)
+        x = x - group_mean(x)
+        multiplier = lax.rsqrt(group_mean(jnp.square(x)) + 1e-6)
+        if self.affine:
+            scale = self.param("scale", nn.initializers.ones, (channels,))
+            bias = self.param("bias", nn.initializers.zeros, (channels,))
+            first = tuple(range(x.ndim - 1))
+            x = x * (multiplier * jnp.expand_dims(scale, first)) + jnp.expand_dims(bias, first)
+        else:
+            x = x * multiplier
+        return x.astype(self.compute.jax_dtype)
 
 
 def layer_norm(name: str, compute: Compute) -> nn.LayerNorm:
@@ -90,9 +110,9 @@ class ResBlock(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "B H W D"]) -> Float[Array, "B H W features"]:
         residual = x
-        x = nn.silu(group_norm("norm1", self.compute)(x))
+        x = nn.silu(GroupNorm(self.compute, name="norm1")(x))
         x = conv(self.features, "conv1", self.compute, bias=False)(x)
-        x = nn.silu(group_norm("norm2", self.compute)(x))
+        x = nn.silu(GroupNorm(self.compute, name="norm2")(x))
         x = conv(self.features, "conv2", self.compute, bias=False)(x)
         if residual.shape[-1] != self.features:
             residual = conv(self.features, "nin_shortcut", self.compute, size=1, bias=False)(residual)

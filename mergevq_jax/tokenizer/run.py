@@ -99,6 +99,9 @@ def train(config: TrainConfig, workdir: str | Path) -> Path:
         schedules[0],
     )
     step_config, frozen = load_frozen(config)
+    start = Tokenizer.from_pretrained(config.init_from) if config.init_from else None
+    if start and start.config != config.model:
+        raise ValueError(f"init_from {config.init_from}: its architecture is {start.config}, not {config.model}")
     images = evaluation_images(config.evaluation)
     mesh = sharding.make_mesh(config.mesh)
     parts = mesh.shape["data"] * mesh.shape["fsdp"] * config.accumulate
@@ -112,7 +115,7 @@ def train(config: TrainConfig, workdir: str | Path) -> Path:
             program.abstract_state,
             config=resolved,
             init=program.init,
-            init_from=functools.partial(program.with_weights, config.init_from) if config.init_from else None,
+            init_from=functools.partial(program.with_weights, start) if start else None,
             resume_from=config.resume_from,
             must_match=("model", "discriminator", "seed", "data", "merge_ratio"),
         )
@@ -196,11 +199,8 @@ class Program:
             functools.partial(stage1.init_state, self._config, self._optimizers), out_shardings=self._shardings
         )()
 
-    def with_weights(self, source: str, state: stage1.TrainState) -> stage1.TrainState:
+    def with_weights(self, tokenizer: Tokenizer, state: stage1.TrainState) -> stage1.TrainState:
         """The state with the weights of a saved tokenizer of the same architecture."""
-        tokenizer = Tokenizer.from_pretrained(source)
-        if tokenizer.config != self._config.model:
-            raise ValueError(f"init_from {source}: its architecture is {tokenizer.config}, not {self._config.model}")
         params = jax.tree.map(jax.device_put, tokenizer.params, self._shardings.params)
         return state.replace(params=params, ema=jax.tree.map(lambda x: x.copy(), params))
 

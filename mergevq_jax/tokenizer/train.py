@@ -116,14 +116,14 @@ class Optimizers(NamedTuple):
 class TrainState:
     """What a checkpoint holds; all of it is donated to the step."""
 
-    step: Array
+    step: Any  # untyped, as trees of shapes and of shardings have this structure too
     params: Params
     opt_state: Any
     ema: Params
     disc_params: Params
     disc_stats: Any
     disc_opt_state: Any
-    lecam: LeCam
+    lecam: Any
 
 
 @flax.struct.dataclass

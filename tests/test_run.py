@@ -1,0 +1,243 @@
+"""The command line end to end on a folder of pictures: training, SIGKILL and resume, and every kind of bad input."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+from safetensors.numpy import load_file
+
+from mergevq_jax import cli
+from mergevq_jax.pretrained import load_tokenizer
+from mergevq_jax.tokenize import read_tokens
+
+CONFIG = """
+from ml_collections import ConfigDict
+
+
+def get_config():
+    data = {"image_size": 32, "batch_size": 4, "sources": [{"kind": "folder", "path": "PICTURES"}]}
+    return ConfigDict({
+        "seed": 3,
+        "model": {
+            "resolution": 32, "ch": 32, "ch_mult": [1, 1, 1], "num_res_blocks": [0, 0, 0], "num_att_blocks": 1,
+            "num_heads": 1, "z_channels": 6, "keep": 48, "layer_scale": 0.5, "dist_head": None,
+            "recovery": {"rec_embed_dim": 32, "num_layers": 1, "num_heads": 1},
+        },
+        "losses": {"perceptual_weight": 0.0},
+        "discriminator": {"ndf": 8, "num_layers": 1},
+        "merge_ratio": {"keeps": [48], "weights": [1.0]},
+        "optimizer": {"learning_rate": 1e-3},
+        "data": data,
+        "evaluation": {"data": {**data, "shuffle": False, "random_crop": False}, "batches": 1},
+        "loop": {"duration": {"steps": 12}, "log_every": 1, "checkpoint_every": 3, "min_free_bytes": 0},
+    })
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """A folder with pictures in two classes, and a config file beside it."""
+    root = tmp_path_factory.mktemp("run")
+    rng = np.random.default_rng(0)
+    for number in range(10):
+        path = root / "pictures" / f"class{number % 2}" / f"{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.kron(rng.integers(0, 255, (5, 6, 3)), np.ones((8, 8, 1))).astype(np.uint8)).save(path)
+    (root / "config.py").write_text(textwrap.dedent(CONFIG).replace("PICTURES", str(root / "pictures")))
+    return root
+
+
+def command(folder: Path, workdir: str) -> list[str]:
+    config = ["--config", str(folder / "config.py"), "--workdir", str(folder / workdir)]
+    return [sys.executable, "-m", "mergevq_jax.cli", "train", *config]
+
+
+ENVIRONMENT = {
+    **os.environ,
+    "XLA_FLAGS": "--xla_backend_optimization_level=1",
+    "JAX_COMPILATION_CACHE_DIR": str(Path(__file__).parents[1] / ".cache" / "jax"),
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.5",
+}
+
+
+@pytest.fixture(scope="module")
+def trained(folder) -> Path:
+    """The workdir of a run that nothing interrupted."""
+    done = subprocess.run(command(folder, "whole"), env=ENVIRONMENT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return folder / "whole"
+
+
+def losses(workdir: Path) -> list[dict]:
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in line.items() if not key.startswith("time/")} for line in lines]
+
+
+def test_a_killed_run_goes_on_bit_equal(folder, trained):
+    process = subprocess.Popen(command(folder, "killed"), env=ENVIRONMENT, stdout=subprocess.DEVNULL)
+    checkpoints, deadline = folder / "killed" / "checkpoints", time.monotonic() + 300
+    while not any(checkpoints.glob("*")) and process.poll() is None:  # also while the first one is being written
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    again = subprocess.run(command(folder, "killed"), env=ENVIRONMENT, capture_output=True, text=True)
+    assert again.returncode == 0, again.stderr
+    assert losses(folder / "killed") == losses(trained)
+    whole, resumed = (load_file(path / "tokenizer" / "model.safetensors") for path in (trained, folder / "killed"))
+    assert whole.keys() == resumed.keys()
+    for name in whole:
+        np.testing.assert_array_equal(whole[name], resumed[name], err_msg=name)
+
+
+def test_the_state_restores_on_eight_devices(folder, trained):
+    from mergevq_jax.tokenizer import train as stage1
+    from mergevq_jax.tokenizer.run import Program, TrainConfig, load_frozen
+    from runtime_jax import config as config_lib
+    from runtime_jax.checkpoint import Checkpointer
+    from runtime_jax.optimizer import make_optimizer
+    from runtime_jax.sharding import MeshConfig, make_mesh
+
+    config = config_lib.build(TrainConfig, config_lib.load(str(folder / "config.py")))
+    optimizer = make_optimizer(config.optimizer, lambda step: 1e-3)
+    optimizers = stage1.Optimizers(optimizer, optimizer, lambda step: 1e-3)
+    step_config, frozen = load_frozen(config)
+    states = []
+    for shape, devices in ((MeshConfig(data=2, fsdp=2, tensor=2), 8), (MeshConfig(), 1)):
+        mesh = make_mesh(shape, jax.devices()[:devices])
+        with jax.set_mesh(mesh):
+            program = Program(step_config, optimizers, mesh, frozen)
+            with Checkpointer(trained, read_only=True) as checkpointer:
+                states.append(jax.device_get(checkpointer.restore(program.abstract_state)))
+    jax.tree.map(np.testing.assert_array_equal, *states)
+    assert states[0].step == 12
+
+
+def test_tokens_on_disk_are_the_tokenizers(folder, trained, capsys):
+    out = folder / "tokens"
+    arguments = [
+        "tokenize",
+        "--tokenizer",
+        str(trained / "tokenizer"),
+        "--folder",
+        str(folder / "pictures"),
+        "--out",
+        str(out),
+    ]
+    arguments += ["--batch-size", "4", "--shard-size", "6"]
+    assert cli.main(arguments) == 0
+    records = list(read_tokens(out))
+    assert [int(record["index"]) for record in records] == list(range(10))
+    assert {int(record["label"]) for record in records} == {0, 1}
+    assert all(record["indices"].shape == (48,) and record["source_map"].shape == (64,) for record in records)
+    assert all(record["indices"].min() >= 0 and record["indices"].max() < 2**6 for record in records)
+    first = sorted(out.glob("*.array_record"))[0]
+    before = first.stat().st_mtime_ns
+    sorted(out.glob("*.array_record"))[1].unlink()  # as if the run had been stopped
+    assert cli.main(arguments) == 0
+    assert first.stat().st_mtime_ns == before and len(list(read_tokens(out))) == 10
+    assert cli.main([*arguments, "--keep", "40"]) == 1
+    assert "other tokens" in capsys.readouterr().err
+
+
+def test_reconstruct_takes_a_picture_of_any_size(folder, trained, capsys):
+    picture = next((folder / "pictures").rglob("*.png"))
+    arguments = ["reconstruct", str(picture), "--tokenizer", str(trained / "tokenizer"), "--out", str(folder / "pics")]
+    assert cli.main([*arguments, "--keep", "60"]) == 0
+    assert Image.open(folder / "pics" / f"{picture.stem}_k60.png").size == (48, 40)
+    assert (folder / "pics" / f"{picture.stem}_comparison.png").is_file()
+    assert "dB" in capsys.readouterr().out
+
+
+def test_inspect_needs_no_weights(capsys):
+    assert cli.main(["inspect", "--preset", "gr-d64"]) == 0
+    text = capsys.readouterr().out
+    assert "62,6" in text and "83,3" in text and "GFLOP" in text
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["--config.model.keeep=3"], "keep"),
+        (["--config.optimizer.learning_rate=fast"], "learning_rate"),
+        (["--config.model.keep=65"], "cannot keep 65 of 64"),
+        (["--config.merge_ratio.keeps=(20,)"], "layer 0 would merge"),
+        (["--config.model.resolution=30"], "multiple of the downsampling"),
+        (["--config.data.sources.0.path=/nowhere"], "/nowhere"),
+        (["--config.data.batch_size=6", "--config.accumulate=4"], "does not divide"),
+        (["--config.losses.perceptual_weight=1.0"], "lpips names no weights"),
+        (["--config.init_from=/no/tokenizer"], "/no/tokenizer"),
+        (["--config.mesh.tensor=3"], "mesh"),
+        (["--config.loop.min_free_bytes=1152921504606846976"], "disk full"),
+    ],
+)
+def test_bad_config_is_one_line(folder, capsys, overrides, message):
+    arguments = ["train", "--config", str(folder / "config.py"), "--workdir", str(folder / "bad")]
+    assert cli.main([*arguments, *overrides]) == 1
+    assert message in capsys.readouterr().err
+
+
+def test_another_architecture_is_refused(folder, trained, capsys):
+    arguments = ["train", "--config", str(folder / "config.py"), "--workdir", str(trained)]
+    assert cli.main([*arguments, "--config.model.z_channels=7"]) == 1
+    assert "model.z_channels" in capsys.readouterr().err
+
+
+def test_a_workdir_that_cannot_be_written(folder, capsys):
+    (folder / "file").write_text("in the way")
+    assert cli.main(["train", "--config", str(folder / "config.py"), "--workdir", str(folder / "file")]) == 1
+    assert "cannot be written" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["reconstruct", "none.png"], "no such file"),
+        (["reconstruct", "BROKEN"], "not a readable image"),
+        (["reconstruct", "PICTURE", "--keep", "999"], "cannot keep 999"),
+        (["reconstruct", "PICTURE", "--size", "2"], "at least 4 pixels"),
+        (["reconstruct", "PICTURE", "--tokenizer", "/no/where"], "/no/where"),
+        (["evaluate", "--data-dir", "/no/where"], "mini_scenes/64"),
+        (["tokenize", "--folder", "/no/where", "--out", "x"], "/no/where"),
+        (["tokenize", "--out", "x"], "exactly one of --folder and --tfds"),
+        (["inspect", "--preset", "huge"], "no preset 'huge'"),
+        (["inspect"], "exactly one of --config and --preset"),
+        (["train", "--config", "none.py", "--workdir", "x"], "none.py"),
+        (["reconstruct", "PICTURE", "--unknown"], "unknown argument"),
+    ],
+)
+def test_bad_arguments_are_one_line(folder, capsys, arguments, message):
+    (folder / "broken.png").write_bytes(b"not a picture")
+    names = {"BROKEN": str(folder / "broken.png"), "PICTURE": str(next((folder / "pictures").rglob("*.png")))}
+    assert cli.main([names.get(argument, argument) for argument in arguments]) == 1
+    assert message in capsys.readouterr().err
+
+
+def test_nan_in_training_stops_with_the_step(folder):
+    config = folder / "nan.py"
+    config.write_text((folder / "config.py").read_text().replace('"learning_rate": 1e-3', '"learning_rate": 1e30'))
+    arguments = [*command(folder, "nan"), "--config.loop.max_nonfinite=2"]
+    arguments[arguments.index(str(folder / "config.py"))] = str(config)
+    done = subprocess.run(arguments, env=ENVIRONMENT, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "not finite in 2 updates in a row" in done.stderr and "step" in done.stderr
+
+
+def test_the_shipped_tokenizer_rebuilds_a_photograph_better_with_more_tokens():
+    from mergevq_jax.evaluate import report
+    from mergevq_jax.evaluate.held_out import held_out_photographs
+
+    tokenizer = load_tokenizer("tiny")
+    results = report.measure(tokenizer, held_out_photographs(64, 8), (64, 144, 256), batch_size=8)
+    values = [result.psnr.mean for result in results]
+    assert values == sorted(values) and values[1] > 17
+    assert not results[1].usage.dead_bits
