@@ -33,6 +33,8 @@ from runtime_jax.weights import Rule, export_weights, import_weights, read_safet
 TOLERANCE = 1e-4
 Tensors = dict[str, np.ndarray]
 Options = tuple[tuple[str, Any], ...]
+# Programs this small compile for longer than they run; op by op, Flax is slower still.
+jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 
 def parts(tensors: Tensors, kind: str) -> Tensors:
@@ -46,9 +48,9 @@ def shapes(module: nn.Module, shape: tuple[int, ...], options: Options = ()) -> 
     return jax.eval_shape(lambda: module.init(jax.random.key(0), jnp.zeros(shape), **dict(options)))
 
 
-@functools.partial(jax.jit, static_argnames=("module", "options"))
+@functools.partial(jit, static_argnames=("module", "options"))
 def apply(variables: Any, inputs: Any, *, module: nn.Module, options: Options = ()) -> Any:
-    """The module's outputs; compiled, since Flax runs op by op otherwise."""
+    """The module's outputs."""
     return module.apply(variables, inputs, **dict(options))
 
 
@@ -150,7 +152,7 @@ def run_tome_step(config: dict, params: Tensors, inputs: Tensors) -> Tensors:
     # The reference merges at most half of the tokens and no more, whatever r says; ours takes no such r.
     r = min(config["r"], (x.shape[1] - config["class_token"]) // 2)
 
-    @jax.jit
+    @jit
     def step(metric, x, size):
         matching = tome.bipartite_soft_matching(metric, r, class_token=config["class_token"])
         identity = jnp.broadcast_to(jnp.arange(x.shape[1], dtype=jnp.int32), x.shape[:2])
@@ -167,7 +169,7 @@ def run_lfq(config: dict, params: Tensors, inputs: Tensors) -> Tensors:
         terms = lfq.entropy_terms(z, temperature=config.get("temperature", 0.01), eps=config.get("eps", 1e-5))
         return terms.loss, terms
 
-    (loss, terms), gradient = jax.jit(jax.value_and_grad(entropy, has_aux=True))(z)
+    (loss, terms), gradient = jit(jax.value_and_grad(entropy, has_aux=True))(z)
     codes = lfq.quantize(z)
     like_input = lambda tokens: np.asarray(tokens).swapaxes(1, 2).reshape(inputs["x"].shape)  # noqa: E731
     return {

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from check_golden import jit
 from jax import export
 from jax.experimental.pallas import tpu as pallas_tpu
 
@@ -79,7 +80,7 @@ def test_tpu_flash_equals_xla():
 
     def loss(backend):
         function = run(backend)
-        return jax.jit(jax.value_and_grad(lambda *x: (function(*x) ** 2).sum(), argnums=(0, 1, 2, 3)))
+        return jit(jax.value_and_grad(lambda *x: (function(*x) ** 2).sum(), argnums=(0, 1, 2, 3)))
 
     with pallas_tpu.force_tpu_interpret_mode():
         value, gradient = loss("tpu_flash")(*arguments)

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from check_golden import jit
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import PartitionSpec
@@ -27,7 +28,7 @@ def dense_terms(z):
     return per_sample, -jnp.sum(mean * jnp.log(mean + EPS))
 
 
-@jax.jit
+@jit
 def ours(z):
     def loss(z):
         terms = lfq.entropy_terms(z, temperature=TEMPERATURE, eps=EPS)
@@ -36,7 +37,7 @@ def ours(z):
     return jax.value_and_grad(loss, has_aux=True)(z)
 
 
-entropy_terms = jax.jit(lfq.entropy_terms)
+entropy_terms = jit(lfq.entropy_terms)
 
 
 def dense(z):
@@ -45,7 +46,7 @@ def dense(z):
         return per_sample - codebook, (per_sample, codebook)
 
     with jax.enable_x64(True):  # in float32 the dense form errs more than ours
-        return jax.device_get(jax.jit(jax.value_and_grad(loss, has_aux=True))(z.astype(np.float64)))
+        return jax.device_get(jit(jax.value_and_grad(loss, has_aux=True))(z.astype(np.float64)))
 
 
 def features(seed, *shape, spread):

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from check_golden import jit
 from einops import rearrange
 from flax import traverse_util
 
@@ -53,10 +54,6 @@ def tokenizer():
 
 def pictures(*shape, seed=0):
     return np.random.default_rng(seed).integers(0, 256, (*shape, 3), dtype=np.uint8)
-
-
-# Programs this small compile for longer than they run.
-jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 
 @functools.partial(jit, static_argnames=("keep", "compute", "with_head"))

@@ -2,11 +2,11 @@
 
 import functools
 
-import check_golden
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from check_golden import jit, one_hot
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.extend.core import jaxprs_in_params
@@ -39,7 +39,7 @@ def reference_step(metric, x, size, r, class_token):
     return merged / new_size[:, None], new_size, place
 
 
-@functools.partial(jax.jit, static_argnames=("r", "class_token"))
+@functools.partial(jit, static_argnames=("r", "class_token"))
 def merge_step(metric, x, size, r=R, class_token=True):
     matching = tome.bipartite_soft_matching(metric, r, class_token=class_token)
     identity = jnp.broadcast_to(jnp.arange(x.shape[1], dtype=jnp.int32), x.shape[:2])
@@ -125,7 +125,14 @@ def test_bfloat16_tokens_are_summed_in_float32():
 
 def test_no_gradient_through_the_metric():
     metric, x, size = example()
-    assert not np.any(jax.grad(lambda metric: (merge_step(metric, x, size)[0] ** 2).sum())(metric))
+
+    def loss(metric):
+        merged, _ = tome.merge(
+            tome.bipartite_soft_matching(metric, R, class_token=True), jnp.asarray(x), jnp.asarray(size)
+        )
+        return (merged**2).sum()
+
+    assert not np.any(jit(jax.grad(loss))(metric))
 
 
 @pytest.mark.parametrize(("r", "class_token", "limit"), [(9, True, 8), (9, False, 8), (-1, True, 8)])
@@ -138,11 +145,11 @@ def test_more_than_half_is_refused(r, class_token, limit):
 # Source maps.
 
 
-match = jax.jit(tome.bipartite_soft_matching, static_argnames=("r", "class_token"))
-compose = jax.jit(tome.merge_source_map)
+match = jit(tome.bipartite_soft_matching, static_argnames=("r", "class_token"))
+compose = jit(tome.merge_source_map)
 
 
-@pytest.mark.parametrize("steps", [(6,), (3, 0, 6, 3, 1)])
+@pytest.mark.parametrize("steps", [(6,), (3, 0, 6)])
 def test_source_map_equals_the_product_of_matrices(steps):
     rng = np.random.default_rng(len(steps))
     source_map = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32), (B, T))
@@ -152,9 +159,9 @@ def test_source_map_equals_the_product_of_matrices(steps):
         matching = match(rng.normal(size=(B, tokens, 3)).astype(np.float32), r=r, class_token=True)
         identity = jnp.broadcast_to(jnp.arange(tokens, dtype=jnp.int32), (B, tokens))
         tokens -= r
-        matrix = check_golden.one_hot(compose(matching, identity), tokens) @ matrix
+        matrix = one_hot(compose(matching, identity), tokens) @ matrix
         source_map = compose(matching, source_map)
-    np.testing.assert_array_equal(check_golden.one_hot(source_map, tokens), matrix)
+    np.testing.assert_array_equal(one_hot(source_map, tokens), matrix)
     assert (matrix.sum(1) == 1).all()
 
 
@@ -166,7 +173,7 @@ def random_map(seed=0, raw=29, kept=7):
 def test_unmerge_gives_every_position_its_groups_token():
     source_map = jnp.asarray(random_map(), jnp.int32)
     tokens = np.random.default_rng(1).normal(size=(B, 7, D)).astype(np.float32)
-    expected = check_golden.one_hot(source_map, 7).swapaxes(1, 2).astype(np.float32) @ tokens
+    expected = one_hot(source_map, 7).swapaxes(1, 2).astype(np.float32) @ tokens
     np.testing.assert_array_equal(tome.unmerge(jnp.asarray(tokens), source_map), expected)
 
 
@@ -195,7 +202,7 @@ def test_gradient_of_merge_and_unmerge_equals_the_dense_form():
         merged, _ = tome.merge(matching, x, size)
         return (weight * jnp.sin(tome.unmerge(merged, tome.merge_source_map(matching, identity)))).sum()
 
-    matrix = check_golden.one_hot(merge_step(metric, x, size)[2], K).astype(np.float32)
+    matrix = one_hot(merge_step(metric, x, size)[2], K).astype(np.float32)
 
     def dense(x, size):
         weighted = matrix * size[:, None, :]
@@ -203,7 +210,7 @@ def test_gradient_of_merge_and_unmerge_equals_the_dense_form():
         return (weight * jnp.sin(jnp.einsum("bkt,bkd->btd", matrix, merged))).sum()
 
     (ours, gradients), (theirs, expected) = (
-        jax.jit(jax.value_and_grad(function, argnums=(0, 1)))(x, size) for function in (sparse, dense)
+        jit(jax.value_and_grad(function, argnums=(0, 1)))(x, size) for function in (sparse, dense)
     )
     np.testing.assert_allclose(ours, theirs, rtol=1e-5)
     for gradient, right in zip(gradients, expected, strict=True):

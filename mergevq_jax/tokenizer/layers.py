@@ -14,6 +14,8 @@ from mergevq_jax.tokenizer.config import Compute
 from runtime_jax.attention import attention
 from runtime_jax.sharding import Axis, constrain
 
+GROUP_NORM_EPSILON = 1e-6
+LAYER_NORM_EPSILON = 1e-5
 trunc_normal = nn.initializers.truncated_normal(0.02)
 # The default of the released convolutions: uniform with bound 1 / sqrt(fan_in).
 conv_uniform = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
@@ -80,7 +82,7 @@ class GroupNorm(nn.Module):
 
         x = x.astype(jnp.float32)
         x = x - group_mean(x)
-        multiplier = lax.rsqrt(group_mean(jnp.square(x)) + 1e-6)
+        multiplier = lax.rsqrt(group_mean(jnp.square(x)) + GROUP_NORM_EPSILON)
         if self.affine:
             scale = self.param("scale", nn.initializers.ones, (channels,))
             bias = self.param("bias", nn.initializers.zeros, (channels,))
@@ -93,7 +95,7 @@ class GroupNorm(nn.Module):
 
 def layer_norm(name: str, compute: Compute) -> nn.LayerNorm:
     """LayerNorm over the width, statistics in float32."""
-    return nn.LayerNorm(epsilon=1e-5, use_fast_variance=False, dtype=compute.jax_dtype, name=name)
+    return nn.LayerNorm(epsilon=LAYER_NORM_EPSILON, use_fast_variance=False, dtype=compute.jax_dtype, name=name)
 
 
 def gelu(x):
