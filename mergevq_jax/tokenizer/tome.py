@@ -125,7 +125,10 @@ def merge_source_map(matching: Matching, source_map: Int[Array, "B L"]) -> Int[A
     def compose(kept, source, place, source_map):
         new_place = jnp.zeros(kept.shape[0] + source.shape[0], source_map.dtype)
         new_place = new_place.at[kept].set(jnp.arange(kept.shape[0], dtype=source_map.dtype))
-        return new_place.at[source].set(place.astype(source_map.dtype))[source_map]
+        new_place = new_place.at[source].set(place.astype(source_map.dtype))
+        # Plain indexing tests each index for being negative. XLA on CPUs fuses the maps of all layers and then emits
+        # the index of every layer's gather twice: minutes and gigabytes to compile 12 layers.
+        return new_place.at[source_map].get(mode="promise_in_bounds", wrap_negative_indices=False)
 
     return jax.vmap(compose)(matching.kept, matching.source, matching.place, source_map)
 

@@ -1,0 +1,218 @@
+"""Throughput of a tokenizer's encode, decode and train step, as a share of the matmul rate that this device reaches.
+
+python benchmarks/tokenizer.py --preset gr-d64 --batch-size 1                          # CPU
+python benchmarks/tokenizer.py --preset gr-d64 --batch-size 64 --dtype bfloat16        # GPU, TPU
+
+FLOPs are those of the matmuls and convolutions in the traced program, two for a multiply-add, padding included,
+everything else (norms, activations, softmax, merging) not: the model's FLOPs, as they are usually counted for an MFU.
+XLA's own count is printed beside it; it takes a scan's body once, whatever its length, and leaves out padded taps.
+"""
+
+import argparse
+import functools
+import json
+import math
+import os
+import platform
+import shlex
+import sys
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import flax
+import jax
+import jax.extend as jex
+import jax.numpy as jnp
+import numpy as np
+
+from mergevq_jax.tokenizer import model
+from mergevq_jax.tokenizer import train as stage1
+from mergevq_jax.tokenizer.config import PRESETS, Compute, TokenizerConfig
+from mergevq_jax.tokenizer.perceptual import load_lpips
+from runtime_jax.optimizer import OptimizerConfig, make_optimizer
+
+# Dense bfloat16 peaks of one device, FLOP/s, from the makers' data sheets; the first name that fits counts.
+PEAKS = (
+    ("H100 PCIe", 756e12),
+    ("H100", 989e12),
+    ("H200", 989e12),
+    ("A100", 312e12),
+    ("TPU v6", 918e12),
+    ("TPU v5 lite", 197e12),
+    ("TPU v5e", 197e12),
+    ("TPU v5", 459e12),
+    ("TPU v4", 275e12),
+)
+MATMUL_SIZES = {"cpu": (768, 1536, 3072), "gpu": (4096, 8192, 16384), "tpu": (4096, 8192, 16384)}
+
+
+class Program(NamedTuple):
+    """Something to time; `carry` passes the first result on as the first argument of the next call."""
+
+    name: str
+    function: Callable
+    arguments: tuple
+    carry: bool = False
+
+
+class Measured(NamedTuple):
+    """What one program takes."""
+
+    name: str
+    flops: float  # of one call
+    xla_flops: float
+    compile_seconds: float
+    best: float  # seconds of one call
+    median: float
+
+
+def programs(config: TokenizerConfig, batch_size: int, compute: Compute, lpips: list[str]) -> Iterator[Program]:
+    """Encode, decode and train step at the training size, with random parameters."""
+    rng = np.random.default_rng(0)
+    params = random_like(rng, model.param_shapes(config))
+    side = config.resolution
+    images = rng.uniform(-1, 1, (batch_size, side, side, config.in_channels)).astype(np.float32)
+    encode = functools.partial(model.encode, config=config, keep=config.keep, compute=compute)
+    yield Program("encode", lambda params, images: encode(params, images=images), (params, jnp.asarray(images)))
+    codes = np.sign(rng.normal(size=(batch_size, config.keep, config.z_channels))).astype(np.float32)
+    sources = rng.integers(config.keep, size=(batch_size, config.raw_tokens)).astype(np.int32)
+    decode = functools.partial(model.decode, config=config, grid=config.grid(side, side), compute=compute)
+    yield Program(
+        "decode",
+        lambda params, codes, sources: decode(params, codes=codes, source_map=sources),
+        (params, jnp.asarray(codes), jnp.asarray(sources)),
+    )
+    losses = stage1.LossConfig(perceptual_weight=1.0 if lpips else 0.0)
+    step_config = stage1.StepConfig(model=config, compute=compute, losses=losses)
+    optimizer = make_optimizer(OptimizerConfig(b1=0.5, b2=0.9), lambda step: 1e-4)
+    optimizers = stage1.Optimizers(optimizer, optimizer, lambda step: 1e-4)
+    shapes = jax.eval_shape(functools.partial(stage1.init_state, step_config, optimizers))
+    state = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+    state = state.replace(params=jax.tree.map(jnp.copy, params), disc_params=random_like(rng, shapes.disc_params))
+    frozen = stage1.Frozen(lpips=load_lpips(lpips) if lpips else None)
+    batch = {"image": jnp.asarray(rng.integers(256, size=images.shape).astype(np.uint8))}
+    step = functools.partial(stage1.train_step, config=step_config, optimizers=optimizers, keep=config.keep)
+    yield Program("train", step, (state, frozen, batch), carry=True)
+
+
+def random_like(rng: np.random.Generator, shapes: Any) -> Any:
+    """Small random float32 leaves: no forward pass to compile, and activations that neither vanish nor overflow."""
+    return jax.tree.map(lambda leaf: jnp.asarray(0.02 * rng.standard_normal(leaf.shape, np.float32)), shapes)
+
+
+def measure(program: Program, steps: int, repeats: int) -> Measured:
+    """Compiles a program and times `repeats` runs of `steps` calls each."""
+    traced = jax.jit(program.function, donate_argnums=0 if program.carry else ()).trace(*program.arguments)
+    flops = count_flops(traced.jaxpr.jaxpr)
+    start = time.perf_counter()
+    lowered = traced.lower()
+    compiled = lowered.compile()
+    compile_seconds = time.perf_counter() - start
+    arguments, seconds = program.arguments, []
+    for _ in range(repeats + 1):  # the first run also warms up
+        start = time.perf_counter()
+        for _ in range(steps):
+            result = compiled(*arguments)
+            if program.carry:
+                arguments = (result[0], *arguments[1:])
+        jax.block_until_ready(result)
+        seconds.append((time.perf_counter() - start) / steps)
+    xla_flops = lowered.cost_analysis()["flops"]
+    return Measured(program.name, flops, xla_flops, compile_seconds, min(seconds[1:]), float(np.median(seconds[1:])))
+
+
+def matmul_rate(dtype: str, repeats: int) -> float:
+    """FLOP/s of the fastest of a few square matmuls."""
+    rates = []
+    for size in MATMUL_SIZES[jax.default_backend()]:
+        matrix = jnp.full((size, size), 1 / size, dtype)
+        multiply = jax.jit(jnp.matmul).lower(matrix, matrix).compile()
+        chain = max(1, 4096 // size)  # several calls behind each other, or the time to start one is measured
+        for _ in range(repeats + 1):
+            start, result = time.perf_counter(), matrix
+            for _ in range(chain):
+                result = multiply(result, matrix)
+            result.block_until_ready()
+            rates.append(2 * size**3 * chain / (time.perf_counter() - start))
+    return max(rates)
+
+
+def count_flops(jaxpr: jex.core.Jaxpr) -> float:
+    """FLOPs of the matmuls and convolutions of a program, those in a scan once for every turn."""
+    total = 0.0
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "dot_general":
+            (contracted, _), _ = equation.params["dimension_numbers"]
+            left = equation.invars[0].aval.shape
+            total += 2 * math.prod(equation.outvars[0].aval.shape) * math.prod(left[axis] for axis in contracted)
+        elif equation.primitive.name == "conv_general_dilated":
+            kernel, numbers = equation.invars[1].aval.shape, equation.params["dimension_numbers"]
+            taps = math.prod(kernel) // kernel[numbers.rhs_spec[0]]  # of one output number
+            holes = math.prod(equation.params["lhs_dilation"])  # zeros between inputs: a strided one's gradient
+            groups = equation.params["batch_group_count"]
+            total += 2 * math.prod(equation.outvars[0].aval.shape) * taps / holes / groups
+        turns = equation.params["length"] if equation.primitive.name == "scan" else 1
+        total += turns * sum(map(count_flops, jex.core.jaxprs_in_params(equation.params)))
+    return total
+
+
+def table(rows: list[Measured], batch_size: int, rate: float, peak: float | None) -> str:
+    """The measurements in Markdown."""
+    head = ["part", "GFLOP / image", "XLA counts", "s / batch", "median", "images/s", "GFLOP/s", "of matmul rate"]
+    head += ["MFU"] if peak else []
+    lines = [[*head, "compile, s"], ["---"] * (len(head) + 1)]
+    for row in rows:
+        achieved = row.flops / row.best
+        cells = [row.name, f"{row.flops / batch_size / 1e9:.1f}", f"{row.xla_flops / batch_size / 1e9:.1f}"]
+        cells += [f"{row.best:.4f}", f"{row.median:.4f}", f"{batch_size / row.best:.2f}", f"{achieved / 1e9:.1f}"]
+        cells += [f"{achieved / rate:.1%}", *([f"{achieved / peak:.1%}"] if peak else []), f"{row.compile_seconds:.0f}"]
+        lines.append(cells)
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def main() -> None:
+    """Prints a table and a line of JSON."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--preset", choices=sorted(PRESETS), default="gr-d64")
+    parser.add_argument("--batch-size", type=int, default=1)
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--attention", choices=("xla", "cudnn", "tpu_flash"), default="xla")
+    parser.add_argument("--parts", default="encode,decode,train", help="any of them, with commas between")
+    parser.add_argument("--steps", type=int, default=1, help="calls of one timed run; take 10 or more on accelerators")
+    parser.add_argument("--repeats", type=int, default=5, help="timed runs; the best counts, the median is shown")
+    parser.add_argument("--lpips", nargs="*", default=[], help="files, folders or hub ids of LPIPS' weights")
+    args = parser.parse_args()
+    parts = args.parts.split(",")
+    if unknown := set(parts) - {"encode", "decode", "train"}:
+        parser.error(f"--parts {','.join(sorted(unknown))}: allowed are encode, decode, train")
+    device = jax.devices()[0]
+    fits = (peak for name, peak in PEAKS if name in device.device_kind and args.dtype == "bfloat16")
+    peak = next(fits, None)
+    compute = Compute(dtype=args.dtype, attention=args.attention)
+    rows, rates = [], [matmul_rate(args.dtype, args.repeats)]
+    for program in programs(PRESETS[args.preset], args.batch_size, compute, args.lpips):
+        if program.name in parts:
+            rows.append(measure(program, args.steps, args.repeats))
+            rates.append(matmul_rate(args.dtype, args.repeats))  # again: what else runs on the machine may change
+    rate = max(rates)
+    print(f"{args.preset}, batch of {args.batch_size}, {args.dtype}, {device.device_kind} ({device.platform})")
+    print(f"matmul: {rate / 1e9:.1f} GFLOP/s measured" + (f", {peak / 1e12:.0f} TFLOP/s by data sheet" if peak else ""))
+    print(f"\n{table(rows, args.batch_size, rate, peak)}\n")
+    record = {
+        "command": shlex.join([os.path.basename(sys.executable), *sys.argv]),
+        "xla_flags": os.environ.get("XLA_FLAGS", ""),
+        "device": device.device_kind,
+        "platform": device.platform,
+        "cpus": os.cpu_count(),
+        "python": platform.python_version(),
+        "jax": jax.__version__,
+        "flax": flax.__version__,
+        "matmul_flops_per_second": rates,
+        "parts": [row._asdict() for row in rows],
+    }
+    print(json.dumps(record))
+
+
+if __name__ == "__main__":
+    main()
