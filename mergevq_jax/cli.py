@@ -125,7 +125,7 @@ def _train(args, overrides) -> None:
     config = _load(args, overrides)
     from mergevq_jax.tokenizer.run import train
 
-    print(f"the trained tokenizer is in {train(config, args.workdir)}")
+    print(f"the tokenizer is in {train(config, args.workdir)}")
 
 
 def _evaluate(args, _) -> None:

@@ -79,7 +79,7 @@ class TrainConfig:
 
 
 def train(config: TrainConfig, workdir: str | Path) -> Path:
-    """Trains, or goes on training, in `workdir`; returns the folder of the averaged tokenizer.
+    """Trains, or goes on training, in `workdir`; returns the folder of the averaged tokenizer, as far as it got.
 
     Raises:
       ValueError: config, data, weights or checkpoint that do not fit, before anything is compiled.
@@ -142,7 +142,7 @@ def train(config: TrainConfig, workdir: str | Path) -> Path:
         )
         folder = workdir / MODEL_FOLDER
         ema = jax.device_get(jax.jit(lambda ema: ema, out_shardings=sharding.replicated(mesh))(result.state.ema))
-        if jax.process_index() == 0 and result.stopped_by is None:
+        if jax.process_index() == 0:
             Tokenizer(config.model, ema).save_pretrained(folder)
     return folder
 
