@@ -13,7 +13,6 @@ the seconds that this program was running.
 import argparse
 import functools
 import json
-import math
 import os
 import platform
 import shlex
@@ -24,7 +23,6 @@ from typing import Any, NamedTuple
 
 import flax
 import jax
-import jax.extend as jex
 import jax.numpy as jnp
 import numpy as np
 
@@ -32,6 +30,7 @@ from mergevq_jax.tokenizer import model
 from mergevq_jax.tokenizer import train as stage1
 from mergevq_jax.tokenizer.config import PRESETS, Compute, TokenizerConfig
 from mergevq_jax.tokenizer.perceptual import load_lpips
+from runtime_jax.flops import count_flops
 from runtime_jax.optimizer import OptimizerConfig, make_optimizer
 
 # Dense bfloat16 peaks of one device, FLOP/s, from the makers' data sheets; the first name that fits counts.
@@ -148,25 +147,6 @@ def matmul_rates(dtype: str, repeats: int) -> tuple[float, float]:
             rates.append(2 * size**3 * chain / (time.perf_counter() - start))
             cpu_rates.append(2 * size**3 * chain / (time.process_time() - cpu_start))
     return max(rates), max(cpu_rates)
-
-
-def count_flops(jaxpr: jex.core.Jaxpr) -> float:
-    """FLOPs of the matmuls and convolutions of a program, those in a scan once for every turn."""
-    total = 0.0
-    for equation in jaxpr.eqns:
-        if equation.primitive.name == "dot_general":
-            (contracted, _), _ = equation.params["dimension_numbers"]
-            left = equation.invars[0].aval.shape
-            total += 2 * math.prod(equation.outvars[0].aval.shape) * math.prod(left[axis] for axis in contracted)
-        elif equation.primitive.name == "conv_general_dilated":
-            kernel, numbers = equation.invars[1].aval.shape, equation.params["dimension_numbers"]
-            taps = math.prod(kernel) // kernel[numbers.rhs_spec[0]]  # of one output number
-            holes = math.prod(equation.params["lhs_dilation"])  # zeros between inputs: a strided one's gradient
-            groups = equation.params["batch_group_count"]
-            total += 2 * math.prod(equation.outvars[0].aval.shape) * taps / holes / groups
-        turns = equation.params["length"] if equation.primitive.name == "scan" else 1
-        total += turns * sum(map(count_flops, jex.core.jaxprs_in_params(equation.params)))
-    return total
 
 
 def table(rows: list[Measured], batch_size: int, rates: tuple[float, float], peak: float | None) -> str:

@@ -12,6 +12,7 @@ from mergevq_jax.tokenizer import model
 from mergevq_jax.tokenizer import train as stage1
 from mergevq_jax.tokenizer.config import Compute, TokenizerConfig
 from mergevq_jax.tokenizer.run import TrainConfig
+from runtime_jax.flops import count_flops
 from runtime_jax.optimizer import make_optimizer
 
 
@@ -38,7 +39,7 @@ def parameter_counts(config: TokenizerConfig) -> dict[str, int]:
 
 
 def forward_programs(config: TokenizerConfig, batch_size: int, compute: Compute = Compute()) -> dict[str, Any]:
-    """Lowered encode and decode of training-size images, not compiled."""
+    """Traced encode and decode of training-size images, not compiled."""
     params, side = model.param_shapes(config), config.resolution
     images = jax.ShapeDtypeStruct((batch_size, side, side, config.in_channels), jnp.float32)
     codes = jax.ShapeDtypeStruct((batch_size, config.keep, config.z_channels), jnp.float32)
@@ -47,8 +48,8 @@ def forward_programs(config: TokenizerConfig, batch_size: int, compute: Compute 
     encode = lambda params, images: model.encode(params, config, images, keep=config.keep, compute=compute)  # noqa: E731
     decode = lambda params, codes, sources: model.decode(params, config, codes, sources, grid, compute=compute)  # noqa: E731
     return {
-        "encode": jax.jit(encode).lower(params, images),
-        "decode": jax.jit(decode).lower(params, codes, source_map),
+        "encode": jax.jit(encode).trace(params, images),
+        "decode": jax.jit(decode).trace(params, codes, source_map),
     }
 
 
@@ -69,7 +70,7 @@ def inspect_model(config: TokenizerConfig, batch_size: int, *, compile: bool = F
 def inspect_config(config: TrainConfig, *, compile: bool = False) -> str:
     """As `inspect_model`, and the train step: bytes of its state, FLOPs, and with `compile` its temporary memory."""
     batch_size = config.data.batch_size
-    state, lowered = lower_train_step(config, batch_size)
+    state, step = trace_train_step(config, batch_size)
     rows = [
         (name, f"{count(part):,}", f"{size_of(part) / 1e6:.1f}")
         for name, part in (
@@ -86,15 +87,13 @@ def inspect_config(config: TrainConfig, *, compile: bool = False) -> str:
             "",
             *_table(("train state", "numbers", "MB"), rows),
             "",
-            *_table(
-                (f"batch of {batch_size}", "GFLOP", "temporary MB"), [_program_row("train step", lowered, compile)]
-            ),
+            *_table((f"batch of {batch_size}", "GFLOP", "temporary MB"), [_program_row("train step", step, compile)]),
         ]
     )
 
 
-def lower_train_step(config: TrainConfig, batch_size: int) -> tuple[stage1.TrainState, Any]:
-    """Shapes of the train state, and the lowered step; the frozen networks' loss terms are left out (no weights)."""
+def trace_train_step(config: TrainConfig, batch_size: int) -> tuple[stage1.TrainState, Any]:
+    """Shapes of the train state, and the traced step; the frozen networks' loss terms are left out (no weights)."""
     losses = replace(config.losses, perceptual_weight=0.0, alignment_weight=0.0)
     step_config = stage1.StepConfig(
         model=config.model,
@@ -111,12 +110,12 @@ def lower_train_step(config: TrainConfig, batch_size: int) -> tuple[stage1.Train
     side = config.model.resolution
     batch = {"image": jax.ShapeDtypeStruct((batch_size, side, side, config.model.in_channels), jnp.uint8)}
     step = functools.partial(stage1.train_step, config=step_config, optimizers=optimizers, keep=config.model.keep)
-    return state, jax.jit(step, donate_argnums=0).lower(state, stage1.Frozen(), batch)
+    return state, jax.jit(step, donate_argnums=0).trace(state, stage1.Frozen(), batch)
 
 
-def _program_row(name: str, lowered: Any, compile: bool) -> tuple[str, str, str]:
-    flops = lowered.cost_analysis()["flops"]
-    memory = f"{lowered.compile().memory_analysis().temp_size_in_bytes / 1e6:.1f}" if compile else "(--compile)"
+def _program_row(name: str, program: Any, compile: bool) -> tuple[str, str, str]:
+    flops = count_flops(program.jaxpr.jaxpr)
+    memory = f"{program.lower().compile().memory_analysis().temp_size_in_bytes / 1e6:.1f}" if compile else "(--compile)"
     return name, f"{flops / 1e9:,.1f}", memory
 
 
