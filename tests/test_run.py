@@ -188,7 +188,8 @@ def test_bad_config_is_one_line(folder, capsys, overrides, message):
 
 def test_another_architecture_is_refused(folder, trained, capsys):
     arguments = ["train", "--config", str(folder / "config.py"), "--workdir", str(trained)]
-    assert cli.main([*arguments, "--config.model.z_channels=7"]) == 1
+    mesh = ["--config.mesh.data=1", "--config.mesh.tensor=8"]  # this process has eight devices, the batch four images
+    assert cli.main([*arguments, *mesh, "--config.model.z_channels=7"]) == 1
     assert "model.z_channels" in capsys.readouterr().err
 
 
