@@ -11,7 +11,7 @@ import numpy as np
 from mergevq_jax.tokenizer import model
 from mergevq_jax.tokenizer import train as stage1
 from mergevq_jax.tokenizer.config import Compute, TokenizerConfig
-from mergevq_jax.tokenizer.run import TrainConfig
+from mergevq_jax.tokenizer.run import TrainConfig, load_frozen
 from runtime_jax.flops import count_flops
 from runtime_jax.optimizer import make_optimizer
 
@@ -95,13 +95,7 @@ def inspect_config(config: TrainConfig, *, compile: bool = False) -> str:
 def trace_train_step(config: TrainConfig, batch_size: int) -> tuple[stage1.TrainState, Any]:
     """Shapes of the train state, and the traced step; the frozen networks' loss terms are left out (no weights)."""
     losses = replace(config.losses, perceptual_weight=0.0, alignment_weight=0.0)
-    step_config = stage1.StepConfig(
-        model=config.model,
-        compute=config.compute,
-        losses=losses,
-        discriminator=config.discriminator,
-        accumulate=config.accumulate,
-    )
+    step_config, frozen = load_frozen(replace(config, losses=losses))
     schedule = lambda step: config.optimizer.learning_rate  # noqa: E731
     optimizers = stage1.Optimizers(
         make_optimizer(config.optimizer, schedule), make_optimizer(config.discriminator_optimizer, schedule), schedule
@@ -110,7 +104,7 @@ def trace_train_step(config: TrainConfig, batch_size: int) -> tuple[stage1.Train
     side = config.model.resolution
     batch = {"image": jax.ShapeDtypeStruct((batch_size, side, side, config.model.in_channels), jnp.uint8)}
     step = functools.partial(stage1.train_step, config=step_config, optimizers=optimizers, keep=config.model.keep)
-    return state, jax.jit(step, donate_argnums=0).trace(state, stage1.Frozen(), batch)
+    return state, jax.jit(step, donate_argnums=0).trace(state, frozen, batch)
 
 
 def _program_row(name: str, program: Any, compile: bool) -> tuple[str, str, str]:

@@ -144,8 +144,7 @@ SHARDING_RULES: tuple[Rule, ...] = (
     (r"(attn|blocks_\d+)/proj/kernel", (Axis.HEADS, Axis.EMBED)),
     (r"(mlp|head)/fc1/kernel", (Axis.EMBED, Axis.MLP)),
     (r"(mlp|head)/fc2/kernel", (Axis.MLP, Axis.EMBED)),
-    (r"(conv_in|conv_out|conv[12]|nin_shortcut|pos_embed|\w+_downsample|\w+_upsample|conv_\d|logits)/kernel", ()),
-    (r".*", ()),
+    (r".*", ()),  # convolutions, norms, biases and the discriminator are replicated
 )
 
 
@@ -301,7 +300,7 @@ def _adversarial_losses(disc_params, disc_stats, lecam, images, rebuilt, config:
     constant = jax.lax.stop_gradient
     seen_by_generator, _ = logits(constant(disc_params), disc_stats, rebuilt)
     real, updated = logits(disc_params, disc_stats, images)
-    # Same forward pass as the generator's, which the compiler merges with it; only the gradients differ.
+    # The same forward pass as the generator's; only the gradients differ.
     fake, updated = logits(disc_params, updated["batch_stats"], constant(rebuilt))
     discriminator = DISCRIMINATOR_LOSSES[losses.discriminator](real, fake)
     metrics = {"disc/real": jnp.mean(real), "disc/fake": jnp.mean(fake)}
