@@ -16,8 +16,9 @@ demo: $(VENV)/.installed
 		--metrics $(RUN)/metrics.jsonl --out $(RUN)/report
 	@echo "Look at $(RUN)/report/reconstructions.png, loss.png and summary.md"
 
+# One worker a core, up to four: a worker needs some gigabytes. A file's tests share what they compile, so stay together.
 test: $(VENV)/.installed
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

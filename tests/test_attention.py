@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from check_golden import jit
+from golden_tools import jit
 from jax import export
 from jax.experimental.pallas import tpu as pallas_tpu
 

@@ -7,6 +7,8 @@ import sys
 from pathlib import Path
 
 import check_golden
+import golden_mergevq
+import golden_tools
 import jax
 import numpy as np
 import pytest
@@ -77,7 +79,7 @@ def test_every_released_module_has_a_golden():
 @pytest.mark.parametrize("name", MUTATED)
 def test_every_mutated_weight_fails(name):
     config, tensors = load(name)
-    params, inputs, expected = (check_golden.parts(tensors, kind) for kind in ("param", "in", "out"))
+    params, inputs, expected = (golden_tools.parts(tensors, kind) for kind in ("param", "in", "out"))
     runner = check_golden.runner_for(GOLDEN / name)
     rng = np.random.default_rng(0)
     unnoticed = set()
@@ -115,9 +117,9 @@ def test_two_swapped_weights_fail(name, one, other, tmp_path):
 @pytest.fixture
 def fresh_programs():
     """Compiled modules hide a patched layer, so they are dropped before and after."""
-    check_golden.apply.clear_cache()
+    golden_tools.apply.clear_cache()
     yield
-    check_golden.apply.clear_cache()
+    golden_tools.apply.clear_cache()
 
 
 @pytest.mark.parametrize(
@@ -142,11 +144,11 @@ SMALL = {"ch": 32, "in_channels": 3, "ch_mult": [1, 1, 1], "resolution": 16, "z_
 
 def write_golden(path: Path, config: dict, module, table, images: np.ndarray, outputs, **options) -> Path:
     """A golden file of `module` with random weights; `outputs` turns its result into named NCHW arrays."""
-    shapes = traverse_util.flatten_dict(check_golden.shapes(module, images.shape, tuple(options.items())), sep="/")
+    shapes = traverse_util.flatten_dict(golden_tools.shapes(module, images.shape, tuple(options.items())), sep="/")
     rng = np.random.default_rng(1)
     variables = {key: rng.normal(0.5, 0.2, shape.shape).astype(np.float32) for key, shape in shapes.items()}
     variables = traverse_util.unflatten_dict(variables, sep="/")
-    result = check_golden.apply(variables, images, module=module, options=tuple(options.items()))
+    result = golden_tools.apply(variables, images, module=module, options=tuple(options.items()))
     is_discriminator = "batch_stats" in variables
     params = export_weights(table, variables if is_discriminator else variables["params"])
     tensors = {f"param/{key}": array for key, array in params.items()}
@@ -191,7 +193,7 @@ def test_other_encoders(name, arguments, fields, shape, keep, tmp_path):
     )
 
     def outputs(encoded):
-        source = check_golden.with_class_token(check_golden.one_hot(encoded.source_map, keep)).astype(np.float32)
+        source = golden_mergevq.with_class_token(golden_mergevq.one_hot(encoded.source_map, keep)).astype(np.float32)
         head = {} if encoded.head is None else {"head": encoded.head}
         return {"z": nchw(encoded.z, keep // 4, 4), "source": source} | head
 
@@ -264,7 +266,7 @@ def test_another_discriminator(tmp_path):
 def test_a_merge_of_more_than_half_is_cut_as_in_the_reference(tmp_path):
     config, tensors = load("tome_step")
     inputs = {key: array for key, array in tensors.items() if key.startswith("in/")}
-    half = check_golden.run_tome_step(config | {"r": 8}, {}, check_golden.parts(inputs, "in"))
+    half = golden_mergevq.run_tome_step(config | {"r": 8}, {}, golden_tools.parts(inputs, "in"))
     outputs = {f"out/{key}": np.asarray(array, np.float32) for key, array in half.items()}
     path = save(tmp_path / "tome_step_half.safetensors", config | {"r": 30}, inputs | outputs)
     assert max(errors(path).values()) == 0
@@ -353,9 +355,9 @@ def test_an_output_that_is_not_a_number_fails(tmp_path, capsys):
 
 
 def test_a_changed_export_is_an_error(monkeypatch):
-    export = check_golden.export_weights
+    export = golden_tools.export_weights
     monkeypatch.setattr(
-        check_golden, "export_weights", lambda *args: export(*args) | {"conv_in.bias": np.zeros(64, np.float32)}
+        golden_tools, "export_weights", lambda *args: export(*args) | {"conv_in.bias": np.zeros(64, np.float32)}
     )
     with pytest.raises(ValueError, match=r"conv_in.bias: the export of the imported weights is not bit-equal"):
         check_golden.check(GOLDEN / "decoder.safetensors")

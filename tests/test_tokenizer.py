@@ -8,9 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from check_golden import jit
 from einops import rearrange
 from flax import traverse_util
+from golden_tools import jit
 
 from mergevq_jax import convert
 from mergevq_jax.tokenizer import layers, lfq, model, recovery, tome

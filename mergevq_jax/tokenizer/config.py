@@ -211,9 +211,9 @@ PRESETS: Mapping[str, TokenizerConfig] = MappingProxyType(
         "r-d64": replace(_GR, isotropic=768, head_dim=64, keep=36),
         "tiny": TokenizerConfig(
             resolution=64,
-            ch=32,
-            ch_mult=(1, 1, 2),
-            num_res_blocks=(0, 1, 1),
+            ch=64,  # with 32 channels GroupNorm's 32 groups would take away every channel's mean, and with it colours
+            ch_mult=(1, 1, 1),
+            num_res_blocks=(0, 0, 1),
             num_att_blocks=3,
             num_heads=2,
             z_channels=12,

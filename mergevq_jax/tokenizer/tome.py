@@ -12,6 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+# Plain indexing tests each index for being negative. XLA on CPUs fuses the bookkeeping of all layers and then emits the
+# index of every layer's gather twice: minutes and gigabytes to compile 12 layers.
+_IN_RANGE = {"mode": "promise_in_bounds", "wrap_negative_indices": False}
+
 
 @flax.struct.dataclass
 class Matching:
@@ -99,7 +103,7 @@ def bipartite_soft_matching(metric: Float[Array, "B T D"], r: int, *, class_toke
     return Matching(
         kept=jnp.concatenate([2 * staying, odd_index], axis=1),
         source=2 * merged,
-        place=staying.shape[1] + jnp.take_along_axis(partner, merged, axis=1),
+        place=staying.shape[1] + _take(partner, merged),
     )
 
 
@@ -114,23 +118,24 @@ def merge(
 
 
 def _sum_into(matching: Matching, x: Float[Array, "B T D"]) -> Float[Array, "B K D"]:
-    kept = jnp.take_along_axis(x, matching.kept[..., None], axis=1)
-    gone = jnp.take_along_axis(x, matching.source[..., None], axis=1)
-    return jax.vmap(lambda to, place, rows: to.at[place].add(rows))(kept, matching.place, gone)
+    kept, gone = _take(x, matching.kept), _take(x, matching.source)
+    return jax.vmap(lambda to, place, rows: to.at[place].add(rows, **_IN_RANGE))(kept, matching.place, gone)
 
 
 def merge_source_map(matching: Matching, source_map: Int[Array, "B L"]) -> Int[Array, "B L"]:
     """The map from raw tokens through one more merge."""
 
-    def compose(kept, source, place, source_map):
+    def new_places(kept, source, place):
         new_place = jnp.zeros(kept.shape[0] + source.shape[0], source_map.dtype)
-        new_place = new_place.at[kept].set(jnp.arange(kept.shape[0], dtype=source_map.dtype))
-        new_place = new_place.at[source].set(place.astype(source_map.dtype))
-        # Plain indexing tests each index for being negative. XLA on CPUs fuses the maps of all layers and then emits
-        # the index of every layer's gather twice: minutes and gigabytes to compile 12 layers.
-        return new_place.at[source_map].get(mode="promise_in_bounds", wrap_negative_indices=False)
+        new_place = new_place.at[kept].set(jnp.arange(kept.shape[0], dtype=source_map.dtype), **_IN_RANGE)
+        return new_place.at[source].set(place.astype(source_map.dtype), **_IN_RANGE)
 
-    return jax.vmap(compose)(matching.kept, matching.source, matching.place, source_map)
+    return _take(jax.vmap(new_places)(matching.kept, matching.source, matching.place), source_map)
+
+
+def _take(x: Array, index: Int[Array, "B N"]) -> Array:
+    """x[b, index[b]] for every b."""
+    return jax.vmap(lambda x, index: x.at[index].get(**_IN_RANGE))(x, index)
 
 
 def unmerge(tokens: Float[Array, "B K D"], source_map: Int[Array, "B L"]) -> Float[Array, "B L D"]:

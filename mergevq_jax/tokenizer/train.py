@@ -212,7 +212,7 @@ def train_step(
         metrics = jax.tree.map(jnp.mean, metrics)
     gradients, stats, lecam = carry
     gradients = jax.tree.map(lambda gradient: gradient / config.accumulate, gradients)
-    norms = {"grad_norm": optax.global_norm(gradients[0]), "disc/grad_norm": optax.global_norm(gradients[1])}
+    norms = {"grad_norm": optax.tree.norm(gradients[0]), "disc/grad_norm": optax.tree.norm(gradients[1])}
 
     updates, opt_state = optimizers.generator.update(gradients[0], state.opt_state, state.params)
     disc_updates, disc_opt_state = optimizers.discriminator.update(
