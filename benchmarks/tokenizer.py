@@ -28,8 +28,9 @@ import numpy as np
 
 from mergevq_jax.tokenizer import model
 from mergevq_jax.tokenizer import train as stage1
-from mergevq_jax.tokenizer.config import PRESETS, Compute, TokenizerConfig
+from mergevq_jax.tokenizer.config import PRESETS, TokenizerConfig
 from mergevq_jax.tokenizer.perceptual import load_lpips
+from runtime_jax.compute import Compute
 from runtime_jax.flops import count_flops
 from runtime_jax.optimizer import OptimizerConfig, make_optimizer
 

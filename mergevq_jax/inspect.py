@@ -10,8 +10,9 @@ import numpy as np
 
 from mergevq_jax.tokenizer import model
 from mergevq_jax.tokenizer import train as stage1
-from mergevq_jax.tokenizer.config import Compute, TokenizerConfig
+from mergevq_jax.tokenizer.config import TokenizerConfig
 from mergevq_jax.tokenizer.run import TrainConfig, load_frozen
+from runtime_jax.compute import Compute
 from runtime_jax.flops import count_flops
 from runtime_jax.optimizer import make_optimizer
 

@@ -277,8 +277,8 @@ def test_encoder_blocks_from_dinov2(teacher):
 
 def test_filled_blocks_are_the_teachers_at_equal_width(golden, teacher):
     """The encoder's own block, filled at the teacher's width, computes what the teacher's block does."""
-    from mergevq_jax.tokenizer.config import Compute
     from mergevq_jax.tokenizer.layers import Block
+    from runtime_jax.compute import Compute
 
     config, params = teacher
     x = jnp.asarray(golden[0]["out/hidden"])

@@ -10,10 +10,11 @@ import optax
 import pytest
 
 from mergevq_jax.tokenizer import model, train
-from mergevq_jax.tokenizer.config import PRESETS, Compute, RecoveryConfig, TokenizerConfig
+from mergevq_jax.tokenizer.config import PRESETS, RecoveryConfig, TokenizerConfig
 from mergevq_jax.tokenizer.dinov2 import DINOv2, DINOv2Config
 from mergevq_jax.tokenizer.perceptual import LPIPS
 from mergevq_jax.tokenizer.run import Program
+from runtime_jax.compute import Compute
 from runtime_jax.optimizer import OptimizerConfig, make_optimizer, make_schedule
 from runtime_jax.sharding import MeshConfig, make_mesh, shard_batch
 

@@ -3,8 +3,8 @@
 import os
 from pathlib import Path
 
-from mergevq_jax.tokenizer.config import Compute
 from mergevq_jax.tokenizer.model import Tokenizer
+from runtime_jax.compute import Compute
 
 SHIPPED = {path.name: path for path in sorted(Path(__file__).parent.iterdir()) if (path / "config.json").is_file()}
 

@@ -6,11 +6,7 @@ from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Literal
 
-import jax.numpy as jnp
-from jax.typing import DTypeLike
-
 from mergevq_jax.tokenizer import tome
-from runtime_jax.attention import AttentionBackend
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -162,24 +158,6 @@ class TokenizerConfig:
 
 def _positive(value: int | tuple[int, ...] | None) -> bool:
     return value is None or min(value if isinstance(value, tuple) else (value,), default=0) > 0
-
-
-@dataclass(frozen=True, kw_only=True)
-class Compute:
-    """How a model is computed; no parameter depends on it."""
-
-    dtype: Literal["float32", "bfloat16"] = "float32"  # of convolutions and matmuls; parameters stay float32
-    attention: AttentionBackend = "xla"
-    remat: bool = False  # recompute the inside of each block in the backward pass
-
-    def __post_init__(self):
-        if self.attention == "cudnn" and self.dtype != "bfloat16":
-            raise ValueError(f"attention='cudnn' needs dtype='bfloat16', got {self.dtype!r}")
-
-    @property
-    def jax_dtype(self) -> DTypeLike:
-        """The dtype for modules."""
-        return jnp.dtype(self.dtype)
 
 
 def ratio_keep(config: TokenizerConfig, raw: int) -> int:

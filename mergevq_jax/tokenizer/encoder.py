@@ -9,8 +9,9 @@ import jax.numpy as jnp
 from einops import rearrange
 from jaxtyping import Array, Float, Int
 
-from mergevq_jax.tokenizer.config import Compute, TokenizerConfig
+from mergevq_jax.tokenizer.config import TokenizerConfig
 from mergevq_jax.tokenizer.layers import Block, GroupNorm, ResBlock, conv, conv_uniform, dense, gelu, layer_norm
+from runtime_jax.compute import Compute
 from runtime_jax.sharding import Axis, constrain
 
 

@@ -10,8 +10,8 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from mergevq_jax.tokenizer import tome
-from mergevq_jax.tokenizer.config import Compute
 from runtime_jax.attention import attention
+from runtime_jax.compute import Compute
 from runtime_jax.sharding import Axis, constrain
 
 GROUP_NORM_EPSILON = 1e-6

@@ -19,11 +19,12 @@ from jaxtyping import Array, Float, Int, UInt8
 
 from mergevq_jax import convert
 from mergevq_jax.tokenizer import lfq, tome
-from mergevq_jax.tokenizer.config import Compute, TokenizerConfig, ratio_keep
+from mergevq_jax.tokenizer.config import TokenizerConfig, ratio_keep
 from mergevq_jax.tokenizer.decoder import Decoder
 from mergevq_jax.tokenizer.encoder import Encoded, Encoder
 from mergevq_jax.tokenizer.recovery import SourceRecovery
 from runtime_jax import config as config_lib
+from runtime_jax.compute import Compute
 from runtime_jax.hub import local_path
 from runtime_jax.sharding import constrain
 from runtime_jax.weights import WeightError, export_weights, import_weights, read_safetensors, write_safetensors

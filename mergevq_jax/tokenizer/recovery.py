@@ -9,9 +9,10 @@ import jax.numpy as jnp
 from einops import rearrange
 from jaxtyping import Array, Float, Int
 
-from mergevq_jax.tokenizer.config import Compute, RecoveryConfig
+from mergevq_jax.tokenizer.config import RecoveryConfig
 from mergevq_jax.tokenizer.layers import Block, LayerScale, Mlp, dense, layer_norm
 from runtime_jax.attention import attention
+from runtime_jax.compute import Compute
 
 
 class SourceRecovery(nn.Module):

@@ -12,7 +12,7 @@ import numpy as np
 
 from mergevq_jax.evaluate import report
 from mergevq_jax.tokenizer import train as stage1
-from mergevq_jax.tokenizer.config import Compute, TokenizerConfig
+from mergevq_jax.tokenizer.config import TokenizerConfig
 from mergevq_jax.tokenizer.dinov2 import load_dinov2
 from mergevq_jax.tokenizer.merge_ratio import MergeRatioConfig, draw_keep
 from mergevq_jax.tokenizer.model import Tokenizer
@@ -20,6 +20,7 @@ from mergevq_jax.tokenizer.perceptual import load_lpips
 from runtime_jax import config as config_lib
 from runtime_jax import loop, sharding
 from runtime_jax.checkpoint import check_workdir, initial_state
+from runtime_jax.compute import Compute
 from runtime_jax.data import DataConfig, make_batches, num_examples
 from runtime_jax.optimizer import OptimizerConfig, make_optimizer, make_schedule
 

@@ -18,9 +18,10 @@ from jaxtyping import Array, Float
 
 from mergevq_jax.tokenizer import adversarial, alignment, dinov2, lfq, model, recovery
 from mergevq_jax.tokenizer.adversarial import LeCam, PatchDiscriminator
-from mergevq_jax.tokenizer.config import Compute, TokenizerConfig
+from mergevq_jax.tokenizer.config import TokenizerConfig
 from mergevq_jax.tokenizer.dinov2 import DINOv2Config
 from mergevq_jax.tokenizer.perceptual import LPIPS
+from runtime_jax.compute import Compute
 from runtime_jax.optimizer import ema_update
 from runtime_jax.prng import Stream, example_keys, stream_key
 from runtime_jax.sharding import Axis, Rule, constrain
