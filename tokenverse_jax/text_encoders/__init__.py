@@ -1,0 +1,1 @@
+"""The two text encoders of FLUX."""
