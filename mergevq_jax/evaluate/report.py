@@ -20,6 +20,7 @@ class Reconstruction:
 
     keep: int
     psnr: Estimate  # dB, mean over images
+    recovered_psnr: Estimate | None  # the same with the source map that the codes suggest; None: it cannot be recovered
     usage: CodeUsage
 
 
@@ -27,16 +28,21 @@ def measure(
     tokenizer: Tokenizer, images: Images, keeps: Sequence[int], *, batch_size: int = 32
 ) -> list[Reconstruction]:
     """PSNR and code usage of every K over `images` [N, H, W, 3]; the last batch is padded."""
-    results = []
+    config, results = tokenizer.config, []
+    recovers = config.recovery is not None and images.shape[1:3] == (config.resolution, config.resolution)
     for keep in keeps:
-        usage, values = CodeUsage(tokenizer.config.z_channels), []
+        usage, values, recovered = CodeUsage(config.z_channels), [], []
         for start in tqdm(range(0, len(images), batch_size), desc=f"K={keep}", leave=False, disable=None):
             batch = images[start : start + batch_size]
             padded = np.concatenate([batch, np.repeat(batch[-1:], min(batch_size, len(images)) - len(batch), axis=0)])
             tokens = tokenizer.encode(padded, keep=keep)
             usage.update(np.asarray(tokens.indices)[: len(batch)])
             values.append(psnr(np.asarray(tokenizer.decode(tokens))[: len(batch)], batch))
-        results.append(Reconstruction(keep, estimate(np.concatenate(values)), usage))
+            if recovers:
+                guessed = tokens.replace(source_map=tokenizer.recover(tokens.indices))
+                recovered.append(psnr(np.asarray(tokenizer.decode(guessed))[: len(batch)], batch))
+        with_recovered_maps = estimate(np.concatenate(recovered)) if recovers else None
+        results.append(Reconstruction(keep, estimate(np.concatenate(values)), with_recovered_maps, usage))
     return results
 
 
@@ -60,14 +66,15 @@ def picture(
 def table(results: Mapping[str, Sequence[Reconstruction]]) -> str:
     """A Markdown table, one row for each set of images and K."""
     lines = [
-        "| images | count | K | PSNR, dB (95 % interval) | codes used | perplexity | ones per bit | dead bits |",
-        "|---|---|---|---|---|---|---|---|",
+        "| images | count | K | PSNR, dB (95 % interval) | with recovered maps | codes used | perplexity "
+        "| ones per bit | dead bits |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for name, rows in results.items():
         for row in rows:
             usage, rates = row.usage, row.usage.bit_rates
             lines.append(
-                f"| {name} | {row.psnr.count} | {row.keep} | {row.psnr} "
+                f"| {name} | {row.psnr.count} | {row.keep} | {row.psnr} | {row.recovered_psnr or '-'} "
                 f"| {100 * usage.used:.1f} % of {2**usage.bits} | "
                 f"{usage.perplexity:.0f} | {rates.min():.2f} to {rates.max():.2f} | {len(usage.dead_bits)} |"
             )

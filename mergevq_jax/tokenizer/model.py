@@ -22,7 +22,7 @@ from mergevq_jax.tokenizer import lfq, tome
 from mergevq_jax.tokenizer.config import TokenizerConfig, ratio_keep
 from mergevq_jax.tokenizer.decoder import Decoder
 from mergevq_jax.tokenizer.encoder import Encoded, Encoder
-from mergevq_jax.tokenizer.recovery import SourceRecovery
+from mergevq_jax.tokenizer.recovery import SourceRecovery, recovered_source_map
 from runtime_jax import config as config_lib
 from runtime_jax.compute import Compute
 from runtime_jax.hub import local_path
@@ -194,6 +194,14 @@ class Tokenizer:
         """Indices and source maps back to images."""
         return _decode_tokens(self.params, tokens, self.config, self.compute)
 
+    def recover(self, indices: Int[Array, "B K"]) -> Int[Array, "B L"]:
+        """The source map that the codes alone suggest, for images of the training size (paper section 3.3).
+
+        Raises:
+          ValueError: this tokenizer has no source recovery.
+        """
+        return _recover_source_map(self.params, indices, self.config, self.compute)
+
     def reconstruct(
         self, images: UInt8[np.ndarray, "B H W 3"] | UInt8[Array, "B H W 3"], *, keep: int | None = None
     ) -> UInt8[Array, "B H W 3"]:
@@ -232,6 +240,12 @@ def _encode_images(params, images, config, keep, compute):
     encoded = encode(params, config, to_float(images), keep=keep, compute=compute)
     # Whole on every device, so that each host of a pod can read them.
     return constrain(lfq.codes_to_indices(encoded.z), None, None), constrain(encoded.source_map, None, None)
+
+
+@functools.partial(jax.jit, static_argnames=("config", "compute"))
+def _recover_source_map(params, indices, config, compute):
+    logits = recover(params, config, lfq.indices_to_codes(indices, config.z_channels), compute=compute)
+    return constrain(recovered_source_map(logits), None, None)
 
 
 @functools.partial(jax.jit, static_argnames=("config", "compute"))

@@ -234,10 +234,15 @@ class _Looks:
         batch_size = self._config.evaluation.data.batch_size
         results = report.measure(self._tokenizer(state), self._images, self._keeps, batch_size=batch_size)
         usage = results[0].usage
-        return {f"psnr/{result.keep}": result.psnr.mean for result in results} | {
-            "codes_used": usage.used,
-            "dead_bits": float(len(usage.dead_bits)),
-        }
+        recovered = {f"recovered_psnr/{r.keep}": r.recovered_psnr.mean for r in results if r.recovered_psnr}
+        return (
+            {f"psnr/{result.keep}": result.psnr.mean for result in results}
+            | recovered
+            | {
+                "codes_used": usage.used,
+                "dead_bits": float(len(usage.dead_bits)),
+            }
+        )
 
     def preview(self, state: stage1.TrainState, step: int) -> dict[str, np.ndarray]:
         """Reconstructions of the first evaluation images."""
