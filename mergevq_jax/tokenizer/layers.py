@@ -16,14 +16,14 @@ from runtime_jax.sharding import Axis, constrain
 
 GROUP_NORM_EPSILON = 1e-6
 LAYER_NORM_EPSILON = 1e-5
-trunc_normal = nn.initializers.truncated_normal(0.02)
+linear_normal = nn.initializers.normal(0.02)  # the released one is cut at +-2, a hundred standard deviations
 # The default of the released convolutions: uniform with bound 1 / sqrt(fan_in).
 conv_uniform = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 
 
 def dense(features: int, name: str, compute: Compute) -> nn.Dense:
     """A linear layer of a transformer."""
-    return nn.Dense(features, dtype=compute.jax_dtype, kernel_init=trunc_normal, name=name)
+    return nn.Dense(features, dtype=compute.jax_dtype, kernel_init=linear_normal, name=name)
 
 
 def conv(features: int, name: str, compute: Compute, *, size: int = 3, stride: int = 1, bias: bool = True) -> nn.Conv:
@@ -52,7 +52,7 @@ class DepthwiseConv(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "B h w D"]) -> Float[Array, "B h w D"]:
         height, width, channels = x.shape[1:]
-        kernel = self.param("kernel", trunc_normal, (3, 3, 1, channels)).astype(self.compute.jax_dtype)
+        kernel = self.param("kernel", linear_normal, (3, 3, 1, channels)).astype(self.compute.jax_dtype)
         bias = self.param("bias", nn.initializers.zeros, (channels,)).astype(self.compute.jax_dtype)
         padded = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
         shifted = (
