@@ -41,7 +41,7 @@ def conv(features: int, name: str, compute: Compute, *, size: int = 3, stride: i
 
 
 class DepthwiseConv(nn.Module):
-    """A 3x3 convolution of every channel by itself, with bias.
+    """A 3x3 convolution of every channel by itself, with bias; sums in float32.
 
     Written as nine shifted products, which compilers fuse into one pass over memory. On CPUs, XLA computes the weight
     gradient of its own depthwise convolution as that of a dense one, which is D times the work.
@@ -52,13 +52,15 @@ class DepthwiseConv(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "B h w D"]) -> Float[Array, "B h w D"]:
         height, width, channels = x.shape[1:]
-        kernel = self.param("kernel", linear_normal, (3, 3, 1, channels)).astype(self.compute.jax_dtype)
-        bias = self.param("bias", nn.initializers.zeros, (channels,)).astype(self.compute.jax_dtype)
+        kernel = self.param("kernel", linear_normal, (3, 3, 1, channels))
+        bias = self.param("bias", nn.initializers.zeros, (channels,))
         padded = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
         shifted = (
-            padded[:, i : i + height, j : j + width] * kernel[i, j][None, None] for i in range(3) for j in range(3)
+            padded[:, i : i + height, j : j + width].astype(jnp.float32) * kernel[i, j][None, None]
+            for i in range(3)
+            for j in range(3)
         )
-        return sum(shifted) + bias[None, None, None]
+        return (sum(shifted) + bias[None, None, None]).astype(self.compute.jax_dtype)
 
 
 class GroupNorm(nn.Module):
