@@ -8,42 +8,30 @@ from collections.abc import Mapping
 import numpy as np
 
 from mergevq_jax.tokenizer.config import TokenizerConfig
-from runtime_jax.weights import CONV, LINEAR, Rule, Transform, WeightError, prefixed
-
-
-def _layer(source: str, target: str, kernel: Transform = LINEAR) -> tuple[Rule, ...]:
-    return Rule(f"{source}.weight", f"{target}/kernel", kernel), Rule(f"{source}.bias", f"{target}/bias")
-
-
-def _norm(source: str, target: str) -> tuple[Rule, ...]:
-    return Rule(f"{source}.weight", f"{target}/scale"), Rule(f"{source}.bias", f"{target}/bias")
+from runtime_jax.weights import CONV, POINTWISE, Rule, WeightError, layer, norm, prefixed
 
 
 def _block(source: str, target: str) -> tuple[Rule, ...]:
     return (
-        *_norm(f"{source}.norm1", f"{target}/norm1"),
-        *_layer(f"{source}.attn.qkv", f"{target}/attn/qkv"),
-        *_layer(f"{source}.attn.proj", f"{target}/attn/proj"),
+        *norm(f"{source}.norm1", f"{target}/norm1"),
+        *layer(f"{source}.attn.qkv", f"{target}/attn/qkv"),
+        *layer(f"{source}.attn.proj", f"{target}/attn/proj"),
         Rule(f"{source}.ls1.gamma", f"{target}/ls1/gamma"),
-        *_norm(f"{source}.norm2", f"{target}/norm2"),
-        *_layer(f"{source}.mlp.fc1", f"{target}/mlp/fc1"),
-        *_layer(f"{source}.mlp.fc2", f"{target}/mlp/fc2"),
+        *norm(f"{source}.norm2", f"{target}/norm2"),
+        *layer(f"{source}.mlp.fc1", f"{target}/mlp/fc1"),
+        *layer(f"{source}.mlp.fc2", f"{target}/mlp/fc2"),
         Rule(f"{source}.ls2.gamma", f"{target}/ls2/gamma"),
     )
 
 
 def _res_block(source: str, target: str) -> tuple[Rule, ...]:
     return (
-        *_norm(f"{source}.norm1", f"{target}/norm1"),
+        *norm(f"{source}.norm1", f"{target}/norm1"),
         Rule(f"{source}.conv1.weight", f"{target}/conv1/kernel", CONV),
-        *_norm(f"{source}.norm2", f"{target}/norm2"),
+        *norm(f"{source}.norm2", f"{target}/norm2"),
         Rule(f"{source}.conv2.weight", f"{target}/conv2/kernel", CONV),
         Rule(f"{source}.nin_shortcut.weight", f"{target}/nin_shortcut/kernel", CONV),
     )
-
-
-# 1x1 convolutions over tokens are linear layers here.
-POINTWISE = Transform(lambda x: x.reshape(x.shape[:2]).T, lambda x: x.T[:, :, None, None])
 
 
 def encoder_table(config: TokenizerConfig) -> tuple[Rule, ...]:
@@ -52,50 +40,50 @@ def encoder_table(config: TokenizerConfig) -> tuple[Rule, ...]:
         stem = (
             Rule("conv_in.weight", "stem/conv_in/kernel", CONV),
             *_res_block("down.{i}.block.{j}", "stem/down_{i}_block_{j}"),
-            *_layer("down.{i}.downsample", "stem/down_{i}_downsample", CONV),
+            *layer("down.{i}.downsample", "stem/down_{i}_downsample", CONV),
         )
     else:
-        stem = (*_layer("conv_in.0", "stem/conv_in", CONV), *_norm("conv_in.1", "stem/norm_in"))
-    middle = _layer("dist_head.2", "head/fc2") if config.dist_head == "layer3" else _norm("dist_head.2", "head/norm")
+        stem = (*layer("conv_in.0", "stem/conv_in", CONV), *norm("conv_in.1", "stem/norm_in"))
+    middle = layer("dist_head.2", "head/fc2") if config.dist_head == "layer3" else norm("dist_head.2", "head/norm")
     return (
         *stem,
         Rule("attn.cls_token", "attn/cls_token"),
         *_block("attn.blocks.{i}", "attn/blocks_{i}"),
-        *_norm("norm_out", "norm_out"),
-        *_layer("conv_out", "conv_out", POINTWISE),
+        *norm("norm_out", "norm_out"),
+        *layer("conv_out", "conv_out", POINTWISE),
         *_block("rep_attn.blocks.{i}", "head/blocks_{i}"),
-        *_layer("dist_head.0", "head/fc1"),
+        *layer("dist_head.0", "head/fc1"),
         *middle,
-        *_layer("dist_head.4" if config.dist_head == "layer3" else "dist_head.3", "head/out"),
+        *layer("dist_head.4" if config.dist_head == "layer3" else "dist_head.3", "head/out"),
     )
 
 
 DECODER = (
-    *_layer("conv_in", "conv_in", CONV),
-    *_layer("attn.pos_embed", "attn/pos_embed", CONV),
+    *layer("conv_in", "conv_in", CONV),
+    *layer("attn.pos_embed", "attn/pos_embed", CONV),
     *_block("attn.blocks.{i}", "attn/blocks[i]"),
-    *_layer("attn.blocks.{i}.mlp.dwconv", "attn/blocks[i]/mlp/dwconv", CONV),
-    *_layer("adaptive.{i}.gamma", "adaptive_{i}/gamma"),
-    *_layer("adaptive.{i}.beta", "adaptive_{i}/beta"),
+    *layer("attn.blocks.{i}.mlp.dwconv", "attn/blocks[i]/mlp/dwconv", CONV),
+    *layer("adaptive.{i}.gamma", "adaptive_{i}/gamma"),
+    *layer("adaptive.{i}.beta", "adaptive_{i}/beta"),
     *_res_block("up.{i}.block.{j}", "up_{i}_block_{j}"),
-    *_layer("up.{i}.upsample.conv1", "up_{i}_upsample", CONV),
-    *_norm("norm_out", "norm_out"),
-    *_layer("conv_out", "conv_out", CONV),
+    *layer("up.{i}.upsample.conv1", "up_{i}_upsample", CONV),
+    *norm("norm_out", "norm_out"),
+    *layer("conv_out", "conv_out", CONV),
 )
 
 RECOVERY = (
     Rule("rec_tokens", "rec_tokens"),
-    *_layer("rec_embed", "rec_embed"),
-    *_norm("norm_in", "norm_in"),
-    *_layer("rec_head", "rec_head"),
-    *_norm("blocks.{i}.norm1", "blocks_{i}/norm1"),
-    *_layer("blocks.{i}.q", "blocks_{i}/q"),
-    *_layer("blocks.{i}.kv", "blocks_{i}/kv"),
-    *_layer("blocks.{i}.proj", "blocks_{i}/proj"),
+    *layer("rec_embed", "rec_embed"),
+    *norm("norm_in", "norm_in"),
+    *layer("rec_head", "rec_head"),
+    *norm("blocks.{i}.norm1", "blocks_{i}/norm1"),
+    *layer("blocks.{i}.q", "blocks_{i}/q"),
+    *layer("blocks.{i}.kv", "blocks_{i}/kv"),
+    *layer("blocks.{i}.proj", "blocks_{i}/proj"),
     Rule("blocks.{i}.gamma1", "blocks_{i}/ls1/gamma"),
-    *_norm("blocks.{i}.norm2", "blocks_{i}/norm2"),
-    *_layer("blocks.{i}.mlp.fc1", "blocks_{i}/mlp/fc1"),
-    *_layer("blocks.{i}.mlp.fc2", "blocks_{i}/mlp/fc2"),
+    *norm("blocks.{i}.norm2", "blocks_{i}/norm2"),
+    *layer("blocks.{i}.mlp.fc1", "blocks_{i}/mlp/fc1"),
+    *layer("blocks.{i}.mlp.fc2", "blocks_{i}/mlp/fc2"),
     Rule("blocks.{i}.gamma2", "blocks_{i}/ls2/gamma"),
     *_block("self_blocks.{i}", "self_blocks_{i}"),  # the paper's; the released module has none
 )

@@ -38,6 +38,9 @@ LINEAR = Transform(np.transpose, np.transpose)  # [out, in] <-> [in, out]
 CONV = Transform(  # [out, in, h, w] <-> [h, w, in, out]; a depthwise kernel [C, 1, h, w] <-> [h, w, 1, C] as well
     lambda x: np.transpose(x, (2, 3, 1, 0)), lambda x: np.transpose(x, (3, 2, 0, 1))
 )
+POINTWISE = Transform(  # [out, in, 1, 1], a 1x1 convolution <-> [in, out], a linear layer
+    lambda x: x.reshape(x.shape[:2]).T, lambda x: x.T[:, :, None, None]
+)
 
 _PLACEHOLDER = re.compile(r"\{(\w+)\}|\[(\w+)\]")
 
@@ -98,6 +101,16 @@ class Rule:
     def is_stacked(self, path: str) -> bool:
         """Whether this rule fills `path` one place of the leading axis at a time."""
         return self._stacked is not None and self._target_pattern.fullmatch(path) is not None
+
+
+def layer(source: str, target: str, kernel: Transform = LINEAR) -> tuple[Rule, ...]:
+    """Weight and bias of a linear layer or convolution."""
+    return Rule(f"{source}.weight", f"{target}/kernel", kernel), Rule(f"{source}.bias", f"{target}/bias")
+
+
+def norm(source: str, target: str) -> tuple[Rule, ...]:
+    """Weight and bias of a normalisation."""
+    return Rule(f"{source}.weight", f"{target}/scale"), Rule(f"{source}.bias", f"{target}/bias")
 
 
 def prefixed(table: Sequence[Rule], source: str, target: str) -> tuple[Rule, ...]:

@@ -10,8 +10,9 @@ from einops import rearrange
 from jaxtyping import Array, Float, Int
 
 from mergevq_jax.tokenizer.config import TokenizerConfig
-from mergevq_jax.tokenizer.layers import Block, GroupNorm, ResBlock, conv, conv_uniform, dense, gelu, layer_norm
+from mergevq_jax.tokenizer.layers import Block, ResBlock, conv, conv_uniform, dense, gelu, layer_norm
 from runtime_jax.compute import Compute
+from runtime_jax.group_norm import GroupNorm
 from runtime_jax.sharding import Axis, constrain
 
 

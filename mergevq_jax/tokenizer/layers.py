@@ -5,16 +5,15 @@ Axes: B batch, H W image, N tokens, D width.
 
 import flax.linen as nn
 import jax.numpy as jnp
-from einops import rearrange, reduce, repeat
-from jax import lax
+from einops import rearrange
 from jaxtyping import Array, Float, Int
 
 from mergevq_jax.tokenizer import tome
 from runtime_jax.attention import attention
 from runtime_jax.compute import Compute
+from runtime_jax.group_norm import GroupNorm
 from runtime_jax.sharding import Axis, constrain
 
-GROUP_NORM_EPSILON = 1e-6
 LAYER_NORM_EPSILON = 1e-5
 linear_normal = nn.initializers.normal(0.02)  # the released one is cut at +-2, a hundred standard deviations
 # The default of the released convolutions: uniform with bound 1 / sqrt(fan_in).
@@ -61,38 +60,6 @@ class DepthwiseConv(nn.Module):
             for j in range(3)
         )
         return (sum(shifted) + bias[None, None, None]).astype(self.compute.jax_dtype)
-
-
-class GroupNorm(nn.Module):
-    """GroupNorm over all axes but batch and channels, statistics in float32.
-
-    Means run over positions first and over the channels of a group last. Channels lie innermost in memory, so that is
-    a plain sum of rows; a reduction that splits them into groups of two or four numbers was 6 times slower on a CPU.
-    """
-
-    compute: Compute
-    groups: int = 32
-    affine: bool = True
-
-    @nn.compact
-    def __call__(self, x: Float[Array, "B *positions D"]) -> Float[Array, "B *positions D"]:
-        channels, positions = x.shape[-1], tuple(range(1, x.ndim - 1))
-
-        def group_mean(x):
-            mean = reduce(x.mean(axis=positions), "b (g d) -> b g", "mean", g=self.groups)
-            return jnp.expand_dims(repeat(mean, "b g -> b (g d)", d=channels // self.groups), positions)
-
-        x = x.astype(jnp.float32)
-        x = x - group_mean(x)
-        multiplier = lax.rsqrt(group_mean(jnp.square(x)) + GROUP_NORM_EPSILON)
-        if self.affine:
-            scale = self.param("scale", nn.initializers.ones, (channels,))
-            bias = self.param("bias", nn.initializers.zeros, (channels,))
-            first = tuple(range(x.ndim - 1))
-            x = x * (multiplier * jnp.expand_dims(scale, first)) + jnp.expand_dims(bias, first)
-        else:
-            x = x * multiplier
-        return x.astype(self.compute.jax_dtype)
 
 
 def layer_norm(name: str, compute: Compute) -> nn.LayerNorm:
