@@ -72,6 +72,6 @@ def reconstruct(
         )
     save_png(
         out / f"{path.stem}_comparison.png",
-        report.picture(loaded, image, keeps, scale=max(1, 256 // max(image.shape[1:3]))),
+        report.picture(loaded, image, keeps, batch_size=1, scale=max(1, 256 // max(image.shape[1:3]))),
     )
     return "\n".join([*lines, f"  pictures are in {out}"])

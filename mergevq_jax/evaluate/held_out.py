@@ -10,6 +10,8 @@ from mergevq_jax.pretrained import load_tokenizer
 from runtime_jax.data import DataConfig, SourceConfig, make_batches
 from runtime_jax.pictures import image_grid, loss_curve, save_png
 
+BATCH_SIZE = 32  # any number of images is measured in batches of this many
+
 
 def held_out_photographs(size: int, count: int) -> np.ndarray:
     """uint8 [count, size, size, 3]: crops of regions of the two photographs that no training run reads."""
@@ -58,10 +60,12 @@ def evaluate(
             "scenes": held_out_scenes(size, num_images, data_dir),
             "photographs": held_out_photographs(size, max(1, num_images // 4)),
         }
-        results = {kind: report.measure(tokenizer, pixels, keeps) for kind, pixels in images.items()}
+        results = {
+            kind: report.measure(tokenizer, pixels, keeps, batch_size=BATCH_SIZE) for kind, pixels in images.items()
+        }
         texts.append(f"### {name}\n\n{report.table(results)}")
         shown = np.concatenate([images["scenes"][:5], images["photographs"][:3]])
-        pictures.append(report.picture(tokenizer, shown, keeps))
+        pictures.append(report.picture(tokenizer, shown, keeps, batch_size=BATCH_SIZE))
     text = "\n".join(texts)
     print(text)
     out.mkdir(parents=True, exist_ok=True)

@@ -24,18 +24,15 @@ class Reconstruction:
     usage: CodeUsage
 
 
-def measure(
-    tokenizer: Tokenizer, images: Images, keeps: Sequence[int], *, batch_size: int = 32
-) -> list[Reconstruction]:
-    """PSNR and code usage of every K over `images` [N, H, W, 3]; the last batch is padded."""
+def measure(tokenizer: Tokenizer, images: Images, keeps: Sequence[int], *, batch_size: int) -> list[Reconstruction]:
+    """PSNR and code usage of every K over `images` [N, H, W, 3]."""
     config, results = tokenizer.config, []
     recovers = config.recovery is not None and images.shape[1:3] == (config.resolution, config.resolution)
     for keep in keeps:
         usage, values, recovered = CodeUsage(config.z_channels), [], []
         for start in tqdm(range(0, len(images), batch_size), desc=f"K={keep}", leave=False, disable=None):
             batch = images[start : start + batch_size]
-            padded = np.concatenate([batch, np.repeat(batch[-1:], min(batch_size, len(images)) - len(batch), axis=0)])
-            tokens = tokenizer.encode(padded, keep=keep)
+            tokens = tokenizer.encode(_padded(batch, batch_size), keep=keep)
             usage.update(np.asarray(tokens.indices)[: len(batch)])
             values.append(psnr(np.asarray(tokenizer.decode(tokens))[: len(batch)], batch))
             if recovers:
@@ -46,17 +43,23 @@ def measure(
     return results
 
 
+def _padded(images: Images, batch_size: int) -> Images:
+    """Whole batches, the last image repeated: one compiled program serves any number of images."""
+    missing = -len(images) % batch_size
+    return np.concatenate([images, np.repeat(images[-1:], missing, axis=0)])
+
+
 def picture(
-    tokenizer: Tokenizer, images: Images, keeps: Sequence[int], *, scale: int = 2
+    tokenizer: Tokenizer, images: Images, keeps: Sequence[int], *, batch_size: int, scale: int = 2
 ) -> UInt8[np.ndarray, "h w 3"]:
     """A row an image: original, then for every K the reconstruction and the original with its groups outlined."""
     columns: list[Sequence[np.ndarray]] = [[np.repeat(np.repeat(image, scale, 0), scale, 1) for image in images]]
     labels = ["original"]
     for keep in keeps:
-        tokens = tokenizer.encode(images, keep=keep)
-        rebuilt = np.asarray(tokenizer.decode(tokens))
+        tokens = tokenizer.encode(_padded(images, batch_size), keep=keep)
+        rebuilt = np.asarray(tokenizer.decode(tokens))[: len(images)]
         columns.append([np.repeat(np.repeat(image, scale, 0), scale, 1) for image in rebuilt])
-        maps = np.asarray(tokens.source_map)
+        maps = np.asarray(tokens.source_map)[: len(images)]
         outlined = zip(images, maps, strict=True)
         columns.append([outline_groups(image, groups, grid=tokens.grid, scale=scale) for image, groups in outlined])
         labels += [f"K = {keep}\n{np.mean(psnr(rebuilt, images)):.1f} dB", f"{keep} groups of {maps.shape[1]}"]

@@ -247,4 +247,5 @@ class _Looks:
     def preview(self, state: stage1.TrainState, step: int) -> dict[str, np.ndarray]:
         """Reconstructions of the first evaluation images."""
         images = self._images[: self._config.evaluation.preview_images]
-        return {"reconstructions": report.picture(self._tokenizer(state), images, self._keeps)}
+        batch_size = self._config.evaluation.data.batch_size
+        return {"reconstructions": report.picture(self._tokenizer(state), images, self._keeps, batch_size=batch_size)}
