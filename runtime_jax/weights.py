@@ -5,12 +5,13 @@ other `{name}` for one path component; `[i]` at the end of a target component is
 
     Rule("blocks.{i}.norm1.weight", "blocks_{i}/norm1/scale")          # one module a block
     Rule("blocks.{i}.attn.qkv.weight", "blocks[i]/attn/qkv/kernel", LINEAR)   # blocks stacked by nn.scan
+    *joined(("to_q.weight", "to_k.weight", "to_v.weight"), "qkv/kernel", LINEAR)   # three source tensors in one
 """
 
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -63,15 +64,32 @@ def _fill(template: str, values: Mapping[str, str]) -> str:
 
 
 @dataclass(frozen=True)
+class Part:
+    """One of several pieces that lie side by side along the last axis of an array, in the ratio of `shares`."""
+
+    index: int
+    shares: tuple[int, ...]
+
+    def of(self, size: int) -> slice:
+        """Where this piece lies on an axis of `size`."""
+        if size % sum(self.shares):
+            raise ValueError(f"{size} cannot be cut in the ratio {':'.join(map(str, self.shares))}")
+        unit = size // sum(self.shares)
+        return slice(unit * sum(self.shares[: self.index]), unit * sum(self.shares[: self.index + 1]))
+
+
+@dataclass(frozen=True)
 class Rule:
     """One line of a table: source name, target path ('/'-joined), change of layout.
 
-    Placeholders of one letter match numbers, longer ones match a path component.
+    Placeholders of one letter match numbers, longer ones match a path component. A rule with a `part` fills only that
+    part of the target; see `joined`.
     """
 
     source: str
     target: str
     transform: Transform = IDENTITY
+    part: Part | None = None
     _source_pattern: re.Pattern[str] = field(init=False, repr=False, compare=False)
     _target_pattern: re.Pattern[str] = field(init=False, repr=False, compare=False)
     _stacked: str | None = field(init=False, repr=False, compare=False)
@@ -115,7 +133,18 @@ def norm(source: str, target: str) -> tuple[Rule, ...]:
 
 def prefixed(table: Sequence[Rule], source: str, target: str) -> tuple[Rule, ...]:
     """The same table one level down: `source` before every name, `target` before every path."""
-    return tuple(Rule(source + rule.source, target + rule.target, rule.transform) for rule in table)
+    return tuple(replace(rule, source=source + rule.source, target=target + rule.target) for rule in table)
+
+
+def joined(
+    sources: Sequence[str], target: str, transform: Transform = IDENTITY, shares: Sequence[int] = ()
+) -> tuple[Rule, ...]:
+    """Rules for source tensors that lie side by side along the target's last axis, of equal size or in these ratios."""
+    shares = tuple(shares) or (1,) * len(sources)
+    return tuple(Rule(source, target, transform, Part(i, shares)) for i, source in enumerate(sources))
+
+
+_Slot = tuple[int | None, Part | None]  # place on a parameter's leading axis, part of its last; None: all of it
 
 
 def import_weights(
@@ -134,7 +163,8 @@ def import_weights(
     """
     expected = {path: tuple(leaf.shape) for path, leaf in traverse_util.flatten_dict(shapes, sep="/").items()}
     ignored = [re.compile(pattern) for pattern in ignore]
-    found: dict[str, dict[int | None, np.ndarray]] = {}
+    found: dict[str, set[_Slot]] = {}
+    leaves: dict[str, np.ndarray] = {}
     errors = []
     for name, array in source.items():
         if any(pattern.fullmatch(name) for pattern in ignored):
@@ -147,37 +177,67 @@ def import_weights(
         if path not in expected:
             errors.append(f"{name} {tuple(array.shape)}: the model has no parameter {path}")
             continue
-        filled = found.setdefault(path, {})
-        if filled and (place in filled or None in (place, *filled)):
+        slots = found.setdefault(path, set())
+        if any(_overlap((place, rule.part), slot) for slot in slots):
             errors.append(f"{name}: {path} is filled twice")
+        slots.add((place, rule.part))
         try:
             value = rule.transform.forward(np.asarray(array))
+            wanted = _slot_shape(expected[path], place, rule.part)
         except (ValueError, IndexError) as error:
             errors.append(f"{name} {tuple(array.shape)}: cannot become {path} {expected[path]} ({error})")
-            filled[place] = array
             continue
-        wanted = expected[path] if place is None else expected[path][1:]
         if value.shape != wanted:
             errors.append(f"{name}: shape {value.shape} after conversion, but {path} has {wanted}")
-        filled[place] = value
-    errors += _missing(expected, found)
+        elif value.dtype != leaves.get(path, value).dtype:
+            errors.append(f"{name}: {value.dtype}, but the rest of {path} is {leaves[path].dtype}")
+        elif place is None and rule.part is None:
+            leaves[path] = value
+        elif place is None or place < expected[path][0]:
+            if path not in leaves:
+                leaves[path] = np.empty(expected[path], value.dtype)
+            leaves[path][_region(expected[path], place, rule.part)] = value
+    errors += _missing(table, expected, found)
     if errors:
         raise WeightError("the weights do not fit the model:\n  " + "\n  ".join(errors))
-    leaves = {
-        path: values[None] if None in values else np.stack([values[i] for i in range(len(values))])
-        for path, values in found.items()
-    }
     return traverse_util.unflatten_dict(leaves, sep="/")
 
 
-def _missing(expected: Mapping[str, tuple[int, ...]], found: Mapping[str, Mapping[int | None, Any]]) -> list[str]:
+def _overlap(one: _Slot, other: _Slot) -> bool:
+    return all(a is None or b is None or a == b for a, b in zip(one, other, strict=True))
+
+
+def _region(shape: tuple[int, ...], place: int | None, part: Part | None) -> tuple[Any, ...]:
+    """The index of a slot in a parameter of this shape."""
+    index = () if place is None else (place,)
+    return index if part is None else (*index, ..., part.of(shape[-1]))
+
+
+def _slot_shape(shape: tuple[int, ...], place: int | None, part: Part | None) -> tuple[int, ...]:
+    shape = shape if place is None else shape[1:]
+    if part is None:
+        return shape
+    piece = part.of(shape[-1])
+    return (*shape[:-1], piece.stop - piece.start)
+
+
+def _missing(
+    table: Sequence[Rule], expected: Mapping[str, tuple[int, ...]], found: Mapping[str, set[_Slot]]
+) -> list[str]:
     errors = []
     for path, shape in expected.items():
-        values = found.get(path, {})
-        if not values:
+        slots = found.get(path, set())
+        places = {place for place, _ in slots}
+        if not slots:
             errors.append(f"{path} {shape}: not among the weights")
-        elif None not in values and set(values) != set(range(shape[0])):
-            errors.append(f"{path}: places {sorted(values)} are there, but 0 to {shape[0] - 1} are needed")
+        elif None not in places and places != set(range(shape[0])):
+            errors.append(f"{path}: places {sorted(places)} are there, but 0 to {shape[0] - 1} are needed")
+        for place in sorted(places, key=str):
+            parts = {part for other, part in slots if other == place}
+            if None in parts:
+                continue
+            names = [rule.to_source(path, place) for rule in table if rule.part is not None and rule.part not in parts]
+            errors += [f"{path}: its part {name} is not among the weights" for name in names if name is not None]
     return errors
 
 
@@ -185,23 +245,30 @@ def export_weights(table: Sequence[Rule], params: Any) -> dict[str, np.ndarray]:
     """The inverse of `import_weights`: a nested parameter dict as a state dict, bit-equal.
 
     Raises:
-      WeightError: a parameter that no rule, or more than one, covers.
+      WeightError: a parameter that no rule covers, or several that are not its parts.
     """
     result: dict[str, np.ndarray] = {}
     errors = []
     for path, leaf in traverse_util.flatten_dict(params, sep="/").items():
         rules = [rule for rule in table if rule._target_pattern.fullmatch(path)]
-        if len(rules) != 1:
-            errors.append(f"{path}: {'no rule' if not rules else 'several rules'} for this parameter")
+        if not _cover([rule.part for rule in rules]):
+            errors.append(f"{path}: {'several rules' if rules else 'no rule'} for this parameter")
             continue
-        (rule,) = rules
         array = np.asarray(jax.device_get(leaf))
-        for place in range(len(array)) if rule.is_stacked(path) else [None]:
-            value = array if place is None else array[place]
-            result[rule.to_source(path, place)] = np.asarray(rule.transform.inverse(value), order="C")
+        for rule in rules:
+            for place in range(len(array)) if rule.is_stacked(path) else [None]:
+                value = rule.transform.inverse(array[_region(array.shape, place, rule.part)])
+                result[rule.to_source(path, place)] = np.asarray(value, order="C")
     if errors:
         raise WeightError("the parameters cannot be exported:\n  " + "\n  ".join(errors))
     return result
+
+
+def _cover(parts: Sequence[Part | None]) -> bool:
+    """Whether these parts are a whole parameter, each of it once."""
+    if not parts or None in parts:
+        return list(parts) == [None]
+    return list(parts) == [Part(index, parts[0].shares) for index in range(len(parts[0].shares))]
 
 
 def read_safetensors(path: str | os.PathLike) -> tuple[dict[str, np.ndarray], dict[str, str]]:

@@ -17,6 +17,7 @@ from runtime_jax.weights import (
     WeightError,
     export_weights,
     import_weights,
+    joined,
     prefixed,
     read_safetensors,
     write_safetensors,
@@ -104,6 +105,76 @@ def test_prefixes():
     assert export_weights(table, params).keys() == source.keys()
 
 
+# Several source tensors in one parameter.
+
+FUSED = (
+    *joined(("b.{i}.q.w", "b.{i}.k.w", "b.{i}.up.w"), "b[i]/linear1/kernel", LINEAR, shares=(1, 1, 4)),
+    *joined(("b.{i}.q.b", "b.{i}.k.b", "b.{i}.up.b"), "b[i]/linear1/bias", shares=(1, 1, 4)),
+    *joined(("q", "k"), "qk"),
+)
+FUSED_SHAPES = {
+    "b": {
+        "linear1": {
+            "kernel": jax.ShapeDtypeStruct((2, 5, 18), "float32"),
+            "bias": jax.ShapeDtypeStruct((2, 18), "float32"),
+        }
+    },
+    "qk": jax.ShapeDtypeStruct((4,), "float32"),
+}
+
+
+def fused_state_dict(dtype=np.float32):
+    rng = np.random.default_rng(0)
+    sizes = {"q": (2,), "k": (2,)}
+    for i in range(2):
+        sizes |= {f"b.{i}.{part}.w": (n, 5) for part, n in (("q", 3), ("k", 3), ("up", 12))}
+        sizes |= {f"b.{i}.{part}.b": (n,) for part, n in (("q", 3), ("k", 3), ("up", 12))}
+    return {name: rng.normal(size=shape).astype(dtype) for name, shape in sizes.items()}
+
+
+@pytest.mark.parametrize("dtype", [np.float32, jnp.bfloat16])
+@pytest.mark.parametrize("prefix", [("", ""), ("model.", "net/")])
+def test_parts_lie_side_by_side_and_come_back_bit_equal(dtype, prefix):
+    source = {prefix[0] + name: array for name, array in fused_state_dict(dtype).items()}
+    table = prefixed(FUSED, *prefix)
+    params = import_weights(table, dict(reversed(source.items())), {"net": FUSED_SHAPES} if prefix[0] else FUSED_SHAPES)
+    exported = export_weights(table, params)
+    assert exported.keys() == source.keys()
+    for name, array in exported.items():
+        assert array.dtype == dtype and array.flags.c_contiguous and array.tobytes() == source[name].tobytes()
+    params = params["net"] if prefix[0] else params
+    for i in range(2):
+        whole = np.concatenate([source[f"{prefix[0]}b.{i}.{part}.w"] for part in ("q", "k", "up")])
+        np.testing.assert_array_equal(params["b"]["linear1"]["kernel"][i], whole.T)
+    np.testing.assert_array_equal(params["qk"], [*source[f"{prefix[0]}q"], *source[f"{prefix[0]}k"]])
+
+
+def test_all_errors_of_parts_are_listed():
+    source = fused_state_dict()
+    del source["b.1.k.w"], source["k"]
+    source["b.0.up.b"] = source["b.0.up.b"][:7]
+    source["b.1.q.b"] = source["b.1.q.b"].astype(np.float16)
+    table = (*FUSED, Rule("other", "qk"))
+    assert import_errors(source | {"other": np.zeros(4, np.float32)}, table, FUSED_SHAPES) == [
+        "b.0.up.b: shape (7,) after conversion, but b/linear1/bias has (12,)",
+        "b.1.q.b: float16, but the rest of b/linear1/bias is float32",
+        "other: qk is filled twice",
+        "b/linear1/kernel: its part b.1.k.w is not among the weights",
+    ]
+    assert "qk: its part k is not among the weights" in import_errors(source, FUSED, FUSED_SHAPES)
+    odd = {"qk": jax.ShapeDtypeStruct((3,), "float32")}
+    source = {"q": np.zeros(1, np.float32), "k": np.zeros(2, np.float32)}
+    (line, _) = import_errors(source, joined(("q", "k"), "qk"), odd)
+    assert line == "q (1,): cannot become qk (3,) (3 cannot be cut in the ratio 1:1)"
+
+
+@pytest.mark.parametrize("table", [FUSED[:-1], (*FUSED, FUSED[-1]), (*FUSED, Rule("other", "qk"))])
+def test_a_parameter_is_exported_by_all_of_its_parts_or_not_at_all(table):
+    params = {"qk": np.zeros(4)}
+    with pytest.raises(WeightError, match="qk: several rules for this parameter"):
+        export_weights(table, params)
+
+
 # Templates.
 
 
@@ -147,9 +218,9 @@ def test_templates_invert(number, part):
 # Errors: everything that is wrong, in one message.
 
 
-def import_errors(source, table=TABLE, **options) -> list[str]:
+def import_errors(source, table=TABLE, shapes=TREE, **options) -> list[str]:
     with pytest.raises(WeightError) as error:
-        import_weights(table, source, TREE, **options)
+        import_weights(table, source, shapes, **options)
     first, *lines = str(error.value).splitlines()
     assert first == "the weights do not fit the model:"
     return [line.strip() for line in lines]
