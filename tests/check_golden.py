@@ -15,6 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import golden_mergevq
+import golden_vae
 import jax
 import numpy as np
 from golden_tools import Tensors, parts, to_nhwc, to_tokens
@@ -23,7 +24,10 @@ from mergevq_jax.tokenizer import tome
 from runtime_jax.weights import read_safetensors
 
 TOLERANCE = 1e-4
-RUNNERS: dict[str, Callable[[dict, Tensors, Tensors], Tensors]] = {**golden_mergevq.RUNNERS}
+RUNNERS: dict[str, Callable[[dict, Tensors, Tensors], Tensors]] = {
+    **golden_mergevq.RUNNERS,
+    **golden_vae.RUNNERS,
+}
 
 
 def runner_for(path: Path) -> Callable[[dict, Tensors, Tensors], Tensors]:

@@ -12,7 +12,7 @@ import jax
 import pytest
 from jaxtyping import install_import_hook
 
-hook = install_import_hook(["mergevq_jax", "runtime_jax"], "beartype.beartype")
+hook = install_import_hook(["mergevq_jax", "runtime_jax", "tokenverse_jax"], "beartype.beartype")
 
 jax.config.update("jax_default_matmul_precision", "highest")
 jax.config.update("jax_numpy_rank_promotion", "raise")

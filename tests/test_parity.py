@@ -37,12 +37,14 @@ MUTATED = {
     "source_recovery": r".*",
     "patchgan": r".*",
     "dinov2": r"(?!encoder\.layer\.[02]).*",
+    "flux_vae": r"encoder\.(conv|down).*|decoder\.(mid_block\.(resnets\.0|att)|up_blocks\.1\.resnets\.0).*",
 }
 # Parameters that cannot matter: a bias in front of a norm of each channel, and what softmax does not see.
 WITHOUT_EFFECT = {
     "encoder_r": {"conv_in.0.bias"},
     "dinov2": {"embeddings.mask_token", "encoder.layer.1.attention.k_proj.bias"},
     "patchgan": {"main.3.num_batches_tracked", "main.6.num_batches_tracked"},
+    "flux_vae": {"decoder.mid_block.attentions.0.to_k.bias"},
 }
 
 
@@ -104,6 +106,7 @@ def test_every_mutated_weight_fails(name):
         ("source_recovery", "blocks.0.q.weight", "blocks.1.q.weight"),
         ("patchgan", "main.3.weight", "main.3.running_var"),
         ("dinov2", "encoder.layer.0.attention.q_proj.weight", "encoder.layer.2.attention.q_proj.weight"),
+        ("flux_vae", "decoder.mid_block.attentions.0.to_q.weight", "decoder.mid_block.attentions.0.to_v.weight"),
     ],
 )
 def test_two_swapped_weights_fail(name, one, other, tmp_path):
@@ -129,6 +132,7 @@ def fresh_programs():
         ("encoder_g_nomerge", "mergevq_jax.tokenizer.layers.LAYER_NORM_EPSILON", 1e-6, 5e-6),  # 1e-5 is right
         ("decoder", "runtime_jax.group_norm.EPSILON", 1e-5, 5e-6),  # 4.4e-5
         ("source_recovery", "mergevq_jax.tokenizer.layers.LAYER_NORM_EPSILON", 1e-6, 1e-4),  # 5.8e-2
+        ("flux_vae", "runtime_jax.group_norm.EPSILON", 1e-5, 5e-6),  # 1.2e-5
         ("dinov2", "mergevq_jax.tokenizer.dinov2.LAYER_NORM_EPSILON", 1e-5, 5e-6),  # 6.9e-6
     ],
 )
