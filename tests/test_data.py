@@ -1,13 +1,15 @@
 """Sources and batches: pure functions of the seed and the step, for any number of hosts; and bad inputs."""
 
 import dataclasses
+import io
 import itertools
+import struct
 import warnings
 from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageOps
 
 from runtime_jax.data import (
     PHOTO_REGIONS,
@@ -22,7 +24,7 @@ from runtime_jax.data import (
     photo_region,
     random_crop,
 )
-from runtime_jax.data.mini_scenes import prepare
+from runtime_jax.data.mini_scenes import CLASSES, prepare
 from runtime_jax.data.sources import CROPS_PER_PHOTO
 
 PHOTOS = SourceConfig(kind="photos", crop_scale=(0.3, 1.0))
@@ -153,6 +155,14 @@ def test_folder_labels_are_sorted_sub_folders(folder):
     assert [source[i]["label"] for i in range(5)] == [0, 0, 1, 1, 2]
 
 
+def test_num_classes(scenes, folder):
+    assert open_source(scenes).num_classes == len(CLASSES) and open_source(PHOTOS).num_classes is None
+    source = SourceConfig(kind="folder", path=str(folder))
+    assert open_source(source).num_classes == 3
+    write_image(folder / "outside.png", 9)
+    assert open_source(source).num_classes is None
+
+
 def test_flat_folder_has_no_labels(tmp_path):
     write_image(tmp_path / "one.png", 9)
     assert open_source(SourceConfig(kind="folder", path=str(tmp_path)))[0]["label"] == -1
@@ -184,6 +194,52 @@ def test_a_file_that_breaks_after_opening_is_skipped_too(folder):
     position = next(i for i in range(5) if source[i]["skipped"])
     assert source[position]["skipped"] == (str(folder / "a" / "two.jpg"),)
     assert np.array_equal(source[position]["image"], source[position + 1]["image"])
+
+
+def encoded(image: Image.Image, kind: str = "PNG", **options) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_a_damaged_exif_block_is_an_unreadable_image():
+    exif = Image.Exif()
+    exif[0x0112], exif[0x0100], exif[0x011A] = 6, 8, 72.0
+    data = encoded(Image.new("RGB", (8, 6)), "JPEG", exif=exif)
+    for place in range(data.index(b"Exif") + 6, data.index(b"\xff\xdb")):
+        for byte in (0x00, 0x0C, 0xFF):
+            damaged = data[:place] + bytes([byte]) + data[place + 1 :]
+            try:
+                assert decode_image(damaged).shape in ((6, 8, 3), (8, 6, 3))
+            except ValueError as error:
+                assert str(error).startswith("not a readable image (")
+
+
+@pytest.mark.parametrize("error", [struct.error("short"), SyntaxError("broken"), TypeError("a tuple"), KeyError(6)])
+def test_whatever_pillow_raises_is_one_error_and_skipped(folder, monkeypatch, error):
+    def transpose(image):
+        if image.format == "WEBP":
+            raise error
+        return image
+
+    monkeypatch.setattr(ImageOps, "exif_transpose", transpose)
+    damaged = folder / "a" / "deep" / "three.webp"
+    with pytest.raises(ValueError, match="not a readable image"):
+        decode_image(damaged.read_bytes())
+    source = open_source(SourceConfig(kind="folder", path=str(folder)))
+    assert {name for i in range(5) for name in source[i]["skipped"]} == {str(damaged)}
+
+
+def test_a_want_of_memory_is_not_a_bad_picture(folder, monkeypatch):
+    source = open_source(SourceConfig(kind="folder", path=str(folder)))
+
+    def no_memory(*args):
+        raise MemoryError
+
+    monkeypatch.setattr(Image, "open", no_memory)
+    with pytest.raises(MemoryError):
+        source[0]
 
 
 def test_a_folder_without_a_readable_image(tmp_path):
@@ -228,11 +284,36 @@ def test_a_picture_smaller_than_the_crop_is_enlarged():
     assert center_crop(np.zeros((9, 7, 3), np.uint8), 32).shape == (32, 32, 3)
 
 
-@pytest.mark.parametrize("mode", ["L", "LA", "P", "RGBA", "CMYK", "1", "I;16"])
-def test_every_mode_becomes_rgb(tmp_path, mode):
-    path = tmp_path / ("image.jpg" if mode == "CMYK" else "image.png")
-    Image.new(mode, (8, 6), 0).save(path)
-    assert decode_image(path.read_bytes()).shape == (6, 8, 3)
+@pytest.mark.parametrize(
+    ("mode", "color", "rgb"),
+    [
+        ("L", 90, (90, 90, 90)),
+        ("LA", (90, 51), (222, 222, 222)),  # a fifth of 90, four fifths of white
+        ("RGBA", (90, 0, 255, 51), (222, 204, 255)),
+        ("1", 1, (255, 255, 255)),
+        ("1", 0, (0, 0, 0)),
+        ("CMYK", (0, 255, 0, 0), (255, 0, 255)),
+        ("I;16", 0x5AFF, (0x5A, 0x5A, 0x5A)),
+        ("I;16", 0xFFFF, (255, 255, 255)),
+    ],
+)
+def test_every_mode_becomes_rgb(mode, color, rgb):
+    image = Image.new(mode, (8, 6), color)
+    decoded = decode_image(encoded(image, "JPEG", quality=100) if mode == "CMYK" else encoded(image))
+    assert decoded.shape == (6, 8, 3) and decoded.dtype == np.uint8
+    np.testing.assert_allclose(decoded, np.broadcast_to(rgb, decoded.shape), atol=1)
+
+
+def test_16_bits_are_cut_to_8_pixel_by_pixel():
+    values = (np.arange(48, dtype=np.uint16) * 1365).reshape(6, 8)
+    assert np.array_equal(decode_image(encoded(Image.fromarray(values)))[..., 0], values >> 8)
+
+
+def test_a_palette_becomes_its_colors():
+    image = Image.new("P", (8, 6), 1)
+    image.putpalette([0, 0, 0, 10, 200, 30])
+    assert (decode_image(encoded(image)) == (10, 200, 30)).all()
+    assert (decode_image(encoded(image, transparency=1)) == 255).all()
 
 
 def test_transparency_is_white_and_exif_is_obeyed(tmp_path):

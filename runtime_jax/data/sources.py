@@ -22,7 +22,6 @@ PHOTO_REGIONS = {
 }
 # A photograph has no number of crops of its own: this many count as one epoch.
 CROPS_PER_PHOTO = 1024
-_UNREADABLE = (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -55,7 +54,13 @@ class SourceConfig:
 
 @runtime_checkable
 class Source(Protocol):
-    """A random-access sequence of examples."""
+    """A random-access sequence of examples.
+
+    `num_classes`: labels are 0 to num_classes - 1; None where an example may have no label (-1).
+    """
+
+    @property
+    def num_classes(self) -> int | None: ...
 
     def __len__(self) -> int: ...
 
@@ -83,7 +88,20 @@ def open_source(config: SourceConfig) -> Source:
 
 
 def decode_image(data: bytes) -> UInt8[np.ndarray, "H W 3"]:
-    """Encoded picture -> uint8 [H, W, 3]: upright by its EXIF tag, transparency over white, 16 bits cut to 8."""
+    """Encoded picture -> uint8 [H, W, 3]: upright by its EXIF tag, transparency over white, 16 bits cut to 8.
+
+    Raises:
+        ValueError: not a picture, or a damaged one.
+    """
+    try:
+        return _decode(data)
+    except MemoryError:
+        raise
+    except Exception as error:  # Pillow's parsers raise errors of any kind, from struct.error to SyntaxError
+        raise ValueError(f"not a readable image ({error})") from error
+
+
+def _decode(data: bytes) -> np.ndarray:
     with Image.open(io.BytesIO(data)) as image:
         image = ImageOps.exif_transpose(image)
         if image.mode.startswith("I;16"):
@@ -115,6 +133,8 @@ class TfdsSource:
             raise ValueError(f"dataset {name!r} has no feature 'image', only {sorted(features)}")
         # Only what is used is parsed, and images are decoded here: TFDS would decode masks and attributes too.
         wanted = {key: features[key] for key in ("image", "label", "caption") if key in features}
+        label = wanted.get("label")
+        self.num_classes = label.num_classes if isinstance(label, tfds.features.ClassLabel) else None
         self._features = tfds.features.FeaturesDict(wanted)
         self._decoders = {"image": tfds.decode.SkipDecoding()}
         raw = tfds.decode.DeserializeMethod.RAW_BYTES
@@ -155,6 +175,7 @@ class FolderSource:
         self._root = root
         self._files = [f.relative_to(root) for f in files]
         self.classes = sorted({f.parts[0] for f in self._files if len(f.parts) > 1})
+        self.num_classes = len(self.classes) if all(len(f.parts) > 1 for f in self._files) else None
         # Ends with an error, before any training, when no file at all can be read.
         self[0]
 
@@ -167,7 +188,7 @@ class FolderSource:
             file = self._files[(index + step) % len(self)]
             try:
                 image = decode_image((self._root / file).read_bytes())
-            except _UNREADABLE:
+            except (OSError, ValueError):
                 skipped.append(str(self._root / file))
                 continue
             label = self.classes.index(file.parts[0]) if len(file.parts) > 1 else -1
@@ -177,6 +198,8 @@ class FolderSource:
 
 class PhotoSource:
     """A region of each sample photograph, CROPS_PER_PHOTO times over."""
+
+    num_classes = None
 
     def __init__(self, split: str):
         if split not in ("train", "held_out"):
