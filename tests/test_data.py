@@ -15,6 +15,7 @@ from runtime_jax.data import (
     PHOTO_REGIONS,
     Batches,
     DataConfig,
+    MissingDatasetError,
     SourceConfig,
     center_crop,
     decode_image,
@@ -382,9 +383,10 @@ def test_an_empty_folder(tmp_path):
     [("mini_scenes/64", "mini_scenes.prepare"), ("imagenet2012", "tfds build imagenet2012"), ("no_such", "tfds build")],
 )
 def test_missing_dataset(tmp_path, name, recipe):
-    with pytest.raises(ValueError, match=recipe) as error:
+    with pytest.raises(MissingDatasetError, match=recipe) as error:
         open_source(SourceConfig(kind="tfds", name=name, data_dir=str(tmp_path)))
     assert str(tmp_path) in str(error.value) and repr(name) in str(error.value)
+    assert (error.value.name, error.value.data_dir) == (name, str(tmp_path))
 
 
 def test_missing_split(scenes):

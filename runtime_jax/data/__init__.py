@@ -3,6 +3,7 @@
 from runtime_jax.data.pipeline import Batches, DataConfig, center_crop, make_batches, num_examples, random_crop
 from runtime_jax.data.sources import (
     PHOTO_REGIONS,
+    MissingDatasetError,
     Source,
     SourceConfig,
     decode_image,
@@ -14,6 +15,7 @@ __all__ = [
     "PHOTO_REGIONS",
     "Batches",
     "DataConfig",
+    "MissingDatasetError",
     "Source",
     "SourceConfig",
     "center_crop",

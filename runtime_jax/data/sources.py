@@ -52,6 +52,14 @@ class SourceConfig:
         return (0.25, 1.0) if self.kind == "photos" else (1.0, 1.0)
 
 
+class MissingDatasetError(ValueError):
+    """A TFDS dataset that is not prepared; a program may add how its users make `name` under `data_dir`."""
+
+    def __init__(self, message: str, *, name: str, data_dir: str):
+        super().__init__(message)
+        self.name, self.data_dir = name, data_dir
+
+
 @runtime_checkable
 class Source(Protocol):
     """A random-access sequence of examples.
@@ -71,7 +79,8 @@ def open_source(config: SourceConfig) -> Source:
     """Opens a source and checks that it can be read.
 
     Raises:
-        ValueError: unknown kind, missing dataset, folder or split, or nothing readable in it.
+        MissingDatasetError: the dataset is not there.
+        ValueError: unknown kind, missing folder or split, or nothing readable in it.
     """
     low, high = config.scale
     if not 0 < low <= high <= 1:
@@ -124,7 +133,8 @@ class TfdsSource:
             builder = tfds.core.read_only_builder.builder_from_files(name, data_dir=data_dir)
         except tfds.core.DatasetNotFoundError as error:
             where = str(Path(data_dir).absolute())
-            raise ValueError(f"dataset {name!r} is not in {where!r}: {_recipe(name, data_dir)}") from error
+            message = f"dataset {name!r} is not in {where!r}: {_recipe(name, data_dir)}"
+            raise MissingDatasetError(message, name=name, data_dir=data_dir) from error
         parts = [part.split("[")[0] for part in split.split("+")]
         if not set(parts) <= set(builder.info.splits):
             raise ValueError(f"dataset {name!r} in {data_dir!r} has no split {split!r}: {sorted(builder.info.splits)}")
