@@ -260,7 +260,7 @@ def pack(latents: Float[Array, "B h w C"]) -> Float[Array, "B N 4*C"]:
     return rearrange(latents, "b (h i) (w j) c -> b (h w) (c i j)", i=PATCH, j=PATCH)
 
 
-def unpack(tokens: Float[Array, "B N D"], grid: tuple[int, int]) -> Float[Array, "B h w D/4"]:
+def unpack(tokens: Float[Array, "B N D"], grid: tuple[int, int]) -> Float[Array, "B h w D//4"]:
     """The inverse of `pack` for `grid` (rows, columns) of tokens."""
     return rearrange(tokens, "b (h w) (c i j) -> b (h i) (w j) c", h=grid[0], w=grid[1], i=PATCH, j=PATCH)
 
