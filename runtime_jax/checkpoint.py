@@ -5,6 +5,7 @@ Layout: `workdir/checkpoints/<step>/` holds three items which appear together or
 """
 
 import errno
+import fnmatch
 import json
 import logging
 import shutil
@@ -298,6 +299,7 @@ def initial_state(
     init_from: Callable[[Any], Any] | None = None,
     resume_from: str | Path | None = None,
     must_match: Sequence[str] = (),
+    may_differ: Sequence[str] = (),
 ) -> InitialState:
     """The state that a run starts from, by the first of these that exists:
 
@@ -313,7 +315,9 @@ def initial_state(
         init: makes a new state.
         init_from: gives that state other weights.
         resume_from: see 2.
-        must_match: prefixes of dotted config keys (such as "model") which may not differ from the checkpoint's.
+        must_match: prefixes of dotted config keys (such as "model") which may not differ from the checkpoint's; a "*"
+            stands for anything (as in "data.sources.*.split", that of every source).
+        may_differ: exceptions from `must_match`, written in the same way.
 
     Raises:
         ValueError: the checkpoint is of another architecture, or differs in a `must_match` key.
@@ -322,16 +326,20 @@ def initial_state(
         WorkdirError: the workdir cannot be written.
     """
     path = check_workdir(workdir)
+
+    def barred(key: str) -> bool:
+        return _is_under(key, must_match) and not _is_under(key, may_differ)
+
     with Checkpointer(path) as own:
         if own.steps():
-            return _newest_readable(own, lambda step: _restored(own, step, abstract_state, config, must_match))
+            return _newest_readable(own, lambda step: _restored(own, step, abstract_state, config, barred))
     if resume_from is not None:
         source, step = _locate(resume_from)
         with Checkpointer(source, read_only=True) as other:
             step = other.latest() if step is None else step
             if step not in other.steps():
                 raise FileNotFoundError(f"resume_from {resume_from}: no complete checkpoint there")
-            state = _restored(other, step, abstract_state, config, must_match)
+            state = _restored(other, step, abstract_state, config, barred)
             return InitialState(state, step, f"resumed from {other.path(step)}")
     if init_from is not None:
         return InitialState(init_from(init()), 0, "init_from weights")
@@ -357,26 +365,33 @@ def _newest_readable(own: Checkpointer, restore: Callable[[int], Any]) -> Initia
 
 
 def _restored(
-    checkpointer: Checkpointer, step: int, abstract_state: Any, config: Mapping[str, Any], must_match: Sequence[str]
+    checkpointer: Checkpointer,
+    step: int,
+    abstract_state: Any,
+    config: Mapping[str, Any],
+    barred: Callable[[str], bool],
 ) -> Any:
     """The state of one checkpoint, after a look at what differs between its config and this run's."""
     changes = _config_changes(checkpointer.config(step), config)
     where = f"config of {checkpointer.path(step)}"
-    barred = [line for key, line in changes.items() if any(_is_under(key, prefix) for prefix in must_match)]
-    if barred:
-        raise ValueError(f"{where} differs from this run's in keys that must not change:\n  " + "\n  ".join(barred))
+    forbidden = [line for key, line in changes.items() if barred(key)]
+    if forbidden:
+        raise ValueError(f"{where} differs from this run's in keys that must not change:\n  " + "\n  ".join(forbidden))
     if changes:
         _LOG.warning("%s differs from this run's:\n  %s", where, "\n  ".join(changes.values()))
     checkpointer.loop(step)  # if it is damaged, this is the time to find out
     return checkpointer.restore(abstract_state, step)
 
 
-def _is_under(key: str, prefix: str) -> bool:
-    return key == prefix or key.startswith(prefix + ".")
+def _is_under(key: str, prefixes: Sequence[str]) -> bool:
+    """Whether one of the prefixes is the key or a part of the config that the key is in."""
+    return any(fnmatch.fnmatchcase(f"{key}.", f"{prefix}.*") for prefix in prefixes)
 
 
 def _flat(value: Any, path: str = "") -> dict[str, Any]:
-    """Leaves of nested mappings by dotted path; tuples as JSON has them."""
+    """Leaves of nested mappings, and of sequences of mappings, by dotted path; tuples as JSON has them."""
+    if isinstance(value, list | tuple) and value and all(isinstance(item, Mapping) for item in value):
+        value = {str(place): item for place, item in enumerate(value)}
     if isinstance(value, Mapping):
         return {k: v for key, item in value.items() for k, v in _flat(item, f"{path}.{key}" if path else key).items()}
     return {path: list(value) if isinstance(value, tuple) else value}

@@ -200,6 +200,28 @@ def test_changed_config_is_told_and_model_keys_are_barred(saved, caplog):
         start(saved, config={**CONFIG, "model": {"width": 9, "sizes": [1, 2]}}, must_match=("model",))
 
 
+def test_exceptions_from_what_must_match(tmp_path, caplog):
+    def config(**changes):
+        sources = [{"name": "a", "data_dir": "old"}, {"name": "b", "data_dir": "old"}]
+        return {"data": {"seed": 1, "num_workers": 0, "sources": sources, **changes}}
+
+    with Checkpointer(tmp_path) as checkpointer:
+        checkpointer.save(5, toy_run.init(), config())
+    rules = {"must_match": ("data",), "may_differ": ("data.num_workers", "data.sources.*.data_dir")}
+    moved = [{"name": "a", "data_dir": "new"}, {"name": "b", "data_dir": "old"}]
+    with caplog.at_level(logging.WARNING):
+        assert start(tmp_path, config=config(num_workers=4, sources=moved), **rules).step == 5
+    assert "data.num_workers: 0 -> 4\n  data.sources.0.data_dir: 'old' -> 'new'" in caplog.text
+    for changes, line in (
+        ({"seed": 2}, "data.seed: 1 -> 2"),
+        ({"sources": [moved[0], {"name": "c", "data_dir": "old"}]}, "data.sources.1.name: 'b' -> 'c'"),
+        ({"sources": moved[:1]}, "data.sources.1.name: 'b' -> 'absent'"),
+    ):
+        with pytest.raises(ValueError) as info:
+            start(tmp_path, config=config(num_workers=4, **changes), **rules)
+        assert str(info.value).splitlines()[1:] == [f"  {line}"]
+
+
 def test_order_of_origins(saved, tmp_path_factory):
     def weights(state):
         return state.replace(params=jax.tree.map(jnp.ones_like, state.params))
