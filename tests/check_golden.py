@@ -15,6 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import golden_mergevq
+import golden_text
 import golden_vae
 import jax
 import numpy as np
@@ -26,6 +27,7 @@ from runtime_jax.weights import read_safetensors
 TOLERANCE = 1e-4
 RUNNERS: dict[str, Callable[[dict, Tensors, Tensors], Tensors]] = {
     **golden_mergevq.RUNNERS,
+    **golden_text.RUNNERS,
     **golden_vae.RUNNERS,
 }
 

@@ -37,15 +37,21 @@ MUTATED = {
     "source_recovery": r".*",
     "patchgan": r".*",
     "dinov2": r"(?!encoder\.layer\.[02]).*",
+    "clip_text": r"(?!encoder\.layers\.[02]).*",
+    # Its token embedding has two names, which must agree: test_text_encoders.py changes both.
+    "t5_encoder": r"encoder\.(block\.1|final).*|.*relative_attention_bias.*",
     "flux_vae": r"encoder\.(conv|down).*|decoder\.(mid_block\.(resnets\.0|att)|up_blocks\.1\.resnets\.0).*",
 }
 # Parameters that cannot matter: a bias in front of a norm of each channel, and what softmax does not see.
 WITHOUT_EFFECT = {
     "encoder_r": {"conv_in.0.bias"},
     "dinov2": {"embeddings.mask_token", "encoder.layer.1.attention.k_proj.bias"},
+    "clip_text": {"encoder.layers.1.self_attn.k_proj.bias"},
     "patchgan": {"main.3.num_batches_tracked", "main.6.num_batches_tracked"},
     "flux_vae": {"decoder.mid_block.attentions.0.to_k.bias"},
 }
+
+T5_MLP = "encoder.block.1.layer.1.DenseReluDense"
 
 
 def errors(path: Path) -> dict[str, float]:
@@ -106,6 +112,8 @@ def test_every_mutated_weight_fails(name):
         ("source_recovery", "blocks.0.q.weight", "blocks.1.q.weight"),
         ("patchgan", "main.3.weight", "main.3.running_var"),
         ("dinov2", "encoder.layer.0.attention.q_proj.weight", "encoder.layer.2.attention.q_proj.weight"),
+        ("clip_text", "encoder.layers.0.layer_norm1.weight", "encoder.layers.0.layer_norm2.weight"),
+        ("t5_encoder", f"{T5_MLP}.wi_0.weight", f"{T5_MLP}.wi_1.weight"),
         ("flux_vae", "decoder.mid_block.attentions.0.to_q.weight", "decoder.mid_block.attentions.0.to_v.weight"),
     ],
 )
@@ -326,7 +334,7 @@ def _spoil(path: Path, kind: str) -> Path:
     [
         ("tome_step.safetensors", "missing", "no such file"),
         ("tome_step.safetensors", "corrupt", "not a readable safetensors file"),
-        ("unet.safetensors", "no output", "no module of that name; known are decoder, dinov2, encoder"),
+        ("unet.safetensors", "no output", "no module of that name; known are clip_text, decoder, dinov2"),
         ("tome_stepper.safetensors", "no output", "no module of that name"),
         ("tome_step.safetensors", "no config", "'config' is missing"),
         ("tome_step.safetensors", "bad config", "Expecting property name"),
