@@ -57,14 +57,17 @@ SHARDING_RULES: tuple[Rule, ...] = (
 
 
 def relative_position_buckets(length: int, config: T5Config) -> Int[np.ndarray, "T T"]:
-    """Bucket of every (query, key): half for keys that follow, and in each half one for every near distance and then
-    logarithmic ones up to the maximal distance."""
+    """Bucket of the distance of every (query, key).
+
+    Half of the buckets are for keys that follow the query. Within each half, half are for one distance each (0, 1, ...)
+    and the others grow logarithmically up to the maximal distance; what lies beyond shares the last.
+    """
     half = config.relative_attention_num_buckets // 2
     exact = half // 2
     offset = np.arange(length)[None, :] - np.arange(length)[:, None]
     distance = np.abs(offset)
-    octaves = np.log(np.maximum(distance, exact) / exact) / math.log(config.relative_attention_max_distance / exact)
-    far = np.minimum(exact + (octaves * (half - exact)).astype(int), half - 1)
+    progress = np.log(np.maximum(distance, exact) / exact) / math.log(config.relative_attention_max_distance / exact)
+    far = np.minimum(exact + (progress * (half - exact)).astype(int), half - 1)
     return half * (offset > 0) + np.where(distance < exact, distance, far)
 
 
