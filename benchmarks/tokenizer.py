@@ -31,21 +31,9 @@ from mergevq_jax.tokenizer import train as stage1
 from mergevq_jax.tokenizer.config import PRESETS, TokenizerConfig
 from mergevq_jax.tokenizer.perceptual import load_lpips
 from runtime_jax.compute import Compute
-from runtime_jax.flops import count_flops
+from runtime_jax.flops import count_flops, peak_flops
 from runtime_jax.optimizer import OptimizerConfig, make_optimizer
 
-# Dense bfloat16 peaks of one device, FLOP/s, from the makers' data sheets; the first name that fits counts.
-PEAKS = (
-    ("H100 PCIe", 756e12),
-    ("H100", 989e12),
-    ("H200", 989e12),
-    ("A100", 312e12),
-    ("TPU v6", 918e12),
-    ("TPU v5 lite", 197e12),
-    ("TPU v5e", 197e12),
-    ("TPU v5", 459e12),
-    ("TPU v4", 275e12),
-)
 MATMUL_SIZES = {"cpu": (768, 1536, 3072), "gpu": (4096, 8192, 16384), "tpu": (4096, 8192, 16384)}
 
 
@@ -93,7 +81,7 @@ def programs(config: TokenizerConfig, batch_size: int, compute: Compute, lpips: 
     shapes = jax.eval_shape(functools.partial(stage1.init_state, step_config, optimizers))
     state = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
     state = state.replace(params=jax.tree.map(jnp.copy, params), disc_params=random_like(rng, shapes.disc_params))
-    frozen = stage1.Frozen(lpips=load_lpips(lpips) if lpips else None)
+    frozen = stage1.Frozen(lpips=load_lpips(*lpips) if lpips else None)
     batch = {"image": jnp.asarray(rng.integers(256, size=images.shape).astype(np.uint8))}
     step = functools.partial(stage1.train_step, config=step_config, optimizers=optimizers, keep=config.keep)
     yield Program("train", step, (state, frozen, batch), carry=True)
@@ -184,8 +172,7 @@ def main() -> None:
     if unknown := set(parts) - {"encode", "decode", "train"}:
         parser.error(f"--parts {','.join(sorted(unknown))}: allowed are encode, decode, train")
     device = jax.devices()[0]
-    fits = (peak for name, peak in PEAKS if name in device.device_kind and args.dtype == "bfloat16")
-    peak = next(fits, None)
+    peak = peak_flops(device.device_kind, args.dtype)
     compute = Compute(dtype=args.dtype, attention=args.attention)
     rows, rates = [], [matmul_rates(args.dtype, args.repeats)]
     for program in programs(PRESETS[args.preset], args.batch_size, compute, args.lpips):

@@ -23,8 +23,12 @@ SCHEDULES = {
 
 def get_config(arg: str = "gr-d64") -> ConfigDict:
     """`arg` names a preset."""
-    model = preset(arg)
-    batch_size, epochs, drops, clip_norm, alignment, source = SCHEDULES[arg.split("-")[0]]
+    model, variant = preset(arg), arg.split("-")[0]
+    if variant not in SCHEDULES:
+        raise ValueError(
+            f"preset {arg!r} has no published schedule; there are {', '.join(SCHEDULES)} with -d32 to -d96"
+        )
+    batch_size, epochs, drops, clip_norm, alignment, source = SCHEDULES[variant]
     if arg == "gr-d96":
         clip_norm = 5.0
     ratios = {"g": gaussian(256, 8 if arg == "g-d32" else 9), "gr": gaussian(144, 6), "r": exponential(36, 6)}
@@ -43,7 +47,7 @@ def get_config(arg: str = "gr-d64") -> ConfigDict:
             "model": to_dict(model),
             "compute": {"dtype": "bfloat16", "remat": True},
             "losses": {"alignment_weight": alignment, "source_weight": source},
-            "merge_ratio": to_dict(ratios[arg.split("-")[0]]),
+            "merge_ratio": to_dict(ratios[variant]),
             "optimizer": optimizer,
             "discriminator_optimizer": {**optimizer, "clip_norm": None},
             "data": {
@@ -65,6 +69,7 @@ def get_config(arg: str = "gr-d64") -> ConfigDict:
             },
             "lpips": [],
             "teacher": "facebook/dinov2-base",
+            "blocks_from": None if variant == "r" else "facebook/dinov2-base",
             "loop": {
                 "duration": {"epochs": float(epochs)},
                 "log_every": 100,

@@ -21,6 +21,8 @@ def _sources(scenes: str, photos: str) -> list[dict]:
 
 def get_config(arg: str = "full") -> ConfigDict:
     """`full`: what is shipped; `demo`: the same model, trained for a few minutes."""
+    if arg not in STEPS:
+        raise ValueError(f"no variant {arg!r}; there are {', '.join(STEPS)}")
     steps = STEPS[arg]
     optimizer = {
         "learning_rate": 3e-3,

@@ -2,6 +2,7 @@
 
 import argparse
 import logging
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,12 +18,23 @@ def main(argv: Sequence[str] | None = None) -> int:
         overrides = _overrides(args, rest)
         return args.run(args, overrides) or 0
     except KeyboardInterrupt:
-        return 130
-    except (ValueError, OSError, FloatingPointError) as error:
-        if args.traceback:
+        return 128 + signal.SIGINT
+    except Exception as error:
+        from runtime_jax.checkpoint import CheckpointError  # here, for it takes a second
+
+        if args.traceback or not isinstance(error, (ValueError, OSError, FloatingPointError, CheckpointError)):
             raise
-        print(f"mergevq {args.command}: {error}", file=sys.stderr)
+        print(f"mergevq {args.command}: {error}{_advice(error)}", file=sys.stderr)
         return 1
+
+
+def _advice(error: Exception) -> str:
+    from runtime_jax.data import MissingDatasetError
+
+    if not isinstance(error, MissingDatasetError) or not error.name.startswith("mini_scenes"):
+        return ""
+    _, _, size = error.name.partition("/")
+    return f"; or run: mergevq scenes --data-dir {error.data_dir} --size {size or 64}"
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -63,7 +75,9 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("images", nargs="+", type=Path)
     sub.add_argument("--tokenizer", default=TINY, help="folder or hub id (default: the shipped tiny one)")
     sub.add_argument("--keep", type=int, nargs="+", help="kept tokens K (default: the model's share of the raw tokens)")
-    sub.add_argument("--size", type=int, help="first resize the shorter side to this many pixels")
+    sub.add_argument(
+        "--size", type=int, help="pixels of the shorter side (default: the training size; 0: as the picture is)"
+    )
     sub.add_argument("--out", type=Path, default=Path("runs/reconstruct"))
 
     sub = command("tokenize", _tokenize, "Write codes and source maps of a dataset or folder to disk; resumable.")
@@ -121,11 +135,16 @@ def _load(args, overrides):
     return config_lib.build(TrainConfig, config_lib.load(args.config, overrides, new_keys=True))
 
 
-def _train(args, overrides) -> None:
+def _train(args, overrides) -> int:
     config = _load(args, overrides)
     from mergevq_jax.tokenizer.run import train
 
-    print(f"the tokenizer is in {train(config, args.workdir)}")
+    trained = train(config, args.workdir)
+    if trained.stopped_by is None:
+        print(f"the tokenizer is in {trained.folder}")
+        return 0
+    print(f"stopped by {trained.stopped_by} after step {trained.step}; the same command goes on from there")
+    return 128 + signal.Signals[trained.stopped_by]
 
 
 def _evaluate(args, _) -> None:
@@ -144,8 +163,7 @@ def _evaluate(args, _) -> None:
 def _reconstruct(args, _) -> None:
     from mergevq_jax.reconstruct import reconstruct
 
-    for path in args.images:
-        print(reconstruct(path, args.tokenizer, keeps=args.keep, size=args.size, out=args.out))
+    reconstruct(args.images, args.tokenizer, keeps=args.keep, size=args.size, out=args.out)
 
 
 def _tokenize(args, _) -> None:

@@ -11,6 +11,7 @@ import numpy as np
 from mergevq_jax.tokenizer import model
 from mergevq_jax.tokenizer import train as stage1
 from mergevq_jax.tokenizer.config import TokenizerConfig
+from mergevq_jax.tokenizer.perceptual import lpips_shapes
 from mergevq_jax.tokenizer.run import TrainConfig, load_frozen
 from runtime_jax.compute import Compute
 from runtime_jax.flops import count_flops
@@ -54,7 +55,9 @@ def forward_programs(config: TokenizerConfig, batch_size: int, compute: Compute 
     }
 
 
-def inspect_model(config: TokenizerConfig, batch_size: int, *, compile: bool = False) -> str:
+def inspect_model(
+    config: TokenizerConfig, batch_size: int, *, compute: Compute = Compute(), compile: bool = False
+) -> str:
     """Tables of parameters, and of FLOPs and bytes of encode and decode."""
     lines = [
         f"{config.resolution} px, {config.raw_tokens} raw tokens, {config.keep} kept, {config.z_channels} bits",
@@ -64,7 +67,8 @@ def inspect_model(config: TokenizerConfig, batch_size: int, *, compile: bool = F
         ("part", "parameters", "MB, float32"),
         [(name, f"{number:,}", f"{4 * number / 1e6:.1f}") for name, number in parameter_counts(config).items()],
     )
-    rows = [_program_row(name, program, compile) for name, program in forward_programs(config, batch_size).items()]
+    programs = forward_programs(config, batch_size, compute)
+    rows = [_program_row(name, program, compile) for name, program in programs.items()]
     return "\n".join([*lines, "", *_table((f"batch of {batch_size}", "GFLOP", "temporary MB"), rows)])
 
 
@@ -72,6 +76,7 @@ def inspect_config(config: TrainConfig, *, compile: bool = False) -> str:
     """As `inspect_model`, and the train step: bytes of its state, FLOPs, and with `compile` its temporary memory."""
     batch_size = config.data.batch_size
     state, step = trace_train_step(config, batch_size)
+    name = "train step" + (", without the alignment loss" if config.losses.alignment_weight else "")
     rows = [
         (name, f"{count(part):,}", f"{size_of(part) / 1e6:.1f}")
         for name, part in (
@@ -84,19 +89,22 @@ def inspect_config(config: TrainConfig, *, compile: bool = False) -> str:
     ]
     return "\n".join(
         [
-            inspect_model(config.model, batch_size, compile=compile),
+            inspect_model(config.model, batch_size, compute=config.compute, compile=compile),
             "",
             *_table(("train state", "numbers", "MB"), rows),
             "",
-            *_table((f"batch of {batch_size}", "GFLOP", "temporary MB"), [_program_row("train step", step, compile)]),
+            *_table((f"batch of {batch_size}", "GFLOP", "temporary MB"), [_program_row(name, step, compile)]),
         ]
     )
 
 
 def trace_train_step(config: TrainConfig, batch_size: int) -> tuple[stage1.TrainState, Any]:
-    """Shapes of the train state, and the traced step; the frozen networks' loss terms are left out (no weights)."""
+    """Shapes of the train state, and the traced step; without the alignment loss, whose teacher is not known here."""
     losses = replace(config.losses, perceptual_weight=0.0, alignment_weight=0.0)
     step_config, frozen = load_frozen(replace(config, losses=losses))
+    if config.losses.perceptual_weight:
+        losses = replace(losses, perceptual_weight=config.losses.perceptual_weight)
+        step_config, frozen = replace(step_config, losses=losses), stage1.Frozen(lpips=lpips_shapes())
     schedule = lambda step: config.optimizer.learning_rate  # noqa: E731
     optimizers = stage1.Optimizers(
         make_optimizer(config.optimizer, schedule), make_optimizer(config.discriminator_optimizer, schedule), schedule

@@ -1,4 +1,4 @@
-"""Floating-point operations of a program, counted from its jaxpr.
+"""Floating-point operations: those of a program, counted from its jaxpr, and those that a device can do.
 
 XLA's own count takes the body of a scan once, whatever its number of turns.
 """
@@ -6,6 +6,24 @@ XLA's own count takes the body of a scan once, whatever its number of turns.
 import math
 
 import jax.extend as jex
+
+# Dense bfloat16 peaks of one device, FLOP/s, from the makers' data sheets; the first name that fits counts.
+PEAKS = (
+    ("H100 PCIe", 756e12),
+    ("H100", 989e12),
+    ("H200", 989e12),
+    ("A100", 312e12),
+    ("TPU v6", 918e12),
+    ("TPU v5 lite", 197e12),
+    ("TPU v5e", 197e12),
+    ("TPU v5", 459e12),
+    ("TPU v4", 275e12),
+)
+
+
+def peak_flops(device_kind: str, dtype: str) -> float | None:
+    """FLOP/s of one device by its data sheet; None where it is not known, or `dtype` is not bfloat16."""
+    return next((peak for name, peak in PEAKS if name in device_kind and dtype == "bfloat16"), None)
 
 
 def count_flops(jaxpr: jex.core.Jaxpr) -> float:

@@ -158,6 +158,16 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
+def place(tree: Any, shardings: Any) -> Any:
+    """Host arrays, whole on every process, as global device arrays; `shardings` is a tree like `tree`."""
+
+    def put(value: Any, sharding: NamedSharding) -> Array:
+        value = np.asarray(value)
+        return jax.make_array_from_callback(value.shape, sharding, lambda index: value[index])
+
+    return jax.tree.map(put, tree, shardings)
+
+
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """The sharding that splits the first dimension over the batch axes of the mesh."""
     return NamedSharding(mesh, PartitionSpec(_SPLIT_OVER[Axis.BATCH]))

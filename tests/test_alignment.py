@@ -275,6 +275,30 @@ def test_encoder_blocks_from_dinov2(teacher):
         init_blocks_from_dinov2(block_shapes(64, 3), teacher[1])
 
 
+def test_a_new_run_starts_from_the_teachers_blocks(folder, teacher):
+    import optax
+
+    from mergevq_jax.tokenizer import train
+    from mergevq_jax.tokenizer.config import TokenizerConfig
+    from mergevq_jax.tokenizer.run import Program
+    from runtime_jax.sharding import MeshConfig, make_mesh
+
+    sizes = {"resolution": 32, "ch": 32, "ch_mult": (1, 1, 1), "num_res_blocks": (0, 0, 0), "num_att_blocks": 2}
+    model = TokenizerConfig(**sizes, z_channels=6, keep=48, dist_head=None, recovery=None)
+    losses = train.LossConfig(perceptual_weight=0.0, source_weight=0.0)
+    optimizers = train.Optimizers(optax.sgd(1.0), optax.sgd(1.0), lambda step: 1.0)
+    mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
+    with jax.set_mesh(mesh):
+        program = Program(train.StepConfig(model=model, losses=losses), optimizers, mesh, train.Frozen())
+        plain, filled = (jax.device_get(program.init(source)) for source in (None, str(folder)))
+    blocks = {name: block for name, block in plain.params["encoder"]["attn"].items() if name != "cls_token"}
+    expected = init_blocks_from_dinov2(blocks, teacher[1])
+    for params in (filled.params, filled.ema):
+        encoder = params["encoder"]
+        jax.tree.map(np.testing.assert_array_equal, {name: encoder["attn"][name] for name in expected}, expected)
+        jax.tree.map(np.testing.assert_array_equal, encoder["stem"], plain.params["encoder"]["stem"])
+
+
 def test_filled_blocks_are_the_teachers_at_equal_width(golden, teacher):
     """The encoder's own block, filled at the teacher's width, computes what the teacher's block does."""
     from mergevq_jax.tokenizer.layers import Block

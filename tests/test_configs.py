@@ -1,10 +1,20 @@
 """Every config file builds; the full-size ones carry the published figures."""
 
+import functools
+
+import jax
+import jax.numpy as jnp
 import pytest
 
+from mergevq_jax.pretrained import SHIPPED
+from mergevq_jax.tokenizer import train
 from mergevq_jax.tokenizer.config import PRESETS
-from mergevq_jax.tokenizer.run import TrainConfig
+from mergevq_jax.tokenizer.dinov2 import DINOv2, DINOv2Config
+from mergevq_jax.tokenizer.model import read_config
+from mergevq_jax.tokenizer.perceptual import lpips_shapes
+from mergevq_jax.tokenizer.run import TrainConfig, load_frozen
 from runtime_jax.config import build, load, to_dict
+from runtime_jax.optimizer import make_optimizer, make_schedule
 
 LPIPS = "lpips=('vgg16.safetensors',)"
 
@@ -18,6 +28,47 @@ def test_imagenet_configs_build(preset):
     assert build(TrainConfig, to_dict(config)) == config
 
 
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("mergevq_tiny.py:dmeo", "no variant 'dmeo'; there are full, demo"),
+        ("mergevq_imagenet.py:gr-d65", "no preset 'gr-d65'"),
+        ("mergevq_imagenet.py:tiny", "'tiny' has no published schedule"),
+    ],
+)
+def test_variants_that_do_not_exist(spec, message):
+    with pytest.raises(ValueError, match=message):
+        load(f"configs/{spec}")
+
+
+@pytest.mark.parametrize("preset", [name for name in PRESETS if name != "tiny"])
+def test_published_steps_trace(preset):
+    """The published objective whole, by shapes alone: LPIPS, discriminator, source and alignment loss with DINOv2."""
+    config = build(TrainConfig, load(f"configs/mergevq_imagenet.py:{preset}", [LPIPS]))
+    step_config = train.StepConfig(
+        model=config.model,
+        compute=config.compute,
+        losses=config.losses,
+        discriminator=config.discriminator,
+        teacher=DINOv2Config(),
+        accumulate=2,
+    )
+    schedule = make_schedule(config.optimizer, total_steps=10**6, batch_size=4, num_examples=10**6)
+    optimizer = make_optimizer(config.optimizer, schedule)
+    optimizers = train.Optimizers(optimizer, optimizer, schedule)
+    state = jax.eval_shape(functools.partial(train.init_state, step_config, optimizers))
+    pixels = jax.ShapeDtypeStruct((1, 224, 224, 3), jnp.float32)
+    teacher = jax.eval_shape(DINOv2(step_config.teacher).init, jax.random.key(0), pixels)["params"]
+    batch = {
+        "image": jax.ShapeDtypeStruct((4, 256, 256, 3), jnp.uint8),
+        "index": jax.ShapeDtypeStruct((4,), jnp.int32),
+    }
+    step = functools.partial(train.train_step, config=step_config, optimizers=optimizers, keep=config.model.keep)
+    new, metrics = jax.eval_shape(step, state, train.Frozen(lpips=lpips_shapes(), teacher=teacher), batch)
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), new) == jax.tree.map(lambda x: (x.shape, x.dtype), state)
+    assert {"loss", "perceptual", "entropy", "source", "alignment", "disc/loss"} <= set(metrics)
+
+
 @pytest.mark.parametrize("arg", ["full", "demo"])
 def test_tiny_configs_build(arg):
     config = build(TrainConfig, load(f"configs/mergevq_tiny.py:{arg}"))
@@ -26,5 +77,10 @@ def test_tiny_configs_build(arg):
 
 
 def test_full_size_needs_weights_for_its_perceptual_loss():
+    config = build(TrainConfig, load("configs/mergevq_imagenet.py:gr-d64", ["losses.alignment_weight=0.0"]))
     with pytest.raises(ValueError, match="lpips names no weights"):
-        build(TrainConfig, load("configs/mergevq_imagenet.py:gr-d64"))
+        load_frozen(config)
+
+
+def test_the_shipped_tokenizer_is_the_preset():
+    assert read_config(SHIPPED["tiny"] / "config.json") == PRESETS["tiny"]

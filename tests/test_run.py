@@ -82,16 +82,30 @@ def losses(workdir: Path) -> list[dict]:
     return [{key: value for key, value in line.items() if not key.startswith("time/")} for line in lines]
 
 
-def test_a_killed_run_goes_on_bit_equal(folder, trained):
-    process = subprocess.Popen(command(folder, "killed"), env=ENVIRONMENT, stdout=subprocess.DEVNULL)
-    checkpoints, deadline = folder / "killed" / "checkpoints", time.monotonic() + 300
-    while not any(checkpoints.glob("*")) and process.poll() is None:  # also while the first one is being written
+def interrupt(folder: Path, workdir: str, when: str, number: signal.Signals) -> subprocess.CompletedProcess:
+    """Starts the run and sends it a signal as soon as something in its checkpoints is named like `when`."""
+    process = subprocess.Popen(
+        command(folder, workdir), env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    deadline = time.monotonic() + 300
+    while not any((folder / workdir / "checkpoints").glob(when)) and process.poll() is None:
         assert time.monotonic() < deadline
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+        time.sleep(0.002)
+    process.send_signal(number)
+    stdout, stderr = process.communicate()
+    return subprocess.CompletedProcess(process.args, process.returncode, stdout, stderr)
+
+
+def test_a_killed_run_goes_on_bit_equal(folder, trained):
+    """Killed while the first checkpoint is written, killed again after the second, interrupted, and then finished."""
+    assert interrupt(folder, "killed", "*", signal.SIGKILL).returncode == -signal.SIGKILL
+    assert interrupt(folder, "killed", "6", signal.SIGKILL).returncode == -signal.SIGKILL
+    stopped = interrupt(folder, "killed", "9", signal.SIGTERM)
     again = subprocess.run(command(folder, "killed"), env=ENVIRONMENT, capture_output=True, text=True)
     assert again.returncode == 0, again.stderr
+    assert "own checkpoint" in stopped.stdout and "own checkpoint" in again.stdout
+    if stopped.returncode:  # with only three steps to go, it can be too late to stop
+        assert stopped.returncode == 128 + signal.SIGTERM and "stopped by SIGTERM after step" in stopped.stdout
     assert losses(folder / "killed") == losses(trained)
     whole, resumed = (load_file(path / "tokenizer" / "model.safetensors") for path in (trained, folder / "killed"))
     assert whole.keys() == resumed.keys()
@@ -152,16 +166,42 @@ def test_tokens_on_disk_are_the_tokenizers(folder, trained, capsys):
 def test_reconstruct_takes_a_picture_of_any_size(folder, trained, capsys):
     picture = next((folder / "pictures").rglob("*.png"))
     arguments = ["reconstruct", str(picture), "--tokenizer", str(trained / "tokenizer"), "--out", str(folder / "pics")]
-    assert cli.main([*arguments, "--keep", "60"]) == 0
+    assert cli.main([*arguments, "--keep", "60", "--size", "0"]) == 0
     assert Image.open(folder / "pics" / f"{picture.stem}_k60.png").size == (48, 40)
+    assert cli.main([*arguments, "--keep", "50"]) == 0  # the training size, in whole tokens of 4 pixels
+    assert Image.open(folder / "pics" / f"{picture.stem}_k50.png").size == (36, 32)
     assert (folder / "pics" / f"{picture.stem}_comparison.png").is_file()
     assert "dB" in capsys.readouterr().out
+
+
+def test_reconstruct_refuses_what_would_be_lost_or_never_end(folder, tmp_path, capsys):
+    picture = next((folder / "pictures").rglob("*.png"))
+    twin = tmp_path / picture.name
+    twin.write_bytes(picture.read_bytes())
+    assert cli.main(["reconstruct", str(picture), str(twin)]) == 1
+    assert "would overwrite each other" in capsys.readouterr().err
+    assert cli.main(["reconstruct", str(picture), "--size", "400"]) == 1
+    assert "at most 8192 are allowed: take a smaller --size" in capsys.readouterr().err
 
 
 def test_inspect_needs_no_weights(capsys):
     assert cli.main(["inspect", "--preset", "gr-d64"]) == 0
     text = capsys.readouterr().out
     assert "62,6" in text and "83,3" in text and "GFLOP" in text
+    assert cli.main(["inspect", "--config", "configs/mergevq_imagenet.py:g-d32"]) == 0
+    assert "train step, without the alignment loss" in capsys.readouterr().out
+
+
+def test_errors_of_checkpoints_are_one_line(monkeypatch, capsys):
+    from mergevq_jax.tokenizer import run
+    from runtime_jax.checkpoint import CheckpointError
+
+    def damaged(*_):
+        raise CheckpointError("none of 2 checkpoints can be read")
+
+    monkeypatch.setattr(run, "train", damaged)
+    assert cli.main(["train", "--config", "configs/mergevq_tiny.py", "--workdir", "x"]) == 1
+    assert capsys.readouterr().err == "mergevq train: none of 2 checkpoints can be read\n"
 
 
 @pytest.mark.parametrize(
@@ -176,6 +216,16 @@ def test_inspect_needs_no_weights(capsys):
         (["--config.data.batch_size=6", "--config.accumulate=4"], "does not divide"),
         (["--config.losses.perceptual_weight=1.0"], "lpips names no weights"),
         (["--config.init_from=/no/tokenizer"], "/no/tokenizer"),
+        (
+            [
+                "--config.losses.alignment=label",
+                "--config.losses.alignment_weight=1.0",
+                "--config.losses.alignment_size=32",
+                "--config.model.dist_head=layer3",
+                "--config.model.num_classes=1",
+            ],
+            "has 2 classes, the head's model.num_classes is 1",
+        ),
         (["--config.mesh.tensor=3"], "mesh"),
         (["--config.loop.min_free_bytes=1152921504606846976"], "disk full"),
     ],
@@ -207,7 +257,7 @@ def test_a_workdir_that_cannot_be_written(folder, capsys):
         (["reconstruct", "PICTURE", "--keep", "999"], "cannot keep 999"),
         (["reconstruct", "PICTURE", "--size", "2"], "at least 4 pixels"),
         (["reconstruct", "PICTURE", "--tokenizer", "/no/where"], "/no/where"),
-        (["evaluate", "--data-dir", "/no/where"], "mini_scenes/64"),
+        (["evaluate", "--data-dir", "/no/where"], "run: mergevq scenes --data-dir /no/where --size 64"),
         (["tokenize", "--folder", "/no/where", "--out", "x"], "/no/where"),
         (["tokenize", "--out", "x"], "exactly one of --folder and --tfds"),
         (["inspect", "--preset", "huge"], "no preset 'huge'"),

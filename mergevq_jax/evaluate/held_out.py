@@ -7,7 +7,7 @@ import numpy as np
 
 from mergevq_jax.evaluate import report
 from mergevq_jax.pretrained import load_tokenizer
-from runtime_jax.data import DataConfig, SourceConfig, make_batches
+from runtime_jax.data import DataConfig, SourceConfig, make_batches, open_source
 from runtime_jax.pictures import image_grid, loss_curve, save_png
 
 BATCH_SIZE = 32  # any number of images is measured in batches of this many
@@ -23,9 +23,11 @@ def held_out_scenes(size: int, count: int, data_dir: str) -> np.ndarray:
     """uint8 [count, size, size, 3]: scenes that no training run reads.
 
     Raises:
-      ValueError: mini_scenes of this size is not under data_dir.
+      ValueError: mini_scenes of this size is not under data_dir, or has fewer held-out scenes.
     """
     source = SourceConfig(kind="tfds", name=f"mini_scenes/{size}", split="test", data_dir=data_dir)
+    if count > (there := len(open_source(source))):
+        raise ValueError(f"--num-images {count}: mini_scenes has {there} held-out scenes")
     return _read(source, size, count, random_crop=False)
 
 

@@ -40,18 +40,18 @@ def psnr(images: ArrayLike, targets: ArrayLike) -> Float[np.ndarray, "batch"]:
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean, half the width of its 95 % confidence interval, and the number of values."""
+    """A mean, half the width of its 95 % confidence interval (None: not known), and the number of values."""
 
     mean: float
-    half_width: float
+    half_width: float | None
     count: int
 
     def __str__(self) -> str:
-        return f"{self.mean:.2f} ± {self.half_width:.2f}"
+        return f"{self.mean:.2f}" + ("" if self.half_width is None else f" ± {self.half_width:.2f}")
 
 
-def estimate(values: np.ndarray | Sequence[float]) -> Estimate:
-    """Mean and 95 % interval (Student's t) of independent values; the half width of a single value is inf.
+def estimate(values: np.ndarray | Sequence[float], *, independent: bool = True) -> Estimate:
+    """Mean and, of independent values, 95 % interval (Student's t); the half width of a single value is inf.
 
     Raises:
       ValueError: no values, or NaN among them (a broken image must not vanish in a mean).
@@ -61,6 +61,8 @@ def estimate(values: np.ndarray | Sequence[float]) -> Estimate:
     if values.size == 0 or broken.size:
         where = f"NaN at places {broken[:10].tolist()}" if broken.size else "no values"
         raise ValueError(f"estimate: {where} of {values.size}")
+    if not independent:
+        return Estimate(float(np.mean(values)), None, values.size)
     if values.size == 1:
         return Estimate(float(values[0]), float("inf"), 1)
     half = stdtrit(values.size - 1, 0.975) * np.std(values, ddof=1) / np.sqrt(values.size)

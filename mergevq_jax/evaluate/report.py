@@ -1,5 +1,6 @@
 """What a tokenizer does, as numbers and as a picture: reconstructions at several K, with the merged groups outlined."""
 
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -38,8 +39,9 @@ def measure(tokenizer: Tokenizer, images: Images, keeps: Sequence[int], *, batch
             if recovers:
                 guessed = tokens.replace(source_map=tokenizer.recover(tokens.indices))
                 recovered.append(psnr(np.asarray(tokenizer.decode(guessed))[: len(batch)], batch))
-        with_recovered_maps = estimate(np.concatenate(recovered)) if recovers else None
-        results.append(Reconstruction(keep, estimate(np.concatenate(values)), with_recovered_maps, usage))
+        mean = functools.partial(estimate, independent=independent)
+        with_recovered_maps = mean(np.concatenate(recovered)) if recovers else None
+        results.append(Reconstruction(keep, mean(np.concatenate(values)), with_recovered_maps, usage))
     return results
 
 

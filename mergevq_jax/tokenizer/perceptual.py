@@ -110,6 +110,12 @@ _IGNORED = (r"classifier\..*", r"pre_logits\..*", r"head\..*", r"scaling_layer\.
 _RENAMES = ((r"^net\.slice\d\.", "features."), (r"^lins\.(\d)\.", r"lin\1."), (r"^(lin\d)\.model\.0\.", r"\1.model.1."))
 
 
+def lpips_shapes(widths: tuple[int, ...] = VGG16_WIDTHS) -> dict[str, Any]:
+    """Shapes and dtypes of the parameters of `LPIPS(widths)`."""
+    images = jax.ShapeDtypeStruct((1, 16, 16, 3), jnp.float32)
+    return jax.eval_shape(LPIPS(widths).init, jax.random.key(0), images, images)["params"]
+
+
 def load_lpips(*sources: str | os.PathLike, widths: tuple[int, ...] = VGG16_WIDTHS) -> dict[str, Any]:
     """The parameters of `LPIPS(widths)`, float32, from weights in the layouts that are in use.
 
@@ -132,9 +138,7 @@ def load_lpips(*sources: str | os.PathLike, widths: tuple[int, ...] = VGG16_WIDT
             for pattern, replacement in _RENAMES:
                 name = re.sub(pattern, replacement, name)
             parts.append((source, {name: array.astype(np.float32)}))
-    images = jax.ShapeDtypeStruct((1, 16, 16, 3), jnp.float32)
-    shapes = jax.eval_shape(LPIPS(widths).init, jax.random.key(0), images, images)["params"]
-    params = import_weights(TABLE, merge_tensors(parts), shapes, ignore=_IGNORED)
+    params = import_weights(TABLE, merge_tensors(parts), lpips_shapes(widths), ignore=_IGNORED)
     negative = [name for name in params if name.startswith("lin_") and np.any(params[name] < 0)]
     if negative:
         raise WeightError(f"{', '.join(negative)}: LPIPS' linear weights are >= 0, these are not")

@@ -5,12 +5,13 @@ import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import numpy as np
 
 from mergevq_jax.evaluate import report
+from mergevq_jax.tokenizer import alignment
 from mergevq_jax.tokenizer import train as stage1
 from mergevq_jax.tokenizer.config import TokenizerConfig
 from mergevq_jax.tokenizer.dinov2 import load_dinov2
@@ -21,7 +22,8 @@ from runtime_jax import config as config_lib
 from runtime_jax import loop, sharding
 from runtime_jax.checkpoint import check_workdir, initial_state
 from runtime_jax.compute import Compute
-from runtime_jax.data import DataConfig, make_batches, num_examples
+from runtime_jax.data import DataConfig, make_batches, num_examples, open_source
+from runtime_jax.flops import count_flops, peak_flops
 from runtime_jax.optimizer import OptimizerConfig, make_optimizer, make_schedule
 
 MODEL_FOLDER = "tokenizer"
@@ -42,7 +44,7 @@ class TrainConfig:
     """A whole run; what configs/mergevq_*.py return is built into this."""
 
     task: Literal["tokenizer"] = "tokenizer"
-    seed: int = 0
+    seed: int = 0  # of parameters, merge numbers and augmentation; data.seed orders the data
     model: TokenizerConfig
     compute: Compute = Compute()
     losses: stage1.LossConfig = stage1.LossConfig()
@@ -58,6 +60,7 @@ class TrainConfig:
     loop: loop.LoopConfig
     lpips: tuple[str, ...] = ()  # files, folders or hub ids with VGG16's and LPIPS' weights
     teacher: str | None = None  # DINOv2 folder or hub id
+    blocks_from: str | None = None  # DINOv2 folder or hub id: a new encoder's blocks are selected from its (G, G+R)
     init_from: str | None = None  # a tokenizer's folder or hub id
     resume_from: str | None = None  # another run's workdir or checkpoint
 
@@ -72,15 +75,18 @@ class TrainConfig:
             model.merge_counts(model.raw_tokens, keep)
         if self.data.batch_size % self.accumulate:
             raise ValueError(f"data.batch_size={self.data.batch_size} does not divide by accumulate={self.accumulate}")
-        if self.losses.perceptual_weight and not self.lpips:
-            raise ValueError(
-                "losses.perceptual_weight is not 0, but lpips names no weights: give a file, folder or hub id with "
-                "VGG16's convolutions and LPIPS' linear layers, or set the weight to 0"
-            )
 
 
-def train(config: TrainConfig, workdir: str | Path) -> Path:
-    """Trains, or goes on training, in `workdir`; returns the folder of the averaged tokenizer, as far as it got.
+class Trained(NamedTuple):
+    """What a run leaves."""
+
+    folder: Path  # the averaged tokenizer, as far as it got
+    step: int
+    stopped_by: str | None  # the signal that ended the run early
+
+
+def train(config: TrainConfig, workdir: str | Path) -> Trained:
+    """Trains, or goes on training, in `workdir`.
 
     Raises:
       ValueError: config, data, weights or checkpoint that do not fit, before anything is compiled.
@@ -99,6 +105,8 @@ def train(config: TrainConfig, workdir: str | Path) -> Path:
         make_optimizer(config.discriminator_optimizer, schedules[1]),
         schedules[0],
     )
+    if config.losses.alignment_weight and config.losses.alignment == "label":
+        _check_labels(config)
     step_config, frozen = load_frozen(config)
     start = Tokenizer.from_pretrained(config.init_from) if config.init_from else None
     if start and start.config != config.model:
@@ -115,10 +123,11 @@ def train(config: TrainConfig, workdir: str | Path) -> Path:
             workdir,
             program.abstract_state,
             config=resolved,
-            init=program.init,
+            init=functools.partial(program.init, blocks_from=config.blocks_from),
             init_from=functools.partial(program.with_weights, start) if start else None,
             resume_from=config.resume_from,
             must_match=("model", "discriminator", "seed", "data", "merge_ratio"),
+            may_differ=("data.num_workers", "data.sources.*.data_dir", "data.sources.*.path"),
         )
         if jax.process_index() == 0:
             print(f"{total_steps} steps of {batch_size} images, from step {found.step} ({found.origin})", flush=True)
@@ -140,17 +149,39 @@ def train(config: TrainConfig, workdir: str | Path) -> Path:
             preview=looks.preview,
             evaluate=looks.evaluate,
             variant=lambda step: draw_keep(config.merge_ratio, config.seed, step),
+            flops_per_step=lambda step: program.flops(draw_keep(config.merge_ratio, config.seed, step)),
+            peak_flops=peak_flops(mesh.devices.flat[0].device_kind, config.compute.dtype),
         )
         folder = workdir / MODEL_FOLDER
         ema = jax.device_get(jax.jit(lambda ema: ema, out_shardings=sharding.replicated(mesh))(result.state.ema))
         if jax.process_index() == 0:
             Tokenizer(config.model, ema).save_pretrained(folder)
-    return folder
+    return Trained(folder, result.step, result.stopped_by)
+
+
+def _check_labels(config: TrainConfig) -> None:
+    for source in config.data.sources:
+        classes = open_source(source).num_classes
+        if classes is None or classes > config.model.num_classes:
+            have = "has no labels" if classes is None else f"has {classes} classes"
+            raise ValueError(
+                f"losses.alignment='label': source {source.name or source.path or source.kind!r} {have}, the head's "
+                f"model.num_classes is {config.model.num_classes}"
+            )
 
 
 def load_frozen(config: TrainConfig) -> tuple[stage1.StepConfig, stage1.Frozen]:
-    """The static part of the step, and the parameters that it never changes, read from where the config says."""
+    """The static part of the step, and the parameters that it never changes, read from where the config says.
+
+    Raises:
+      ValueError: weights that the losses need are not named or do not fit.
+    """
     losses, teacher, teacher_params = config.losses, None, None
+    if losses.perceptual_weight and not config.lpips:
+        raise ValueError(
+            "losses.perceptual_weight is not 0, but lpips names no weights: give a file, folder or hub id with VGG16's "
+            "convolutions and LPIPS' linear layers, or set the weight to 0"
+        )
     if losses.alignment_weight and losses.alignment != "label" and config.teacher is not None:
         teacher, teacher_params = load_dinov2(config.teacher)
     step_config = stage1.StepConfig(
@@ -191,32 +222,52 @@ class Program:
         self.abstract_state = jax.tree.map(
             lambda shape, place: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=place), shapes, self._shardings
         )
-        self._frozen = jax.device_put(frozen, sharding.replicated(mesh)) if jax.tree.leaves(frozen) else frozen
-        self._compiled: dict[int, Any] = {}
+        self._frozen = sharding.place(frozen, jax.tree.map(lambda _: sharding.replicated(mesh), frozen))
+        self._compiled: dict[int, _Compiled] = {}
 
-    def init(self) -> stage1.TrainState:
-        """A new state, made where it belongs."""
-        return jax.jit(
+    def init(self, blocks_from: str | None = None) -> stage1.TrainState:
+        """A new state, made where it belongs; with the encoder's blocks from a DINOv2, if one is named."""
+        state = jax.jit(
             functools.partial(stage1.init_state, self._config, self._optimizers), out_shardings=self._shardings
         )()
+        if blocks_from is None:
+            return state
+        attn = {
+            name: block for name, block in self.abstract_state.params["encoder"]["attn"].items() if name != "cls_token"
+        }
+        _, dinov2 = load_dinov2(blocks_from)
+        filled = alignment.init_blocks_from_dinov2(attn, dinov2)
+        shardings = self._shardings.params["encoder"]["attn"]
+        filled = sharding.place(filled, {name: shardings[name] for name in filled})
+        encoder = state.params["encoder"]
+        return _with_params(state, {**state.params, "encoder": {**encoder, "attn": {**encoder["attn"], **filled}}})
 
     def with_weights(self, tokenizer: Tokenizer, state: stage1.TrainState) -> stage1.TrainState:
         """The state with the weights of a saved tokenizer of the same architecture."""
-        params = jax.tree.map(jax.device_put, tokenizer.params, self._shardings.params)
-        return state.replace(params=params, ema=jax.tree.map(lambda x: x.copy(), params))
+        return _with_params(state, sharding.place(tokenizer.params, self._shardings.params))
 
     def step(self, state: stage1.TrainState, batch: Mapping[str, Any], keep: int) -> tuple[stage1.TrainState, Any]:
         """One update; `state` is donated."""
-        return self.compiled(keep)(state, self._frozen, dict(batch))
-
-    def compiled(self, keep: int) -> Any:
-        """The jitted step that keeps `keep` tokens."""
+        arguments = (state, self._frozen, dict(batch))
         if keep not in self._compiled:
             step = functools.partial(stage1.train_step, config=self._config, optimizers=self._optimizers, keep=keep)
-            self._compiled[keep] = jax.jit(
-                step, donate_argnums=0, out_shardings=(self._shardings, sharding.replicated(self._mesh))
-            )
-        return self._compiled[keep]
+            jitted = jax.jit(step, donate_argnums=0, out_shardings=(self._shardings, sharding.replicated(self._mesh)))
+            traced = jitted.trace(*arguments)
+            self._compiled[keep] = _Compiled(traced.lower().compile(), count_flops(traced.jaxpr.jaxpr))
+        return self._compiled[keep].program(*arguments)
+
+    def flops(self, keep: int) -> float:
+        """FLOPs of a step that keeps `keep` tokens, over all devices; 0 before its first call."""
+        return self._compiled[keep].flops if keep in self._compiled else 0.0
+
+
+def _with_params(state: stage1.TrainState, params: Any) -> stage1.TrainState:
+    return state.replace(params=params, ema=jax.tree.map(lambda x: x.copy(), params))
+
+
+class _Compiled(NamedTuple):
+    program: Any
+    flops: float
 
 
 class _Looks:
@@ -233,7 +284,7 @@ class _Looks:
         """PSNR for each K; code usage at the smallest."""
         batch_size = self._config.evaluation.data.batch_size
         results = report.measure(self._tokenizer(state), self._images, self._keeps, batch_size=batch_size)
-        usage = results[0].usage
+        usage = min(results, key=lambda result: result.keep).usage
         recovered = {f"recovered_psnr/{r.keep}": r.recovered_psnr.mean for r in results if r.recovered_psnr}
         return (
             {f"psnr/{result.keep}": result.psnr.mean for result in results}

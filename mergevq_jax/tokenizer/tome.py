@@ -6,6 +6,9 @@ and is never built: maps compose by a gather, and S^T z is a gather as well.
 Axes: B batch, L raw tokens, T tokens before and K after a merge (a class token counted where there is one), D width.
 """
 
+import bisect
+import functools
+
 import flax.struct
 import jax
 import jax.numpy as jnp
@@ -44,7 +47,8 @@ def merge_counts(raw: int, kept: int, layers: int) -> tuple[int, ...]:
         return ()
     counts = _closest_schedule(raw, kept, layers)
     if counts is None:
-        fewest = next(k for k in range(kept, raw + 1) if _closest_schedule(raw, k, layers))
+        possible = functools.partial(_closest_schedule, raw, layers=layers)
+        fewest = bisect.bisect_left(range(raw), True, lo=kept, key=lambda kept: possible(kept) is not None)
         raise ValueError(
             f"cannot keep {kept} of {raw} tokens in {layers} layers, each of which merges at most half of its tokens: "
             f"allowed are {fewest} to {raw}; keep more tokens or use more layers"
