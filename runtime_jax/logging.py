@@ -12,7 +12,7 @@ import time
 from collections.abc import Iterator, Mapping
 from datetime import timedelta
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -27,8 +27,13 @@ class MetricWriter:
     the run had never been interrupted. Processes other than 0 write nothing.
     """
 
-    def __init__(self, workdir: str | Path, start_step: int = 0):
+    def __init__(self, workdir: str | Path, start_step: int = 0, redo: str | None = None):
         """Opens the files; lines about steps after `start_step` are dropped.
+
+        Args:
+            workdir: directory of the run.
+            start_step: steps that were done before.
+            redo: lines about `start_step` itself are dropped too where all names begin so, since they come again.
 
         Raises:
             OSError: they cannot be written; names the file.
@@ -40,7 +45,7 @@ class MetricWriter:
         from tensorboardX import SummaryWriter  # here, because importing it takes half a second
 
         path = self._workdir / "metrics.jsonl"
-        _drop_later(path, start_step)
+        _drop_later(path, start_step, redo)
         self._file = path.open("a", encoding="utf-8")
         self._board = SummaryWriter(str(self._workdir / "tensorboard"), purge_step=start_step + 1)
 
@@ -103,13 +108,19 @@ def _json_number(value: float) -> float | None:
     return float(value) if math.isfinite(value) else None
 
 
-def _drop_later(path: Path, step: int) -> None:
-    """Rewrites the file without lines of steps after `step` and without a last line that was cut short."""
+def _drop_later(path: Path, step: int, redo: str | None) -> None:
+    """Rewrites the file without a last line that was cut short and without the lines that come again."""
     if not path.exists():
         return
+
+    def comes_again(record: dict[str, Any]) -> bool:
+        names = record.keys() - {"step"}
+        again = redo is not None and all(name.startswith(redo) for name in names)
+        return record["step"] > step or (record["step"] == step and again)
+
     kept = []
     for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
-        if line.endswith("\n") and json.loads(line)["step"] <= step:
+        if line.endswith("\n") and not comes_again(json.loads(line)):
             kept.append(line)
     new = path.with_name(path.name + ".new")
     new.write_text("".join(kept), encoding="utf-8")
@@ -117,7 +128,9 @@ def _drop_later(path: Path, step: int) -> None:
 
 
 class IntervalMeans:
-    """Means of (sum, count) metrics over the steps since the last line; `nonfinite` is summed, not averaged."""
+    """Means of (sum, count) metrics over the steps since the last line; counts of events are summed, not averaged."""
+
+    _SUMMED = ("nonfinite", "data/skipped")
 
     def __init__(self) -> None:
         self._sums: dict[str, tuple[float, float]] = {}
@@ -132,7 +145,7 @@ class IntervalMeans:
         """The means; the next interval starts empty. A mean over no examples is NaN."""
         sums, self._sums = self._sums, {}
         return {
-            key: total if key == "nonfinite" else total / count if count else math.nan
+            key: total if key in self._SUMMED else total / count if count else math.nan
             for key, (total, count) in sums.items()
         }
 
@@ -224,6 +237,8 @@ class Progress:
         parts = [f"{key} {means[key]:.4g}" for key in self._SHOWN if key in means]
         if means.get("nonfinite"):
             parts.append(f"skipped {means['nonfinite']:.0f}")
+        if means.get("data/skipped"):
+            parts.append(f"unreadable images {means['data/skipped']:.0f}")
         if rates:
             parts.append(f"{rates['time/step']:.3g} s/step")
             parts.append(f"{rates['time/examples_per_s_per_chip']:.4g} images/s/chip")

@@ -24,6 +24,7 @@ from runtime_jax.logging import IntervalMeans, MetricWriter, Progress, Stopwatch
 
 Batch = Mapping[str, Any]
 Metrics = Mapping[str, tuple[Any, Any]]
+_EVAL = "eval/"  # begins the names of what `evaluate` gives
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,7 +89,9 @@ def run(
             pairs of device scalars, averaged over the logging interval as sum / count; the sum of "nonfinite" is 1
             where the update was skipped, and is logged as the number of such steps.
         batches: start step -> iterator of host batches, batch s a pure function of s; its leading dimension is this
-            process's share of the batch.
+            process's share of the batch. The iterator's `close()`, if it has one, is called when the run ends, however
+            it ends. If it has a mapping `skipped`, how often each unreadable file was replaced so far, the growth in an
+            interval is logged as `data/skipped` where it is not 0 (on process 0, of its own share).
         shard: host batch -> device batch.
         preview: (state, step) -> images [H, W, 3] uint8 by name; called every `preview_every` steps and at the end.
         evaluate: (state, step) -> numbers by name, logged as `eval/<name>`; every `eval_every` steps and at the end.
@@ -111,6 +114,14 @@ def run(
         if start_step >= total_steps:
             progress.say(f"nothing to do: the state has seen {start_step} of {total_steps} steps")
             return Result(state, start_step, None)
+        checkpointer = stack.enter_context(Checkpointer(path, keep=config.keep_checkpoints))
+        carried = checkpointer.loop(start_step) if start_step in checkpointer.steps() else {}
+        # Where a signal left the evaluation of this step for later, an attempt since then may have made it already.
+        look = bool(carried) and not carried["looked"]
+        writer = stack.enter_context(MetricWriter(path, start_step, redo=_EVAL if look else None))
+        stream = batches(start_step)
+        if hasattr(stream, "close"):
+            stack.callback(stream.close)
         this = _Run(
             config=config,
             resolved_config=resolved_config,
@@ -120,22 +131,31 @@ def run(
             evaluate=evaluate,
             flops=flops_per_step if callable(flops_per_step) else lambda step: flops_per_step or 0.0,
             peak_flops=peak_flops,
-            checkpointer=stack.enter_context(Checkpointer(path, keep=config.keep_checkpoints)),
-            writer=stack.enter_context(MetricWriter(path, start_step)),
+            stream=stream,
+            shard=shard,
+            checkpointer=checkpointer,
+            writer=writer,
             progress=progress,
             stop=stack.enter_context(_Stop()),
         )
-        this.resume(state, start_step)
-        return this.train(state, start_step, map(shard, batches(start_step)), variant)
+        if carried:
+            this.resume(carried)
+        if look:
+            this.look(state, start_step)
+        return this.train(state, start_step, variant)
 
 
 @dataclass
 class _Pending:
-    """A step that was dispatched and whose metrics were not read yet; `number` counts from 1."""
+    """A step that was dispatched and whose metrics were not read yet; `number` counts from 1.
+
+    `skipped`: unreadable files that were replaced in this run's batches up to this step's.
+    """
 
     number: int
     metrics: Metrics
     examples: int
+    skipped: int
 
     def finished(self) -> bool:
         return all(leaf.is_ready() for leaf in jax.tree.leaves(self.metrics) if isinstance(leaf, jax.Array))
@@ -153,6 +173,8 @@ class _Run:
     evaluate: Callable[[Any, int], Mapping[str, float] | None] | None
     flops: Callable[[int], float]
     peak_flops: float | None
+    stream: Iterator[Batch]
+    shard: Callable[[Batch], Any]
     checkpointer: Checkpointer
     writer: MetricWriter
     progress: Progress
@@ -162,33 +184,27 @@ class _Run:
         self.means = IntervalMeans()
         self.watch = Stopwatch()
         self.skipped_in_a_row = 0
+        self.skipped_files = 0
         self.pending: _Pending | None = None
 
-    def resume(self, state: Any, step: int) -> None:
-        """Takes up the interval that was open when the checkpoint of this step was saved, if it is this run's own."""
-        if step not in self.checkpointer.steps():
-            return
-        carried = self.checkpointer.loop(step)
-        if not carried:
-            return
+    def resume(self, carried: Mapping[str, Any]) -> None:
+        """Takes up the interval that was open when this run's own checkpoint was saved."""
         self.means.restore(carried["means"])
         self.skipped_in_a_row = carried["skipped_in_a_row"]
-        if not carried["looked"]:
-            self.look(state, step)
 
-    def train(self, state: Any, start_step: int, stream: Iterator[Any], variant: Callable[[int], Hashable]) -> Result:
+    def train(self, state: Any, start_step: int, variant: Callable[[int], Hashable]) -> Result:
         """The steps; `state` is donated at each."""
         compiled: set[Hashable] = set()
         self.watch.start()
         for step in range(start_step, self.total_steps):
             key, number = variant(step), step + 1
             if key in compiled:
-                state = self.dispatch(state, self.next_batch(stream), step)
+                state = self.dispatch(state, self.next_batch(), step)
             else:
                 compiled.add(key)
                 self.settle()
                 with self.watch.paused():
-                    state = self.dispatch(state, self.next_batch(stream), step)
+                    state = self.dispatch(state, self.next_batch(), step)
                     self.settle(timed=False)
             stopping = number < self.total_steps and self.stop.requested(number)
             looking = self.due(number, self.config.eval_every) or self.due(number, self.config.preview_every)
@@ -207,12 +223,13 @@ class _Run:
         """Whether something that is done every so many steps, and at the end, is done after this step."""
         return every > 0 and (number % every == 0 or number == self.total_steps)
 
-    def next_batch(self, stream: Iterator[Any]) -> Any:
-        """The next batch; the time counts as data wait where the device had run out of work by its end."""
+    def next_batch(self) -> Any:
+        """The next batch, on its way to the devices; data wait where these had run out of work by the end of it."""
         begin = time.perf_counter()
-        batch = next(stream, None)
+        batch = next(self.stream, None)
         if batch is None:
             raise ValueError("batches: the iterator ended before the last step; it must go on without end")
+        batch = self.shard(batch)
         if self.pending is None or self.pending.finished():
             self.watch.wait(time.perf_counter() - begin)
         return batch
@@ -223,7 +240,8 @@ class _Run:
         before, self.pending = self.pending, None
         if before is not None:
             self.account(before, timed=True)
-        self.pending = _Pending(step + 1, metrics, jax.tree.leaves(batch)[0].shape[0])
+        skipped = sum(getattr(self.stream, "skipped", {}).values())
+        self.pending = _Pending(step + 1, metrics, jax.tree.leaves(batch)[0].shape[0], skipped)
         return state
 
     def settle(self, timed: bool = True) -> None:
@@ -235,6 +253,9 @@ class _Run:
     def account(self, done: _Pending, timed: bool) -> None:
         """Reads a step's metrics: the non-finite policy, the interval's means, the log line."""
         metrics = {key: (float(total), float(n)) for key, (total, n) in jax.device_get(dict(done.metrics)).items()}
+        if done.skipped > self.skipped_files:
+            metrics["data/skipped"] = (float(done.skipped - self.skipped_files), 1.0)
+            self.skipped_files = done.skipped
         if timed:
             self.watch.step(self.flops(done.number - 1))
         self.means.add(metrics)
@@ -266,7 +287,7 @@ class _Run:
     def look(self, state: Any, number: int) -> None:
         """Evaluates and draws what is due after this step."""
         if self.evaluate is not None and self.due(number, self.config.eval_every):
-            numbers = {f"eval/{key}": float(value) for key, value in (self.evaluate(state, number) or {}).items()}
+            numbers = {f"{_EVAL}{key}": float(value) for key, value in (self.evaluate(state, number) or {}).items()}
             if numbers:
                 self.writer.scalars(number, numbers)
                 self.progress.say(

@@ -1,5 +1,6 @@
 """The train loop: resume is bit-equal however a run ends, metrics and times, non-finite stop, clear errors."""
 
+import contextlib
 import io
 import itertools
 import json
@@ -78,6 +79,62 @@ def test_signal_saves_and_stops_and_the_run_goes_on_bit_equal(tmp_path, whole, c
     )
     toy_run.train(tmp_path, 20)
     assert_same_run(tmp_path, whole)
+
+
+def test_an_evaluation_made_again_has_one_line(tmp_path):
+    intervals = {"log_every": 7, "eval_every": 7, "checkpoint_every": 0}
+    toy_run.train(tmp_path / "whole", 10, **intervals)
+    run = tmp_path / "run"
+    toy_run.train(run, 10, toy_run.signalled(signal.SIGTERM, 6), **intervals)  # stops before its evaluation
+    with pytest.raises(ValueError):  # evaluates, and dies before it saves again
+        toy_run.train(run, 10, lambda start: itertools.islice(toy_run.batches(start), 1), **intervals)
+    assert [record.keys() - {"step"} for record in lines(run)] == [{"loss", "nonfinite"}, {"eval/norm"}]
+    toy_run.train(run, 10, **intervals)
+    assert lines(run) == lines(tmp_path / "whole")
+
+
+class Batches(Iterator):
+    """The toy's batches, with one file skipped at step 3 and two at step 8."""
+
+    def __init__(self, start: int, signal_at: int | None = None):
+        self.step, self.skipped, self.closed = start, {}, False
+        self._batches = toy_run.signalled(signal.SIGTERM, signal_at)(start)
+
+    def __next__(self) -> dict[str, np.ndarray]:
+        for name in {3: ["a"], 8: ["a", "b"]}.get(self.step, ()):
+            self.skipped[name] = self.skipped.get(name, 0) + 1
+        self.step += 1
+        return next(self._batches)
+
+    def close(self) -> None:
+        self.closed = True
+
+
+@pytest.mark.parametrize("end", ["last step", "signal", "error"])
+def test_batches_are_closed_however_the_run_ends(tmp_path, end):
+    opened = []
+
+    def stream(start: int) -> Batches:
+        opened.append(Batches(start, 2 if end == "signal" else None))
+        return opened[-1]
+
+    def failing(state, batch, step):
+        raise RuntimeError("no")
+
+    options = {"train_step": failing} if end == "error" else {}
+    with pytest.raises(RuntimeError) if end == "error" else contextlib.nullcontext():
+        toy_run.train(tmp_path, 4, stream, **options)
+    assert [batches.closed for batches in opened] == [True]
+
+
+def test_skipped_files_are_counted_over_restarts(tmp_path, capsys):
+    toy_run.train(tmp_path / "whole", 15, Batches)
+    assert [record.get("data/skipped") for record in lines(tmp_path / "whole") if "loss" in record] == [1.0, 2.0, None]
+    said = capsys.readouterr().out
+    assert re.search(r"step 10/15 .* unreadable images 2 ", said) and not re.search(r"step 15/15 .* unread", said)
+    toy_run.train(tmp_path / "run", 15, lambda start: Batches(start, 3))
+    toy_run.train(tmp_path / "run", 15, Batches)
+    assert lines(tmp_path / "run") == lines(tmp_path / "whole")
 
 
 def test_finished_run_has_nothing_to_do(tmp_path, whole, capsys):
