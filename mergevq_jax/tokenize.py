@@ -1,8 +1,9 @@
 """`mergevq tokenize`: codes and source maps of a whole dataset on disk, in shards of array_record files.
 
 A record is one image as a small safetensors blob: `indices` int32 [K], `source_map` int32 [L], `label` and `index`
-int64 []. `tokens.json` beside the shards says what they are. A shard appears under its final name only when it is
-complete, so a run that was stopped and is started again goes on with the first missing one.
+int64 []. `tokens.json` beside the shards says what they are and, at the end, how many images were `unreadable`. A shard
+appears under its final name only when it is complete, so a run that was stopped and is started again goes on with the
+first missing one.
 """
 
 import hashlib
@@ -41,7 +42,8 @@ def tokenize(
 ) -> str:
     """Tokenizes every image of a source, resized and centre-cropped to the training size; returns a summary line.
 
-    An unreadable image of a folder is left out and counted in the summary and in tokens.json.
+    An unreadable image of a folder is left out and counted in the summary and, once all shards are there, in
+    tokens.json.
 
     Raises:
       ValueError: missing source, K not possible, or `out` holds the codes of another tokenizer, source or K.
@@ -74,8 +76,11 @@ def tokenize(
                 keep,
                 batch_size,
             )
+    # Counted from the shards, so that a run that was stopped in between ends with the same number.
     count = sum(1 for _ in read_tokens(out))
-    return f"{count} images in {shards} shards under {out} ({len(images) - count} unreadable ones left out)"
+    unreadable = len(images) - count
+    _write_info(out, info | {"unreadable": unreadable})
+    return f"{count} images in {shards} shards under {out} ({unreadable} unreadable ones left out)"
 
 
 def _claim(out: Path, info: dict) -> None:
@@ -88,9 +93,13 @@ def _claim(out: Path, info: dict) -> None:
             raise ValueError(f"{out} holds other tokens; choose another folder\n  " + "\n  ".join(differing))
         return
     out.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    _write_info(out, info)
+
+
+def _write_info(out: Path, info: dict) -> None:
+    partial = out / f".{INFO_NAME}.{os.getpid()}.partial"
     partial.write_text(json.dumps(info, indent=2) + "\n")
-    os.replace(partial, path)
+    os.replace(partial, out / INFO_NAME)
 
 
 def _write_shard(path: Path, tokenizer: Tokenizer, images, indices: range, keep: int, batch_size: int) -> None:
