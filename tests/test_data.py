@@ -3,6 +3,7 @@
 import dataclasses
 import io
 import itertools
+import multiprocessing
 import struct
 import warnings
 from pathlib import Path
@@ -107,9 +108,10 @@ def test_hosts_share_the_same_global_batch(scenes, hosts):
         assert equal(whole[step], joined)
 
 
-def test_worker_processes_give_the_same_batches(scenes):
+def test_worker_processes_give_the_same_batches_and_end(scenes):
     mixed = config(scenes, PHOTOS)
     assert all(map(equal, take(mixed, 2, 2), take(dataclasses.replace(mixed, num_workers=1), 2, 2)))
+    assert not multiprocessing.active_children(), "closing the batches ends the workers"
 
 
 def test_every_epoch_shows_every_example_once_in_another_order(folder):
