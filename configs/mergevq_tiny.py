@@ -9,7 +9,7 @@ from ml_collections import ConfigDict
 from mergevq_jax.tokenizer.config import PRESETS
 from runtime_jax.config import to_dict
 
-STEPS = {"full": 5000, "demo": 300}
+STEPS = {"full": 4000, "demo": 300}
 
 
 def _sources(scenes: str, photos: str) -> list[dict]:
@@ -26,6 +26,8 @@ def get_config(arg: str = "full") -> ConfigDict:
     steps = STEPS[arg]
     optimizer = {
         "learning_rate": 3e-3,
+        "muon_learning_rate": 0.02,  # 22.3 dB at K = 256 after 131 steps; Adam alone had 20.8 after 185
+        "adam_kernels": ["conv_out", "adaptive_"],
         "schedule": "cosine",
         "warmup": {"steps": steps // 30},
         "final_fraction": 0.02,
@@ -40,8 +42,8 @@ def get_config(arg: str = "full") -> ConfigDict:
             "model": to_dict(PRESETS["tiny"]),
             "losses": {
                 "perceptual_weight": 0.0,
-                "adversarial_weight": 0.02,
-                "discriminator_start": 2 * steps // 3,
+                "adversarial_weight": 0.01,
+                "discriminator_start": 3 * steps // 4,
                 # At the published 0.01 a feature of 0.5 is as certain as can be, and nothing spreads the codes out.
                 "entropy_temperature": 0.6,
                 "entropy_weight": 0.1,

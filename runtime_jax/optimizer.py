@@ -7,15 +7,20 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import optax
+from optax.contrib import MuonDimensionNumbers, muon
 
 from runtime_jax.config import Duration
+
+_KERNEL = re.compile(r"(^|/)kernel$")
 
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
-    """Adam(W) with clipping and a schedule."""
+    """Adam(W) with clipping and a schedule; with a `muon_learning_rate`, Muon for kernels and NAdam for the rest."""
 
     learning_rate: float = 1e-4
+    muon_learning_rate: float | None = None  # follows the same schedule
+    adam_kernels: tuple[str, ...] = ()  # patterns found in the paths of kernels that Adam keeps (first and last layers)
     schedule: Literal["constant", "cosine", "steps"] = "constant"
     warmup: Duration = Duration(steps=0)  # linear, from 0
     drops: tuple[Duration, ...] = ()  # "steps": times of the drops, from the start of the run
@@ -24,7 +29,7 @@ class OptimizerConfig:
     b1: float = 0.9
     b2: float = 0.999
     eps: float = 1e-8
-    weight_decay: float = 0.0  # decoupled; kernels only: no norm, bias, LayerScale or embedding vector
+    weight_decay: float = 0.0  # decoupled; kernels only (with Muon, its own): no norm, bias, LayerScale or embedding
     clip_norm: float | None = None  # of the global gradient
 
     def __post_init__(self):
@@ -34,6 +39,10 @@ class OptimizerConfig:
             )
         if self.learning_rate <= 0 or self.weight_decay < 0 or (self.clip_norm is not None and self.clip_norm <= 0):
             raise ValueError("optimizer: learning_rate and clip_norm are positive, weight_decay is not negative")
+        if self.muon_learning_rate is None and self.adam_kernels:
+            raise ValueError(f"optimizer.adam_kernels={self.adam_kernels}: without muon_learning_rate Adam takes all")
+        if self.muon_learning_rate is not None and self.muon_learning_rate <= 0:
+            raise ValueError(f"optimizer.muon_learning_rate={self.muon_learning_rate}: a positive number is needed")
 
 
 def make_schedule(
@@ -63,19 +72,52 @@ def make_schedule(
 
 
 def make_optimizer(config: OptimizerConfig, schedule: optax.Schedule) -> optax.GradientTransformation:
-    """Clip, Adam, decoupled weight decay on kernels, minus the learning rate."""
+    """Clip; Adam, or Muon and NAdam; decoupled weight decay on kernels; minus the learning rate."""
+    clip = optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity()
+    if config.muon_learning_rate is not None:
+        ratio = config.muon_learning_rate / config.learning_rate
+        return optax.chain(
+            clip,
+            muon(
+                lambda step: ratio * schedule(step),
+                eps=config.eps,
+                weight_decay=config.weight_decay,
+                adam_b1=config.b1,
+                adam_b2=config.b2,
+                adam_learning_rate=schedule,
+                muon_weight_dimension_numbers=lambda params: _matrices(params, config.adam_kernels),
+            ),
+        )
     return optax.chain(
-        optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity(),
+        clip,
         optax.scale_by_adam(b1=config.b1, b2=config.b2, eps=config.eps),
         optax.add_decayed_weights(config.weight_decay, mask=_is_kernel) if config.weight_decay else optax.identity(),
         optax.scale_by_learning_rate(schedule),
     )
 
 
+def _matrices(params: Any, adam_kernels: tuple[str, ...]) -> Any:
+    """How each of Muon's kernels is a matrix (inputs, outputs); None for Adam's leaves.
+
+    The last axis is the output; the ones before it are the input, but for the first of a scanned dense or convolution
+    kernel (rank 3 or 5). A depthwise kernel is no matrix.
+    """
+
+    def axes(path: tuple, leaf: Any) -> MuonDimensionNumbers | None:
+        name, rank = jax.tree_util.keystr(path, simple=True, separator="/"), len(leaf.shape)
+        if not _KERNEL.search(name) or rank < 2 or (rank > 3 and leaf.shape[-2] == 1):
+            return None
+        if any(re.search(pattern, name) for pattern in adam_kernels):
+            return None
+        return MuonDimensionNumbers(tuple(range(rank % 2, rank - 1)), rank - 1)
+
+    return jax.tree_util.tree_map_with_path(axes, params)
+
+
 def _is_kernel(params: Any) -> Any:
     """Mask of the leaves named kernel; a scanned norm has two axes, so the rank does not tell."""
     name = lambda path: jax.tree_util.keystr(path, simple=True, separator="/")  # noqa: E731
-    return jax.tree_util.tree_map_with_path(lambda path, _: bool(re.search(r"(^|/)kernel$", name(path))), params)
+    return jax.tree_util.tree_map_with_path(lambda path, _: bool(_KERNEL.search(name(path))), params)
 
 
 def ema_update(ema: Any, params: Any, step: jax.Array, decay: float) -> Any:

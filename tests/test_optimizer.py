@@ -170,6 +170,42 @@ def test_clipping_is_by_the_global_norm_before_adam():
         np.testing.assert_allclose(free["b"], -4 / 5, rtol=1e-5)
 
 
+def test_muon_takes_kernels_as_matrices_and_adam_the_rest():
+    shapes = {
+        "conv": {"kernel": (3, 3, 8, 16), "bias": (16,)},
+        "blocks": {"fc": {"kernel": (2, 24, 16)}, "dwconv": {"kernel": (2, 3, 3, 1, 8)}},
+        "conv_out": {"kernel": (3, 3, 16, 3)},
+    }
+    rng = np.random.default_rng(0)
+    is_shape = lambda x: isinstance(x, tuple)  # noqa: E731
+    gradients = jax.tree.map(lambda shape: jnp.asarray(rng.normal(size=shape), jnp.float32), shapes, is_leaf=is_shape)
+    params = jax.tree.map(jnp.zeros_like, gradients)
+    both = OptimizerConfig(learning_rate=0.1, muon_learning_rate=0.4, adam_kernels=("conv_out",))
+    change = updates(both, gradients, params)
+    matrices = [change["conv"]["kernel"].reshape(72, 16), *change["blocks"]["fc"]["kernel"]]
+    for matrix in matrices:  # Newton-Schulz takes singular values near 1, wherever they were
+        values = np.linalg.svd(np.asarray(matrix) / 0.4, compute_uv=False)
+        assert values.min() > 0.6 and values.max() < 1.3
+    nadam = optax.nadam(0.1)
+    adam, _ = nadam.update(gradients, nadam.init(params))
+    for path in (("conv", "bias"), ("blocks", "dwconv"), ("conv_out", "kernel")):
+        ours, theirs = (tree[path[0]][path[1]] for tree in (change, adam))
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), ours, theirs)
+
+
+def test_muon_follows_the_schedule():
+    config = OptimizerConfig(learning_rate=0.1, muon_learning_rate=0.4, warmup=Duration(steps=4))
+    gradients, params = {"kernel": jnp.eye(4)}, {"kernel": jnp.zeros((4, 4))}
+    first, fifth = (np.abs(updates(config, gradients, params, steps)["kernel"]).max() for steps in (1, 5))
+    np.testing.assert_allclose(first / fifth, 0.25, rtol=0.05)
+
+
+@pytest.mark.parametrize("fields", [{"adam_kernels": ("x",)}, {"muon_learning_rate": -1.0}])
+def test_muon_errors(fields):
+    with pytest.raises(ValueError, match="optimizer\\.(adam_kernels|muon_learning_rate)="):
+        OptimizerConfig(**fields)
+
+
 def test_moving_average_warms_up():
     average = {"x": jnp.zeros(2)}
     expected = 0.0

@@ -25,8 +25,10 @@ class Reconstruction:
     usage: CodeUsage
 
 
-def measure(tokenizer: Tokenizer, images: Images, keeps: Sequence[int], *, batch_size: int) -> list[Reconstruction]:
-    """PSNR and code usage of every K over `images` [N, H, W, 3]."""
+def measure(
+    tokenizer: Tokenizer, images: Images, keeps: Sequence[int], *, batch_size: int, independent: bool = True
+) -> list[Reconstruction]:
+    """PSNR and code usage of every K over `images` [N, H, W, 3]; intervals only where these are `independent`."""
     config, results = tokenizer.config, []
     recovers = config.recovery is not None and images.shape[1:3] == (config.resolution, config.resolution)
     for keep in keeps:

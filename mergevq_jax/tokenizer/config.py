@@ -29,6 +29,7 @@ class TokenizerConfig:
     ch_mult: tuple[int, ...] = (1, 1, 2, 4, 8)
     num_res_blocks: int | tuple[int, ...] = 4  # one number, or one for each level of both encoder and decoder
     num_res_extra: int = 1  # more in the decoder, not at the finest level; only with one number above
+    norm_num_groups: int = 32  # of every GroupNorm
     num_att_blocks: int = 12
     num_heads: int = 8
     head_dim: int | None = None  # if given, heads are at least width // head_dim
@@ -42,7 +43,16 @@ class TokenizerConfig:
     recovery: RecoveryConfig | None = RecoveryConfig()
 
     def __post_init__(self):
-        names = ("resolution", "ch", "ch_mult", "num_att_blocks", "num_heads", "head_dim", "num_classes")
+        names = (
+            "resolution",
+            "ch",
+            "ch_mult",
+            "norm_num_groups",
+            "num_att_blocks",
+            "num_heads",
+            "head_dim",
+            "num_classes",
+        )
         fields = {name: getattr(self, name) for name in names}
         if self.recovery is not None:
             fields |= {f"recovery.{name}": getattr(self.recovery, name) for name in ("rec_embed_dim", "num_heads")}
@@ -51,9 +61,10 @@ class TokenizerConfig:
             raise ValueError(f"tokenizer config: {', '.join(bad)}: positive numbers are needed")
         levels = len(self.ch_mult)
         problems = []
-        if any(width % 32 for width in self.widths):
+        if any(width % self.norm_num_groups for width in self.widths):
             problems.append(
-                f"ch={self.ch}, ch_mult={self.ch_mult}: widths {self.widths} must be multiples of 32 (GroupNorm)"
+                f"ch={self.ch}, ch_mult={self.ch_mult}: widths {self.widths} must be multiples of "
+                f"norm_num_groups={self.norm_num_groups}"
             )
         if isinstance(self.num_res_blocks, tuple) and len(self.num_res_blocks) != levels:
             problems.append(f"num_res_blocks={self.num_res_blocks}: one number or {levels} (levels of ch_mult)")
@@ -63,8 +74,10 @@ class TokenizerConfig:
                 problems.append(
                     f"num_res_blocks={self.num_res_blocks}: without blocks the last level cannot change width"
                 )
-        if self.isotropic is not None and (self.isotropic < 32 or self.isotropic % 32):
-            problems.append(f"isotropic={self.isotropic}: a multiple of 32 is needed (GroupNorm)")
+        if self.isotropic is not None and (self.isotropic < 1 or self.isotropic % self.norm_num_groups):
+            problems.append(
+                f"isotropic={self.isotropic}: a multiple of norm_num_groups={self.norm_num_groups} is needed"
+            )
         if not 1 <= self.z_channels <= 30:
             problems.append(f"z_channels={self.z_channels}: allowed are 1 to 30 bits (indices are int32)")
         if self.resolution % self.downsampling or self.resolution < 2 * self.downsampling:
@@ -189,8 +202,9 @@ PRESETS: Mapping[str, TokenizerConfig] = MappingProxyType(
         "r-d64": replace(_GR, isotropic=768, head_dim=64, keep=36),
         "tiny": TokenizerConfig(
             resolution=64,
-            ch=64,  # with 32 channels GroupNorm's 32 groups would take away every channel's mean, and with it colours
+            ch=64,
             ch_mult=(1, 1, 1),
+            norm_num_groups=4,  # of 16 channels, as at full size; groups of one or two take an image's colours away
             num_res_blocks=(0, 0, 1),
             num_att_blocks=3,
             num_heads=2,

@@ -30,14 +30,16 @@ class Decoder(nn.Module):
         x = _PositionedBlocks(config, compute, name="attn")(x)
         res_block = nn.remat(ResBlock) if compute.remat else ResBlock
         for level in reversed(range(len(config.widths))):
-            x = AdaptiveGroupNorm(compute, name=f"adaptive_{level}")(x, style)
+            x = AdaptiveGroupNorm(config.norm_num_groups, compute, name=f"adaptive_{level}")(x, style)
             for index in range(config.decoder_res_blocks[level]):
-                x = res_block(config.widths[level], compute, name=f"up_{level}_block_{index}")(x)
+                x = res_block(config.widths[level], config.norm_num_groups, compute, name=f"up_{level}_block_{index}")(
+                    x
+                )
             if level:
                 x = conv(4 * x.shape[-1], f"up_{level}_upsample", compute)(x)
                 x = rearrange(x, "b h w (i j d) -> b (h i) (w j) d", i=2, j=2)
                 x = constrain(x, Axis.BATCH, None, None, None)
-        x = nn.silu(GroupNorm(compute, name="norm_out")(x))
+        x = nn.silu(GroupNorm(compute, config.norm_num_groups, name="norm_out")(x))
         return conv(config.in_channels, "conv_out", compute)(x).astype(jnp.float32)
 
 
@@ -67,6 +69,7 @@ class _PositionedBlocks(nn.Module):
 class AdaptiveGroupNorm(nn.Module):
     """GroupNorm whose scale and bias come from the spread and mean of the codes over the image."""
 
+    num_groups: int
     compute: Compute
 
     @nn.compact
@@ -74,5 +77,5 @@ class AdaptiveGroupNorm(nn.Module):
         spread = jnp.sqrt(jnp.var(style, axis=(1, 2), ddof=1) + 1e-6)
         gamma = nn.Dense(x.shape[-1], kernel_init=conv_uniform, name="gamma")(spread)
         beta = nn.Dense(x.shape[-1], kernel_init=conv_uniform, name="beta")(style.mean(axis=(1, 2)))
-        x = GroupNorm(self.compute, affine=False, name="norm")(x)
+        x = GroupNorm(self.compute, self.num_groups, affine=False, name="norm")(x)
         return x * gamma[:, None, None].astype(x.dtype) + beta[:, None, None].astype(x.dtype)

@@ -53,7 +53,7 @@ class Encoder(nn.Module):
         x = rearrange(x, "b h w d -> b (h w) d")
         x, size, source_map = _MergingBlocks(config, compute, counts, name="attn")(x)
         head = _AlignmentHead(config, compute, name="head")(x) if with_head else None
-        z = nn.silu(GroupNorm(compute, name="norm_out")(x[:, 1:]))
+        z = nn.silu(GroupNorm(compute, config.norm_num_groups, name="norm_out")(x[:, 1:]))
         z = nn.Dense(config.z_channels, dtype=compute.jax_dtype, kernel_init=conv_uniform, name="conv_out")(z)
         return Encoded(z=z.astype(jnp.float32), source_map=source_map[:, 1:] - 1, size=size[:, 1:], head=head)
 
@@ -75,7 +75,7 @@ class _Stem(nn.Module):
         res_block = nn.remat(ResBlock) if compute.remat else ResBlock
         for level, (width, blocks) in enumerate(zip(config.widths, config.encoder_res_blocks, strict=True)):
             for index in range(blocks):
-                x = res_block(width, compute, name=f"down_{level}_block_{index}")(x)
+                x = res_block(width, config.norm_num_groups, compute, name=f"down_{level}_block_{index}")(x)
             if level < len(config.widths) - 1:
                 x = conv(width, f"down_{level}_downsample", compute, stride=2)(x)
         return x

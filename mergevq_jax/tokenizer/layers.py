@@ -76,14 +76,15 @@ class ResBlock(nn.Module):
     """GroupNorm, SiLU, 3x3 convolution, twice, beside a 1x1 shortcut where the width changes."""
 
     features: int
+    num_groups: int
     compute: Compute
 
     @nn.compact
     def __call__(self, x: Float[Array, "B H W D"]) -> Float[Array, "B H W features"]:
         residual = x
-        x = nn.silu(GroupNorm(self.compute, name="norm1")(x))
+        x = nn.silu(GroupNorm(self.compute, self.num_groups, name="norm1")(x))
         x = conv(self.features, "conv1", self.compute, bias=False)(x)
-        x = nn.silu(GroupNorm(self.compute, name="norm2")(x))
+        x = nn.silu(GroupNorm(self.compute, self.num_groups, name="norm2")(x))
         x = conv(self.features, "conv2", self.compute, bias=False)(x)
         if residual.shape[-1] != self.features:
             residual = conv(self.features, "nin_shortcut", self.compute, size=1, bias=False)(residual)
