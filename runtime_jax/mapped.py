@@ -1,0 +1,55 @@
+"""Safetensors files as arrays that stay on disk until they are used."""
+
+import json
+import os
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from runtime_jax.weights import WeightError
+
+_DTYPES = {
+    "BOOL": np.bool_,
+    "I32": np.int32,
+    "I64": np.int64,
+    "F16": np.float16,
+    "BF16": jnp.bfloat16,
+    "F32": np.float32,
+    "F64": np.float64,
+}
+
+
+def map_safetensors(path: str | os.PathLike) -> dict[str, np.ndarray]:
+    """The tensors of one file, read-only and mapped into memory: only what is used is read, and nothing is copied.
+
+    So a converter that goes through a large state dict holds no more of it than what it makes. The file must not
+    change while the arrays live (replacing it as a whole is no change).
+
+    Raises:
+      WeightError: the file is missing, damaged or cut short, or has a dtype without an array type here.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise WeightError(f"{path}: no such file")
+    try:
+        with safe_open(path, framework="numpy"):
+            pass  # checks the header and that it covers the file exactly
+    except SafetensorError as error:
+        raise WeightError(f"{path}: not a readable safetensors file ({error})") from error
+    # The layout: the header's size as 8 bytes, little end first, the header as JSON, the tensors' bytes.
+    with path.open("rb") as file:
+        start = 8 + int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(start - 8))
+    header.pop("__metadata__", None)
+    unknown = sorted({entry["dtype"] for entry in header.values()} - _DTYPES.keys())
+    if unknown:
+        raise WeightError(f"{path}: holds {', '.join(unknown)}; supported are {', '.join(_DTYPES)}")
+    data = np.memmap(path, np.uint8, mode="r").view(np.ndarray)
+    return {
+        name: data[start + entry["data_offsets"][0] : start + entry["data_offsets"][1]]
+        .view(_DTYPES[entry["dtype"]])
+        .reshape(entry["shape"])
+        for name, entry in header.items()
+    }
