@@ -1,0 +1,132 @@
+"""Concept-Mod: from a caption's T5 outputs to a direction in modulation space for each of its tokens (TokenVerse).
+
+Axes: B batch, T text tokens, J width of the text encoder, D width of the modulation vector, V captions of one image.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from einops import rearrange
+from jaxtyping import Array, Bool, Float
+
+from runtime_jax.sharding import Axis, Rule, constrain
+
+Params = dict[str, Any]
+
+SHARDING_RULES: tuple[Rule, ...] = (
+    (r"in_layer/kernel", (Axis.EMBED, Axis.MLP)),
+    (r"out_layer/kernel", (Axis.MLP, Axis.EMBED)),
+    (r"(in|out)_layer/bias", ()),
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConceptModConfig:
+    """Hidden widths; those of its inputs and outputs are the base model's."""
+
+    hidden: int = 3072
+    block_hidden: int = 512
+
+    def __post_init__(self):
+        if min(self.hidden, self.block_hidden) < 1:
+            raise ValueError(f"hidden={self.hidden}, block_hidden={self.block_hidden}: positive widths are needed")
+
+
+class ConceptMod(nn.Module):
+    """Linear, GELU, linear, in float32. The last layer starts at zero: training starts at the base model exactly."""
+
+    hidden: int
+    features: int
+
+    @nn.compact
+    def __call__(self, txt: Float[Array, "B T J"]) -> Float[Array, "B T features"]:
+        hidden = nn.Dense(self.hidden, dtype=jnp.float32, name="in_layer")(txt)
+        hidden = constrain(nn.gelu(hidden, approximate=True), Axis.BATCH, None, Axis.MLP)
+        last = nn.Dense(self.features, dtype=jnp.float32, kernel_init=nn.initializers.zeros, name="out_layer")
+        return constrain(last(hidden), Axis.BATCH, None, None)
+
+
+class BlockHead(nn.Module):
+    """The second stage's MLP, of the same form: a vector for every block and token, added to Concept-Mod's."""
+
+    hidden: int
+    num_blocks: int
+    width: int
+
+    @nn.compact
+    def __call__(self, txt: Float[Array, "B T J"]) -> Float[Array, "B blocks T D"]:
+        x = ConceptMod(self.hidden, self.num_blocks * self.width, name="mlp")(txt)
+        return rearrange(x, "b t (blocks d) -> b blocks t d", blocks=self.num_blocks)
+
+
+def init_params(
+    config: ConceptModConfig, key: Array, *, text_width: int, width: int, num_blocks: int | None = None
+) -> Params:
+    """Parameters {"concept_mod": ...}, and with `num_blocks` {"block_head": ...} beside the same "concept_mod".
+
+    Args:
+      text_width: J, `joint_attention_dim` of the FLUX model.
+      width: D of the FLUX model.
+      num_blocks: of the FLUX model, for the second stage.
+    """
+    txt = jnp.zeros((1, 1, text_width))
+    params = {"concept_mod": ConceptMod(config.hidden, width).init(jax.random.fold_in(key, 0), txt)["params"]}
+    if num_blocks is not None:
+        head = BlockHead(config.block_hidden, num_blocks, width)
+        params["block_head"] = head.init(jax.random.fold_in(key, 1), txt)["params"]
+    return params
+
+
+def directions(
+    params: Params, txt: Float[Array, "B T J"], mask: Bool[Array, "B T"] | None = None
+) -> tuple[Float[Array, "B T D"], Float[Array, "B blocks T D"] | None]:
+    """A direction for each token, and one for each block and token (None: `params` are those of the first stage).
+
+    Args:
+      params: of `init_params`; all sizes are theirs.
+      txt: T5's outputs.
+      mask: the tokens that get a direction, all others get zero; None: all. Those of padding belong to no caption.
+    """
+    hidden, width = params["concept_mod"]["out_layer"]["kernel"].shape
+    offsets, block_offsets = ConceptMod(hidden, width).apply({"params": params["concept_mod"]}, txt), None
+    if "block_head" in params:
+        block_hidden, features = params["block_head"]["mlp"]["out_layer"]["kernel"].shape
+        head = BlockHead(block_hidden, features // width, width)
+        block_offsets = head.apply({"params": params["block_head"]}, txt)
+    if mask is not None:
+        offsets = jnp.where(mask[:, :, None], offsets, 0)
+        block_offsets = None if block_offsets is None else jnp.where(mask[:, None, :, None], block_offsets, 0)
+    return offsets, block_offsets
+
+
+def word_directions(
+    params: Params, txt: Float[Array, "V T J"], places: Sequence[Sequence[int]]
+) -> tuple[Float[Array, "n D"], Float[Array, "blocks n D"] | None]:
+    """One word's directions, the mean over captions that hold it.
+
+    With the captions of training this is what a concept file stores; with a new prompt alone it is that prompt's own.
+
+    Args:
+      params: of `init_params`.
+      txt: T5's outputs for each caption.
+      places: of the word's tokens in each caption, see `text.find_word`.
+
+    Raises:
+      ValueError: not one list of places a caption, places outside the text, or unlike numbers of tokens.
+    """
+    captions, length, _ = txt.shape
+    if captions == 0 or len(places) != captions:
+        raise ValueError(f"{len(places)} lists of places for {captions} captions: one for each is needed")
+    counts = sorted({len(row) for row in places})
+    if len(counts) > 1 or counts == [0]:
+        raise ValueError(f"the word has {counts} tokens in the captions: as many in each of them are needed")
+    if any(not 0 <= place < length for row in places for place in row):
+        raise ValueError(f"places {list(map(list, places))} are not all within a text of {length} tokens")
+    index = jnp.asarray(places)[:, :, None]
+    # Nothing mixes tokens: only the word's go through, of a block's directions there are many.
+    offsets, block_offsets = directions(params, jnp.take_along_axis(txt, index, axis=1))
+    return offsets.mean(axis=0), None if block_offsets is None else block_offsets.mean(axis=0)
