@@ -1,0 +1,56 @@
+"""The fixed functions of FLUX's transformer: sinusoids, rotary positions, normalisation; all in float32.
+
+Axes: B batch, S tokens, H heads, D width.
+"""
+
+import jax.numpy as jnp
+import numpy as np
+from einops import rearrange
+from jax import lax
+from jaxtyping import Array, Float
+
+LAYER_NORM_EPSILON = 1e-6
+ROPE_THETA = 10_000
+TIME_FACTOR = 1000.0  # times and guidance strengths are scaled before the sinusoids
+TIME_PERIOD = 10_000  # the slowest sinusoid's, up to 2 pi
+TIME_CHANNELS = 256
+
+
+def timestep_embedding(t: Float[Array, " B"]) -> Float[Array, "B channels"]:
+    """Cosines, then sines, of 1000 t at 128 frequencies from 1 down to almost 1/10000."""
+    half = TIME_CHANNELS // 2
+    # FLUX's exponents are rounded to float32, which turns angles of 1000 rad by up to 5e-4: its frequencies are these.
+    exponents = np.float32(-np.log(TIME_PERIOD)) * np.arange(half, dtype=np.float32) / np.float32(half)
+    frequencies = np.exp(exponents.astype(np.float64)).astype(np.float32)
+    angles = TIME_FACTOR * t.astype(jnp.float32)[:, None] * frequencies[None]
+    return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
+
+
+def rope(ids: Float[Array, "S axes"], axes_dims: tuple[int, ...]) -> Float[Array, "2 S pairs"]:
+    """Cosines and sines of the angles by which each pair of a head's channels turns.
+
+    Args:
+      ids: position of every token on each axis.
+      axes_dims: how many channels of a head each axis turns; even numbers.
+    """
+    angles = []
+    for axis, dim in enumerate(axes_dims):
+        frequencies = (float(ROPE_THETA) ** -(np.arange(0, dim, 2) / dim)).astype(np.float32)
+        angles.append(ids.astype(jnp.float32)[:, axis, None] * frequencies[None])
+    angles = jnp.concatenate(angles, axis=-1)
+    return jnp.stack([jnp.cos(angles), jnp.sin(angles)])
+
+
+def apply_rope(x: Float[Array, "B S H head"], pe: Float[Array, "2 S pairs"]) -> Float[Array, "B S H head"]:
+    """Turns the neighbouring channels (2 i, 2 i + 1) of every head by the angles of `rope`; float32."""
+    cos, sin = pe[:, None, :, None]
+    even, odd = rearrange(x.astype(jnp.float32), "b s h (pairs two) -> two b s h pairs", two=2)
+    turned = jnp.stack([even * cos - odd * sin, odd * cos + even * sin], axis=-1)
+    return rearrange(turned, "b s h pairs two -> b s h (pairs two)")
+
+
+def layer_norm(x: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
+    """Every token with mean 0 and variance 1; nothing learned; float32."""
+    x = x.astype(jnp.float32)
+    x = x - x.mean(axis=-1, keepdims=True)
+    return x * lax.rsqrt(jnp.square(x).mean(axis=-1, keepdims=True) + LAYER_NORM_EPSILON)
