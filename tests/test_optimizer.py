@@ -202,7 +202,7 @@ def test_muon_follows_the_schedule():
 
 @pytest.mark.parametrize("fields", [{"adam_kernels": ("x",)}, {"muon_learning_rate": -1.0}])
 def test_muon_errors(fields):
-    with pytest.raises(ValueError, match="optimizer\\.(adam_kernels|muon_learning_rate)="):
+    with pytest.raises(ValueError, match=r"optimizer\.(adam_kernels|muon_learning_rate)="):
         OptimizerConfig(**fields)
 
 
