@@ -1,0 +1,94 @@
+"""What command lines share: sub-commands, config overrides, errors in one line, how a run ended."""
+
+import argparse
+import logging
+import signal
+import sys
+from collections.abc import Callable, Sequence
+
+# Of one sub-command: its arguments and the overrides of its config; the exit status, or None for success.
+Run = Callable[[argparse.Namespace, list[str]], int | None]
+
+
+class CommandLine:
+    """A program of sub-commands, each with a function that runs it."""
+
+    def __init__(self, prog: str, description: str | None):
+        self.prog = prog
+        self._parser = argparse.ArgumentParser(prog=prog, description=description)
+        self._parser.add_argument("--traceback", action="store_true", help="show where an error came from")
+        self._commands = self._parser.add_subparsers(dest="command", required=True)
+
+    def command(self, name: str, run: Run, help: str, *, epilog: str | None = None) -> argparse.ArgumentParser:
+        """The parser of a new sub-command; one with an argument --config also takes overrides of its values."""
+        form = argparse.RawDescriptionHelpFormatter
+        parser = self._commands.add_parser(name, help=help, description=help, epilog=epilog, formatter_class=form)
+        parser.set_defaults(run=run)
+        return parser
+
+    def scenes_command(self) -> None:
+        """`scenes`, for programs that train or measure on mini_scenes."""
+        parser = self.command("scenes", _scenes, "Write the procedural dataset mini_scenes.")
+        parser.add_argument("--data-dir", default="data")
+        parser.add_argument("--size", type=int, default=64, help="side of the images in pixels")
+
+    def main(self, argv: Sequence[str] | None = None) -> int:
+        """Runs one command; errors that a user can mend are one line and exit status 1."""
+        logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
+        args, rest = self._parser.parse_known_args(argv)
+        command = f"{self.prog} {args.command}"
+        try:
+            return args.run(args, _overrides(args, rest, command)) or 0
+        except KeyboardInterrupt:
+            return 128 + signal.SIGINT
+        except Exception as error:
+            from runtime_jax.checkpoint import CheckpointError  # here, for it takes a second
+
+            if args.traceback or not isinstance(error, (ValueError, OSError, FloatingPointError, CheckpointError)):
+                raise
+            print(f"{command}: {error}{self._advice(error)}", file=sys.stderr)
+            return 1
+
+    def _advice(self, error: Exception) -> str:
+        from runtime_jax.data import MissingDatasetError
+
+        if not isinstance(error, MissingDatasetError) or not error.name.startswith("mini_scenes"):
+            return ""
+        _, _, size = error.name.partition("/")
+        return f"; or run: {self.prog} scenes --data-dir {error.data_dir} --size {size or 64}"
+
+
+def config_arguments(parser: argparse.ArgumentParser) -> None:
+    """--config and --workdir of a run."""
+    parser.add_argument("--config", required=True, help="configs/FILE.py or configs/FILE.py:ARGUMENT")
+    parser.add_argument("--workdir", required=True, help="checkpoints, metrics, pictures and results go here")
+
+
+def report_end(done: str, stopped_by: str | None, step: int) -> int:
+    """Says how a run ended: `done`, or which signal stopped it; returns the exit status."""
+    if stopped_by is None:
+        print(done)
+        return 0
+    print(f"stopped by {stopped_by} after step {step}; the same command goes on from there")
+    return 128 + signal.Signals[stopped_by]
+
+
+def _overrides(args: argparse.Namespace, rest: Sequence[str], command: str) -> list[str]:
+    """`--config.a.b=value` arguments as `a.b=value`; anything else that argparse left is an error."""
+    overrides, rest = [], list(rest)
+    while rest:
+        item = rest.pop(0)
+        if not item.startswith("--config.") or not getattr(args, "config", None):
+            raise ValueError(f"unknown argument {item!r}; see {command} --help")
+        if "=" not in item:
+            if not rest:
+                raise ValueError(f"{item}: a value is missing (--config.key=value)")
+            item = f"{item}={rest.pop(0)}"
+        overrides.append(item.removeprefix("--config."))
+    return overrides
+
+
+def _scenes(args: argparse.Namespace, _: list[str]) -> None:
+    from runtime_jax.data import mini_scenes
+
+    print(f"{mini_scenes.prepare(args.data_dir, args.size)} is under {args.data_dir}")
