@@ -1,4 +1,4 @@
-"""Pictures that people look at: labelled image grids, merged groups drawn on an image, loss curves."""
+"""Pictures that people look at: labelled image grids, heat maps, merged groups drawn on an image, loss curves."""
 
 import colorsys
 import json
@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
-from jaxtyping import Int, UInt8
+from jaxtyping import Float, Int, UInt8
 from PIL import Image, ImageDraw, ImageFont
 
 Picture = UInt8[np.ndarray, "height width 3"]
@@ -48,21 +48,24 @@ def image_grid(
     *,
     row_labels: Sequence[str] = (),
     column_labels: Sequence[str] = (),
+    captions: Sequence[Sequence[str]] = (),
     scale: int = 1,
     padding: int = 4,
     font_size: int = 14,
 ) -> Drawing:
-    """Lays out pictures in rows, with labels to the left and above.
+    """Lays out pictures in rows, with labels to the left and above and captions below each.
 
     Args:
       rows: uint8 [H, W, 3] pictures of any sizes; None leaves a cell empty. A cell is as large as the largest picture.
       row_labels, column_labels: one text for each row or column, or none at all; "\\n" breaks a line.
+      captions: rows of texts as in `rows`, or none; long ones are broken at the width of a cell.
       scale: whole-number enlargement without smoothing, so that pixels stay visible.
       padding: pixels around each cell.
-      font_size: of the labels, in pixels.
+      font_size: of the labels and captions, in pixels.
 
     Raises:
-      ValueError: nothing to draw, a picture of another type, or another number of labels than rows or columns.
+      ValueError: nothing to draw, a picture of another type, or another number of labels or captions than rows,
+        columns or pictures.
     """
     cells = [[None if image is None else _enlarge(_checked(image), scale) for image in row] for row in rows]
     pictures = [cell for row in cells for cell in row if cell is not None]
@@ -72,30 +75,62 @@ def image_grid(
     for what, labels, count in (("row", row_labels, len(cells)), ("column", column_labels, columns)):
         if labels and len(labels) != count:
             raise ValueError(f"image_grid: {len(labels)} {what} labels for {count} {what}s")
+    if captions and list(map(len, captions)) != list(map(len, rows)):
+        raise ValueError(f"image_grid: rows of {list(map(len, captions))} captions for {list(map(len, rows))} pictures")
     font = ImageFont.load_default(font_size)
-
-    def extent(text: str) -> tuple[int, int]:
-        _, _, right, bottom = ImageDraw.Draw(Image.new("RGB", (1, 1))).multiline_textbbox((0, 0), text, font=font)
-        return int(np.ceil(right)), int(np.ceil(bottom))
-
-    left = max((extent(text)[0] + 2 * padding for text in row_labels), default=0)
-    top = max((extent(text)[1] + 2 * padding for text in column_labels), default=0)
-    width = max([cell.shape[1] for cell in pictures] + [extent(text)[0] for text in column_labels]) + 2 * padding
-    height = max([cell.shape[0] for cell in pictures] + [extent(text)[1] for text in row_labels]) + 2 * padding
+    left = max((_extent(font, text)[0] + 2 * padding for text in row_labels), default=0)
+    top = max((_extent(font, text)[1] + 2 * padding for text in column_labels), default=0)
+    inner = max([cell.shape[1] for cell in pictures] + [_extent(font, text)[0] for text in column_labels])
+    lines = [[_broken(font, text, inner) for text in row] for row in captions]
+    below = max((_extent(font, text)[1] + padding for row in lines for text in row), default=0)
+    width = inner + 2 * padding
+    picture = max([cell.shape[0] for cell in pictures] + [_extent(font, text)[1] for text in row_labels])
+    height = picture + below + 2 * padding
     canvas = Image.new("RGB", (left + columns * width, top + len(cells) * height), BACKGROUND)
     draw = ImageDraw.Draw(canvas)
-    for j, text in enumerate(column_labels):
-        place = (left + j * width + (width - extent(text)[0]) // 2, padding)
+
+    def write(column: int, y: int, text: str) -> None:
+        place = (left + column * width + (width - _extent(font, text)[0]) // 2, y)
         draw.multiline_text(place, text, fill=INK, font=font, align="center")
+
+    for j, text in enumerate(column_labels):
+        write(j, padding, text)
     for i, row in enumerate(cells):
+        middle = top + i * height + padding + picture // 2
         if row_labels:
-            place = (padding, top + i * height + (height - extent(row_labels[i])[1]) // 2)
+            place = (padding, middle - _extent(font, row_labels[i])[1] // 2)
             draw.multiline_text(place, row_labels[i], fill=INK, font=font)
         for j, cell in enumerate(row):
             if cell is not None:
-                x, y = (width - cell.shape[1]) // 2, (height - cell.shape[0]) // 2
-                canvas.paste(Image.fromarray(cell), (left + j * width + x, top + i * height + y))
+                x, y = left + j * width + (width - cell.shape[1]) // 2, middle - cell.shape[0] // 2
+                canvas.paste(Image.fromarray(cell), (x, y))
+            if captions:
+                write(j, top + i * height + 2 * padding + picture, lines[i][j])
     return np.array(canvas)
+
+
+def _extent(font: ImageFont.FreeTypeFont, text: str) -> tuple[int, int]:
+    """Width and height of a text in pixels."""
+    _, _, right, bottom = ImageDraw.Draw(Image.new("RGB", (1, 1))).multiline_textbbox((0, 0), text, font=font)
+    return int(np.ceil(right)), int(np.ceil(bottom))
+
+
+def _broken(font: ImageFont.FreeTypeFont, text: str, width: int) -> str:
+    """A text with line breaks between words, so that it fits into `width` pixels if its words do."""
+    lines = [""]
+    for word in text.split():
+        longer = f"{lines[-1]} {word}".strip()
+        if lines[-1] and _extent(font, longer)[0] > width:
+            lines.append(word)
+        else:
+            lines[-1] = longer
+    return "\n".join(lines)
+
+
+def heat_map(values: Float[np.ndarray, "height width"], *, maximum: float) -> Picture:
+    """Black for 0 over red and yellow to white for `maximum` and more."""
+    level = 3 * np.clip(np.asarray(values) / maximum, 0, 1)
+    return np.round(255 * np.clip(level[..., None] - np.arange(3), 0, 1)).astype(np.uint8)
 
 
 def outline_groups(

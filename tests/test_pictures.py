@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from runtime_jax import pictures
-from runtime_jax.pictures import image_grid, loss_curve, outline_groups, read_metrics, save_png
+from runtime_jax.pictures import heat_map, image_grid, loss_curve, outline_groups, read_metrics, save_png
 
 GREY = np.full((8, 8, 3), 128, np.uint8)
 
@@ -44,12 +44,30 @@ def test_grid_labels_are_drawn_beside_the_pictures():
     assert np.sum(np.all(labelled == 128, axis=-1)) >= 4 * 64
 
 
+def test_captions_are_below_their_pictures_and_broken_at_their_width():
+    rows = [[solid(64, 64, 128), solid(32, 64, 128)]]
+    plain = image_grid(rows)
+    captioned = image_grid(rows, captions=[["dog", "a dog beside a green cat"]])
+    assert captioned.shape[1] == plain.shape[1]
+    np.testing.assert_array_equal(captioned[: len(plain)], plain)
+    text = captioned[len(plain) :]
+    left, right = text[:, :72], text[:, 72:]
+    assert left.min() < 60 and right.min() < 60
+    assert left[20:].min() == 255 and right[20:].min() < 60  # one line, several lines
+
+
+def test_heat_map_goes_from_black_to_white():
+    drawn = heat_map(np.array([[0.0, 1.0, 2.0, 3.0, 9.0]]), maximum=3.0)
+    assert drawn[0].tolist() == [[0, 0, 0], [255, 0, 0], [255, 255, 0], [255, 255, 255], [255, 255, 255]]
+
+
 @pytest.mark.parametrize(
     ("rows", "labels", "message"),
     [
         ([[None]], {}, "no picture"),
         ([[GREY]], {"row_labels": ["a", "b"]}, "2 row labels for 1 rows"),
         ([[GREY, GREY]], {"column_labels": ["a"]}, "1 column labels for 2 columns"),
+        ([[GREY, GREY]], {"captions": [["a"]]}, r"rows of \[1\] captions for \[2\] pictures"),
         ([[GREY.astype(np.float32)]], {}, r"uint8 \[H, W, 3\], got float32"),
         ([[GREY[..., 0]]], {}, r"got uint8 \[8, 8\]"),
     ],
