@@ -246,6 +246,13 @@ def test_an_offset_changes_its_own_tokens_modulation_and_no_other(params, inputs
         assert not change.any()
 
 
+def test_offsets_of_the_first_tokens_only(params, inputs):
+    """The same as zeros for the rest."""
+    offsets, per_block = random_offsets(BATCH, 3), random_offsets(BATCH, CONFIG.num_blocks, 3, seed=3)
+    padded = [np.pad(given, [(0, 0)] * (given.ndim - 2) + [(0, TEXT - 3), (0, 0)]) for given in (offsets, per_block)]
+    np.testing.assert_array_equal(run(params, inputs, offsets, per_block), run(params, inputs, *padded))
+
+
 def test_the_blocks_that_take_offsets(params, inputs):
     before, offsets = modulations(params, inputs), random_offsets(BATCH, TEXT)
     per_block = np.broadcast_to(offsets[:, None], (BATCH, CONFIG.num_blocks, *offsets.shape[1:]))
@@ -289,10 +296,11 @@ class LiteralModulation(layers.Modulation):
 
 def test_offsets_and_their_gradient_are_those_of_the_definition(params, inputs, base, monkeypatch):
     offsets, per_block = random_offsets(BATCH, TEXT), random_offsets(BATCH, CONFIG.num_blocks, TEXT, seed=3)
+    given = jax.tree.map(jnp.asarray, inputs)
 
     def value_and_gradient():
         def loss(offsets):
-            out = MODEL.apply({"params": params}, **inputs, offsets=offsets[0], block_offsets=offsets[1])
+            out = MODEL.apply({"params": params}, **given, offsets=offsets[0], block_offsets=offsets[1])
             return jnp.square(out).mean(), out
 
         return jit(jax.grad(loss, has_aux=True))((offsets, per_block))
@@ -317,10 +325,10 @@ def test_offsets_stay_with_their_tokens(params, inputs):
 
 def test_small_offsets_survive_bfloat16(params, inputs):
     """A change below bfloat16's resolution of the vectors that it changes."""
-    active = np.asarray(random_offsets(1, 1)[0])
+    active = jnp.asarray(random_offsets(1, 1)[0])
     mod = layers.Modulation(1, Compute(dtype="bfloat16"))
     weights = {"lin": {"kernel": params["single_blocks"]["modulation"]["lin"]["kernel"][0]}, "bias": jnp.ones(96)}
-    offsets = 1e-4 * random_offsets(1, TEXT)
+    offsets = jnp.asarray(1e-4 * random_offsets(1, TEXT))
     (plain,), (got,) = (mod.apply({"params": weights}, active, given) for given in (None, offsets))
     (exact,), (plain32,) = (
         layers.Modulation(1, Compute()).apply({"params": weights}, active, given) for given in (offsets, None)
@@ -352,8 +360,10 @@ def test_examples_of_a_batch_do_not_mix(params, inputs, base):
 
 @pytest.mark.parametrize("offsets", [None, random_offsets(BATCH, TEXT)], ids=["base", "offsets"])
 def test_unrolled_and_recomputed_blocks_agree(params, inputs, offsets):
+    given = jax.tree.map(jnp.asarray, inputs | {"offsets": offsets})
+
     def loss(params, module):
-        return jnp.square(run(params, inputs, offsets, module=module)).mean()
+        return jnp.square(module.apply({"params": params}, **given)).mean()
 
     expected, gradient = jit(jax.value_and_grad(loss), static_argnums=1)(params, MODEL)
     for module in (Flux(CONFIG, unroll=True), Flux(CONFIG, Compute(remat=True))):
@@ -433,6 +443,10 @@ def no_type_hook():
         ({"timesteps": np.zeros((BATCH, 1)), "vec": np.zeros((3, 10))}, r"timesteps has .*; vec has shape \(3, 10\)"),
         ({"offsets": np.zeros((BATCH, 5, 32))}, r"offsets has shape \(2, 5, 32\), not \(2, 4, 32\)"),
         ({"block_offsets": np.zeros((BATCH, 4, TEXT, 32))}, r"block_offsets .* not \(2, 5, 4, 32\)"),
+        (
+            {"offsets": np.zeros((BATCH, 3, 32)), "block_offsets": np.zeros((BATCH, 5, TEXT, 32))},
+            r"block_offsets .* not \(2, 5, 3, 32\)",
+        ),
         ({"blocks": "all"}, "blocks='all': allowed are both, double, single"),
     ],
 )

@@ -1,9 +1,9 @@
 """Blocks of FLUX's transformer, under FLUX's names.
 
-Axes: B batch, N image tokens, T text tokens, S = T + N joint tokens, text first, D width, H heads.
+Axes: B batch, N image tokens, T text tokens, R first text tokens, S = T + N joint tokens, text first, D width, H heads.
 
 A block is steered by shift, scale and gate vectors, which a linear layer makes of the modulation vector y [B, D]. An
-offset is added to y for one text token at a time; tokens without one share their sample's vectors.
+offset is added to y for each of the first R text tokens; tokens without one share their sample's vectors.
 """
 
 from typing import NamedTuple
@@ -50,9 +50,9 @@ class Modulation(nn.Module):
 
     @nn.compact
     def __call__(
-        self, vec: Float[Array, "B D"], offsets: Float[Array, "B T D"] | None = None, plain_rows: int = 0
+        self, vec: Float[Array, "B D"], offsets: Float[Array, "B R D"] | None = None, plain_rows: int = 0
     ) -> tuple[ModulationOut, ...]:
-        """With offsets, one triple for each of T tokens, modulated by y + offset, and `plain_rows` more by y."""
+        """With offsets, one triple for each of R tokens, modulated by y + offset, and `plain_rows` more by y."""
         features = 3 * self.triples * vec.shape[-1]
         lin = nn.Dense(features, use_bias=False, dtype=self.compute.jax_dtype, kernel_init=zeros, name="lin")
         bias = self.param("bias", zeros, (features,))
@@ -165,15 +165,17 @@ class DoubleBlock(nn.Module):
         streams: tuple[Float[Array, "B N D"], Float[Array, "B T D"]],
         vec: Float[Array, "B D"],
         pe: Float[Array, "2 S pairs"],
-        offsets: Float[Array, "B T D"] | None = None,
-        block_offsets: Float[Array, "B T D"] | None = None,
+        offsets: Float[Array, "B R D"] | None = None,
+        block_offsets: Float[Array, "B R D"] | None = None,
     ) -> tuple[tuple[Float[Array, "B N D"], Float[Array, "B T D"]], None]:
         img, txt = streams
         compute, width, text_tokens = self.compute, img.shape[-1], txt.shape[1]
+        offsets = total_offsets(offsets, block_offsets)
+        plain_text = 0 if offsets is None else text_tokens - offsets.shape[1]
         img_attn = SelfAttention(width, self.num_heads, compute, name="img_attn")
         txt_attn = SelfAttention(width, self.num_heads, compute, name="txt_attn")
         img_mod1, img_mod2 = Modulation(2, compute, name="img_mod")(vec)
-        txt_mod1, txt_mod2 = Modulation(2, compute, name="txt_mod")(vec, total_offsets(offsets, block_offsets))
+        txt_mod1, txt_mod2 = Modulation(2, compute, name="txt_mod")(vec, offsets, plain_text)
 
         img_heads = img_attn.heads(modulate(img, img_mod1.shift, img_mod1.scale, compute))
         txt_heads = txt_attn.heads(modulate(txt, txt_mod1.shift, txt_mod1.scale, compute))
@@ -199,13 +201,13 @@ class SingleBlock(nn.Module):
         x: Float[Array, "B S D"],
         vec: Float[Array, "B D"],
         pe: Float[Array, "2 S pairs"],
-        offsets: Float[Array, "B T D"] | None = None,
-        block_offsets: Float[Array, "B T D"] | None = None,
+        offsets: Float[Array, "B R D"] | None = None,
+        block_offsets: Float[Array, "B R D"] | None = None,
     ) -> tuple[Float[Array, "B S D"], None]:
         compute, width = self.compute, x.shape[-1]
         offsets = total_offsets(offsets, block_offsets)
-        image_tokens = 0 if offsets is None else x.shape[1] - offsets.shape[1]
-        (mod,) = Modulation(1, compute, name="modulation")(vec, offsets, plain_rows=image_tokens)
+        plain_rows = 0 if offsets is None else x.shape[1] - offsets.shape[1]
+        (mod,) = Modulation(1, compute, name="modulation")(vec, offsets, plain_rows)
         hidden = dense((3 + MLP_RATIO) * width, compute, "linear1")(modulate(x, mod.shift, mod.scale, compute))
         qkv, mlp = jnp.split(hidden, [3 * width], axis=-1)
         query, key, value = split_heads(qkv, self.num_heads)

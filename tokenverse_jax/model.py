@@ -1,6 +1,7 @@
 """FLUX's diffusion transformer with an offset of the modulation for every text token (TokenVerse's space M+).
 
-Axes: B batch, N image tokens, T text tokens, D width, C channels of an image token, J and P the text encoders' widths.
+Axes: B batch, N image tokens, T text tokens, R first text tokens, D width, C channels of an image token, J and P the
+text encoders' widths.
 """
 
 import functools
@@ -135,8 +136,8 @@ class Flux(nn.Module):
         vec: Float[Array, "B P"],
         guidance: Float[Array, " B"] | None = None,
         *,
-        offsets: Float[Array, "B T D"] | None = None,
-        block_offsets: Float[Array, "B blocks T D"] | None = None,
+        offsets: Float[Array, "B R D"] | None = None,
+        block_offsets: Float[Array, "B blocks R D"] | None = None,
         global_offset: Float[Array, "B D"] | None = None,
         blocks: OffsetBlocks = "both",
     ) -> Float[Array, "B N out"]:
@@ -150,7 +151,7 @@ class Flux(nn.Module):
           timesteps: from 1 (noise) to 0 (image).
           vec: CLIP's pooled output.
           guidance: strength, for models with guidance_embeds only.
-          offsets: added to y for each text token, in all blocks that `blocks` names.
+          offsets: added to y for each of the first R <= T text tokens, in all blocks that `blocks` names.
           block_offsets: the same for each block by itself, double blocks first; added to `offsets`.
           global_offset: added to y for image and text tokens, in all blocks and the last layer (the space M).
           blocks: which blocks take `offsets` and `block_offsets`.
@@ -195,6 +196,8 @@ class Flux(nn.Module):
         if img.ndim != 3 or txt.ndim != 3:
             raise ValueError(f"FLUX: img {img.shape} and txt {txt.shape} must be [batch, tokens, channels]")
         (batch, tokens, _), text = img.shape, txt.shape[1]
+        given = [array for array in (arrays["offsets"], arrays["block_offsets"]) if array is not None]
+        rows = min([text, *(array.shape[-2] for array in given)])
         axes, width = len(config.axes_dims_rope), config.width
         expected = {
             "img": (batch, tokens, config.in_channels),
@@ -204,8 +207,8 @@ class Flux(nn.Module):
             "timesteps": (batch,),
             "vec": (batch, config.pooled_projection_dim),
             "guidance": (batch,),
-            "offsets": (batch, text, width),
-            "block_offsets": (batch, config.num_blocks, text, width),
+            "offsets": (batch, rows, width),
+            "block_offsets": (batch, config.num_blocks, rows, width),
             "global_offset": (batch, width),
         }
         wrong = [
