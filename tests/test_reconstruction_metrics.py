@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mergevq_jax.evaluate.reconstruction import CodeUsage, estimate, psnr
+from mergevq_jax.evaluate.reconstruction import CodeUsage, psnr
+from runtime_jax.estimate import estimate
 
 
 @pytest.fixture(scope="module")

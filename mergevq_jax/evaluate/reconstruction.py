@@ -1,12 +1,10 @@
 """How well images come back, and how much of the codebook is used; on the host, in numpy."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 from jax.typing import ArrayLike
 from jaxtyping import Float, Int
-from scipy.special import stdtrit
 
 
 def psnr(images: ArrayLike, targets: ArrayLike) -> Float[np.ndarray, "batch"]:
@@ -36,37 +34,6 @@ def psnr(images: ArrayLike, targets: ArrayLike) -> Float[np.ndarray, "batch"]:
     errors = np.mean(np.square(images - targets), axis=(1, 2, 3))
     with np.errstate(divide="ignore"):
         return 10 * np.log10(peak**2 / errors)
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """A mean, half the width of its 95 % confidence interval (None: not known), and the number of values."""
-
-    mean: float
-    half_width: float | None
-    count: int
-
-    def __str__(self) -> str:
-        return f"{self.mean:.2f}" + ("" if self.half_width is None else f" ± {self.half_width:.2f}")
-
-
-def estimate(values: np.ndarray | Sequence[float], *, independent: bool = True) -> Estimate:
-    """Mean and, of independent values, 95 % interval (Student's t); the half width of a single value is inf.
-
-    Raises:
-      ValueError: no values, or NaN among them (a broken image must not vanish in a mean).
-    """
-    values = np.asarray(values, np.float64).reshape(-1)
-    broken = np.flatnonzero(np.isnan(values))
-    if values.size == 0 or broken.size:
-        where = f"NaN at places {broken[:10].tolist()}" if broken.size else "no values"
-        raise ValueError(f"estimate: {where} of {values.size}")
-    if not independent:
-        return Estimate(float(np.mean(values)), None, values.size)
-    if values.size == 1:
-        return Estimate(float(values[0]), float("inf"), 1)
-    half = stdtrit(values.size - 1, 0.975) * np.std(values, ddof=1) / np.sqrt(values.size)
-    return Estimate(float(np.mean(values)), float(half), values.size)
 
 
 @dataclass

@@ -8,8 +8,9 @@ import numpy as np
 from jaxtyping import UInt8
 from tqdm import tqdm
 
-from mergevq_jax.evaluate.reconstruction import CodeUsage, Estimate, estimate, psnr
+from mergevq_jax.evaluate.reconstruction import CodeUsage, psnr
 from mergevq_jax.tokenizer.model import Tokenizer
+from runtime_jax.estimate import Estimate, estimate
 from runtime_jax.pictures import image_grid, outline_groups
 
 Images = UInt8[np.ndarray, "N H W 3"]

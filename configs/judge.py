@@ -1,0 +1,45 @@
+"""The judge of pictures in the manner of mini_scenes, at 64 px.
+
+python -m runtime_jax.judge train --config configs/judge.py --workdir runs/judge    # minutes on two cores
+"""
+
+from ml_collections import ConfigDict
+
+from runtime_jax.config import to_dict
+from runtime_jax.judge.model import JudgeConfig
+
+STEPS = 1100
+
+
+def get_config() -> ConfigDict:
+    """What is shipped."""
+    return ConfigDict(
+        {
+            "seed": 0,
+            "model": to_dict(JudgeConfig()),
+            "image_size": 64,
+            "batch_size": 32,
+            "optimizer": {
+                "learning_rate": 3e-3,
+                "muon_learning_rate": 0.02,
+                "adam_kernels": [
+                    "stem_0",
+                    "kind",
+                    "texture",
+                    "color",
+                    "rgb",
+                    "turn",
+                    "background",
+                    "warmth",
+                    "azimuth",
+                ],
+                "schedule": "cosine",
+                "warmup": {"steps": 30},
+                "final_fraction": 0.01,
+                "b2": 0.95,
+                "clip_norm": 1.0,
+            },
+            "ema_decay": 0.99,
+            "loop": {"duration": {"steps": STEPS}, "log_every": 25, "checkpoint_every": 200},
+        }
+    )

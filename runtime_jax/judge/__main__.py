@@ -1,0 +1,37 @@
+"""The judge's command line: python -m runtime_jax.judge train | evaluate."""
+
+import argparse
+import sys
+from pathlib import Path
+
+from runtime_jax.cli import CommandLine, config_arguments, report_end
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs one command."""
+    line = CommandLine("python -m runtime_jax.judge", __doc__)
+    config_arguments(line.command("train", _train, "Train a judge on scenes that are drawn on the fly."))
+    parser = line.command("evaluate", _evaluate, "Measure a judge on held-out scenes, clean and softened, as a table.")
+    parser.add_argument("--weights", type=Path, help="of another judge than the shipped one")
+    parser.add_argument("--num-images", type=int, default=1000)
+    parser.add_argument("--out", type=Path, default=Path("runs/judge_report"), help="summary.md and judge.png go here")
+    return line.main(argv)
+
+
+def _train(args: argparse.Namespace, overrides: list[str]) -> int:
+    from runtime_jax import config
+    from runtime_jax.judge.run import TrainConfig, train
+
+    trained = train(config.build(TrainConfig, config.load(args.config, overrides, new_keys=True)), args.workdir)
+    return report_end(f"the judge is {trained.path}", trained.stopped_by, trained.step)
+
+
+def _evaluate(args: argparse.Namespace, _: list[str]) -> None:
+    from runtime_jax.judge.judge import SHIPPED, Judge
+    from runtime_jax.judge.report import report
+
+    report(Judge.load(args.weights or SHIPPED), args.num_images, args.out)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

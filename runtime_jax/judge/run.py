@@ -1,0 +1,81 @@
+"""A training run of the judge: config, state and loop put together."""
+
+import functools
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+
+from runtime_jax import config as config_lib
+from runtime_jax import loop, sharding
+from runtime_jax.checkpoint import check_workdir, initial_state
+from runtime_jax.judge import lessons
+from runtime_jax.judge.judge import save_weights
+from runtime_jax.judge.model import JudgeConfig
+from runtime_jax.judge.train import StepConfig, init_state, train_step
+from runtime_jax.optimizer import OptimizerConfig, make_optimizer, make_schedule
+
+WEIGHTS = "judge.safetensors"
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """A whole run; what configs/judge.py returns is built into this."""
+
+    seed: int = 0
+    model: JudgeConfig = JudgeConfig()
+    image_size: int = 64
+    batch_size: int = 32
+    optimizer: OptimizerConfig
+    ema_decay: float = 0.99
+    loop: loop.LoopConfig
+
+    def __post_init__(self):
+        if self.image_size % 8 or self.batch_size < 1:
+            raise ValueError(f"image_size={self.image_size} is to be a multiple of 8, batch_size={self.batch_size} > 0")
+
+
+class Trained(NamedTuple):
+    """What a run leaves."""
+
+    path: Path  # of the averaged weights, as far as they got
+    step: int
+    stopped_by: str | None  # the signal that ended the run early
+
+
+def train(config: TrainConfig, workdir: str | Path) -> Trained:
+    """Trains, or goes on training, in `workdir`.
+
+    Raises:
+      ValueError: a config or checkpoint that does not fit.
+      FloatingPointError: too many updates in a row were not finite.
+    """
+    workdir = check_workdir(workdir, config.loop.min_free_bytes)
+    total_steps = config.loop.duration.to_steps(config.batch_size)
+    schedule = make_schedule(config.optimizer, total_steps=total_steps, batch_size=config.batch_size, num_examples=None)
+    step_config = StepConfig(config.model, make_optimizer(config.optimizer, schedule), config.ema_decay, config.seed)
+    mesh = sharding.make_mesh(sharding.MeshConfig())
+    everywhere = sharding.replicated(mesh)
+    with jax.set_mesh(mesh):
+        make = jax.jit(functools.partial(init_state, step_config), out_shardings=everywhere)
+        shapes = jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=everywhere), jax.eval_shape(make)
+        )
+        resolved = config_lib.to_dict(config)
+        found = initial_state(workdir, shapes, config=resolved, init=make, must_match=("model", "seed"))
+        step = jax.jit(functools.partial(train_step, config=step_config), donate_argnums=0)
+        result = loop.run(
+            config=config.loop,
+            workdir=workdir,
+            resolved_config=resolved,
+            state=found.state,
+            start_step=found.step,
+            total_steps=total_steps,
+            train_step=lambda state, batch, _: step(state, batch),
+            batches=lambda start: lessons.batches(config.seed, start, config.batch_size, config.image_size),
+            shard=lambda batch: sharding.shard_batch(batch, mesh),
+        )
+    path = workdir / WEIGHTS
+    save_weights(path, config.model, jax.device_get(result.state.ema), step=result.step)
+    return Trained(path, result.step, result.stopped_by)
