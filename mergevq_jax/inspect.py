@@ -6,7 +6,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from mergevq_jax.tokenizer import model
 from mergevq_jax.tokenizer import train as stage1
@@ -16,16 +15,7 @@ from mergevq_jax.tokenizer.run import TrainConfig, load_frozen
 from runtime_jax.compute import Compute
 from runtime_jax.flops import count_flops
 from runtime_jax.optimizer import make_optimizer
-
-
-def count(tree: Any) -> int:
-    """Numbers in a tree of arrays or shapes."""
-    return sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(tree))
-
-
-def size_of(tree: Any) -> int:
-    """Bytes of a tree of arrays or shapes."""
-    return sum(int(np.prod(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+from runtime_jax.sizes import count, size_of, table
 
 
 def parameter_counts(config: TokenizerConfig) -> dict[str, int]:
@@ -63,13 +53,13 @@ def inspect_model(
         f"{config.resolution} px, {config.raw_tokens} raw tokens, {config.keep} kept, {config.z_channels} bits",
         "",
     ]
-    lines += _table(
+    lines += table(
         ("part", "parameters", "MB, float32"),
         [(name, f"{number:,}", f"{4 * number / 1e6:.1f}") for name, number in parameter_counts(config).items()],
     )
     programs = forward_programs(config, batch_size, compute)
     rows = [_program_row(name, program, compile) for name, program in programs.items()]
-    return "\n".join([*lines, "", *_table((f"batch of {batch_size}", "GFLOP", "temporary MB"), rows)])
+    return "\n".join([*lines, "", *table((f"batch of {batch_size}", "GFLOP", "temporary MB"), rows)])
 
 
 def inspect_config(config: TrainConfig, *, compile: bool = False) -> str:
@@ -91,9 +81,9 @@ def inspect_config(config: TrainConfig, *, compile: bool = False) -> str:
         [
             inspect_model(config.model, batch_size, compute=config.compute, compile=compile),
             "",
-            *_table(("train state", "numbers", "MB"), rows),
+            *table(("train state", "numbers", "MB"), rows),
             "",
-            *_table((f"batch of {batch_size}", "GFLOP", "temporary MB"), [_program_row(name, step, compile)]),
+            *table((f"batch of {batch_size}", "GFLOP", "temporary MB"), [_program_row(name, step, compile)]),
         ]
     )
 
@@ -120,7 +110,3 @@ def _program_row(name: str, program: Any, compile: bool) -> tuple[str, str, str]
     flops = count_flops(program.jaxpr.jaxpr)
     memory = f"{program.lower().compile().memory_analysis().temp_size_in_bytes / 1e6:.1f}" if compile else "(--compile)"
     return name, f"{flops / 1e9:,.1f}", memory
-
-
-def _table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> list[str]:
-    return [f"| {' | '.join(row)} |" for row in (head, ("---",) * len(head), *rows)]

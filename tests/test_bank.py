@@ -216,5 +216,6 @@ def test_key_similarity():
     assert key_similarity(keys, (0,), (1,)) == 1
     assert key_similarity(keys, (0, 1), (2,)) == 0
     assert key_similarity(keys, (2,), (3,)) == -1
-    assert key_similarity(keys, (1, 2), (0, 3)) == 0  # of 1, 0, 0 and -1
+    assert key_similarity(keys, (1, 2), (0, 3)) == 0.5  # of 1 for the tokens 0 and 1, 0 for 2 and 3
+    assert key_similarity(keys, (0, 2), (0, 2)) == 1
     assert key_similarity(turned, (0,), (1,)) == 0.5

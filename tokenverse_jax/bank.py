@@ -233,7 +233,9 @@ def text_keys(flux: Flux, params: Params, inputs: Mapping[str, Any]) -> Float[Ar
 def key_similarity(
     keys: Float[Array, "blocks T H head"], first: Sequence[int], second: Sequence[int]
 ) -> Float[Array, ""]:
-    """Mean cosine, from -1 to 1, of the keys of two words' tokens: over blocks, heads and pairs of tokens.
+    """How nearly parallel the keys of two words' tokens are, from -1 to 1.
+
+    The mean cosine over blocks and heads, of each token and the other word's nearest, averaged over the tokens of both.
 
     Args:
       keys: of one prompt that holds both concepts, see `text_keys`.
@@ -242,4 +244,5 @@ def key_similarity(
     """
     unit = keys / jnp.linalg.norm(keys, axis=-1, keepdims=True)
     mine, other = unit[:, jnp.asarray(first)], unit[:, jnp.asarray(second)]
-    return jnp.einsum("lnhd,lmhd->lnmh", mine, other, precision=jax.lax.Precision.HIGHEST).mean()
+    cosines = jnp.einsum("lnhd,lmhd->lhnm", mine, other, precision=jax.lax.Precision.HIGHEST).mean(axis=(0, 1))
+    return jnp.concatenate([cosines.max(axis=0), cosines.max(axis=1)]).mean()

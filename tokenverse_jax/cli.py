@@ -1,0 +1,179 @@
+"""The command line: tokenverse generate | direction | learn | concepts | inspect | train-base | scenes."""
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from runtime_jax.cli import CommandLine, config_arguments, report_end
+
+TINY = "tiny"  # names the model that is shipped with the package
+CONCEPTS = """\
+A concept is given as TARGET=FILE[:WORD][@STRENGTH]:
+  --concept doll=bank/doll.safetensors           the file's "doll", or its only word, on the prompt's "doll"
+  --concept dawn=bank/street.safetensors:light   the file's "light" on the prompt's "dawn"
+  --concept "circle#2=bank/a.safetensors@0.8"    on the prompt's second "circle", weakened
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command; errors that a user can mend are one line and exit status 1."""
+    # Its tokenizers, all that is used here, do not need the torch that it would like.
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    return _command_line().main(argv)
+
+
+def _command_line() -> CommandLine:
+    line = CommandLine("tokenverse", __doc__)
+    line.scenes_command()
+
+    sub = line.command("generate", _generate, "Images of a prompt with concepts on its words.", epilog=CONCEPTS)
+    sub.add_argument("--prompt", required=True)
+    sub.add_argument("--concept", action="append", default=[], help="may be given several times; see below")
+    sub.add_argument(
+        "--mode",
+        choices=("stored", "recomputed"),
+        default="stored",
+        help="directions as they are in the files, or made anew from the prompt (default: stored)",
+    )
+    sub.add_argument("--compare", action="store_true", help="also the same images without concepts")
+    sub.add_argument("--num", type=int, default=4, help="images (default: 4)")
+    _sampling_arguments(sub)
+    sub.add_argument("--out", type=Path, default=Path("runs/generate"))
+
+    sub = line.command(
+        "direction",
+        _direction,
+        "Change an attribute without training, on the whole image (M) or on one word (M+).",
+        epilog='For example: --prompt "a dog and a cat" --word dog --attribute "a poodle dog" --neutral "a dog"',
+    )
+    sub.add_argument("--prompt", required=True, help="what is drawn; it need not name the attribute")
+    sub.add_argument("--word", required=True, help="of the prompt; dog#2 is its second dog")
+    sub.add_argument("--attribute", required=True, help="a prompt with the attribute")
+    sub.add_argument("--neutral", required=True, help="the same prompt without it")
+    sub.add_argument("--strength", type=float, nargs="+", default=[0.5, 1.0, 1.5, 2.0])
+    _sampling_arguments(sub)
+    sub.add_argument("--out", type=Path, default=Path("runs/direction"))
+
+    sub = line.command("learn", _learn, "Learn an image's concepts, or go on; any config value: --config.a.b=value.")
+    config_arguments(sub)
+
+    sub = line.command("concepts", _concepts, "Look into concept files.")
+    sub.add_argument("action", choices=("inspect",), help="a table, and a warning where two words would blend")
+    sub.add_argument("files", nargs="+", type=Path)
+    _model_arguments(sub, default=None, help="the files' base, to compare attention keys (default: as the files say)")
+
+    sub = line.command("inspect", _inspect, "Sizes of a model and of learning on it, without weights.")
+    sub.add_argument("--model", default="dev", help="dev, schnell, or a folder (default: dev)")
+    sub.add_argument("--size", type=int, nargs="+", default=[512, 1024], help="image sides in pixels")
+
+    sub = line.command("train-base", _train_base, "Train the tiny FLUX pipeline on mini_scenes, or go on.")
+    config_arguments(sub)
+    return line
+
+
+def _model_arguments(parser: argparse.ArgumentParser, *, default: str | None, help: str) -> None:
+    parser.add_argument("--model", default=default, help=help)
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: float32 for tiny, else bfloat16")
+
+
+def _sampling_arguments(parser: argparse.ArgumentParser) -> None:
+    _model_arguments(parser, default=TINY, help="folder in diffusers' layout or hub id (default: the shipped tiny one)")
+    parser.add_argument("--width", type=int, help="pixels (default: 64 for tiny, else 1024)")
+    parser.add_argument("--height", type=int, help="as --width")
+    parser.add_argument("--num-steps", type=int, help="default: 24 for tiny, else 28; 4 are usual for FLUX.1-schnell")
+    parser.add_argument("--guidance", type=float, help="for guidance-distilled models (default: 3.5)")
+    parser.add_argument("--cfg-scale", type=float, help="true guidance (default: 2.5 for tiny, else 1, which is none)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--batch-size", type=int, help="images at once (default: 16 for tiny, else 1)")
+
+
+def _load(args):
+    from runtime_jax.compute import Compute
+    from tokenverse_jax.pipeline import Pipeline
+
+    dtype = args.dtype or ("float32" if args.model == TINY else "bfloat16")
+    return Pipeline.from_pretrained(args.model, dtype=dtype, compute=Compute(dtype=dtype))
+
+
+def _sampling(args):
+    from tokenverse_jax.generate import Sampling
+
+    tiny = args.model == TINY
+    defaults = {
+        "width": 64 if tiny else 1024,
+        "height": 64 if tiny else 1024,
+        "num_steps": 24 if tiny else 28,
+        "cfg_scale": 2.5 if tiny else 1.0,
+        "batch_size": 16 if tiny else 1,
+    }
+    given = {name: getattr(args, name) for name in defaults if getattr(args, name) is not None}
+    return Sampling(**defaults | given, guidance=args.guidance, seed=args.seed)
+
+
+def _generate(args, _) -> None:
+    from tokenverse_jax.compose import parse_request
+    from tokenverse_jax.generate import generate
+
+    requests = [parse_request(text) for text in args.concept]
+    for request in requests:
+        if not Path(request.path).is_file():  # loading a model takes a while
+            raise ValueError(f"{request.path}: no such concept file")
+    sampling = _sampling(args)
+    generate(
+        _load(args), args.prompt, requests, sampling, num=args.num, mode=args.mode, compare=args.compare, out=args.out
+    )
+    print(f"the images are in {args.out}; all of them: {args.out / 'overview.png'}")
+
+
+def _direction(args, _) -> None:
+    from tokenverse_jax import study
+
+    result = study.study(
+        _load(args),
+        args.prompt,
+        args.word,
+        attribute=args.attribute,
+        neutral=args.neutral,
+        strengths=args.strength,
+        sampling=_sampling(args),
+    )
+    print("\n".join(study.write(result, args.word, args.strength, args.out)))
+    print(f"the images are in {args.out}; all of them: {args.out / 'directions.png'}")
+
+
+def _learn(args, overrides) -> int:
+    from runtime_jax import config as config_lib
+    from tokenverse_jax.learn_run import LearnRunConfig, learn
+
+    learned = learn(
+        config_lib.build(LearnRunConfig, config_lib.load(args.config, overrides, new_keys=True)), args.workdir
+    )
+    return report_end(f"the concepts are in {learned.path}", learned.stopped_by, learned.step)
+
+
+def _concepts(args, _) -> None:
+    from tokenverse_jax.inspect_bank import inspect_bank
+
+    print(
+        inspect_bank(args.files, lambda model: _load(argparse.Namespace(**vars(args) | {"model": model})), args.model)
+    )
+
+
+def _inspect(args, _) -> None:
+    from tokenverse_jax.inspect import inspect
+
+    print(inspect(args.model, args.size))
+
+
+def _train_base(args, overrides) -> int:
+    from runtime_jax import config as config_lib
+    from tokenverse_jax.base.run import BaseConfig, train
+
+    trained = train(config_lib.build(BaseConfig, config_lib.load(args.config, overrides, new_keys=True)), args.workdir)
+    return report_end(f"the model is in {trained.folder}", trained.stopped_by, trained.step)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

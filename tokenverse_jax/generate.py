@@ -1,0 +1,164 @@
+"""`tokenverse generate`: images of a prompt with concepts on its words.
+
+Axes: N images, T text tokens, D width, H W image.
+"""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Int, UInt8
+
+from runtime_jax.pictures import image_grid, save_png
+from tokenverse_jax import bank, text
+from tokenverse_jax.compose import Composition, ConceptRequest, compose, place_recomputed, place_stored
+from tokenverse_jax.pipeline import Pipeline, PromptEncoding
+
+Mode = Literal["stored", "recomputed"]
+COLUMNS = 4  # images in a row of the overview
+SHOWN_SIDE = 256  # smaller images are drawn larger
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How images are made, see `Pipeline.generate`; `batch_size` of them at once, which changes none of them."""
+
+    height: int
+    width: int
+    num_steps: int
+    guidance: float | None = None
+    cfg_scale: float = 1.0
+    seed: int = 0
+    batch_size: int = 4
+
+    def __post_init__(self):
+        if min(self.num_steps, self.batch_size) < 1:
+            raise ValueError(f"num_steps={self.num_steps}, batch_size={self.batch_size}: at least 1 is needed")
+
+
+def sample(
+    pipeline: Pipeline,
+    prompt: PromptEncoding,
+    sampling: Sampling,
+    indices: Int[np.ndarray, " N"],
+    *,
+    negative_prompt: PromptEncoding | None = None,
+    blocks: str = "both",
+    **offsets: Any,
+) -> UInt8[np.ndarray, "N H W 3"]:
+    """Images of one encoded prompt, batch by batch in one program.
+
+    Args:
+      indices: numbers of the images, which with the seed choose their noise.
+      offsets: `offsets`, `block_offsets`, `global_offset` as in `Pipeline.generate`, each [N, ...] or None.
+    """
+    settings = dataclasses.asdict(sampling)
+    batch = min(settings.pop("batch_size"), len(indices))
+    repeated = PromptEncoding(*(jnp.repeat(jnp.asarray(part), batch, axis=0) for part in prompt))
+    whole = np.resize(np.arange(len(indices)), math.ceil(len(indices) / batch) * batch)  # the last batch is filled up
+    images = []
+    for picks in whole.reshape(-1, batch):
+        own = {name: None if offset is None else offset[picks] for name, offset in offsets.items()}
+        made = pipeline.generate(
+            repeated, indices=indices[picks], negative_prompt=negative_prompt, blocks=blocks, **own, **settings
+        )
+        images.append(np.asarray(made))
+    return np.concatenate(images)[: len(indices)]
+
+
+def place_concepts(
+    pipeline: Pipeline, prompt: str, requests: Sequence[ConceptRequest], mode: Mode = "stored"
+) -> Composition:
+    """What the concepts that are asked for add to a prompt's tokens.
+
+    Args:
+      mode: "stored" takes directions from the files as they are, "recomputed" makes them anew from the prompt by the
+        Concept-Mod in the files.
+
+    Raises:
+      ValueError: before anything is compiled: a prompt that is too long; a file that cannot be read, was learned on
+        another model, has no such word or no Concept-Mod; a word that the prompt does not have, or has with another
+        number of tokens.
+    """
+    tokenizer = pipeline.tokenizer_2
+    text.encode(tokenizer, [prompt], pipeline.text_length)
+    for request in requests:
+        text.find_word(tokenizer, prompt, request.target)
+    base_hash = pipeline.base_hash()
+    files = {path: bank.load(path, base_hash=base_hash) for path in {request.path for request in requests}}
+    chosen = [(request, request.choose(files[request.path])) for request in requests]
+    if mode == "stored":
+        placed = [place_stored(concept, tokenizer, prompt, r.target, r.strength) for r, concept in chosen]
+        return compose(placed, pipeline.text_length)
+    for path, file in files.items():
+        if file.params is None:
+            raise ValueError(f"{path}: holds no Concept-Mod, without which there are stored directions only")
+    txt = pipeline.encode_prompts([prompt]).txt[0]
+    placed = [
+        place_recomputed(concept, files[r.path].params, tokenizer, prompt, txt, r.target, r.strength)
+        for r, concept in chosen
+    ]
+    return compose(placed, pipeline.text_length)
+
+
+def generate(
+    pipeline: Pipeline,
+    prompt: str,
+    requests: Sequence[ConceptRequest],
+    sampling: Sampling,
+    *,
+    num: int,
+    mode: Mode = "stored",
+    compare: bool = False,
+    out: Path,
+) -> None:
+    """Writes `out/0000.png` and so on, and all of them with the prompt below as `out/overview.png`.
+
+    Args:
+      requests: the concepts; none for the base model's images.
+      num: of images.
+      compare: also the base model's images from the same noise, as `out/0000_base.png`.
+
+    Raises:
+      ValueError: what is not possible, before anything is compiled: sizes, words, concept files.
+    """
+    if num < 1:
+        raise ValueError(f"num={num}: at least 1 image is needed")
+    if compare and not requests:
+        raise ValueError("compare: without concepts there is nothing to compare the base model with")
+    pipeline.vae.config.token_grid(sampling.height, sampling.width)
+    offsets: dict[str, Any] = {}
+    if requests:
+        placed = place_concepts(pipeline, prompt, requests, mode)
+        offsets = {name: _for_all(value, num) for name, value in placed._asdict().items() if name != "blocks"}
+        offsets["blocks"] = placed.blocks
+    encoded = pipeline.encode_prompts([prompt])
+    negative = pipeline.encode_prompts([""]) if sampling.cfg_scale != 1.0 else None
+    pipeline = dataclasses.replace(pipeline, clip=None, t5=None)  # makes room for the images
+    kinds = {"": sample(pipeline, encoded, sampling, np.arange(num), negative_prompt=negative, **offsets)}
+    if compare:
+        kinds["_base"] = sample(pipeline, encoded, sampling, np.arange(num), negative_prompt=negative)
+    for kind, images in kinds.items():
+        for i, image in enumerate(images):
+            save_png(out / f"{i:04}{kind}.png", image)
+    with_concepts = ", ".join(request.target for request in requests)
+    save_png(out / "overview.png", _overview(kinds, prompt, {"": with_concepts, "_base": "without"}))
+
+
+def _for_all(offset: Any, num: int) -> np.ndarray | None:
+    """One prompt's offset for each of its images."""
+    return None if offset is None else np.broadcast_to(np.asarray(offset), (num, *offset.shape))
+
+
+def _overview(kinds: dict[str, np.ndarray], prompt: str, notes: dict[str, str]) -> np.ndarray:
+    """Images in rows of each kind in turn, with the prompt below and, where there are several kinds, a note beside."""
+    num, side = len(kinds[""]), max(kinds[""].shape[1:3])
+    rows = [list(images[i : i + COLUMNS]) for i in range(0, num, COLUMNS) for images in kinds.values()]
+    labels = [notes[kind] for _ in range(0, num, COLUMNS) for kind in kinds] if len(kinds) > 1 else ()
+    captions = [[prompt] * len(row) for row in rows]
+    return image_grid(rows, row_labels=labels, captions=captions, scale=max(1, SHOWN_SIDE // side))

@@ -1,0 +1,141 @@
+"""`tokenverse concepts inspect`: what concept files hold, and which of their words would blend in one picture."""
+
+import itertools
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from runtime_jax.sizes import table
+from tokenverse_jax import autoencoder, bank
+from tokenverse_jax.bank import Concept, ConceptFile
+from tokenverse_jax.compose import Composition, PlacedConcept, compose
+from tokenverse_jax.model import Flux
+from tokenverse_jax.pipeline import GUIDANCE, Pipeline
+from tokenverse_jax.text import find_word
+
+GRID = (8, 8)  # of the noise that the keys are looked at with
+PARALLEL = 0.9  # mean cosine of the keys of two words that are likely to blend
+
+
+class Pair(NamedTuple):
+    """Two words of different files, and the mean cosine of their attention keys."""
+
+    first: str
+    second: str
+    plain: float  # of the words themselves
+    with_concepts: float
+
+
+def inspect_bank(paths: Sequence[Path], load_model: Callable[[str], Pipeline], model: str | None) -> str:
+    """Tables of files and words; with several files also of the similarity of their words' attention keys.
+
+    Args:
+      load_model: gives the base model by its name.
+      model: that of the base model; None: as the files say.
+
+    Raises:
+      ValueError: a file that is not a concept file, or files of several bases.
+    """
+    files = {path: bank.load(path, base_hash=None) for path in paths}
+    lines = [
+        *table(
+            ("file", "caption", "base", "Concept-Mod", "kB"),
+            [
+                (
+                    str(path),
+                    file.caption,
+                    f"{file.base} ({file.base_hash[:8]})",
+                    "no" if file.params is None else "yes",
+                    f"{path.stat().st_size / 1e3:,.0f}",
+                )
+                for path, file in files.items()
+            ],
+        ),
+        "",
+        *table(
+            ("word", "file", "tokens", "blocks", "strength", "norm", "norm of what blocks add"),
+            [_word_row(path, concept) for path, file in files.items() for concept in file.concepts],
+        ),
+    ]
+    if len(files) > 1:
+        bases = {file.base_hash: file.base for file in files.values()}
+        if len(bases) > 1:
+            raise ValueError(f"learned on different models, not to be composed: {', '.join(bases.values())}")
+        ((base_hash, base),) = bases.items()
+        lines += ["", *_similarity_lines(key_similarities(load_model(model or base), files, base_hash))]
+    return "\n".join(lines)
+
+
+def _word_row(path: Path, concept: Concept) -> tuple[str, ...]:
+    norm = lambda array: f"{np.linalg.norm(array, axis=-1).mean():.2f}"  # noqa: E731
+    per_block = "-" if concept.block_offset is None else norm(concept.block_offset)
+    cells = (concept.word, path.name, len(concept.token_ids), concept.blocks, concept.strength)
+    return (*map(str, cells), norm(concept.offset), per_block)
+
+
+def _similarity_lines(pairs: Sequence[Pair]) -> list[str]:
+    rows = [(p.first, p.second, f"{p.with_concepts:.3f}", f"{p.plain:.3f}") for p in pairs]
+    lines = table(("word", "other word", "cosine of their keys", "without the concepts"), rows)
+    for pair in pairs:
+        if pair.with_concepts > PARALLEL:
+            lines.append(
+                f"warning: {pair.first} and {pair.second} have nearly parallel attention keys "
+                f"({pair.with_concepts:.3f} > {PARALLEL}): in one picture they would blend"
+            )
+    return lines
+
+
+def key_similarities(pipeline: Pipeline, files: dict[Path, ConceptFile], base_hash: str) -> list[Pair]:
+    """The similarity of every two words of different files, in one prompt with all of them, on pure noise.
+
+    Raises:
+      ValueError: the model is another one than the files' base.
+    """
+    if pipeline.base_hash() != base_hash:
+        raise ValueError(f"{pipeline.source}: not the model that the concepts were learned on ({base_hash})")
+    prompt, placed, names = "", [], []
+    for path, file in files.items():
+        for concept in file.concepts:
+            word = re.sub(r"#\d+$", "", concept.word)
+            number = 1 + len(re.findall(rf"(?<!\w){re.escape(word)}(?!\w)", prompt, re.IGNORECASE))
+            prompt = f"{prompt} and a {word}" if prompt else f"a {word}"
+            placed.append((concept, f"{word}#{number}"))
+            names.append((path, f"{path.stem}:{concept.word}"))
+    tokenizer = pipeline.tokenizer_2
+    placed = [PlacedConcept(concept, find_word(tokenizer, prompt, target)) for concept, target in placed]
+    keys, plain = (_keys(pipeline, prompt, each) for each in (compose(placed, pipeline.text_length), None))
+    pairs = []
+    for i, j in itertools.combinations(range(len(placed)), 2):
+        if names[i][0] != names[j][0]:
+            where = placed[i].places, placed[j].places
+            similar = [float(bank.key_similarity(each, *where)) for each in (plain, keys)]
+            pairs.append(Pair(names[i][1], names[j][1], *similar))
+    return pairs
+
+
+def _keys(pipeline: Pipeline, prompt: str, composition: Composition | None) -> jax.Array:
+    """Attention keys [blocks, T, H, head] of a prompt's tokens."""
+    encoded, part = pipeline.encode_prompts([prompt]), pipeline.transformer
+    shape = (1, GRID[0] * GRID[1], part.config.in_channels)
+    inputs = {
+        "img": jax.random.normal(jax.random.key(0), shape),
+        "img_ids": autoencoder.image_ids(GRID),
+        "txt": encoded.txt,
+        "txt_ids": jnp.zeros((encoded.txt.shape[1], 3)),
+        "timesteps": jnp.ones(1),
+        "vec": encoded.vec,
+        "guidance": jnp.full(1, GUIDANCE) if part.config.guidance_embeds else None,
+    }
+    if composition is not None:
+        blocks = composition.block_offsets
+        inputs |= {
+            "offsets": composition.offsets[None],
+            "block_offsets": None if blocks is None else blocks[None],
+            "blocks": composition.blocks,
+        }
+    return bank.text_keys(Flux(part.config, pipeline.compute), part.params, inputs)[:, 0]
