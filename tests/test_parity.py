@@ -25,8 +25,9 @@ from runtime_jax.weights import export_weights, read_safetensors, write_safetens
 GOLDEN = Path(__file__).parent / "golden"
 FILES = sorted(path.name for path in GOLDEN.iterdir())
 
-# Measured on a CPU: 1.5e-6 at most, but 2.3e-6 for the entropy's gradient and 3.9e-6 for the recovery's softmax.
-MEASURED = {"lfq": 2e-5, "source_recovery": 2e-5}
+# Measured on a CPU: 1.5e-6 at most, but 2.3e-6 for the entropy's gradient, 3.9e-6 for the recovery's softmax, and up to
+# 1.3e-5 for FLUX, whose random blocks make activations of some thousands.
+MEASURED = {"lfq": 2e-5, "source_recovery": 2e-5, "flux_transformer": 4e-5, "flux_transformer_schnell": 4e-5}
 
 # What the mutation test changes: of blocks that are stacked, one, and of a second encoder, what the first has not.
 MUTATED = {
