@@ -143,6 +143,7 @@ def fresh_programs():
         ("source_recovery", "mergevq_jax.tokenizer.layers.LAYER_NORM_EPSILON", 1e-6, 1e-4),  # 5.8e-2
         ("flux_vae", "runtime_jax.group_norm.EPSILON", 1e-5, 5e-6),  # 1.2e-5
         ("dinov2", "mergevq_jax.tokenizer.dinov2.LAYER_NORM_EPSILON", 1e-5, 5e-6),  # 6.9e-6
+        ("patchgan", "mergevq_jax.tokenizer.adversarial.BATCH_NORM_EPSILON", 1e-4, 5e-6),
     ],
 )
 def test_a_changed_epsilon_fails(name, constant, epsilon, limit, monkeypatch, fresh_programs):

@@ -16,6 +16,9 @@ from runtime_jax.weights import CONV, Rule
 Logits = Float[Array, "batch h w 1"]
 Scalar = Float[Array, ""]
 
+BATCH_NORM_MOMENTUM = 0.1  # weight of the new batch in the running statistics
+BATCH_NORM_EPSILON = 1e-5  # added to the variance
+
 
 def _scale_init(key: Array, shape: tuple[int, ...], dtype: DTypeLike = jnp.float32) -> Array:
     return 1.0 + 0.02 * jax.random.normal(key, shape, dtype)
@@ -28,13 +31,9 @@ class BatchNorm(nn.Module):
     `flax.linen.BatchNorm` does not. Under jit on a mesh the statistics are those of the global batch.
 
     Attributes:
-        momentum: weight of the new batch in the running statistics.
-        epsilon: added to the variance.
         dtype: dtype of the output; statistics are float32.
     """
 
-    momentum: float = 0.1
-    epsilon: float = 1e-5
     dtype: DTypeLike = jnp.float32
 
     @nn.compact
@@ -53,11 +52,11 @@ class BatchNorm(nn.Module):
             if not self.is_initializing():
                 count = x.size // channels
                 unbiased = var * (count / max(count - 1, 1))
-                running_mean.value += self.momentum * (jax.lax.stop_gradient(mean) - running_mean.value)
-                running_var.value += self.momentum * (jax.lax.stop_gradient(unbiased) - running_var.value)
+                running_mean.value += BATCH_NORM_MOMENTUM * (jax.lax.stop_gradient(mean) - running_mean.value)
+                running_var.value += BATCH_NORM_MOMENTUM * (jax.lax.stop_gradient(unbiased) - running_var.value)
         else:
             mean, var = running_mean.value, running_var.value
-        multiplier = scale * jax.lax.rsqrt(var + self.epsilon)
+        multiplier = scale * jax.lax.rsqrt(var + BATCH_NORM_EPSILON)
         return ((x - mean[None, None, None]) * multiplier[None, None, None] + bias[None, None, None]).astype(self.dtype)
 
 
