@@ -19,7 +19,8 @@ class Estimate:
         return f"{self:.2f}"
 
     def __format__(self, form: str) -> str:
-        """The mean and, where it is known, the half width, each in this form."""
+        """The mean and, where it is known, the half width, each in this form; two decimals without one."""
+        form = form or ".2f"
         return f"{self.mean:{form}}" + ("" if self.half_width is None else f" ± {self.half_width:{form}}")
 
 

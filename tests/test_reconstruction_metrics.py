@@ -54,6 +54,7 @@ def test_psnr_refuses_mixed_kinds(images, other):
 
 def test_estimate():
     result = estimate([1.0, 2.0, 3.0, 4.0])
+    assert f"{result}" == str(result) == "2.50 ± 2.05" and f"{result:.1f}" == "2.5 ± 2.1"
     assert (result.mean, result.count) == (2.5, 4)
     assert result.half_width == pytest.approx(
         3.182446 * np.std([1, 2, 3, 4], ddof=1) / 2, rel=1e-6
