@@ -119,3 +119,13 @@ def test_accuracies_count_items_over_images():
     shares = accuracies([compare(wanted, scene), compare(wanted, empty)])
     assert shares["class"].mean == 0.5 and shares["class"].count == 2
     assert set(shares) == {"count", "class", "all"}
+
+
+def test_objects_alike_are_assigned_in_the_order_of_the_caption():
+    scene = two_objects()
+    first = scene.objects[0]
+    same = scene.with_object(1, shape=first.shape, rotation=first.rotation)
+    same = same.with_object(0, x=0.7).with_object(1, x=0.3)
+    text = f"a {first.shape} to the left of a {first.shape}"
+    assert compare(parse_caption(text), same).places == (1, 0)
+    assert compare(parse_caption(text), same.with_object(0, x=0.1)).places == (0, 1)

@@ -136,9 +136,12 @@ def compare(wanted: Wanted, scene: Scene) -> Verdict:
     """Checks a scene, a true one or one that the judge saw, against a caption.
 
     Every object stands for one wanted object at most. Where several have the wanted shape, they are assigned so that
-    the most attributes agree: the caption's colours must all be there, each on its own object.
+    the most attributes agree, and then from left to right if the caption tells the arrangement.
     """
     agreement = np.array([[_agreement(want, item) for item in scene.objects] for want in wanted.objects])
+    if wanted.ordered and agreement.size:
+        ranks = np.argsort(np.argsort([item.x for item in scene.objects]))
+        agreement -= 0.01 * np.abs(ranks - np.arange(len(wanted.objects))[:, None])
     places: list[int | None] = [None] * len(wanted.objects)
     if agreement.size:
         for i, j in zip(*linear_sum_assignment(agreement, maximize=True), strict=True):
