@@ -1,0 +1,93 @@
+"""The tiny FLUX pipeline that is shipped, trained on mini_scenes: 64 px, 64 image tokens, about an hour on two cores.
+
+tokenverse train-base --config configs/flux_tiny.py --workdir runs/flux_tiny
+"""
+
+from ml_collections import ConfigDict
+
+
+def _optimizer(**values) -> dict:
+    return {"schedule": "cosine", "final_fraction": 0.02, "b1": 0.9, "b2": 0.95, "clip_norm": 1.0} | values
+
+
+def get_config() -> ConfigDict:
+    """What is shipped."""
+    return ConfigDict(
+        {
+            "task": "base",
+            "seed": 0,
+            "image_size": 64,
+            "vae": {
+                "model": {
+                    "block_out_channels": [16, 32, 64],
+                    "layers_per_block": 1,
+                    "latent_channels": 6,
+                    # Groups of few channels would remove a picture's colours.
+                    "norm_num_groups": 4,
+                },
+                "l2_weight": 1.0,
+                "kl_weight": 1e-3,
+                "training": {
+                    "batch_size": 8,
+                    "optimizer": _optimizer(
+                        learning_rate=3e-3,
+                        muon_learning_rate=0.02,
+                        adam_kernels=["conv_in", "conv_out"],
+                        warmup={"steps": 50},
+                    ),
+                    "ema_decay": 0.998,
+                    "loop": {
+                        "duration": {"steps": 2000},
+                        "log_every": 50,
+                        "checkpoint_every": 200,
+                        "eval_every": 500,
+                        "preview_every": 500,
+                        "keep_checkpoints": 1,
+                    },
+                },
+            },
+            "num_scenes": 20_000,
+            "text_to_image": {
+                "flux": {
+                    "in_channels": 24,
+                    "num_layers": 2,
+                    "num_single_layers": 4,
+                    "attention_head_dim": 32,
+                    "num_attention_heads": 4,
+                    "joint_attention_dim": 128,
+                    "pooled_projection_dim": 128,
+                    "guidance_embeds": False,
+                    "axes_dims_rope": [4, 14, 14],
+                },
+                "text_layers": 2,
+                "text_heads": 4,
+                "captions": {
+                    "text_length": 40,
+                    "drop_both": 0.1,
+                    "drop_t5": 0.1,
+                    "drop_clip": 0.1,
+                    "pair_every": 8,
+                },
+                # Shapes, places and colours are settled at high noise.
+                "time_mean": 0.3,
+                "time_std": 1.2,
+                "training": {
+                    "batch_size": 32,
+                    "optimizer": _optimizer(
+                        learning_rate=2e-3,
+                        muon_learning_rate=0.01,
+                        adam_kernels=["img_in", "txt_in", "(time|vector)_in", "lin/kernel", "final_layer"],
+                        warmup={"steps": 200},
+                    ),
+                    "ema_decay": 0.999,
+                    "loop": {
+                        "duration": {"steps": 7000},
+                        "log_every": 50,
+                        "checkpoint_every": 500,
+                        "preview_every": 1000,
+                        "keep_checkpoints": 1,
+                    },
+                },
+            },
+        }
+    )

@@ -1,0 +1,197 @@
+"""The tiny base: tokenizers, corpus, both losses, a whole run on tiny shapes, and the shipped pipeline."""
+
+import dataclasses
+import functools
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from runtime_jax import config as config_lib
+from runtime_jax.compute import Compute
+from runtime_jax.data.mini_scenes import caption, full_caption
+from tokenverse_jax.base import corpus, run, text_to_image, vae
+from tokenverse_jax.base.corpus import CaptionConfig, Corpus
+from tokenverse_jax.base.tokenizers import make_tokenizers, scene_words
+from tokenverse_jax.pipeline import Pipeline
+from tokenverse_jax.text import find_word
+
+SIZE = 16
+
+
+@pytest.fixture(scope="module")
+def tokenizers():
+    return make_tokenizers(scene_words(), 40)
+
+
+@pytest.fixture(scope="module")
+def scenes():
+    return corpus.scenes(0, "train", range(24))
+
+
+def test_every_word_of_a_caption_is_one_token(tokenizers, scenes):
+    rng = np.random.default_rng(0)
+    for text in (text for scene in scenes for text in (full_caption(scene), caption(scene, rng))):
+        words = text.replace(",", " ,").split()
+        assert tokenizers.tokenizer_2(text)["input_ids"][-1] == tokenizers.tokenizer_2.eos_token_id
+        assert len(tokenizers.tokenizer_2(text)["input_ids"]) == len(words) + 1
+        assert len(tokenizers.tokenizer(text)["input_ids"]) == len(words) + 2
+
+
+def test_captions_of_pairs_are_whole_words_too(tokenizers):
+    text = corpus.PAIR.format(left="a ring", right="a star")
+    assert len(tokenizers.tokenizer_2(text)["input_ids"]) == len(text.replace(":", " :").replace(",", " ,").split()) + 2
+
+
+def test_capitals_do_not_matter_and_other_words_are_spelt(tokenizers):
+    for tokenizer in tokenizers:
+        assert tokenizer("A Red STAR")["input_ids"] == tokenizer("a red star")["input_ids"]
+        assert tokenizer.unk_token_id not in tokenizer("zebra-7!")["input_ids"][:-1]
+    assert find_word(tokenizers.tokenizer_2, "a Star and a ring, a star", "star#2") == (6,)
+
+
+def _corpus(scenes, tokenizers, **captions) -> Corpus:
+    latents = np.arange(len(scenes) * 4 * 4 * 2, dtype=np.float32).reshape(len(scenes), 4, 4, 2)
+    config = CaptionConfig(**{"pair_every": 3} | captions)
+    return Corpus(latents=latents, scenes=scenes, tokenizers=tokenizers, captions=config, batch_size=6, seed=0)
+
+
+def test_batches_are_a_function_of_their_number_and_visit_every_scene_once_an_epoch(tokenizers, scenes):
+    data = _corpus(scenes, tokenizers, pair_every=0)
+    batches = list(itertools.islice(data.batches(0), 8))
+    jax.tree.map(np.testing.assert_array_equal, batches[5], data.batch(5))
+    first, second = (np.concatenate([b["latents"] for b in part]) for part in (batches[:4], batches[4:]))
+    np.testing.assert_array_equal(np.sort(first[:, 0, 0, 0]), data.latents[:, 0, 0, 0])
+    np.testing.assert_array_equal(np.sort(second[:, 0, 0, 0]), data.latents[:, 0, 0, 0])
+    assert (first != second).any()
+    assert batches[3]["index"].tolist() == list(range(18, 24))
+
+
+def test_a_pair_is_two_scenes_side_by_side_under_both_captions(tokenizers, scenes):
+    data = _corpus(scenes, tokenizers, drop_both=0.0, drop_t5=0.0, drop_clip=0.0)
+    single, pair = data.batch(1), data.batch(2)
+    assert single["latents"].shape == (6, 4, 4, 2) and pair["latents"].shape == (3, 4, 8, 2)
+    text = tokenizers.tokenizer_2.decode(pair["t5_ids"][0], skip_special_tokens=True)
+    assert text.startswith("two pictures side by side: on the left a")
+    place = int(pair["latents"][0, 0, 4, 0]) // 32  # the right one's scene
+    assert all(item.shape in text.split("on the right")[1] for item in scenes[place].objects)
+
+
+@pytest.mark.parametrize(
+    ("shares", "told"),
+    [
+        ({"drop_both": 1.0, "drop_t5": 0.0, "drop_clip": 0.0}, (False, False)),
+        ({"drop_both": 0.0, "drop_t5": 1.0, "drop_clip": 0.0}, (False, True)),
+        ({"drop_both": 0.0, "drop_t5": 0.0, "drop_clip": 1.0}, (True, False)),
+    ],
+)
+def test_captions_are_kept_from_one_encoder_or_both(tokenizers, scenes, shares, told):
+    batch = _corpus(scenes, tokenizers, **shares).batch(0)
+    empty = (tokenizers.tokenizer_2.eos_token_id, tokenizers.tokenizer.eos_token_id)
+    first = batch["t5_ids"][:, 0], batch["clip_ids"][:, 1]
+    assert tuple(bool((ids != end).all()) for ids, end in zip(first, empty, strict=True)) == told
+    assert all((ids != end).all() or (ids == end).all() for ids, end in zip(first, empty, strict=True))
+
+
+def _config(**changes) -> run.BaseConfig:
+    """Both stages at 16 px, two steps each."""
+
+    def training(batch_size: int) -> dict:
+        return {
+            "batch_size": batch_size,
+            "optimizer": {"learning_rate": 1e-3, "muon_learning_rate": 0.01},
+            "loop": {"duration": {"steps": 2}, "log_every": 1, "preview_every": 2, "min_free_bytes": 0},
+        }
+
+    flux = {
+        "in_channels": 8,
+        "num_layers": 1,
+        "num_single_layers": 1,
+        "attention_head_dim": 8,
+        "num_attention_heads": 2,
+        "joint_attention_dim": 8,
+        "pooled_projection_dim": 8,
+        "guidance_embeds": False,
+        "axes_dims_rope": [4, 2, 2],
+    }
+    model = {"block_out_channels": [4, 8, 8], "layers_per_block": 1, "latent_channels": 2, "norm_num_groups": 2}
+    values = {
+        "image_size": SIZE,
+        "num_scenes": 8,
+        "vae": {"model": model, "training": training(2)},
+        "text_to_image": {"flux": flux, "captions": {"pair_every": 2}, "training": training(4)},
+        "sampling": {"num_steps": 2, "cfg_scale": 2.0},
+    }
+    return config_lib.build(run.BaseConfig, values | changes)
+
+
+def test_the_shipped_config_builds():
+    config = config_lib.build(run.BaseConfig, config_lib.load("configs/flux_tiny.py"))
+    assert config.vae.model.token_grid(config.image_size, config.image_size) == (8, 8)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"image_size": 20}, "multiples of 8"),
+        ({"num_scenes": 8, "vae": {"model": {"latent_channels": 3}}}, "in_channels=8.*so 12 are needed"),
+    ],
+)
+def test_a_config_that_does_not_fit_is_refused(changes, message):
+    if "vae" in changes:
+        vae_config = config_lib.to_dict(_config().vae)
+        changes["vae"] = vae_config | {"model": vae_config["model"] | changes["vae"]["model"]}
+    with pytest.raises(ValueError, match=message):
+        _config(**changes)
+
+
+def test_shares_of_dropped_captions_are_checked():
+    with pytest.raises(ValueError, match="at most 1"):
+        CaptionConfig(drop_both=0.5, drop_t5=0.4, drop_clip=0.2)
+
+
+def test_the_autoencoder_is_trained_on_samples_of_its_latents():
+    config = _config()
+    params = vae.init_params(config.vae, 0)
+    batch = next(corpus.picture_batches(0, SIZE, 2, 0))
+    loss = jax.jit(lambda params, step: vae.loss(params, batch, step, config=config.vae, compute=Compute(), seed=0))
+    first, metrics = loss(params, jnp.zeros((), jnp.int32))
+    other, _ = loss(params, jnp.ones((), jnp.int32))
+    assert first != other  # other noise
+    weights = config.vae.l2_weight, config.vae.kl_weight
+    expected = metrics["l1"] + weights[0] * metrics["l2"] + weights[1] * metrics["kl"]
+    np.testing.assert_allclose(first, expected, rtol=1e-6)
+
+
+def test_the_velocity_loss_starts_at_the_targets_power_and_reaches_all_networks(tokenizers, scenes):
+    config = _config()
+    networks = text_to_image.make_networks(config.text_to_image, tokenizers, Compute())
+    params = text_to_image.init_params(networks, 0)
+    batch = dataclasses.replace(_corpus(scenes, tokenizers), batch_size=24).batch(0)
+    batch["latents"] = np.random.default_rng(0).normal(size=batch["latents"].shape).astype(np.float32)
+    loss = functools.partial(
+        text_to_image.loss, batch=batch, step=0, config=config.text_to_image, networks=networks, seed=0
+    )
+    value, _ = jax.jit(loss)(params)
+    np.testing.assert_allclose(value, 2.0, rtol=0.2)  # of noise minus data, both of variance 1; the model says 0
+    # The last layers start at zero and hide the others: after one step everything learns.
+    leaves = jax.tree.map(lambda leaf: leaf + 0.1 * jax.random.normal(jax.random.key(1), leaf.shape), params)
+    gradients, _ = jax.jit(jax.grad(loss, has_aux=True))(leaves)
+    assert all(np.abs(leaf).max() > 0 for leaf in jax.tree.leaves(gradients))
+
+
+def test_a_run_leaves_a_pipeline_and_goes_on_where_it_was(tmp_path):
+    config = _config()
+    trained = run.train(config, tmp_path)
+    assert trained == (tmp_path / "pipeline", 2, None)
+    pipeline = Pipeline.from_pretrained(trained.folder)
+    assert pipeline.text_length == 40
+    tokens = pipeline.encode_images(corpus.draw(corpus.scenes(0, "train", range(8)), SIZE))
+    np.testing.assert_allclose([tokens.mean(), tokens.std()], [0, 1], atol=2e-2)  # what scaling and shift are for
+    assert pipeline.generate(["a ring"], height=SIZE, width=SIZE, num_steps=1).shape == (1, SIZE, SIZE, 3)
+    written = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*.npy")}
+    assert len(written) == 1 and list(tmp_path.glob("text_to_image/**/*.png"))
+    again = run.train(config, tmp_path)
+    assert again == trained and {path: path.stat().st_mtime_ns for path in tmp_path.glob("*.npy")} == written

@@ -1,0 +1,128 @@
+"""What both stages read: mini_scenes drawn as they are needed, their latents, and a new caption for every visit.
+
+Axes: N scenes, B batch, T text tokens, H W image, h w grid of latents, C latent channels.
+"""
+
+import functools
+import itertools
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from einops import rearrange
+from jaxtyping import Float, Float16, UInt8
+
+from runtime_jax.data.mini_scenes import Scene, caption, example_scene, render_scene
+from runtime_jax.prng import Stream, host_rng
+from tokenverse_jax.base.tokenizers import Tokenizers
+from tokenverse_jax.isolation import IsolationConfig
+from tokenverse_jax.text import encode
+
+Scenes = tuple[Scene, ...]
+PAIR = IsolationConfig.template  # learning a concept puts pictures side by side under such captions
+Images = UInt8[np.ndarray, "B H W 3"]
+DRAWN_AT_ONCE = 64
+
+
+def scenes(seed: int, split: str, indices: Sequence[int]) -> Scenes:
+    """Scenes of a split ("train", "validation", "test"); a split has no end."""
+    return tuple(example_scene(seed, split, int(index))[0] for index in indices)
+
+
+def draw(drawn: Sequence[Scene], size: int) -> Images:
+    """Pictures of scenes."""
+    return np.stack([render_scene(scene, size).image for scene in drawn])
+
+
+def picture_batches(seed: int, size: int, batch_size: int, start_step: int) -> Iterator[dict[str, np.ndarray]]:
+    """Batches of new training pictures, without end: "image" uint8 [B, H, W, 3] and "index" int64 [B]."""
+    for step in itertools.count(start_step):
+        numbers = np.arange(step * batch_size, (step + 1) * batch_size)
+        yield {"image": draw(scenes(seed, "train", numbers), size), "index": numbers}
+
+
+def cached_latents(
+    path: Path, drawn: Sequence[Scene], size: int, encoder: Callable[[Images], Float[np.ndarray, "B h w C"]]
+) -> Float16[np.ndarray, "N h w C"]:
+    """Latents of scenes, from the file `path` if it is there; otherwise they are drawn and encoded."""
+    if not path.is_file():
+        parts = (drawn[start : start + DRAWN_AT_ONCE] for start in range(0, len(drawn), DRAWN_AT_ONCE))
+        latents = [np.asarray(encoder(draw(part, size)), np.float16) for part in parts]
+        partial = path.with_name(f".{path.stem}.partial.npy")
+        np.save(partial, np.concatenate(latents))
+        os.replace(partial, path)
+    return np.load(path)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CaptionConfig:
+    """What the text encoders are told: a scene's caption, those of two scenes side by side, or now and then nothing."""
+
+    text_length: int = 40  # tokens of T5
+    drop_both: float = 0.1  # for classifier-free guidance
+    drop_t5: float = 0.1  # CLIP alone tells what there is to see, or T5 alone, so that both have something to say
+    drop_clip: float = 0.1
+    pair_every: int = 8  # one batch in so many is of pairs; 0: none
+
+    def __post_init__(self):
+        shares = self.drop_both, self.drop_t5, self.drop_clip
+        if min(shares) < 0 or sum(shares) > 1:
+            raise ValueError(f"drop_both, drop_t5, drop_clip={shares}: shares whose sum is at most 1 are needed")
+        if self.pair_every < 0:
+            raise ValueError(f"pair_every={self.pair_every}: a positive number is needed, or 0 for no pairs")
+
+    def is_pair_step(self, step: int) -> bool:
+        """Whether this step's batch is one of pairs."""
+        return self.pair_every > 0 and step % self.pair_every == self.pair_every - 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Corpus:
+    """Batches for the transformer; batch s is a pure function of (seed, s)."""
+
+    latents: Float[np.ndarray, "N h w C"]  # scaled
+    scenes: Scenes
+    tokenizers: Tokenizers
+    captions: CaptionConfig
+    batch_size: int
+    seed: int
+
+    def batches(self, start_step: int) -> Iterator[dict[str, np.ndarray]]:
+        """Batches start_step, start_step + 1, ... without end."""
+        return map(self.batch, itertools.count(start_step))
+
+    def batch(self, step: int) -> dict[str, np.ndarray]:
+        """latents float32 [B, h, w, C], t5_ids and clip_ids int32 [B, T], index int64 [B].
+
+        A batch of pairs has half as many examples, of twice the width.
+        """
+        numbers, count = np.arange(step * self.batch_size, (step + 1) * self.batch_size), len(self.scenes)
+        places = np.array([_order(self.seed, number // count, count)[number % count] for number in numbers])
+        places = places.reshape(-1, 2 if self.captions.is_pair_step(step) else 1)
+        numbers = numbers[: len(places)]
+        t5, clip = zip(*map(self._prompts, places, numbers), strict=True)
+        return {
+            "latents": rearrange(self.latents[places], "b pictures h w c -> b h (pictures w) c"),
+            "t5_ids": encode(self.tokenizers.tokenizer_2, t5, self.captions.text_length),
+            "clip_ids": encode(self.tokenizers.tokenizer, clip, self.captions.text_length, truncate=True),
+            "index": numbers,
+        }
+
+    def _prompts(self, places: np.ndarray, number: int) -> tuple[str, str]:
+        """What T5 and CLIP are told of one scene, or of two side by side."""
+        config, rng = self.captions, host_rng(self.seed, Stream.AUGMENT, number)
+        drawn = rng.uniform()
+        while True:  # until the text is short enough
+            texts = [caption(self.scenes[place], rng) for place in places]
+            text = texts[0] if len(texts) == 1 else PAIR.format(left=texts[0], right=texts[1])
+            if len(self.tokenizers.tokenizer_2(text)["input_ids"]) <= config.text_length:
+                break
+        neither, only_clip, only_t5 = np.cumsum((config.drop_both, config.drop_t5, config.drop_clip))
+        return ("" if drawn < only_clip else text), ("" if drawn < neither or only_clip <= drawn < only_t5 else text)
+
+
+@functools.lru_cache(maxsize=2)
+def _order(seed: int, epoch: int, count: int) -> np.ndarray:
+    return host_rng(seed, Stream.DATA, epoch).permutation(count)

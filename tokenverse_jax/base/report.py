@@ -1,0 +1,55 @@
+"""How well a pipeline follows captions that it has not seen, as the judge of mini_scenes sees it; and a picture."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import UInt8
+
+from runtime_jax.data.mini_scenes import caption, example_scene
+from runtime_jax.pictures import image_grid, save_png
+from runtime_jax.prng import Stream, host_rng
+from tokenverse_jax.pipeline import Pipeline
+from tokenverse_jax.sampling import SamplingConfig
+
+BATCH_SIZE = 32
+SHOWN = 32  # images in the picture
+
+
+def held_out_captions(split: str, count: int) -> list[str]:
+    """Captions of the first scenes of "validation" or "test"."""
+    return [caption(example_scene(0, split, i)[0], host_rng(0, Stream.EVAL, i)) for i in range(count)]
+
+
+def captioned_grid(
+    images: UInt8[np.ndarray, "B H W 3"], captions: Sequence[str]
+) -> UInt8[np.ndarray, "height width 3"]:
+    """Images in rows of eight, each over its caption."""
+    rows = range(0, len(images), 8)
+    return image_grid(
+        [images[start : start + 8] for start in rows],
+        captions=[captions[start : start + 8] for start in rows],
+        scale=2,
+        font_size=11,
+    )
+
+
+def report(pipeline: Pipeline, out: Path, *, count: int, size: int, sampling: SamplingConfig) -> str:
+    """Draws `count` test captions, writes follows.md (the table that is returned) and follows.png into `out`."""
+    from runtime_jax.judge import accuracies, follows
+
+    captions = held_out_captions("test", count)
+    batches = []
+    for start in range(0, count, BATCH_SIZE):
+        # The last batch is filled up, so that all are one program.
+        indices = np.minimum(np.arange(start, start + BATCH_SIZE), count - 1)
+        prompts = [captions[i] for i in indices]
+        batches.append(pipeline.generate(prompts, height=size, width=size, indices=indices, **vars(sampling)))
+    images = np.concatenate(batches)[:count]
+    shares = accuracies(follows(captions, images))
+    lines = [f"| {kind} | {100 * share:.1f} % | {share.count} |" for kind, share in shares.items()]
+    table = "\n".join(["| what the caption names | in the image | cases |", "|---|---|---|", *lines]) + "\n"
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "follows.md").write_text(table)
+    save_png(out / "follows.png", captioned_grid(images[:SHOWN], captions[:SHOWN]))
+    return table

@@ -1,0 +1,160 @@
+"""A whole training of the tiny base: autoencoder, latents of the corpus, transformer with text encoders, the folder."""
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from runtime_jax import config as config_lib
+from runtime_jax import loop
+from runtime_jax.compute import Compute
+from runtime_jax.pictures import image_grid
+from tokenverse_jax import autoencoder
+from tokenverse_jax.base import corpus, text_to_image, vae
+from tokenverse_jax.base.corpus import Corpus
+from tokenverse_jax.base.report import captioned_grid, held_out_captions
+from tokenverse_jax.base.text_to_image import Networks, TextToImageConfig
+from tokenverse_jax.base.tokenizers import make_tokenizers, scene_words
+from tokenverse_jax.base.training import fit
+from tokenverse_jax.base.vae import VAEConfig
+from tokenverse_jax.fingerprint import fingerprint
+from tokenverse_jax.model_folder import Part
+from tokenverse_jax.pipeline import Pipeline
+from tokenverse_jax.sampling import SamplingConfig
+from tokenverse_jax.schedule import ScheduleConfig
+
+Params = Any
+FOLDER = "pipeline"
+HELD_OUT = 64  # pictures that reconstruction is measured on
+PREVIEWS = 24  # captions that are drawn on the way
+
+
+@dataclass(frozen=True, kw_only=True)
+class BaseConfig:
+    """Both trainings; what configs/flux_tiny.py returns is built into this."""
+
+    task: Literal["base"] = "base"
+    seed: int = 0
+    compute: Compute = Compute()
+    image_size: int = 64
+    vae: VAEConfig
+    num_scenes: int = 20_000  # that the transformer learns from; the autoencoder sees new ones at every step
+    text_to_image: TextToImageConfig
+    schedule: ScheduleConfig = ScheduleConfig()  # of sampling
+    sampling: SamplingConfig = SamplingConfig(num_steps=24, cfg_scale=2.5)  # of previews
+
+    def __post_init__(self):
+        self.vae.model.token_grid(self.image_size, self.image_size)
+        channels = autoencoder.PATCH**2 * self.vae.model.latent_channels
+        if self.text_to_image.flux.in_channels != channels:
+            raise ValueError(
+                f"text_to_image.flux.in_channels={self.text_to_image.flux.in_channels}: a token is 2x2 latents of "
+                f"vae.model.latent_channels={self.vae.model.latent_channels}, so {channels} are needed"
+            )
+
+
+class Trained(NamedTuple):
+    """What a run leaves."""
+
+    folder: Path  # the pipeline, once the run is through
+    step: int  # of the stage that it got to
+    stopped_by: str | None  # the signal that ended the run early
+
+
+def train(config: BaseConfig, workdir: str | Path) -> Trained:
+    """Trains both stages, or goes on with them, in `workdir`, and writes the pipeline's folder there.
+
+    Raises:
+      ValueError: a checkpoint of another config.
+      WorkdirError: the workdir cannot be written.
+      FloatingPointError: too many updates in a row were not finite.
+    """
+    workdir = Path(workdir)
+    folder = workdir / FOLDER
+    result = _train_vae(config, workdir / "vae")
+    if result.stopped_by is not None:
+        return Trained(folder, result.step, result.stopped_by)
+    stage = config.text_to_image
+    tokenizers = make_tokenizers(scene_words(), stage.captions.text_length)
+    networks = text_to_image.make_networks(stage, tokenizers, config.compute)
+    scenes = corpus.scenes(config.seed, "train", range(config.num_scenes))
+    part, latents = _encode(config, jax.device_get(result.state.ema), scenes, workdir)
+    data = Corpus(
+        latents=latents,
+        scenes=scenes,
+        tokenizers=tokenizers,
+        captions=stage.captions,
+        batch_size=stage.training.batch_size,
+        seed=config.seed,
+    )
+    pipeline = functools.partial(
+        text_to_image.make_pipeline, networks=networks, vae=part, tokenizers=tokenizers, schedule=config.schedule
+    )
+    result = _train_text_to_image(config, workdir / "text_to_image", networks, data, pipeline)
+    if result.stopped_by is None:
+        pipeline(jax.tree.map(lambda leaf: np.asarray(leaf, jnp.bfloat16), result.state.ema)).save_pretrained(folder)
+    return Trained(folder, result.step, result.stopped_by)
+
+
+def _train_vae(config: BaseConfig, workdir: Path) -> loop.Result:
+    batch_size = config.vae.training.batch_size
+    images = corpus.draw(corpus.scenes(config.seed, "validation", range(HELD_OUT)), config.image_size)
+
+    def rebuilt(params: Params) -> np.ndarray:
+        return np.asarray(vae.reconstruct(params, images, model=config.vae.model, compute=config.compute))
+
+    def preview(params: Params, _: int) -> dict[str, np.ndarray]:
+        both = images, rebuilt(params)
+        rows = [pictures[start : start + 8] for start in (0, 8, 16) for pictures in both]
+        return {"reconstructions": image_grid(rows, row_labels=["scenes", "rebuilt"] * 3, scale=2)}
+
+    return fit(
+        config.vae.training,
+        workdir,
+        resolved_config=config_lib.to_dict(config),
+        must_match=("vae", "seed", "image_size"),
+        init=lambda: vae.init_params(config.vae, config.seed),
+        loss=functools.partial(vae.loss, config=config.vae, compute=config.compute, seed=config.seed),
+        batches=lambda step: corpus.picture_batches(config.seed, config.image_size, batch_size, step),
+        preview=preview,
+        evaluate=lambda params, _: {"psnr": vae.psnr(images, rebuilt(params))},
+    )
+
+
+def _encode(config: BaseConfig, params: Params, scenes: corpus.Scenes, workdir: Path) -> tuple[Part, np.ndarray]:
+    """The autoencoder, which now scales latents to mean 0 and variance 1, and the scenes' latents [N, h, w, C]."""
+    encode = functools.partial(vae.encode, params, model=config.vae.model, compute=config.compute)
+    path = workdir / f"latents_{len(scenes)}_{fingerprint(params)[:12]}.npy"
+    latents = corpus.cached_latents(path, scenes, config.image_size, encode)
+    spread = float(latents.std(dtype=np.float64))
+    model = replace(config.vae.model, shift_factor=float(latents.mean(dtype=np.float64)), scaling_factor=1 / spread)
+    return Part(model, params), autoencoder.to_latents(latents.astype(np.float32), model)
+
+
+def _train_text_to_image(
+    config: BaseConfig, workdir: Path, networks: Networks, data: Corpus, pipeline: Callable[[Params], Pipeline]
+) -> loop.Result:
+    captions = held_out_captions("validation", PREVIEWS)
+
+    def preview(params: Params, _: int) -> dict[str, np.ndarray]:
+        sides = {"height": config.image_size, "width": config.image_size}
+        images = pipeline(params).generate(captions, **sides, **vars(config.sampling))
+        return {"samples": captioned_grid(np.asarray(images), captions)}
+
+    stage = config.text_to_image
+    return fit(
+        stage.training,
+        workdir,
+        resolved_config=config_lib.to_dict(config),
+        must_match=("seed", "image_size", "num_scenes", "vae", "text_to_image"),
+        init=lambda: text_to_image.init_params(networks, config.seed),
+        loss=functools.partial(text_to_image.loss, config=stage, networks=networks, seed=config.seed),
+        batches=data.batches,
+        preview=preview,
+        variant=data.captions.is_pair_step,
+    )

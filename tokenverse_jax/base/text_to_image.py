@@ -1,0 +1,142 @@
+"""Stage 2: FLUX's transformer and both text encoders, trained together by flow matching.
+
+Axes: B batch, T text tokens, h w grid of latents, C latent channels, N image tokens.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from runtime_jax.compute import Compute
+from runtime_jax.prng import Stream, example_keys, stream_key
+from tokenverse_jax import autoencoder, model
+from tokenverse_jax.base.corpus import CaptionConfig
+from tokenverse_jax.base.tokenizers import Tokenizers
+from tokenverse_jax.base.training import Metrics, TrainingConfig
+from tokenverse_jax.model import Flux, FluxConfig
+from tokenverse_jax.model_folder import Part
+from tokenverse_jax.pipeline import Pipeline
+from tokenverse_jax.schedule import ScheduleConfig, flow, logit_normal_times
+from tokenverse_jax.text_encoders.clip import CLIPTextConfig, CLIPTextEncoder
+from tokenverse_jax.text_encoders.t5 import T5Config, T5Encoder
+
+Params = Any
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextToImageConfig:
+    """Sizes and training of the transformer and its text encoders, whose widths the transformer's config gives."""
+
+    flux: FluxConfig
+    text_layers: int = 2
+    text_heads: int = 4
+    captions: CaptionConfig = CaptionConfig()
+    time_mean: float = 0.0  # of the normal variable whose sigmoid is the time, 1 being noise
+    time_std: float = 1.0
+    training: TrainingConfig
+
+    def __post_init__(self):
+        if self.flux.guidance_embeds:
+            raise ValueError(
+                "text_to_image.flux.guidance_embeds: only a distilled model knows guidance; set it to False"
+            )
+        for name in ("joint_attention_dim", "pooled_projection_dim"):
+            if getattr(self.flux, name) % self.text_heads:
+                raise ValueError(f"text_to_image.flux.{name}: a multiple of text_heads={self.text_heads} is needed")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Networks:
+    """The three networks' configs and how they are computed."""
+
+    transformer: FluxConfig
+    clip: CLIPTextConfig
+    t5: T5Config
+    compute: Compute = Compute()
+
+
+def make_networks(config: TextToImageConfig, tokenizers: Tokenizers, compute: Compute) -> Networks:
+    """Text encoders for these tokenizers, of the widths that the transformer takes."""
+    clip_width, t5_width = config.flux.pooled_projection_dim, config.flux.joint_attention_dim
+    clip = CLIPTextConfig(
+        vocab_size=len(tokenizers.tokenizer),
+        hidden_size=clip_width,
+        intermediate_size=2 * clip_width,
+        num_hidden_layers=config.text_layers,
+        num_attention_heads=config.text_heads,
+        max_position_embeddings=config.captions.text_length,
+        eos_token_id=tokenizers.tokenizer.eos_token_id,
+    )
+    t5 = T5Config(
+        vocab_size=len(tokenizers.tokenizer_2),
+        d_model=t5_width,
+        d_kv=t5_width // config.text_heads,
+        d_ff=2 * t5_width,
+        num_layers=config.text_layers,
+        num_heads=config.text_heads,
+        feed_forward_proj="gated-gelu",
+    )
+    return Networks(transformer=config.flux, clip=clip, t5=t5, compute=compute)
+
+
+def init_params(networks: Networks, seed: int) -> Params:
+    """Random parameters {"transformer", "clip", "t5"}, float32."""
+    keys = jax.random.split(stream_key(seed, Stream.PARAMS), 3)
+    ids = jnp.zeros((1, 1), jnp.int32)
+    return {
+        "transformer": model.init_params(networks.transformer, keys[0]),
+        "clip": CLIPTextEncoder(networks.clip).init(keys[1], ids)["params"],
+        "t5": T5Encoder(networks.t5).init(keys[2], ids)["params"],
+    }
+
+
+def make_pipeline(
+    params: Params, *, networks: Networks, vae: Part, tokenizers: Tokenizers, schedule: ScheduleConfig
+) -> Pipeline:
+    """What users load, of trained parts."""
+    return Pipeline(
+        transformer=Part(networks.transformer, params["transformer"]),
+        vae=vae,
+        clip=Part(networks.clip, params["clip"]),
+        t5=Part(networks.t5, params["t5"]),
+        **tokenizers._asdict(),
+        schedule=schedule,
+        text_length=tokenizers.tokenizer_2.model_max_length,
+        compute=networks.compute,
+    )
+
+
+def loss(
+    params: Params, batch: dict[str, Array], step: Array, *, config: TextToImageConfig, networks: Networks, seed: int
+) -> tuple[Array, Metrics]:
+    """Mean square error of the velocity.
+
+    Args:
+      batch: "latents" [B, h, w, C], "t5_ids" and "clip_ids" int [B, T], "index" int [B] that time and noise depend on.
+    """
+    compute = networks.compute
+    txt = T5Encoder(networks.t5, compute).apply({"params": params["t5"]}, batch["t5_ids"])
+    vec = CLIPTextEncoder(networks.clip, compute).apply({"params": params["clip"]}, batch["clip_ids"]).pooled
+    clean = autoencoder.pack(batch["latents"])
+    grid = tuple(side // autoencoder.PATCH for side in batch["latents"].shape[1:3])
+    keys = example_keys(stream_key(seed, Stream.NOISE, step), batch["index"])
+    keys = jax.vmap(jax.random.split)(keys)
+    times = logit_normal_times(keys[:, 0], config.time_mean, config.time_std)
+    noise = jax.vmap(lambda key: jax.random.normal(key, clean.shape[1:]))(keys[:, 1])
+    noisy, target = flow(clean, noise, times)
+    velocity = Flux(networks.transformer, compute).apply(
+        {"params": params["transformer"]},
+        noisy,
+        autoencoder.image_ids(grid),
+        txt,
+        jnp.zeros((txt.shape[1], 3)),
+        times,
+        vec,
+    )
+    error = jnp.mean(jnp.square(velocity - target), axis=(1, 2))
+    high = times > 0.8
+    metrics = {"loss/high_noise": jnp.sum(error * high) / jnp.maximum(jnp.sum(high), 1)}
+    return jnp.mean(error), metrics

@@ -1,0 +1,84 @@
+"""Stage 1: an autoencoder of FLUX's architecture on pictures.
+
+Axes: B batch, H W image, h w grid of latents, C latent channels.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, UInt8
+
+from runtime_jax.compute import Compute
+from runtime_jax.prng import Stream, example_keys, stream_key
+from tokenverse_jax.autoencoder import Autoencoder, AutoencoderConfig
+from tokenverse_jax.base.training import Metrics, TrainingConfig
+
+Params = Any
+
+
+@dataclass(frozen=True, kw_only=True)
+class VAEConfig:
+    """Architecture, loss and training of the autoencoder. Its scaling and shift are measured after the training."""
+
+    model: AutoencoderConfig
+    l2_weight: float = 1.0  # beside the mean absolute error in [-1, 1]
+    kl_weight: float = 1e-4  # of the mean over latents, in nats
+    training: TrainingConfig
+
+
+def init_params(config: VAEConfig, seed: int) -> Params:
+    """Random parameters, float32."""
+    side = config.model.downsampling
+    key = stream_key(seed, Stream.PARAMS)
+    return Autoencoder(config.model).init(key, jnp.zeros((1, side, side, 3)))["params"]
+
+
+def to_float(images: UInt8[Array, "B H W 3"]) -> Float[Array, "B H W 3"]:
+    """Pictures as the autoencoder takes them, in [-1, 1]."""
+    return images.astype(jnp.float32) / 127.5 - 1.0
+
+
+def loss(
+    params: Params, batch: dict[str, Array], step: Array, *, config: VAEConfig, compute: Compute, seed: int
+) -> tuple[Array, Metrics]:
+    """Error of what is decoded from samples of the latents, and the latents' divergence from a standard normal.
+
+    Args:
+      batch: "image" uint8 [B, H, W, 3], "index" int [B] that the noise depends on.
+    """
+    vae, images = Autoencoder(config.model, compute), to_float(batch["image"])
+    posterior = vae.apply({"params": params}, images, method="encode")
+    keys = example_keys(stream_key(seed, Stream.NOISE, step), batch["index"])
+    noise = jax.vmap(lambda key: jax.random.normal(key, posterior.mean.shape[1:]))(keys)
+    error = vae.apply({"params": params}, posterior.sample(noise), method="decode") - images
+    absolute, squared = jnp.mean(jnp.abs(error)), jnp.mean(jnp.square(error))
+    kl = 0.5 * jnp.mean(jnp.square(posterior.mean) + jnp.exp(posterior.logvar) - posterior.logvar - 1.0)
+    metrics = {"l1": absolute, "l2": squared, "kl": kl, "latent_std": jnp.std(posterior.mean)}
+    metrics["noise_std"] = jnp.sqrt(jnp.mean(jnp.exp(posterior.logvar)))
+    return absolute + config.l2_weight * squared + config.kl_weight * kl, metrics
+
+
+@jax.jit(static_argnames=("model", "compute"))
+def encode(
+    params: Params, images: UInt8[Array, "B H W 3"], *, model: AutoencoderConfig, compute: Compute
+) -> Float[Array, "B h w C"]:
+    """Means of the latents, unscaled."""
+    return Autoencoder(model, compute).apply({"params": params}, to_float(images), method="encode").mean
+
+
+@jax.jit(static_argnames=("model", "compute"))
+def reconstruct(
+    params: Params, images: UInt8[Array, "B H W 3"], *, model: AutoencoderConfig, compute: Compute
+) -> UInt8[Array, "B H W 3"]:
+    """Pictures through the means of their latents."""
+    rebuilt = Autoencoder(model, compute).apply({"params": params}, to_float(images))
+    return jnp.round(jnp.clip((rebuilt + 1.0) * 127.5, 0.0, 255.0)).astype(jnp.uint8)
+
+
+def psnr(images: UInt8[np.ndarray, "B H W 3"], rebuilt: UInt8[np.ndarray, "B H W 3"]) -> float:
+    """Peak signal-to-noise ratio in dB, the mean over pictures."""
+    error = np.square(images.astype(np.float64) - rebuilt).mean(axis=(1, 2, 3))
+    return float(np.mean(10 * np.log10(255.0**2 / np.maximum(error, 1e-9))))
