@@ -29,6 +29,7 @@ from tokenverse_jax.convert import text_encoders
 from tokenverse_jax.convert.autoencoder import FLUX as FLUX_AUTOENCODER
 from tokenverse_jax.convert.autoencoder import diffusers_table
 from tokenverse_jax.convert.transformer import DIFFUSERS, convert_transformer
+from tokenverse_jax.pretrained import SHIPPED
 from tokenverse_jax.text_encoders import clip, t5
 
 Tensors = Mapping[str, np.ndarray]
@@ -127,11 +128,15 @@ KINDS: Mapping[str, Kind] = MappingProxyType(
 
 
 def fetch(source: str | os.PathLike, parts: Sequence[str]) -> Path:
-    """The local folder of a pipeline; of a hub id, the configs, the tokenizers and the weights of `parts` are fetched.
+    """The local folder of a pipeline: a shipped one by its name ("tiny"), a folder, or what a hub id has.
+
+    Of a hub id, the configs, the tokenizers and the weights of `parts` are fetched.
 
     Raises:
       WeightError: neither a folder nor a hub id, or the hub does not give it, with what to do then.
     """
+    if str(source) in SHIPPED:
+        return SHIPPED[str(source)]
     patterns = [INDEX, SCHEDULE, *(f"{folder}/*" for folder in TOKENIZERS), *(k.config_file for k in KINDS.values())]
     for part in parts:
         patterns += [f"{KINDS[part].folder}/{KINDS[part].weights}{end}" for end in ("*.safetensors", "*.index.json")]

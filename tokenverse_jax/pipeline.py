@@ -73,10 +73,10 @@ class Pipeline:
         transformer: str | os.PathLike | None = None,
         vae: str | os.PathLike | None = None,
     ) -> "Pipeline":
-        """Loads a folder in diffusers' layout, or a hub id.
+        """Loads a folder in diffusers' layout, a hub id, or "tiny", the model that is shipped with the package.
 
         Args:
-          source: the folder (the tokenizers and the schedule are always loaded from it) or "owner/name".
+          source: the folder (the tokenizers and the schedule are always loaded from it), "owner/name" or "tiny".
           parts: which networks to load.
           dtype: of the parameters.
           mesh: where parameters go by their sharding rules; without one, to the default device.
