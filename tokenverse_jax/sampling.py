@@ -4,6 +4,7 @@ Axes: B batch, N image tokens, D channels of a token.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +17,15 @@ from runtime_jax.sharding import Axis, constrain
 
 # Velocity [B, N, D] at tokens [B, N, D] and times [B].
 Velocity = Callable[[Float[Array, "B N D"], Float[Array, "B"]], Float[Array, "B N D"]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingConfig:
+    """How a run samples its images: arguments of `Pipeline.generate`."""
+
+    num_steps: int = 28
+    guidance: float | None = None
+    cfg_scale: float = 1.0
 
 
 def initial_noise(

@@ -79,20 +79,25 @@ def find_word(tokenizer: Tokenizer, prompt: str, word: str, *, num_tokens: int |
     found = list(re.finditer(rf"(?<!\w){pattern}(?!\w)", prompt, re.IGNORECASE))
     if int(number) > len(found):
         raise ValueError(f"{word!r} is not in the prompt {prompt!r}; its words are {', '.join(_words(prompt))}")
-    start, end = found[int(number) - 1].span()
+    places = find_span(tokenizer, prompt, *found[int(number) - 1].span())
+    if not places or num_tokens not in (None, len(places)):
+        wanted = "at least 1" if num_tokens is None else num_tokens
+        pieces = tokenizer.convert_ids_to_tokens(tokenizer(prompt, verbose=False)["input_ids"])
+        shown = " ".join(pieces[place] for place in places)
+        raise ValueError(f"{word!r} has {len(places)} tokens ({shown}) in the prompt {prompt!r}, but needs {wanted}")
+    return places
+
+
+def find_span(tokenizer: Tokenizer, prompt: str, start: int, end: int) -> tuple[int, ...]:
+    """Places of the tokens of prompt[start:end], also of those that are in it only in part."""
     encoded = tokenizer(prompt, return_offsets_mapping=True, verbose=False)
     pieces = tokenizer.convert_ids_to_tokens(encoded["input_ids"])
-    places = tuple(
+    return tuple(
         place
         for place, (piece, (first, last)) in enumerate(zip(pieces, encoded["offset_mapping"], strict=True))
         # A lone "▁" is SentencePiece's space, although its offsets are those of the letter that follows.
         if max(first, start) < min(last, end) and piece != "▁"
     )
-    if not places or num_tokens not in (None, len(places)):
-        wanted = "at least 1" if num_tokens is None else num_tokens
-        shown = " ".join(pieces[place] for place in places)
-        raise ValueError(f"{word!r} has {len(places)} tokens ({shown}) in the prompt {prompt!r}, but needs {wanted}")
-    return places
 
 
 def _words(prompt: str) -> list[str]:

@@ -1,0 +1,66 @@
+"""Concepts of an image on FLUX.1-dev, with the paper's numbers.
+
+    tokenverse learn --config configs/tokenverse_flux_dev.py --workdir runs/doll \
+        --config.images="[{'path': 'doll.jpg', 'captions': ['a doll wearing a hat', 'a hat on a doll']}]" \
+        --config.words="['doll', 'hat']" --config.prompts="['a doll on the moon']"
+
+The paper has 8 captions for an image: plain ones that name the words to learn each time, in several orders. An image
+whose captions tell left from right needs --config.learn.flip=False. Several devices share the model
+(--config.mesh.tensor), so that one image at a time can be learned from.
+"""
+
+from ml_collections import ConfigDict
+
+POOL = (
+    "a dog running on a beach",
+    "a cat asleep on a sofa",
+    "a woman drinking coffee in a cafe",
+    "a man riding a bicycle through a city",
+    "two children playing in the snow",
+    "a red car parked under a tree",
+    "a wooden table with a bowl of fruit",
+    "a lighthouse on a cliff at sunset",
+    "a horse in a green meadow",
+    "a vase of flowers by a window",
+    "a bird on a branch",
+    "a train crossing a bridge",
+    "a chef cooking in a kitchen",
+    "a bookshelf beside an armchair",
+    "a boat on a calm lake",
+    "a girl with a balloon in a park",
+    "an old man reading a newspaper",
+    "a teddy bear on a bed",
+    "a street market at night",
+    "a mountain behind a forest",
+    "a guitar leaning against a wall",
+    "a pair of shoes on a wooden floor",
+    "a slice of cake on a plate",
+    "a robot standing in a field",
+    "a castle in the mist",
+)
+
+
+def get_config() -> ConfigDict:
+    """Everything but the images, their captions and the words to learn."""
+    return ConfigDict(
+        {
+            "model": "black-forest-labs/FLUX.1-dev",
+            "dtype": "bfloat16",
+            "compute": {"dtype": "bfloat16", "remat": True},
+            "images": [],
+            "words": [],
+            "size": 512,
+            "learn": {
+                "concept_mod": {"hidden": 3072, "block_hidden": 512},
+                "stage_1": {"steps": 800, "high_share": 0.92},
+                "stage_2": {"steps": 600, "high_share": 0.08},
+                "boundary": 0.8,
+                "batch_size": 1,
+                "optimizer": {"learning_rate": 1e-4, "warmup": {"steps": 20}},
+                "guidance": 1.0,
+                "flip": True,
+                "isolation": {"captions": POOL, "probability": 0.5, "weight": 10.0},
+            },
+            "sampling": {"num_steps": 28, "guidance": 3.5},
+        }
+    )

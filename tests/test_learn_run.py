@@ -1,0 +1,176 @@
+"""A run that learns concepts: its files, a killed run that goes on, and what is refused before anything is loaded."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+from tiny_pipeline import SIDE, write_tiny_pipeline
+
+from runtime_jax.config import build, load, to_dict
+from tokenverse_jax import bank, model_folder
+from tokenverse_jax.compose import compose, place_recomputed, place_stored
+from tokenverse_jax.learn_run import CONCEPT_FILE, LearnRunConfig, learn
+from tokenverse_jax.learner import Learner
+from tokenverse_jax.pipeline import Pipeline
+
+PROMPT = "a ball and a hat"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A model, a picture beside it, and a longer text length than the model's tokenizer asks for."""
+    folder = write_tiny_pipeline(tmp_path_factory.mktemp("model"))
+    path = folder / "tokenizer_2/tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"model_max_length": 64}))
+    pixels = np.random.default_rng(0).integers(0, 256, (12, 16, 3), np.uint8)
+    Image.fromarray(pixels).save(folder / "ball.png")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def config(folder):
+    return build(
+        LearnRunConfig,
+        {
+            "model": str(folder),
+            "mesh": {"data": 2, "tensor": 4},
+            "images": [{"path": str(folder / "ball.png"), "captions": ["a ball on the beach", "the beach and a ball"]}],
+            "words": ["ball", "beach"],
+            "size": 2 * SIDE,
+            "learn": {
+                "concept_mod": {"hidden": 8, "block_hidden": 8},
+                "stage_1": {"steps": 4, "high_share": 0.9},
+                "stage_2": {"steps": 4, "high_share": 0.1},
+                "batch_size": 2,
+                "optimizer": {"learning_rate": 1e-2},
+                "isolation": {"captions": ["a dog", "a cat"], "template": "two {left} beside {right}"},
+            },
+            "prompts": [PROMPT],
+            "sampling": {"num_steps": 2, "cfg_scale": 2.0},
+            "cache": str(folder / "pool"),
+            "keep_params": True,
+            "log_every": 1,
+            "checkpoint_every": 2,
+            "preview_every": 4,
+        },
+    )
+
+
+@pytest.fixture(scope="module")
+def trained(config, tmp_path_factory):
+    """The workdir of a run that nothing interrupted."""
+    workdir = tmp_path_factory.mktemp("runs") / "whole"
+    learned = learn(config, workdir)
+    assert learned == (workdir / CONCEPT_FILE, 8, None)
+    return workdir
+
+
+def records(workdir):
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in line.items() if not key.startswith("time/")} for line in lines]
+
+
+def test_a_run_leaves_concepts_that_change_images(trained, folder, config):
+    pipeline = Pipeline.from_pretrained(folder)
+    file = bank.load(trained / CONCEPT_FILE, base_hash=pipeline.base_hash())
+    assert [concept.word for concept in file.concepts] == ["ball", "beach"]
+    assert (file.caption, file.base) == ("a ball on the beach", str(folder))
+    size = {"height": config.size, "width": config.size, "num_steps": 2}
+    encoded = pipeline.encode_prompts([PROMPT])
+    base = np.asarray(pipeline.generate(encoded, **size))
+    ball = file.concept("ball")
+    for strength, changes in ((0.0, False), (50.0, True)):
+        stored = place_stored(ball, pipeline.tokenizer_2, PROMPT, "ball", strength)
+        recomputed = place_recomputed(ball, file.params, pipeline.tokenizer_2, PROMPT, encoded.txt[0], "ball", strength)
+        for placed in (stored, recomputed):
+            offsets, block_offsets, blocks = compose([placed], pipeline.text_length)
+            images = pipeline.generate(
+                encoded, offsets=offsets[None], block_offsets=block_offsets[None], blocks=blocks, **size
+            )
+            assert (np.asarray(images) != base).any() == changes
+
+
+def test_a_run_tells_what_it_does(trained):
+    lines = records(trained)
+    assert [line["step"] for line in lines] == list(range(1, 9))
+    assert all({"loss", "grad_norm", "lr"} <= line.keys() for line in lines)
+    assert {"isolation" in line for line in lines} == {True, False}
+    assert sorted(path.name for path in (trained / "images").iterdir()) == [
+        "prompts_00000004.png",
+        "prompts_00000008.png",
+    ]
+
+
+@pytest.mark.parametrize("dies_at", [3, 4, 7])
+def test_a_killed_run_goes_on_bit_equal(trained, config, tmp_path, monkeypatch, dies_at):
+    """In the first stage, at the border, and in the second."""
+    step = Learner.step
+
+    def dying(self, state, batch, number, data):
+        if number == dies_at:
+            raise KeyboardInterrupt
+        return step(self, state, batch, number, data)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Learner, "step", dying)
+        learn(config, tmp_path)
+    assert not (tmp_path / CONCEPT_FILE).exists()
+    learn(config, tmp_path)
+    assert (tmp_path / CONCEPT_FILE).read_bytes() == (trained / CONCEPT_FILE).read_bytes()
+    assert records(tmp_path) == records(trained)
+
+
+# What is refused, before anything is on a device.
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"words": ["dog"]}, "'dog' is not in the prompt 'a ball on the beach'"),
+        ({"words": ["on"]}, "'on' is not in the prompt 'the beach and a ball'"),
+        ({"images": []}, "at least one image is needed"),
+        ({"images": [{"path": "none.png", "captions": ["a ball"]}]}, r"none\.png: no such file"),
+        ({"images": [{"path": "BALL", "captions": ["a ball " * 40]}]}, "but the text length is 64: shorten the prompt"),
+        ({"size": 2 * SIDE + 1}, r"image size 9x9: positive multiples of 4 are needed"),
+        ({"prompts": ["a dog"]}, "none of the words to learn is in one of them: .* 'a dog'"),
+        ({"model": "MODEL/nowhere"}, "no such file or folder"),
+        ({"mesh": {"data": 3}}, "needs 3 devices"),
+    ],
+)
+def test_runs_that_are_not_possible(config, folder, tmp_path, monkeypatch, changes, message):
+    text = json.dumps(to_dict(config) | changes).replace("BALL", str(folder / "ball.png"))
+    changed = build(LearnRunConfig, json.loads(text.replace("MODEL", str(folder))))
+    monkeypatch.setattr(model_folder, "read_part", lambda *args, **kwargs: pytest.fail("a part was loaded"))
+    with pytest.raises(ValueError, match=message):
+        learn(changed, tmp_path)
+
+
+def test_an_incomplete_folder_is_told_first(config, folder, tmp_path, monkeypatch):
+    for name in ("model_index.json", "vae/config.json"):
+        target = tmp_path / "model" / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_bytes((folder / name).read_bytes())
+    with pytest.raises(ValueError, match=r"missing:\n(.*\n)*.*transformer/diffusion_pytorch_model\.safetensors"):
+        learn(dataclasses.replace(config, model=str(tmp_path / "model")), tmp_path / "run")
+
+
+def test_other_spaces_have_no_files(config):
+    values = to_dict(config)
+    values["learn"] |= {"space": "text", "per_block": False}
+    with pytest.raises(ValueError, match="concept files are of 'modulation'"):
+        build(LearnRunConfig, values)
+
+
+@pytest.mark.parametrize("name", ["tokenverse_flux_dev", "tokenverse_tiny"])
+def test_configs_build(name):
+    overrides = ["images=[{'path': 'x.png', 'captions': ['a doll']}]", "words=['doll']", "learn.batch_size=2"]
+    config = build(LearnRunConfig, load(f"configs/{name}.py", overrides))
+    assert config.words == ("doll",) and config.learn.batch_size == 2 and len(config.learn.isolation.captions) == 25
+    assert build(LearnRunConfig, to_dict(config)) == config
+    if name == "tokenverse_flux_dev":  # the paper's numbers
+        learn = config.learn
+        assert (learn.stage_1.steps, learn.stage_2.steps, learn.boundary) == (800, 600, 0.8)
+        assert (learn.stage_1.high_share, learn.stage_2.high_share) == (0.92, 0.08)
+        assert (learn.isolation.probability, learn.flip, learn.guidance) == (0.5, True, 1.0)
