@@ -1,0 +1,285 @@
+"""What the benchmark asks: concept images whose captions name no looks, and prompts that use the concepts.
+
+Every other concept image has a single concept, the rest have two objects, each of which is one. Images come in pairs
+whose objects differ in class and colour, so that one look can be told from the other. Tasks, as in the paper's section
+4.2, and three of our own:
+
+    composition    the concepts of both images of a pair of single-concept ones; in every second pair the second one is
+                   the light, learned and asked for on the word of the place ("grass")
+    decomposition  both objects of one image, in another arrangement and place
+    full           one object of each image of a pair
+    single         one concept beside an object that is to stay as it is: what locality and bleeding are about
+    same word      two concepts of the same class: "a circle to the left of a circle"
+    direction      no learning: a colour or texture named in a pair of prompts, added on an object
+
+Everything is a pure function of the seed. Each case also has the scene that a perfect method would draw.
+"""
+
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from runtime_jax.data.mini_scenes import (
+    BACKGROUNDS,
+    CLASSES,
+    TEXTURES,
+    Background,
+    Light,
+    Scene,
+    SceneObject,
+    accent_of,
+    sample_color,
+    sample_scene,
+)
+from runtime_jax.prng import Stream, host_rng
+from tokenverse_jax.bench.appearance import Appearance
+
+# The word of a place that its light is learned on.
+NOUNS = {
+    "wall": "wall",
+    "brick": "wall",
+    "grass": "grass",
+    "beach": "beach",
+    "snow": "snow",
+    "night": "sky",
+    "sunset": "sunset",
+    "floor": "floor",
+    "tiles": "floor",
+}
+NEUTRAL_LIGHT = Light(azimuth=90.0, elevation=45.0, warmth=0.0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConceptImage:
+    """An image to learn from.
+
+    number: of the image.
+    captions: several for the same image; none names a colour, texture, pose, size or light.
+    words: how the thing looks that each word to learn stands for.
+    """
+
+    number: int
+    scene: Scene
+    captions: tuple[str, ...]
+    words: dict[str, Appearance]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Use:
+    """A concept in a prompt.
+
+    look: what it is to bring.
+    target: the word of the prompt that it is put on.
+    place: number of the scene's object that is to look so, None for the light.
+    image, word: where it was learned; None for a direction without learning.
+    """
+
+    look: Appearance
+    target: str
+    place: int | None
+    image: int | None = None
+    word: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """A prompt with concepts.
+
+    scene: what a perfect method would draw, objects from left to right as in the prompt.
+    attribute, neutral: prompts of a direction without learning.
+    task, unit, number: given by `make_cases`. Cases of one task and unit share images; those of different units are
+      independent.
+    """
+
+    prompt: str
+    scene: Scene
+    uses: tuple[Use, ...]
+    attribute: str | None = None
+    neutral: str | None = None
+    task: str = ""
+    unit: int = 0
+    number: int = 0
+
+    @property
+    def images(self) -> tuple[int, ...]:
+        """Numbers of the images that its concepts come from."""
+        return tuple(dict.fromkeys(use.image for use in self.uses if use.image is not None))
+
+    @property
+    def name(self) -> str:
+        """Of files."""
+        return f"{self.task.replace(' ', '_')}_{self.number:03}"
+
+
+def make_images(count: int, seed: int) -> list[ConceptImage]:
+    """`count` concept images: the first half with one concept each, the rest with two.
+
+    Raises:
+      ValueError: not a multiple of four.
+    """
+    if count < 4 or count % 4:
+        raise ValueError(f"images={count}: a positive multiple of 4 is needed, half of them in pairs of each kind")
+    images: list[ConceptImage] = []
+    for number in range(count):
+        rng = host_rng(seed, Stream.EVAL, 0, number)
+        objects = 1 if number < count // 2 else 2
+        partner = images[-1].scene.objects if number % 2 else ()
+        while True:
+            scene = sample_scene(rng)
+            if len(scene.objects) == objects and _differ(scene, partner):
+                break
+        images.append(_concept_image(number, scene))
+    return images
+
+
+def _differ(scene: Scene, others: Sequence[SceneObject]) -> bool:
+    pairs = itertools.product(scene.objects, others)
+    return all(mine.shape != other.shape and mine.color != other.color for mine, other in pairs)
+
+
+def _concept_image(number: int, scene: Scene) -> ConceptImage:
+    if number % 4 == 3 and len(scene.objects) == 1:
+        words = {NOUNS[scene.background.kind]: Appearance.of_light(scene.light)}
+    else:
+        words = {item.shape: Appearance.of_object(item) for item in scene.objects}
+    return ConceptImage(number=number, scene=scene, captions=_captions(scene), words=words)
+
+
+def _captions(scene: Scene) -> tuple[str, ...]:
+    """All orders of the words, in the forms of mini_scenes that do not tell left from right."""
+    place = BACKGROUNDS[scene.background.kind]
+    captions = []
+    for shapes in itertools.permutations([item.shape for item in scene.objects]):
+        subject = " and ".join(map(_a, shapes))
+        captions += [f"{subject} {place}", f"a picture of {subject} {place}", f"{place}, {subject}"]
+        if len(shapes) == 2:
+            captions.append(f"{' next to '.join(map(_a, shapes))} {place}")
+    return tuple(captions)
+
+
+def _a(phrase: str) -> str:
+    return f"{'an' if phrase[0] in 'aeiou' else 'a'} {phrase}"
+
+
+def make_cases(images: Sequence[ConceptImage], seed: int) -> list[Case]:
+    """The cases of all tasks, numbered in each."""
+    singles, doubles = images[: len(images) // 2], images[len(images) // 2 :]
+    objects = [image for image in singles if image.scene.objects[0].shape in image.words]
+    of_class = [[image for image in objects if image.scene.objects[0].shape == shape] for shape in CLASSES]
+    twins = [pair for group in of_class for pair in zip(group[::2], group[1::2], strict=False)]
+    makers = {
+        "composition": (_composition(rng, *pair) for rng, pair in _each(seed, 1, _pairs(singles))),
+        "decomposition": (_decomposition(rng, image) for rng, image in _each(seed, 2, doubles)),
+        "full": (_full(rng, *pair) for rng, pair in _each(seed, 3, _pairs(doubles))),
+        "single": (_single(rng, image) for rng, image in _each(seed, 4, objects)),
+        "same word": (_same_word(rng, *pair) for rng, pair in _each(seed, 5, twins)),
+        "direction": (_direction(rng) for rng, _ in _each(seed, 6, range(len(images) // 2))),
+    }
+    cases = []
+    for task, units in makers.items():
+        numbered = ((unit, case) for unit, group in enumerate(units) for case in group)
+        cases += [replace(case, task=task, unit=unit, number=i) for i, (unit, case) in enumerate(numbered)]
+    return cases
+
+
+def _each(seed: int, stream: int, things: Sequence) -> Iterator[tuple[np.random.Generator, object]]:
+    return ((host_rng(seed, Stream.EVAL, stream, i), thing) for i, thing in enumerate(things))
+
+
+def _pairs(images: Sequence[ConceptImage]) -> list[tuple[ConceptImage, ConceptImage]]:
+    return list(zip(images[::2], images[1::2], strict=True))
+
+
+def _composition(rng: np.random.Generator, first: ConceptImage, second: ConceptImage) -> list[Case]:
+    ((noun, look),) = second.words.items()
+    if noun == second.scene.objects[0].shape:
+        return [_objects_case(rng, [_bring(first, 0), _bring(second, 0)])]
+    kind, light = second.scene.background.kind, second.scene.light
+    item, use = _bring(first, 0)
+    scene = Scene(objects=(_put(item, 0.5, rng),), light=light, background=_background(rng, kind))
+    prompt = f"{_a(item.shape)} {BACKGROUNDS[kind]}"
+    uses = (replace(use, place=0), Use(look=look, target=noun, place=None, image=second.number, word=noun))
+    return [Case(prompt=prompt, scene=scene, uses=uses)]
+
+
+def _decomposition(rng: np.random.Generator, image: ConceptImage) -> list[Case]:
+    return [_objects_case(rng, [_bring(image, 0), _bring(image, 1)])]
+
+
+def _full(rng: np.random.Generator, first: ConceptImage, second: ConceptImage) -> list[Case]:
+    return [_objects_case(rng, [_bring(first, i), _bring(second, 1 - i)]) for i in (0, 1)]
+
+
+def _same_word(rng: np.random.Generator, first: ConceptImage, second: ConceptImage) -> list[Case]:
+    return [_objects_case(rng, [_bring(first, 0), _bring(second, 0)])]
+
+
+def _single(rng: np.random.Generator, image: ConceptImage) -> list[Case]:
+    item, use = _bring(image, 0)
+    return [_objects_case(rng, [(item, use), (_bystander(rng, item), None)])]
+
+
+def _direction(rng: np.random.Generator) -> list[Case]:
+    item = sample_scene(rng).objects[0]
+    if rng.uniform() < 0.5:
+        item = replace(item, rgb=_middle(item.color))
+        attribute, look = item.color, Appearance(rgb=item.rgb)
+    else:
+        item = replace(item, texture=str(rng.choice(TEXTURES[1:])))
+        attribute, look = item.texture, Appearance(texture=item.texture)
+    use = Use(look=look, target=item.shape, place=0)
+    case = _objects_case(rng, [(item, use), (_bystander(rng, item), None)])
+    return [replace(case, attribute=_a(f"{attribute} {item.shape}"), neutral=_a(item.shape))]
+
+
+def _middle(color: str) -> tuple[int, int, int]:
+    """The mean of a named colour's range."""
+    samples = [sample_color(np.random.default_rng(i), color) for i in range(64)]
+    red, green, blue = (round(channel) for channel in np.mean(samples, axis=0).tolist())
+    return red, green, blue
+
+
+Brought = tuple[SceneObject, Use | None]
+
+
+def _bring(image: ConceptImage, index: int) -> tuple[SceneObject, Use]:
+    item = image.scene.objects[index]
+    use = Use(look=image.words[item.shape], target=item.shape, place=None, image=image.number, word=item.shape)
+    return item, use
+
+
+def _bystander(rng: np.random.Generator, item: SceneObject) -> SceneObject:
+    """An object of another class and colour."""
+    while True:
+        other = sample_scene(rng).objects[0]
+        if other.shape != item.shape and other.color != item.color:
+            return other
+
+
+def _objects_case(rng: np.random.Generator, brought: Sequence[Brought]) -> Case:
+    """Two objects side by side, in either order, in any place."""
+    left, right = (brought[i] for i in rng.permutation(2))
+    kind = str(rng.choice(tuple(BACKGROUNDS)))
+    scene = Scene(
+        objects=(_put(left[0], 0.28, rng), _put(right[0], 0.72, rng)),
+        light=NEUTRAL_LIGHT,
+        background=_background(rng, kind),
+    )
+    prompt = f"{_a(left[0].shape)} to the left of {_a(right[0].shape)} {BACKGROUNDS[kind]}"
+    twins = left[0].shape == right[0].shape
+    uses = tuple(
+        replace(use, place=place, target=f"{use.target}#{place + 1}" if twins else use.target)
+        for place, (_, use) in enumerate((left, right))
+        if use is not None
+    )
+    return Case(prompt=prompt, scene=scene, uses=uses)
+
+
+def _background(rng: np.random.Generator, kind: str) -> Background:
+    return Background(kind=kind, horizon=0.48, tone=float(rng.uniform()), seed=int(rng.integers(2**31)))
+
+
+def _put(item: SceneObject, x: float, rng: np.random.Generator) -> SceneObject:
+    return replace(item, x=x + float(rng.uniform(-0.03, 0.03)), y=0.62, size=0.2, accent=accent_of(item.rgb))

@@ -1,0 +1,122 @@
+"""The rows of the benchmark's table: ways of putting a concept into an image, learned or not.
+
+Axes: T text tokens of a prompt, J width of the text encoder, D width of the modulation vector.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Float
+
+from tokenverse_jax.bank import Concept
+from tokenverse_jax.bench.cases import Case
+from tokenverse_jax.compose import compose, place_stored
+from tokenverse_jax.learn import LearnConfig, steer
+from tokenverse_jax.offsets import direction, place_on_tokens
+from tokenverse_jax.pipeline import Pipeline
+from tokenverse_jax.text import find_word
+
+PROMPT = "prompt only"
+RENDERED = "rendered"  # true scenes
+FULL = "M+, per block, isolation"
+DIRECTION_TASK = "direction"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One way; neither learned nor a direction: the prompt alone.
+
+    learn: how its concepts are learned.
+    direction: of the prompts of a case, without learning: on all tokens (M) or on the word's (M+).
+    strength: of the direction.
+    """
+
+    name: str
+    learn: LearnConfig | None = None
+    direction: Literal["M", "M+"] | None = None
+    strength: float = 1.0
+
+    def takes(self, task: str) -> bool:
+        """Whether the row has something to do with a task."""
+        if self.learn is None and self.direction is None:
+            return True
+        return (task == DIRECTION_TASK) == (self.direction is not None)
+
+
+def make_rows(full: LearnConfig, strengths: Sequence[float]) -> list[Row]:
+    """All rows that the base model draws, from the config of the full method, which has blocks and isolation.
+
+    Every learned row has all steps of both stages, so that a row is not better for having been trained for longer.
+    """
+    blocks = replace(full, isolation=None)
+    tokens = replace(blocks, per_block=False)
+    learned = {
+        "M": replace(tokens, space="modulation_all"),
+        "text embeddings": replace(tokens, space="text"),
+        "M+": tokens,
+        "M+, per block": blocks,
+        FULL: full,
+    }
+    directions = [
+        Row(name=f"{kind} direction x {strength:g}", direction=kind, strength=strength)
+        for strength in strengths
+        for kind in ("M", "M+")
+    ]
+    return [Row(name=PROMPT), *(Row(name=name, learn=learn) for name, learn in learned.items()), *directions]
+
+
+class Steered(NamedTuple):
+    """A prompt as the transformer takes it; zeros where a row has nothing to add, so that all rows share a program."""
+
+    txt: Float[np.ndarray, "T J"]
+    offsets: Float[np.ndarray, "T D"]
+    block_offsets: Float[np.ndarray, "blocks T D"]
+    global_offset: Float[np.ndarray, "D"]
+
+
+def steer_case(
+    pipeline: Pipeline,
+    row: Row,
+    case: Case,
+    txt: Float[np.ndarray, "T J"],
+    concepts: Mapping[tuple[int, str], Concept],
+) -> Steered:
+    """What a row makes of a case.
+
+    Args:
+      txt: T5's output for the prompt.
+      concepts: of the row, by number of the image and word.
+    """
+    flux = pipeline.transformer.config
+    length = len(txt)
+    steered = Steered(
+        txt=txt,
+        offsets=np.zeros((length, flux.width), np.float32),
+        block_offsets=np.zeros((flux.num_blocks, length, flux.width), np.float32),
+        global_offset=np.zeros(flux.width, np.float32),
+    )
+    tokenizer = pipeline.tokenizer_2
+    if row.direction is not None:
+        step = row.strength * case_direction(pipeline, case)
+        if row.direction == "M":
+            return steered._replace(global_offset=step)
+        places = find_word(tokenizer, case.prompt, case.uses[0].target)
+        return steered._replace(offsets=np.asarray(place_on_tokens(jnp.asarray(step), places, length)))
+    if row.learn is None:
+        return steered
+    placed = [place_stored(concepts[use.image, use.word], tokenizer, case.prompt, use.target) for use in case.uses]
+    composed = compose(placed, length)
+    blocks = None if composed.block_offsets is None else composed.block_offsets[None]
+    txt, added = steer(row.learn.space, jnp.asarray(txt)[None], composed.offsets[None], blocks)
+    added = {name: np.asarray(value[0]) for name, value in added.items() if value is not None}
+    return steered._replace(txt=np.asarray(txt[0]), **added)
+
+
+def case_direction(pipeline: Pipeline, case: Case) -> Float[np.ndarray, "D"]:
+    """From the neutral prompt of a case to that with the attribute."""
+    vec = pipeline.encode_prompts([case.attribute, case.neutral]).vec
+    part = pipeline.transformer
+    return np.asarray(direction(part.config, part.params, vec[:1], vec[1:]))[0]

@@ -1,0 +1,241 @@
+"""`tokenverse bench`: learn, draw, measure, tabulate. A run that was stopped goes on with the same command."""
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import UInt8
+from tqdm import tqdm
+
+from runtime_jax import config as config_lib
+from runtime_jax.data.mini_scenes import render_scene
+from runtime_jax.judge import Judge
+from tokenverse_jax import bank
+from tokenverse_jax.bank import Concept, ConceptFile
+from tokenverse_jax.bench.cases import Case, ConceptImage, make_cases, make_images
+from tokenverse_jax.bench.metrics import View, measure
+from tokenverse_jax.bench.picture import write_picture
+from tokenverse_jax.bench.rows import FULL, PROMPT, RENDERED, Row, make_rows, steer_case
+from tokenverse_jax.bench.table import Record, complete, markdown
+from tokenverse_jax.bench.workdir import Workdir
+from tokenverse_jax.concept_data import (
+    ConceptData,
+    bind_captions,
+    encode_concept,
+    encode_images,
+    encode_prompts,
+    make_concepts,
+)
+from tokenverse_jax.learn import LearnConfig
+from tokenverse_jax.learner import Learner
+from tokenverse_jax.pipeline import Pipeline, PromptEncoding
+from tokenverse_jax.pool import make_pool
+from tokenverse_jax.sampling import SamplingConfig
+
+AT_ONCE = 4  # concept images between two reports: both pairs of each kind
+Images = UInt8[np.ndarray, "N H W 3"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchConfig:
+    """A whole benchmark; what configs/tokenverse_bench.py returns is built into this.
+
+    learn: how the full method learns, with per_block and isolation; the other rows leave parts of it out.
+    strengths: of the directions without learning.
+    images: concept images, a multiple of four.
+    """
+
+    model: str = "tiny"
+    size: int = 64
+    images: int = 64
+    seeds: int = 4
+    seed: int = 0
+    learn: LearnConfig
+    strengths: tuple[float, ...] = (1.0, 2.0)
+    sampling: SamplingConfig
+    batch_size: int = 32  # images that are drawn at once
+    cache: str = "~/.cache/tokenverse_jax/pool"
+
+    def __post_init__(self):
+        if not self.learn.per_block or self.learn.isolation is None or self.learn.space != "modulation":
+            raise ValueError("learn: the full method, with per_block and isolation in the space 'modulation'")
+        if self.learn.flip:
+            raise ValueError("learn.flip: a mirrored image has another pose and another light, which are measured here")
+        if self.seeds < 1 or self.batch_size % self.seeds:
+            raise ValueError(f"batch_size={self.batch_size} is to be a multiple of seeds={self.seeds}")
+
+
+def bench(config: BenchConfig, workdir: str | Path) -> Path:
+    """Runs the benchmark, or goes on with it; gives the workdir, see there.
+
+    Raises:
+      ValueError: config, model or workdir that do not fit.
+    """
+    images = make_images(config.images, config.seed)
+    this = _Bench(
+        config=config,
+        files=Workdir(workdir, config_lib.to_dict(config)),
+        pipeline=Pipeline.from_pretrained(config.model),
+        judge=Judge.load(),
+        images=images,
+        cases=make_cases(images, config.seed),
+        rows=make_rows(config.learn, config.strengths),
+    )
+    this.draw([case for case in this.cases if not case.images])
+    for stop in range(AT_ONCE, config.images + 1, AT_ONCE):
+        for image in tqdm(images[stop - AT_ONCE : stop], desc=f"images to {stop} of {config.images}", disable=None):
+            this.learn(image)
+        this.draw([case for case in this.cases if case.images and max(case.images) < stop])
+        this.measure()
+    return this.files.path
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Bench:
+    config: BenchConfig
+    files: Workdir
+    pipeline: Pipeline
+    judge: Judge
+    images: Sequence[ConceptImage]
+    cases: Sequence[Case]
+    rows: Sequence[Row]
+    learners: dict[str, Learner] = field(default_factory=dict)  # by name of the row
+
+    # Learning.
+
+    def learn(self, image: ConceptImage) -> None:
+        """Learns the concepts of an image in the way of every row, those that are not on disk."""
+        for row in self.rows:
+            if row.learn is None or (path := self.files.concept(row.name, image.number)).exists():
+                continue
+            if row.name not in self.learners:
+                self.learners[row.name] = Learner(self.pipeline, row.learn)
+            data = self._encode(row.learn, image)
+            params = self.learners[row.name].learn(data, self.config.seed)
+            ConceptFile(
+                concepts=make_concepts(params, data, row.learn),
+                caption=image.captions[0],
+                base=self.config.model,
+                base_hash=self._base_hash(row),
+            ).save(path)
+
+    def _encode(self, config: LearnConfig, image: ConceptImage) -> ConceptData:
+        tokenizer, length = self.pipeline.tokenizer_2, self.pipeline.text_length
+        captions = bind_captions(tokenizer, length, [image.captions], list(image.words), config.isolation)
+        pixels, _ = render_scene(image.scene, self.config.size)
+        data = encode_concept(self.pipeline, config, pixels[None], captions)
+        return replace(data, pool_latents=self._pool_latents) if config.isolation else data
+
+    @functools.cached_property
+    def _pool_latents(self) -> np.ndarray:
+        isolation = self.config.learn.isolation
+        pool = make_pool(
+            self.pipeline,
+            encode_prompts(self.pipeline, isolation.captions),
+            isolation,
+            size=self.config.size,
+            sampling=self.config.sampling,
+            cache=Path(self.config.cache).expanduser(),
+        )
+        return encode_images(self.pipeline, pool)
+
+    def _base_hash(self, row: Row) -> str:
+        """The model's, but for rows whose directions would mean something else to `tokenverse generate`."""
+        own = self.pipeline.base_hash()
+        return own if row.learn.space == "modulation" else f"{own} {row.learn.space}"
+
+    # Drawing.
+
+    def draw(self, cases: Sequence[Case]) -> None:
+        """Draws what is not on disk, some cases at once; the noise is that of the case and the seed, for all rows."""
+        seeds, together = self.config.seeds, self.config.batch_size // self.config.seeds
+        for row in self.rows:
+            missing = [case for case in cases if row.takes(case.task) and not self.files.has_images(row.name, case)]
+            for start in tqdm(range(0, len(missing), together), desc=row.name, leave=False, disable=None):
+                some = missing[start : start + together]
+                images = self._generate(row, some + some[-1:] * (together - len(some)))
+                for case, own in zip(some, images.reshape(together, seeds, *images.shape[1:]), strict=False):
+                    self.files.save_images(row.name, case, own)
+
+    def _generate(self, row: Row, cases: Sequence[Case]) -> Images:
+        """All seeds of the first case, then of the next one."""
+        encoded = encode_prompts(self.pipeline, [case.prompt for case in cases])
+        steered = [
+            steer_case(self.pipeline, row, case, txt, self._concepts(row, case))
+            for case, txt in zip(cases, encoded.txt, strict=True)
+        ]
+        seeds = self.config.seeds
+        several = [np.repeat(np.stack(parts), seeds, axis=0) for parts in zip(*steered, strict=True)]
+        txt, offsets, block_offsets, global_offset = map(jnp.asarray, several)
+        vec, ids = (np.repeat(part, seeds, axis=0) for part in (encoded.vec, encoded.ids))
+        images = self.pipeline.generate(
+            PromptEncoding(txt, jnp.asarray(vec), ids),
+            height=self.config.size,
+            width=self.config.size,
+            seed=self.config.seed,
+            indices=np.asarray([self.cases.index(case) * seeds + i for case in cases for i in range(seeds)]),
+            offsets=offsets,
+            block_offsets=block_offsets,
+            global_offset=global_offset,
+            blocks=self.config.learn.blocks,
+            **vars(self.config.sampling),
+        )
+        return np.asarray(images)
+
+    def _concepts(self, row: Row, case: Case) -> dict[tuple[int, str], Concept]:
+        """By number of the image and word."""
+        if row.learn is None:
+            return {}
+        concepts = {}
+        for number in case.images:
+            file = bank.load(self.files.concept(row.name, number), base_hash=self._base_hash(row))
+            concepts |= {(number, concept.word): concept for concept in file.concepts}
+        return concepts
+
+    # Measuring.
+
+    def measure(self) -> None:
+        """Measures what is drawn and has not been measured, and writes the report."""
+        done = {(record["row"], record["task"], record["case"]) for record in self.files.records()}
+        drawn = [case for case in self.cases if self.files.has_images(PROMPT, case)]
+        names = [RENDERED, *(row.name for row in self.rows)]
+        for name in names:
+            there = drawn if name == RENDERED else [case for case in drawn if self.files.has_images(name, case)]
+            cases = [case for case in there if (name, case.task, case.number) not in done]
+            pairs = zip(cases, self._views(name, cases), self._views(PROMPT, cases), strict=True)
+            self.files.add_records([_record(name, case, views, bases) for case, views, bases in pairs])
+        table = markdown(complete(self.files.records()), names, FULL)
+        (self.files.path / "table.md").write_text(table)
+        for task in dict.fromkeys(case.task for case in drawn):
+            write_picture(
+                [case for case in drawn if case.task == task],
+                self.images,
+                [row.name for row in self.rows if row.takes(task)],
+                concept=lambda image: render_scene(image.scene, self.config.size).image,
+                drawn=lambda row, case: self._drawn(row, case)[0],
+                path=self.files.path / f"{task.replace(' ', '_')}.png",
+            )
+
+    def _views(self, row: str, cases: Sequence[Case]) -> list[list[View]]:
+        """Those of all seeds for each case."""
+        images = [image for case in cases for image in self._drawn(row, case)]
+        seen = self.judge.look(np.stack(images)) if images else []
+        views = [View(*pair) for pair in zip(images, seen, strict=True)]
+        return [views[start : start + self.config.seeds] for start in range(0, len(views), self.config.seeds)]
+
+    def _drawn(self, row: str, case: Case) -> Images:
+        """The images of all seeds; those of true scenes as the base model's autoencoder gives them back."""
+        if row != RENDERED:
+            return self.files.images(row, case, self.config.seeds)
+        pixels, _ = render_scene(case.scene, self.config.size)
+        grid = self.pipeline.vae.config.token_grid(*pixels.shape[:2])
+        decoded = self.pipeline.decode_latents(self.pipeline.encode_images(pixels[None]), grid)
+        return np.repeat(np.asarray(decoded), self.config.seeds, axis=0)
+
+
+def _record(row: str, case: Case, views: Sequence[View], bases: Sequence[View]) -> Record:
+    measured = [measure(case, view, base)._asdict() for view, base in zip(views, bases, strict=True)]
+    return {"row": row, "task": case.task, "unit": case.unit, "case": case.number, "seeds": measured}
