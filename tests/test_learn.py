@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny_pipeline import SIDE, tiny_pipeline
+from tiny_pipeline import FLUX, SIDE, tiny_pipeline
 
 from runtime_jax.compute import Compute
 from runtime_jax.config import Duration
@@ -36,7 +36,8 @@ SEED = 5
 
 @pytest.fixture(scope="module")
 def pipeline(tmp_path_factory):
-    return dataclasses.replace(tiny_pipeline(tmp_path_factory.mktemp("tokenizers")), text_length=64)
+    flux = dataclasses.replace(FLUX, num_single_layers=1)
+    return dataclasses.replace(tiny_pipeline(tmp_path_factory.mktemp("tokenizers"), flux=flux), text_length=64)
 
 
 def encoded(pipeline, config):
@@ -58,23 +59,12 @@ def learner(pipeline):
 
 
 @pytest.fixture(scope="module")
-def one_step(pipeline, data):
+def one_step(learner, data):
     """(state, batch, stage) -> (state, metrics), nothing donated."""
-    flux = Flux(pipeline.transformer.config)
 
-    @functools.partial(jax.jit, static_argnums=(2,))
     def step(state, batch, stage):
-        return learn_step(
-            state,
-            pipeline.transformer.params,
-            batch,
-            config=CONFIG,
-            flux=flux,
-            optimizer=make_optimizers(CONFIG)[stage - 1],
-            stage=stage,
-            grid=data.grid,
-            left_place=data.captions.left_place,
-        )
+        first = 0 if stage == 1 else CONFIG.stage_1.steps
+        return learner.step(jax.tree.map(jnp.copy, state), batch, first, data)
 
     return step
 
@@ -145,7 +135,7 @@ def test_an_update_that_is_not_finite_is_skipped(learner, data, one_step):
 def test_the_loss_goes_down(pipeline):
     config = dataclasses.replace(CONFIG, isolation=None, stage_1=StageConfig(steps=60, high_share=0.9))
     data, learner = encoded(pipeline, config), Learner(pipeline, config)
-    state, batch, losses = learner.init(SEED), draw(encoded(pipeline, config), config, SEED, 0), []
+    state, batch, losses = learner.init(SEED), draw(data, config, SEED, 0), []
     for step in range(60):
         state, metrics = learner.step(state, batch, step, data)
         losses.append(value(metrics, "loss"))
@@ -170,31 +160,24 @@ def test_a_learner_learns_one_concept_after_the_other_with_the_same_programs(pip
     assert np.abs(concept.offset).max() > 0 and np.abs(concept.block_offset).max() > 0
 
 
-def test_a_mesh_changes_no_value(pipeline):
-    mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
-    config = dataclasses.replace(CONFIG, batch_size=4)
-    data, alone = encoded(pipeline, config), Learner(pipeline, config)
-    steps = [0, CONFIG.stage_1.steps]
-    batches = [draw(data, config, SEED, step) for step in steps]
+def test_a_mesh_changes_no_value(pipeline, data, at_stage_2, one_step):
+    """In the second stage, which has all parameters."""
+    mesh = make_mesh(MeshConfig(data=1, fsdp=2, tensor=2), jax.devices()[:4])
+    batch = draw(data, CONFIG, SEED, CONFIG.stage_1.steps)
+    _, expected = one_step(at_stage_2, batch, 2)
     part = pipeline.transformer
     part = dataclasses.replace(
         part, params=place(part.params, param_shardings(part.params, model.SHARDING_RULES, mesh))
     )
-    expected, got, state = [], [], alone.init(SEED)
-    for step, batch in zip(steps, batches, strict=True):
-        state, metrics = alone.step(state, batch, step, data)
-        expected.append(metrics)
     with jax.set_mesh(mesh):
-        spread = Learner(dataclasses.replace(pipeline, transformer=part), config, mesh)
-        state = spread.init(SEED)
-        assert len(state.params["concept_mod"]["in_layer"]["kernel"].sharding.device_set) == 8
-        for step, batch in zip(steps, batches, strict=True):
-            state, metrics = spread.step(state, shard_batch(batch, mesh), step, data)
-            got.append(metrics)
-    for one, other in zip(got, expected, strict=True):
-        for name, tolerance in (("loss", 1e-5), ("isolation", 1e-3), ("grad_norm", 1e-3)):
-            assert value(one, name) == pytest.approx(value(other, name), rel=tolerance)
-    assert jax.tree.map(lambda x: x.sharding, state) == jax.tree.map(lambda x: x.sharding, spread.abstract_state)
+        spread = Learner(dataclasses.replace(pipeline, transformer=part), CONFIG, mesh)
+        shardings = jax.tree.map(lambda x: x.sharding, spread.abstract_state)
+        state = place(jax.device_get(at_stage_2), shardings)
+        assert len(state.params["concept_mod"]["in_layer"]["kernel"].sharding.device_set) == 4
+        state, got = spread.step(state, shard_batch(batch, mesh), CONFIG.stage_1.steps, data)
+    for name, tolerance in (("loss", 1e-5), ("isolation", 1e-3), ("grad_norm", 1e-3)):
+        assert value(got, name) == pytest.approx(value(expected, name), rel=tolerance)
+    assert jax.tree.map(lambda x: x.sharding, state) == shardings
 
 
 # Spaces.
@@ -214,7 +197,7 @@ def test_where_directions_go():
 
 @pytest.mark.parametrize("space", ["modulation_all", "text"])
 def test_the_other_spaces_learn_too(pipeline, space):
-    config = dataclasses.replace(CONFIG, space=space, per_block=False)
+    config = dataclasses.replace(CONFIG, space=space, per_block=False, stage_2=StageConfig(steps=0, high_share=0.0))
     data, learner = encoded(pipeline, config), Learner(pipeline, config)
     only_words = data.mask.sum() == sum(map(len, data.captions.words["ball"]))
     assert only_words == (space == "modulation_all")
@@ -241,9 +224,8 @@ def test_configs_that_are_not_possible():
 # Full size.
 
 
-@pytest.mark.parametrize("stage", [1, 2])
-def test_the_step_of_flux_dev_traces(stage):
-    """At 512 px with the isolation loss, in bfloat16 with remat, by shapes alone."""
+def test_the_step_of_flux_dev_traces():
+    """The second stage at 512 px with the isolation loss, in bfloat16 with remat, by shapes alone."""
     config, flux = dataclasses.replace(LearnConfig(), isolation=ISOLATION), model.PRESETS["dev"]
     state = jax.eval_shape(functools.partial(init_state, config, flux), jax.random.key(0))
     frozen = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.bfloat16), model.param_shapes(flux))
@@ -264,8 +246,8 @@ def test_the_step_of_flux_dev_traces(stage):
         learn_step,
         config=config,
         flux=Flux(flux, Compute(dtype="bfloat16", remat=True)),
-        optimizer=make_optimizers(config)[stage - 1],
-        stage=stage,
+        optimizer=make_optimizers(config)[1],
+        stage=2,
         grid=(32, 32),
         left_place=9,
     )
