@@ -236,6 +236,7 @@ def init_params(config: FluxConfig, key: Array) -> Params:
     )["params"]
 
 
+@functools.cache
 def param_shapes(config: FluxConfig) -> Params:
     """Shapes and dtypes of the parameters, without computing anything."""
     return jax.eval_shape(functools.partial(init_params, config), jax.random.key(0))

@@ -70,9 +70,14 @@ class Kind:
 
 def _convert_autoencoder(source: Tensors, config: autoencoder.AutoencoderConfig) -> Params:
     table = FLUX_AUTOENCODER if "encoder.mid.attn_1.q.weight" in source else diffusers_table(config)
+    return import_weights(table, source, _autoencoder_shapes(config))
+
+
+@functools.cache
+def _autoencoder_shapes(config: autoencoder.AutoencoderConfig) -> Params:
     image = jax.ShapeDtypeStruct((1, config.downsampling, config.downsampling, 3), jnp.float32)
-    shapes = jax.eval_shape(autoencoder.Autoencoder(config).init, jax.eval_shape(lambda: jax.random.key(0)), image)
-    return import_weights(table, source, shapes["params"])
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    return jax.eval_shape(autoencoder.Autoencoder(config).init, key, image)["params"]
 
 
 def _preset(source: Tensors) -> model.FluxConfig:

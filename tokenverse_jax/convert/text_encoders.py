@@ -4,6 +4,7 @@ Arrays keep their dtype: bfloat16 files give bfloat16 parameters.
 """
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
@@ -93,6 +94,7 @@ def export_t5(params: Any) -> dict[str, np.ndarray]:
     return export_weights(T5, params)
 
 
+@functools.cache
 def _shapes(module: nn.Module) -> Any:
     token = jax.ShapeDtypeStruct((1, 1), jnp.int32)
     return jax.eval_shape(module.init, jax.eval_shape(lambda: jax.random.key(0)), token)["params"]
