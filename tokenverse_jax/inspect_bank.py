@@ -131,11 +131,9 @@ def _keys(pipeline: Pipeline, prompt: str, composition: Composition | None) -> j
         "vec": encoded.vec,
         "guidance": jnp.full(1, GUIDANCE) if part.config.guidance_embeds else None,
     }
+    flux, which = Flux(part.config, pipeline.compute), {}
     if composition is not None:
         blocks = composition.block_offsets
-        inputs |= {
-            "offsets": composition.offsets[None],
-            "block_offsets": None if blocks is None else blocks[None],
-            "blocks": composition.blocks,
-        }
-    return bank.text_keys(Flux(part.config, pipeline.compute), part.params, inputs)[:, 0]
+        inputs |= {"offsets": composition.offsets[None], "block_offsets": None if blocks is None else blocks[None]}
+        which = {"blocks": composition.blocks}
+    return jax.jit(lambda params, inputs: bank.text_keys(flux, params, inputs | which))(part.params, inputs)[:, 0]
