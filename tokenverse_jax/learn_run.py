@@ -238,7 +238,9 @@ class _Previews:
             blocks=config.learn.blocks,
         )
         labels = ("base", f"step {step}")
-        return {"prompts": image_grid([self._base, images], row_labels=labels, column_labels=config.prompts)}
+        return {
+            "prompts": image_grid([list(self._base), list(images)], row_labels=labels, column_labels=config.prompts)
+        }
 
     def _generate(self, **offsets: Any) -> np.ndarray:
         config, ready = self._config, self._ready
