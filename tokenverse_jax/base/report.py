@@ -27,7 +27,7 @@ def captioned_grid(
     """Images in rows of eight, each over its caption."""
     rows = range(0, len(images), 8)
     return image_grid(
-        [images[start : start + 8] for start in rows],
+        [list(images[start : start + 8]) for start in rows],
         captions=[captions[start : start + 8] for start in rows],
         scale=2,
         font_size=11,

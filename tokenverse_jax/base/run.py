@@ -110,7 +110,7 @@ def _train_vae(config: BaseConfig, workdir: Path) -> loop.Result:
 
     def preview(params: Params, _: int) -> dict[str, np.ndarray]:
         both = images, rebuilt(params)
-        rows = [pictures[start : start + 8] for start in (0, 8, 16) for pictures in both]
+        rows = [list(pictures[start : start + 8]) for start in (0, 8, 16) for pictures in both]
         return {"reconstructions": image_grid(rows, row_labels=["scenes", "rebuilt"] * 3, scale=2)}
 
     return fit(
