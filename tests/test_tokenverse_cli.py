@@ -1,5 +1,6 @@
 """`tokenverse`, command by command, on a random pipeline; every line that a user gets for what cannot be done."""
 
+import functools
 import re
 from pathlib import Path
 
@@ -9,14 +10,16 @@ import pytest
 from PIL import Image
 from tiny_pipeline import FLUX, random_params, tiny_pipeline, write_tiny_pipeline
 
+from runtime_jax import sharding
 from tokenverse_jax import cli, pipeline
 from tokenverse_jax.bank import Concept, ConceptFile
 from tokenverse_jax.concept_mod import ConceptModConfig, init_params
-from tokenverse_jax.pipeline import Pipeline
+from tokenverse_jax.inspect import read_configs
+from tokenverse_jax.pipeline import Pipeline, PromptEncoding
 from tokenverse_jax.text import find_word
 
 PROMPT = "a dog and a cat on the beach"
-SMALL = ["--width", "16", "--height", "12", "--num-steps", "2", "--dtype", "float32", "--batch-size", "2"]
+SMALL = ["--width", "16", "--height", "12", "--num-steps", "2", "--cfg-scale", "2", "--batch-size", "2"]
 
 
 @pytest.fixture(scope="module")
@@ -47,8 +50,8 @@ def bank(model, tmp_path_factory) -> Path:
     """Concept files: dog and cat, one of too many tokens, and one of another base."""
     folder = tmp_path_factory.mktemp("bank")
     loaded = Pipeline.from_pretrained(model)
-    write_concept(folder / "dog.safetensors", loaded, "dog", seed=1, kept=True)
-    write_concept(folder / "cat.safetensors", loaded, "cat", seed=2)
+    write_concept(folder / "dog.safetensors", loaded, "dog", seed=1)
+    write_concept(folder / "cat.safetensors", loaded, "cat", seed=2, kept=True)
     write_concept(folder / "long.safetensors", loaded, "dog", seed=3, more=2)
     other = tiny_pipeline(tmp_path_factory.mktemp("other"), seed=7)
     write_concept(folder / "other.safetensors", other, "dog", seed=4)
@@ -60,53 +63,59 @@ def picture(path: Path) -> np.ndarray:
 
 
 def run(command: str, model: Path, *arguments: str) -> int:
-    return cli.main([command, "--model", str(model), *SMALL, *arguments])
+    return cli.main([command, "--model", str(model), "--dtype", "float32", *SMALL, *arguments])
 
 
-def test_generate_draws_concepts_and_the_base_beside_them(model, bank, tmp_path, capsys):
+@pytest.fixture(scope="module")
+def base(model) -> list[np.ndarray]:
+    """The base model's images 0 to 2 of the prompt, and again 0, from the pipeline itself."""
+    loaded = Pipeline.from_pretrained(model)
+    prompt = PromptEncoding(*(np.repeat(part, 2, axis=0) for part in loaded.encode_prompts([PROMPT])))
+    settings = {"height": 12, "width": 16, "num_steps": 2, "cfg_scale": 2.0}
+    made = [loaded.generate(prompt, indices=np.array(two), **settings) for two in ((0, 1), (2, 0))]
+    return list(np.concatenate(made).astype(int))
+
+
+def test_generate_draws_concepts_and_the_base_beside_them(model, bank, base, tmp_path, capsys):
     dog, cat = (f"{word}={bank / word}.safetensors" for word in ("dog", "cat"))
-    arguments = ["--prompt", PROMPT, "--num", "3", "--cfg-scale", "2", "--compare"]
-    assert run("generate", model, *arguments, "--concept", dog, "--concept", cat, "--out", str(tmp_path / "a")) == 0
+    arguments = ["--prompt", PROMPT, "--num", "3"]
+    both = ["--concept", dog, "--concept", cat, "--compare", "--out", str(tmp_path / "a")]
+    assert run("generate", model, *arguments, *both) == 0
     assert "overview.png" in capsys.readouterr().out
     names = {f"{i:04}{kind}.png" for i in range(3) for kind in ("", "_base")} | {"overview.png"}
     assert {path.name for path in (tmp_path / "a").iterdir()} == names
-    both = [picture(tmp_path / "a" / f"{i:04}.png") for i in range(3)]
-    base = [picture(tmp_path / "a" / f"{i:04}_base.png") for i in range(3)]
-    assert all(image.shape == (12, 16, 3) for image in both + base)
-    assert all(np.any(one != two) for one, two in zip(both, base, strict=True))
-    # The base model's images are those of the pipeline, and no concept is as a concept of no strength.
-    expected = Pipeline.from_pretrained(model).generate([PROMPT] * 3, height=12, width=16, num_steps=2, cfg_scale=2.0)
-    np.testing.assert_allclose(np.stack(base).astype(int), np.asarray(expected).astype(int), atol=1)
-    arguments = [*arguments[:-1], "--concept", f"{dog}@0", "--out", str(tmp_path / "b")]
-    assert run("generate", model, *arguments) == 0
     for i in range(3):
-        np.testing.assert_array_equal(picture(tmp_path / "b" / f"{i:04}.png"), base[i])
+        with_concepts, without = (picture(tmp_path / "a" / f"{i:04}{kind}.png") for kind in ("", "_base"))
+        assert with_concepts.shape == (12, 16, 3) and np.any(with_concepts != without)
+        np.testing.assert_allclose(without.astype(int), base[i], atol=1)
+    none = ["--concept", f"{dog}@0", "--concept", f"{cat}@0", "--out", str(tmp_path / "b")]
+    assert run("generate", model, *arguments, *none) == 0
+    for i in range(3):
+        np.testing.assert_allclose(picture(tmp_path / "b" / f"{i:04}.png").astype(int), base[i], atol=1)
 
 
-def test_modes_differ_and_batches_do_not(model, bank, tmp_path):
-    arguments = ["--prompt", PROMPT, "--num", "3", "--concept", f"dog={bank / 'dog.safetensors'}"]
-    for name, more in {"a": [], "b": ["--batch-size", "3"], "c": ["--mode", "recomputed"]}.items():
-        assert run("generate", model, *arguments, *more, "--out", str(tmp_path / name)) == 0
-    stored, other_batch, recomputed = (picture(tmp_path / name / "0002.png").astype(int) for name in "abc")
-    assert np.abs(stored - other_batch).max() <= 1
+def test_recomputed_directions_are_others_than_stored_ones(model, bank, tmp_path):
+    arguments = ["--prompt", PROMPT, "--num", "2", "--concept", f"cat={bank / 'cat.safetensors'}"]
+    for mode in ("stored", "recomputed"):
+        assert run("generate", model, *arguments, "--mode", mode, "--out", str(tmp_path / mode)) == 0
+    stored, recomputed = (picture(tmp_path / mode / "0001.png").astype(int) for mode in ("stored", "recomputed"))
     assert np.abs(stored - recomputed).max() > 1
 
 
-def test_direction_compares_all_tokens_with_one_word(model, tmp_path, capsys):
+def test_direction_compares_all_tokens_with_one_word(model, base, tmp_path, capsys):
     words = ["--prompt", PROMPT, "--word", "cat", "--attribute", "a red cat", "--neutral", "a cat"]
     assert run("direction", model, *words, "--strength", "1", "2", "--out", str(tmp_path)) == 0
     names = {"base", "directions", "m_1", "m_2", "m_plus_1", "m_plus_2"}
     assert {path.stem for path in tmp_path.iterdir()} == names
-    base = picture(tmp_path / "base.png").astype(int)
-    changes = {name: np.abs(picture(tmp_path / f"{name}.png") - base).mean() for name in names - {"base", "directions"}}
+    own = picture(tmp_path / "base.png").astype(int)
+    np.testing.assert_allclose(own, base[0], atol=1)
+    changes = {name: np.abs(picture(tmp_path / f"{name}.png") - own).mean() for name in names - {"base", "directions"}}
     assert changes["m_2"] > changes["m_1"] > changes["m_plus_1"] > 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == (
         f"w = 1: pixels change by {100 * changes['m_1'] / 255:.2f} % in M, "
         f"{100 * changes['m_plus_1'] / 255:.2f} % in M+"
     )
-    loaded = Pipeline.from_pretrained(model)
-    np.testing.assert_allclose(base, np.asarray(loaded.generate([PROMPT], height=12, width=16, num_steps=2))[0], atol=1)
 
 
 def test_concepts_inspect_shows_a_bank_and_warns_of_what_would_blend(model, bank, tmp_path, capsys):
@@ -176,8 +185,8 @@ def test_a_concept_of_other_tokens_is_refused(model, bank, tmp_path, capsys):
         r"concept 'dog' \(\d tokens\): 'dog' has \d tokens? \(.*dog\) in the prompt", capsys.readouterr().err
     )
     arguments += ["--mode", "recomputed"]
-    assert run("generate", model, *arguments, "--concept", f"dog={bank / 'cat.safetensors'}:cat") == 1
-    assert "cat.safetensors: holds no Concept-Mod" in capsys.readouterr().err
+    assert run("generate", model, *arguments, "--concept", f"dog={bank / 'dog.safetensors'}") == 1
+    assert "dog.safetensors: holds no Concept-Mod" in capsys.readouterr().err
 
 
 def test_direction_refuses_in_one_line(model, tmp_path, capsys, nothing_compiles):
@@ -217,3 +226,102 @@ def test_concept_files_that_cannot_be_shown_are_named(model, bank, tmp_path, cap
     assert "learned on different models" in capsys.readouterr().err
     assert cli.main(["concepts", "inspect", files[0], str(bank / "cat.safetensors"), "--model", "nowhere"]) == 1
     assert "nowhere: no such file or folder" in capsys.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory) -> Path:
+    """A picture, a long one, and a file that is none."""
+    folder = tmp_path_factory.mktemp("files")
+    pixels = np.random.default_rng(0).integers(0, 256, (12, 30, 3), np.uint8)
+    Image.fromarray(pixels[:, :16]).save(folder / "dog.png")
+    Image.fromarray(pixels).save(folder / "long.png")
+    (folder / "text.png").write_text("a dog")
+    return folder
+
+
+def learn(base: Path, files: Path, workdir: Path, **changes) -> int:
+    """Runs `tokenverse learn` on the random pipeline, for one step."""
+    own = {
+        "model": str(base),
+        "images": [{"path": str(files / changes.pop("image", "dog.png")), "captions": ["a dog", "the dog, a hat"]}],
+        "words": ["dog"],
+        "size": 8,
+        "prompts": [],
+        "learn.isolation": None,
+        "learn.batch_size": 2,
+        "learn.stage_1.steps": 1,
+        "learn.stage_2.steps": 0,
+        "learn.optimizer.warmup.steps": 0,
+    }
+    overrides = [f"--config.{name}={value!r}" for name, value in (own | changes).items()]
+    return cli.main(["learn", "--config", "configs/tokenverse_tiny.py", "--workdir", str(workdir), *overrides])
+
+
+def test_a_learned_concept_is_inspected_and_drawn(model, files, tmp_path, capsys, monkeypatch):
+    # Programs for one device take a fraction of the time to compile; tests/test_learn_run.py has a mesh.
+    one_device = functools.partial(sharding.make_mesh, devices=jax.devices()[:1])
+    monkeypatch.setattr(sharding, "make_mesh", one_device)
+    assert learn(model, files, tmp_path / "run") == 0
+    path = tmp_path / "run" / "concept.safetensors"
+    assert f"the concepts are in {path}" in capsys.readouterr().out
+    assert cli.main(["concepts", "inspect", str(path)]) == 0
+    assert re.search(rf"\| {path} \| a dog \| {model} ", capsys.readouterr().out)
+    arguments = ["--prompt", "a cat and a dog", "--concept", f"dog={path}", "--num", "2"]
+    assert run("generate", model, *arguments, "--out", str(tmp_path / "out")) == 0
+
+
+BAD_LEARN = [
+    ({"words": ["fox"]}, "'fox' is not in the prompt 'a dog'; its words are a, dog"),
+    ({"words": ["dog#2"]}, "'dog#2' is not in the prompt"),
+    ({"prompts": ["a cat"]}, "none of the words to learn is in one of them: 'dog' is not in the prompt 'a cat'"),
+    ({"image": "text.png"}, "text.png: not a readable image"),
+    ({"image": "long.png"}, r"long.png: 30 x 12 pixels; of an image more than 2 times as long"),
+    ({"image": "none.png"}, "none.png: no such file"),
+    ({"size": 10}, "image size 10x10: positive multiples of 4 are needed"),
+    ({"model": "nowhere"}, r"nowhere: no such file or folder \(and not a hub id of the form owner/name\)"),
+    ({"learn.stage_3": 1}, "config.learn.stage_3: unknown key"),
+    ({"learn.space": "pixels"}, "config.learn.space: got 'pixels'"),
+]
+
+
+@pytest.mark.parametrize(("changes", "message"), BAD_LEARN, ids=[str(bad[0]) for bad in BAD_LEARN])
+def test_learn_refuses_in_one_line(model, files, tmp_path, capsys, nothing_compiles, changes, message):
+    assert learn(model, files, tmp_path / "run", **changes) == 1
+    error = capsys.readouterr().err
+    assert re.search(message, error) and len(error.splitlines()) == 1 and error.startswith("tokenverse learn: ")
+
+
+def test_learn_refuses_long_captions_and_incomplete_models(model, files, tmp_path, capsys, nothing_compiles):
+    image = {"path": str(files / "dog.png"), "captions": ["dog " * 30]}
+    assert learn(model, files, tmp_path / "run", images=[image]) == 1
+    assert "31 tokens, but the text length is 24: shorten the prompt 'dog dog" in capsys.readouterr().err
+    assert learn(incomplete(model, tmp_path / "part"), files, tmp_path / "run") == 1
+    error = capsys.readouterr().err
+    assert "missing:" in error and "vae/diffusion_pytorch_model.safetensors" in error
+
+
+def test_inspect_knows_the_full_size_without_weights(capsys):
+    assert cli.main(["inspect", "--size", "512"]) == 0
+    text = capsys.readouterr().out
+    assert "| transformer | 11,901,408,320 | 23.803 |" in text  # the published 12B
+    assert "| t5 | 4,762,310,656 |" in text
+    plain, isolated = re.findall(r"\| 512 px.*", text)
+    tokens, forward, step, kept, block, all_kept = (float(n.replace(",", "")) for n in plain.split("|")[2:-1])
+    assert tokens == 1024
+    assert forward == pytest.approx(21.5, rel=0.02)
+    # Backward without gradients of weights costs what forward costs, and so does doing it again.
+    assert 2.9 < step / forward < 3.1
+    # The 57 blocks' inputs, text and image tokens 3072 wide, are kept: 38 joint ones, 19 in two parts.
+    assert kept == pytest.approx(57 * 1536 * 3072 * 2 / 1e9, rel=0.15)
+    assert all_kept > 50 * kept and block < all_kept / 20
+    assert float(isolated.split("|")[4]) > 3 * step
+    words = dict(re.findall(r"\| (\d) tokens? \| ([\d,]+) \|", text))
+    assert int(words["5"].replace(",", "")) < 2000  # kB
+
+
+def test_inspect_takes_a_folder_and_refuses_in_one_line(model, capsys):
+    assert read_configs(str(model))["transformer"] == FLUX
+    assert cli.main(["inspect", "--model", str(model), "--size", "18"]) == 1
+    assert "image size 18x18" in capsys.readouterr().err
+    assert cli.main(["inspect", "--model", "huge"]) == 1
+    assert "huge: no such file or folder" in capsys.readouterr().err

@@ -1,4 +1,5 @@
-"""The command line: tokenverse generate | direction | learn | concepts | inspect | train-base | scenes."""
+"""The command line: tokenverse generate | direction | learn | concepts | inspect | bench | train-base |
+scenes."""
 
 import argparse
 import os
@@ -67,6 +68,10 @@ def _command_line() -> CommandLine:
     sub = line.command("inspect", _inspect, "Sizes of a model and of learning on it, without weights.")
     sub.add_argument("--model", default="dev", help="dev, schnell, or a folder (default: dev)")
     sub.add_argument("--size", type=int, nargs="+", default=[512, 1024], help="image sides in pixels")
+    sub.add_argument("--batch-size", type=int, default=1, help="of learning")
+
+    sub = line.command("bench", _bench, "Learn, draw and measure concepts on mini_scenes, or go on.")
+    config_arguments(sub)
 
     sub = line.command("train-base", _train_base, "Train the tiny FLUX pipeline on mini_scenes, or go on.")
     config_arguments(sub)
@@ -89,12 +94,12 @@ def _sampling_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch-size", type=int, help="images at once (default: 16 for tiny, else 1)")
 
 
-def _load(args):
+def _load(model: str, dtype: str | None):
     from runtime_jax.compute import Compute
     from tokenverse_jax.pipeline import Pipeline
 
-    dtype = args.dtype or ("float32" if args.model == TINY else "bfloat16")
-    return Pipeline.from_pretrained(args.model, dtype=dtype, compute=Compute(dtype=dtype))
+    dtype = dtype or ("float32" if model == TINY else "bfloat16")
+    return Pipeline.from_pretrained(model, dtype=dtype, compute=Compute(dtype=dtype))
 
 
 def _sampling(args):
@@ -120,58 +125,60 @@ def _generate(args, _) -> None:
     for request in requests:
         if not Path(request.path).is_file():  # loading a model takes a while
             raise ValueError(f"{request.path}: no such concept file")
-    sampling = _sampling(args)
-    generate(
-        _load(args), args.prompt, requests, sampling, num=args.num, mode=args.mode, compare=args.compare, out=args.out
-    )
+    sampling, pipeline = _sampling(args), _load(args.model, args.dtype)
+    settings = {"num": args.num, "mode": args.mode, "compare": args.compare, "out": args.out}
+    generate(pipeline, args.prompt, requests, sampling, **settings)
     print(f"the images are in {args.out}; all of them: {args.out / 'overview.png'}")
 
 
 def _direction(args, _) -> None:
     from tokenverse_jax import study
 
-    result = study.study(
-        _load(args),
-        args.prompt,
-        args.word,
-        attribute=args.attribute,
-        neutral=args.neutral,
-        strengths=args.strength,
-        sampling=_sampling(args),
-    )
+    sampling, pipeline = _sampling(args), _load(args.model, args.dtype)
+    prompts = {"attribute": args.attribute, "neutral": args.neutral}
+    result = study.study(pipeline, args.prompt, args.word, **prompts, strengths=args.strength, sampling=sampling)
     print("\n".join(study.write(result, args.word, args.strength, args.out)))
     print(f"the images are in {args.out}; all of them: {args.out / 'directions.png'}")
 
 
-def _learn(args, overrides) -> int:
+def _build(cls: type, args, overrides: list[str]):
     from runtime_jax import config as config_lib
+
+    return config_lib.build(cls, config_lib.load(args.config, overrides, new_keys=True))
+
+
+def _learn(args, overrides) -> int:
     from tokenverse_jax.learn_run import LearnRunConfig, learn
 
-    learned = learn(
-        config_lib.build(LearnRunConfig, config_lib.load(args.config, overrides, new_keys=True)), args.workdir
-    )
+    learned = learn(_build(LearnRunConfig, args, overrides), args.workdir)
     return report_end(f"the concepts are in {learned.path}", learned.stopped_by, learned.step)
 
 
 def _concepts(args, _) -> None:
     from tokenverse_jax.inspect_bank import inspect_bank
 
-    print(
-        inspect_bank(args.files, lambda model: _load(argparse.Namespace(**vars(args) | {"model": model})), args.model)
-    )
+    print(inspect_bank(args.files, lambda model: _load(model, args.dtype), args.model))
 
 
 def _inspect(args, _) -> None:
     from tokenverse_jax.inspect import inspect
+    from tokenverse_jax.isolation import IsolationConfig
+    from tokenverse_jax.learn import LearnConfig
 
-    print(inspect(args.model, args.size))
+    learn = LearnConfig(isolation=IsolationConfig(captions=("a picture",)), batch_size=args.batch_size)
+    print(inspect(args.model, args.size, learn))
+
+
+def _bench(args, overrides) -> None:
+    from tokenverse_jax.bench.run import BenchConfig, bench
+
+    print(f"the report is in {bench(_build(BenchConfig, args, overrides), args.workdir)}")
 
 
 def _train_base(args, overrides) -> int:
-    from runtime_jax import config as config_lib
     from tokenverse_jax.base.run import BaseConfig, train
 
-    trained = train(config_lib.build(BaseConfig, config_lib.load(args.config, overrides, new_keys=True)), args.workdir)
+    trained = train(_build(BaseConfig, args, overrides), args.workdir)
     return report_end(f"the model is in {trained.folder}", trained.stopped_by, trained.step)
 
 

@@ -1,6 +1,6 @@
 """`tokenverse generate`: images of a prompt with concepts on its words.
 
-Axes: N images, T text tokens, D width, H W image.
+Axes: N images, H W image.
 """
 
 import dataclasses
@@ -16,8 +16,16 @@ from jaxtyping import Int, UInt8
 
 from runtime_jax.pictures import image_grid, save_png
 from tokenverse_jax import bank, text
-from tokenverse_jax.compose import Composition, ConceptRequest, compose, place_recomputed, place_stored
+from tokenverse_jax.compose import (
+    Composition,
+    ConceptRequest,
+    PlacedConcept,
+    compose,
+    place_recomputed,
+    place_stored,
+)
 from tokenverse_jax.pipeline import Pipeline, PromptEncoding
+from tokenverse_jax.sampling import SamplingConfig
 
 Mode = Literal["stored", "recomputed"]
 COLUMNS = 4  # images in a row of the overview
@@ -25,14 +33,11 @@ SHOWN_SIDE = 256  # smaller images are drawn larger
 
 
 @dataclass(frozen=True, kw_only=True)
-class Sampling:
-    """How images are made, see `Pipeline.generate`; `batch_size` of them at once, which changes none of them."""
+class Sampling(SamplingConfig):
+    """All that images of a prompt depend on, and how many are made at once, which changes none of them."""
 
     height: int
     width: int
-    num_steps: int
-    guidance: float | None = None
-    cfg_scale: float = 1.0
     seed: int = 0
     batch_size: int = 4
 
@@ -94,7 +99,7 @@ def place_concepts(
     chosen = [(request, request.choose(files[request.path])) for request in requests]
     if mode == "stored":
         placed = [place_stored(concept, tokenizer, prompt, r.target, r.strength) for r, concept in chosen]
-        return compose(placed, pipeline.text_length)
+        return _composed(placed)
     for path, file in files.items():
         if file.params is None:
             raise ValueError(f"{path}: holds no Concept-Mod, without which there are stored directions only")
@@ -103,7 +108,12 @@ def place_concepts(
         place_recomputed(concept, files[r.path].params, tokenizer, prompt, txt, r.target, r.strength)
         for r, concept in chosen
     ]
-    return compose(placed, pipeline.text_length)
+    return _composed(placed)
+
+
+def _composed(placed: Sequence[PlacedConcept]) -> Composition:
+    """Offsets of the first tokens only, up to the last one that has any."""
+    return compose(placed, 1 + max(place for item in placed for place in item.places))
 
 
 def generate(

@@ -58,7 +58,7 @@ def study(
         sampling,
         np.zeros(1 + 2 * len(strengths), int),
         global_offset=np.concatenate([steps, none[1:]]),
-        offsets=np.asarray(place_on_tokens(jnp.asarray(on_word), places, pipeline.text_length)),
+        offsets=np.asarray(place_on_tokens(jnp.asarray(on_word), places, 1 + max(places))),
     )
     base, everywhere, on_word = np.split(images, [1, 1 + len(strengths)])
     return Study(base[0], everywhere, on_word)
