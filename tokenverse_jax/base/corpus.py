@@ -28,7 +28,7 @@ DRAWN_AT_ONCE = 64
 
 def scenes(seed: int, split: str, indices: Sequence[int]) -> Scenes:
     """Scenes of a split ("train", "validation", "test"); a split has no end."""
-    return tuple(example_scene(seed, split, int(index))[0] for index in indices)
+    return tuple(example_scene(seed, split, index)[0] for index in indices)
 
 
 def draw(drawn: Sequence[Scene], size: int) -> Images:
@@ -39,8 +39,8 @@ def draw(drawn: Sequence[Scene], size: int) -> Images:
 def picture_batches(seed: int, size: int, batch_size: int, start_step: int) -> Iterator[dict[str, np.ndarray]]:
     """Batches of new training pictures, without end: "image" uint8 [B, H, W, 3] and "index" int64 [B]."""
     for step in itertools.count(start_step):
-        numbers = np.arange(step * batch_size, (step + 1) * batch_size)
-        yield {"image": draw(scenes(seed, "train", numbers), size), "index": numbers}
+        numbers = range(step * batch_size, (step + 1) * batch_size)
+        yield {"image": draw(scenes(seed, "train", numbers), size), "index": np.array(numbers)}
 
 
 def cached_latents(
@@ -98,7 +98,7 @@ class Corpus:
 
         A batch of pairs has half as many examples, of twice the width.
         """
-        numbers, count = np.arange(step * self.batch_size, (step + 1) * self.batch_size), len(self.scenes)
+        numbers, count = range(step * self.batch_size, (step + 1) * self.batch_size), len(self.scenes)
         places = np.array([_order(self.seed, number // count, count)[number % count] for number in numbers])
         places = places.reshape(-1, 2 if self.captions.is_pair_step(step) else 1)
         numbers = numbers[: len(places)]
@@ -107,7 +107,7 @@ class Corpus:
             "latents": rearrange(self.latents[places], "b pictures h w c -> b h (pictures w) c"),
             "t5_ids": encode(self.tokenizers.tokenizer_2, t5, self.captions.text_length),
             "clip_ids": encode(self.tokenizers.tokenizer, clip, self.captions.text_length, truncate=True),
-            "index": numbers,
+            "index": np.array(numbers),
         }
 
     def _prompts(self, places: np.ndarray, number: int) -> tuple[str, str]:
@@ -117,7 +117,7 @@ class Corpus:
         while True:  # until the text is short enough
             texts = [caption(self.scenes[place], rng) for place in places]
             text = texts[0] if len(texts) == 1 else PAIR.format(left=texts[0], right=texts[1])
-            if len(self.tokenizers.tokenizer_2(text)["input_ids"]) <= config.text_length:
+            if len(self.tokenizers.tokenizer_2(text, verbose=False)["input_ids"]) <= config.text_length:
                 break
         neither, only_clip, only_t5 = np.cumsum((config.drop_both, config.drop_t5, config.drop_clip))
         return ("" if drawn < only_clip else text), ("" if drawn < neither or only_clip <= drawn < only_t5 else text)

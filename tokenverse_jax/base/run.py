@@ -133,7 +133,7 @@ def _encode(config: BaseConfig, params: Params, scenes: corpus.Scenes, workdir: 
     latents = corpus.cached_latents(path, scenes, config.image_size, encode)
     spread = float(latents.std(dtype=np.float64))
     model = replace(config.vae.model, shift_factor=float(latents.mean(dtype=np.float64)), scaling_factor=1 / spread)
-    return Part(model, params), autoencoder.to_latents(latents.astype(np.float32), model)
+    return Part(model, params), np.asarray(autoencoder.to_latents(jnp.asarray(latents, jnp.float32), model))
 
 
 def _train_text_to_image(

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import tokenizers
-from tokenizers import models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from runtime_jax.data.mini_scenes import vocabulary
 from tokenverse_jax.text import Tokenizer, load_tokenizer
@@ -67,6 +67,7 @@ def _write_t5(folder: Path, words: Sequence[str], text_length: int) -> None:
     tokenizer.normalizer = normalizers.Lowercase()
     spaces = pre_tokenizers.Metaspace(replacement=SPACE, prepend_scheme="always")
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), spaces])
+    tokenizer.decoder = decoders.Metaspace(replacement=SPACE, prepend_scheme="always")
     tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
     folder.mkdir()
     tokenizer.save(str(folder / "tokenizer.json"))
