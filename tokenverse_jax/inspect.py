@@ -121,7 +121,7 @@ def _step_rows(size: int, grid: Grid, flux: FluxConfig, state: LearnState, learn
             sum(cost.kept_without_remat for cost in costs[:used]) / 1e9,
         ]
         tokens = sum(inputs["img"].shape[1] for inputs in images[:used])
-        rows.append((name, f"{tokens:,}", *(f"{number:.3g}" for number in numbers)))
+        rows.append((name, f"{tokens:,}", *(f"{n:,.0f}" if n >= 100 else f"{n:.3g}" for n in numbers)))
     return rows
 
 
