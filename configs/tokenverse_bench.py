@@ -1,0 +1,31 @@
+"""The benchmark of concepts on mini_scenes, with the shipped tiny pipeline.
+
+tokenverse bench --config configs/tokenverse_bench.py --workdir runs/bench            # 64 images, 4 seeds
+tokenverse bench --config configs/tokenverse_bench.py:demo --workdir runs/bench_demo  # a small one to look at
+"""
+
+from pathlib import Path
+
+from ml_collections import ConfigDict
+
+from runtime_jax.config import load
+
+VARIANTS = {"full": {"images": 64, "seeds": 4}, "demo": {"images": 8, "seeds": 2}}
+
+
+def get_config(arg: str = "full") -> ConfigDict:
+    """Learns as configs/tokenverse_tiny.py does, but for flips: a mirrored image has another pose and light."""
+    if arg not in VARIANTS:
+        raise ValueError(f"no variant {arg!r}; there are {', '.join(VARIANTS)}")
+    tiny = load(str(Path(__file__).with_name("tokenverse_tiny.py"))).to_dict()
+    return ConfigDict(
+        {
+            "model": tiny["model"],
+            "size": tiny["size"],
+            **VARIANTS[arg],
+            "learn": {**tiny["learn"], "flip": False},
+            "strengths": [1.0, 2.0],
+            "sampling": tiny["sampling"],
+            "batch_size": 32,
+        }
+    )
