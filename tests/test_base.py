@@ -116,7 +116,7 @@ def _config(**changes) -> run.BaseConfig:
         "guidance_embeds": False,
         "axes_dims_rope": [4, 2, 2],
     }
-    model = {"block_out_channels": [4, 8, 8], "layers_per_block": 1, "latent_channels": 2, "norm_num_groups": 2}
+    model = {"block_out_channels": [4, 8], "layers_per_block": 1, "latent_channels": 2, "norm_num_groups": 2}
     values = {
         "image_size": SIZE,
         "num_scenes": 8,
@@ -135,7 +135,7 @@ def test_the_shipped_config_builds():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"image_size": 20}, "multiples of 8"),
+        ({"image_size": 18}, "multiples of 4"),
         ({"num_scenes": 8, "vae": {"model": {"latent_channels": 3}}}, "in_channels=8.*so 12 are needed"),
     ],
 )
