@@ -1,6 +1,6 @@
 """Makes golden files: random weights and inputs, and what reference implementations give for them.
 
-    pip install -e '.[parity]'
+    make parity                                          # installs diffusers and torch in .venv-parity
     python tests/make_goldens.py --out FOLDER            # all of them
     python tests/make_goldens.py --out FOLDER dinov2     # by name
     python tests/check_golden.py FOLDER/*.safetensors
@@ -10,6 +10,7 @@ or mixed up in the conversion shows in the outputs.
 """
 
 import argparse
+import functools
 import json
 import sys
 from collections.abc import Callable
@@ -74,9 +75,147 @@ def dinov2(rng: np.random.Generator) -> Golden:
     return Golden(config, params, {"x": images}, outputs)
 
 
+def flux_transformer(rng: np.random.Generator, grid: tuple[int, int], text_tokens: int, **config: Any) -> Golden:
+    """Two images of a grid that is longer than 64 tokens, with text."""
+    from diffusers import FluxTransformer2DModel
+
+    config = {"patch_size": 1, "in_channels": 16, "joint_attention_dim": 32, "pooled_projection_dim": 24} | config
+    model = FluxTransformer2DModel(**config).eval()
+    params, tokens = randomise(model, rng), grid[0] * grid[1]
+    inputs = {
+        "img": normal(rng, 2, tokens, config["in_channels"]),
+        "img_ids": torch.tensor([(0.0, row, column) for row in range(grid[0]) for column in range(grid[1])]),
+        "txt": normal(rng, 2, text_tokens, config["joint_attention_dim"]),
+        "txt_ids": torch.zeros(text_tokens, 3),
+        "timestep": torch.from_numpy(rng.uniform(size=2)).float(),
+        "vec": normal(rng, 2, config["pooled_projection_dim"]),
+    }
+    if config["guidance_embeds"]:
+        inputs["guidance"] = torch.tensor([1.0, 3.5])
+    theirs = {"img": "hidden_states", "txt": "encoder_hidden_states", "vec": "pooled_projections"}
+    output = model(**{theirs.get(name, name): value for name, value in inputs.items()})
+    return Golden(config, params, inputs, {"img": output.sample})
+
+
+def flux_vae(rng: np.random.Generator) -> Golden:
+    """Two levels, on images that are not square; encoder and decoder by themselves."""
+    from diffusers import AutoencoderKL
+
+    config = {
+        "in_channels": 3,
+        "out_channels": 3,
+        "down_block_types": ["DownEncoderBlock2D"] * 2,
+        "up_block_types": ["UpDecoderBlock2D"] * 2,
+        "block_out_channels": [32, 64],
+        "layers_per_block": 1,
+        "latent_channels": 4,
+        "norm_num_groups": 8,
+        "use_quant_conv": False,
+        "use_post_quant_conv": False,
+        "mid_block_add_attention": True,
+        "scaling_factor": 0.3611,
+        "shift_factor": 0.1159,
+    }
+    model = AutoencoderKL(**config).eval()
+    params, images, latents = randomise(model, rng), normal(rng, 2, 3, 32, 48), normal(rng, 2, 4, 16, 24)
+    posterior = model.encode(images).latent_dist
+    outputs = {"mean": posterior.mean, "logvar": posterior.logvar, "x": model.decode(latents).sample}
+    return Golden(config, params, {"x": images, "z": latents}, outputs)
+
+
+def clip_text(rng: np.random.Generator) -> Golden:
+    """Texts of several lengths; eos_token_id 2, as in FLUX's own config, pools at the largest id."""
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    config = {
+        "vocab_size": 99,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "max_position_embeddings": 24,
+        "hidden_act": "quick_gelu",
+        "eos_token_id": 2,
+        "bos_token_id": 0,
+        "pad_token_id": 1,
+        "projection_dim": 32,
+    }
+    model = CLIPTextModel(CLIPTextConfig(**config)).eval()
+    params, ids = randomise(model, rng), torch.from_numpy(rng.integers(3, 98, (3, 24)))
+    for row, end in zip(ids, (5, 16, 23), strict=True):
+        row[end:] = 98
+    output = model(input_ids=ids)
+    outputs = {"hidden": output.last_hidden_state, "pooled": output.pooler_output}
+    return Golden(config, params, {"input_ids": ids}, outputs)
+
+
+def t5_encoder(rng: np.random.Generator) -> Golden:
+    """Texts longer than the distances that have buckets of their own."""
+    from transformers import T5Config, T5EncoderModel
+
+    config = {
+        "vocab_size": 100,
+        "d_model": 32,
+        "d_kv": 8,
+        "d_ff": 48,
+        "num_layers": 3,
+        "num_heads": 4,
+        "relative_attention_num_buckets": 8,
+        "relative_attention_max_distance": 20,
+        "feed_forward_proj": "gated-gelu",
+        "is_encoder_decoder": False,
+        "use_cache": False,
+        "dropout_rate": 0.0,
+    }
+    model = T5EncoderModel(T5Config(**config)).eval()
+    params, ids = randomise(model, rng), torch.from_numpy(rng.integers(0, 100, (2, 40)))
+    return Golden(config, params, {"input_ids": ids}, {"hidden": model(input_ids=ids).last_hidden_state})
+
+
+def flow_schedule(rng: np.random.Generator) -> Golden:
+    """Noise levels of FLUX.1-dev and schnell for several numbers of steps and sizes; nothing is random."""
+    from diffusers import FlowMatchEulerDiscreteScheduler
+    from diffusers.pipelines.flux.pipeline_flux import calculate_shift
+
+    shifts = {"base_shift": 0.5, "max_shift": 1.15}
+    outputs = {}
+    for steps, tokens in ((28, 1024), (50, 4096), (20, 1536)):
+        for name, options in (("dev", {"shift": 3.0, "use_dynamic_shifting": True}), ("schnell", {"shift": 1.0})):
+            scheduler = FlowMatchEulerDiscreteScheduler(**options)
+            scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / steps, steps), mu=calculate_shift(tokens, **shifts))
+            outputs[f"sigmas_{name}_{steps}_{tokens}"] = scheduler.sigmas
+    return Golden({"name": "out/sigmas_<dev|schnell>_<steps>_<image tokens>"} | shifts, {}, {}, outputs)
+
+
 # By the name of the file, which tells check_golden.py the module.
 MAKERS: dict[str, Callable[[np.random.Generator], Golden]] = {
+    "clip_text": clip_text,
     "dinov2": dinov2,
+    "flow_schedule": flow_schedule,
+    "flux_transformer": functools.partial(
+        flux_transformer,
+        grid=(4, 70),
+        text_tokens=9,
+        guidance_embeds=True,
+        num_layers=2,
+        num_single_layers=2,
+        attention_head_dim=16,
+        num_attention_heads=3,
+        axes_dims_rope=[4, 6, 6],
+    ),
+    "flux_transformer_schnell": functools.partial(
+        flux_transformer,
+        grid=(66, 5),
+        text_tokens=7,
+        guidance_embeds=False,
+        num_layers=1,
+        num_single_layers=3,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        axes_dims_rope=[4, 4, 8],
+    ),
+    "flux_vae": flux_vae,
+    "t5_encoder": t5_encoder,
 }
 
 
