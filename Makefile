@@ -7,7 +7,7 @@ RUN := runs/demo
 # Less time in the compiler: a small model takes longer to compile than to run.
 FAST_COMPILE := XLA_FLAGS="$(XLA_FLAGS) --xla_backend_optimization_level=1"
 
-.PHONY: demo test lint format clean
+.PHONY: demo test parity lint format clean
 
 demo: $(VENV)/.installed
 	$(BIN)/mergevq scenes --data-dir data
@@ -16,9 +16,13 @@ demo: $(VENV)/.installed
 		--metrics $(RUN)/metrics.jsonl --out $(RUN)/report
 	@echo "Look at $(RUN)/report/reconstructions.png, loss.png and summary.md"
 
-# One worker a core, up to four: a worker needs some gigabytes. A file's tests share what they compile, so stay together.
+# One worker a core, up to four: a worker needs some gigabytes. Neighbours share what they compile: work moves only to idle workers.
 test: $(VENV)/.installed
-	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
+	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal
+
+# Against diffusers and transformers, which need PyTorch: here its build for CPUs, where that can be had.
+parity: $(VENV)-parity/.installed
+	$(VENV)-parity/bin/python -m pytest tests/parity
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
@@ -35,5 +39,11 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test,dev]'
 	touch $@
 
+$(VENV)-parity/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)-parity
+	-$(VENV)-parity/bin/python -m pip install --quiet --retries 0 --index-url https://download.pytorch.org/whl/cpu torch
+	$(VENV)-parity/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[test,parity]'
+	touch $@
+
 clean:
-	rm -rf $(VENV) .cache .pytest_cache runs
+	rm -rf $(VENV) $(VENV)-parity .cache .pytest_cache runs

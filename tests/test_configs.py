@@ -41,7 +41,7 @@ def test_variants_that_do_not_exist(spec, message):
         load(f"configs/{spec}")
 
 
-@pytest.mark.parametrize("preset", [name for name in PRESETS if name != "tiny"])
+@pytest.mark.parametrize("preset", ["g-d64", "gr-d64", "r-d64"])  # the others' steps differ in widths alone
 def test_published_steps_trace(preset):
     """The published objective whole, by shapes alone: LPIPS, discriminator, source and alignment loss with DINOv2."""
     config = build(TrainConfig, load(f"configs/mergevq_imagenet.py:{preset}", [LPIPS]))

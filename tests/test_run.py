@@ -20,6 +20,7 @@ from mergevq_jax.evaluate import report
 from mergevq_jax.evaluate.held_out import held_out_photographs
 from mergevq_jax.pretrained import load_tokenizer
 from mergevq_jax.tokenize import read_tokens
+from mergevq_jax.tokenizer.model import Tokenizer
 from runtime_jax.data.mini_scenes import example_scene, render_scene
 
 CONFIG = """
@@ -66,7 +67,7 @@ def command(folder: Path, workdir: str) -> list[str]:
 
 ENVIRONMENT = {
     **os.environ,
-    "XLA_FLAGS": "--xla_backend_optimization_level=1",
+    "XLA_FLAGS": "--xla_backend_optimization_level=0",
     "JAX_COMPILATION_CACHE_DIR": str(Path(__file__).parents[1] / ".cache" / "jax"),
     "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.5",
 }
@@ -276,11 +277,13 @@ def test_bad_arguments_are_one_line(folder, capsys, arguments, message):
     assert message in capsys.readouterr().err
 
 
-def test_nan_in_training_stops_with_the_step(folder):
-    config = folder / "nan.py"
-    config.write_text((folder / "config.py").read_text().replace('"learning_rate": 1e-3', '"learning_rate": 1e30'))
+def test_nan_in_training_stops_with_the_step(folder, trained):
+    """A weight that is not a number makes every loss so."""
+    broken = Tokenizer.from_pretrained(trained / "tokenizer")
+    broken.params["decoder"]["conv_out"]["bias"] = np.full(3, np.nan, np.float32)
+    broken.save_pretrained(folder / "broken_tokenizer")
     arguments = [*command(folder, "nan"), "--config.loop.max_nonfinite=2"]
-    arguments[arguments.index(str(folder / "config.py"))] = str(config)
+    arguments.append(f"--config.init_from={folder / 'broken_tokenizer'}")
     done = subprocess.run(arguments, env=ENVIRONMENT, capture_output=True, text=True)
     assert done.returncode == 1
     assert "not finite in 2 updates in a row" in done.stderr and "step" in done.stderr
@@ -288,7 +291,7 @@ def test_nan_in_training_stops_with_the_step(folder):
 
 def test_the_shipped_tokenizer_rebuilds_scenes_better_with_more_tokens():
     scenes = [render_scene(example_scene(0, "test", index)[0], 64).image for index in range(64)]
-    results = report.measure(load_tokenizer("tiny"), np.stack(scenes), (64, 144, 256), batch_size=32)
+    results = report.measure(load_tokenizer("tiny"), np.stack(scenes), (64, 144, 256), batch_size=16)
     values = [result.psnr.mean for result in results]
     assert values == sorted(values) and values[0] > 22
     assert not any(result.usage.dead_bits for result in results)

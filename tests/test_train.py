@@ -17,10 +17,10 @@ from runtime_jax.optimizer import OptimizerConfig, make_optimizer, make_schedule
 from runtime_jax.sharding import MeshConfig, make_mesh, shard_batch
 
 MODEL = TokenizerConfig(
-    resolution=32,
+    resolution=16,
     ch=32,
-    ch_mult=(1, 1, 2),
-    num_res_blocks=(0, 0, 1),
+    ch_mult=(1, 2),
+    num_res_blocks=(0, 1),
     num_att_blocks=1,
     num_heads=8,
     z_channels=8,
@@ -38,7 +38,7 @@ PLAIN = train.Optimizers(optax.sgd(1.0), optax.sgd(1.0), lambda step: jnp.ones((
 @pytest.fixture(scope="module")
 def batch():
     rng = np.random.default_rng(0)
-    images = np.kron(rng.integers(0, 255, (8, 8, 8, 3)), np.ones((1, 4, 4, 1))).astype(np.uint8)
+    images = np.kron(rng.integers(0, 255, (8, 8, 8, 3)), np.ones((1, 2, 2, 1))).astype(np.uint8)
     return {"image": images, "label": np.zeros(8, np.int32), "index": np.arange(8)}
 
 
@@ -115,11 +115,11 @@ def test_each_side_takes_only_its_own_gradient(state, batch):
     base = dataclasses.replace(LOSSES, lecam_weight=0.0, source_weight=0.0)
     hinge = gradient(dataclasses.replace(base, discriminator="hinge"))
     vanilla = gradient(dataclasses.replace(base, discriminator="vanilla"))
-    louder = gradient(dataclasses.replace(base, adversarial_weight=10.0))
     assert_close(vanilla[0], jax.device_get(hinge[0]), 2e-4)
-    assert_close(louder[1], jax.device_get(hinge[1]), 2e-4)
     assert optax.tree.norm(jax.tree.map(jnp.subtract, hinge[1], vanilla[1])) > 1e-3
-    assert optax.tree.norm(jax.tree.map(jnp.subtract, hinge[0], louder[0])) > 1e-3
+    louder = gradient(dataclasses.replace(base, discriminator="vanilla", adversarial_weight=10.0))
+    assert_close(louder[1], jax.device_get(vanilla[1]), 2e-4)
+    assert optax.tree.norm(jax.tree.map(jnp.subtract, vanilla[0], louder[0])) > 1e-3
 
 
 def test_accumulated_gradient_is_the_mean_over_micro_batches(state, batch):
