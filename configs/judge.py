@@ -12,7 +12,7 @@ STEPS = 1100
 
 
 def get_config() -> ConfigDict:
-    """What is shipped."""
+    """What is to be shipped."""
     return ConfigDict(
         {
             "seed": 0,

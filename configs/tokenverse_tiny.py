@@ -1,4 +1,4 @@
-"""Concepts of an image on the tiny FLUX model that is shipped, in some minutes on two cores.
+"""Concepts of an image on the tiny FLUX model of configs/flux_tiny.py (not tuned yet).
 
     tokenverse learn --config configs/tokenverse_tiny.py --workdir runs/star \
         --config.images="[{'path': 'star.png', 'captions': ['a star on the grass', 'on the grass, a star']}]" \

@@ -54,7 +54,7 @@ class ImageConfig:
 class LearnRunConfig:
     """A whole run; what configs/tokenverse_*.py return is built into this."""
 
-    model: str  # a FLUX pipeline: folder, hub id, or "tiny", the one that is shipped
+    model: str  # a FLUX pipeline: folder, hub id, or the name of a shipped one
     dtype: Literal["float32", "bfloat16"] = "float32"  # of the model's parameters
     compute: Compute = Compute()
     mesh: sharding.MeshConfig = sharding.MeshConfig(data=1, tensor=-1)  # batches are small: devices share the model

@@ -133,7 +133,7 @@ KINDS: Mapping[str, Kind] = MappingProxyType(
 
 
 def fetch(source: str | os.PathLike, parts: Sequence[str]) -> Path:
-    """The local folder of a pipeline: a shipped one by its name ("tiny"), a folder, or what a hub id has.
+    """The local folder of a pipeline: a shipped one by its name, a folder, or what a hub id has.
 
     Of a hub id, the configs, the tokenizers and the weights of `parts` are fetched.
 

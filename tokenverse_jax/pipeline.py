@@ -73,7 +73,7 @@ class Pipeline:
         transformer: str | os.PathLike | None = None,
         vae: str | os.PathLike | None = None,
     ) -> "Pipeline":
-        """Loads a folder in diffusers' layout, a hub id, or "tiny", the model that is shipped with the package.
+        """Loads a folder in diffusers' layout, a hub id, or one that is shipped with the package by its name.
 
         Args:
           source: the folder (the tokenizers and the schedule are always loaded from it), "owner/name" or "tiny".
