@@ -100,46 +100,129 @@ def test_parameters_are_really_split():
     assert tuple(qkv) == ("fsdp", "tensor")
 
 
-def test_each_side_takes_only_its_own_gradient(state, batch):
-    """The discriminator's loss does not move the generator, nor the generator's the discriminator.
+def change(state, new, name):
+    return jax.tree.map(lambda old, new: old - np.asarray(new), getattr(state, name), getattr(new, name))
 
-    Gradients are differences of parameters here, so they carry the rounding of parameters of order 1.
-    """
 
-    def gradient(losses):
-        config = dataclasses.replace(CONFIG, losses=losses)
-        new, _ = one_device_step(config)(state, train.Frozen(), batch)
-        change = lambda name: jax.tree.map(lambda a, b: a - b, getattr(state, name), getattr(new, name))  # noqa: E731
-        return change("params"), change("disc_params")
+def largest(tree):
+    return max(np.abs(leaf).max() for leaf in jax.tree.leaves(tree))
 
-    base = dataclasses.replace(LOSSES, lecam_weight=0.0, source_weight=0.0)
-    hinge = gradient(dataclasses.replace(base, discriminator="hinge"))
-    vanilla = gradient(dataclasses.replace(base, discriminator="vanilla"))
-    assert_close(vanilla[0], jax.device_get(hinge[0]), 2e-4)
-    assert optax.tree.norm(jax.tree.map(jnp.subtract, hinge[1], vanilla[1])) > 1e-3
-    louder = gradient(dataclasses.replace(base, discriminator="vanilla", adversarial_weight=10.0))
-    assert_close(louder[1], jax.device_get(vanilla[1]), 2e-4)
-    assert optax.tree.norm(jax.tree.map(jnp.subtract, vanilla[0], louder[0])) > 1e-3
+
+def test_the_discriminators_loss_does_not_move_the_generator(state, batch, reference):
+    # LeCam's averages are a term of the discriminator's loss alone.
+    lecam = jax.tree.map(lambda x: np.full_like(x, 40.0), state.lecam)
+    other = jax.device_get(one_device_step()(state.replace(lecam=lecam), train.Frozen(), batch))[0]
+    first = reference[0]
+    assert largest(jax.tree.map(np.subtract, other.disc_params, first.disc_params)) > 1e-3
+    assert_close(change(state, other, "params"), change(state, first, "params"), 2e-4)
+
+
+def test_the_generators_losses_do_not_move_the_discriminator(late, batch, reference):
+    """Its adversarial loss a hundred times as loud, and with other losses beside it."""
+    before, (new, metrics) = late.state(STARTS), late.step(late.state(STARTS), batch)
+    assert_close(change(before, new, "disc_params"), change(before, reference[0], "disc_params"), 2e-4)
+    assert metrics["grad_norm"][0] > 1.5 * late.step(late.state(STARTS - 1), batch)[1]["grad_norm"][0]
 
 
 def test_accumulated_gradient_is_the_mean_over_micro_batches(state, batch):
-    # What is not a mean over images (entropy, batch statistics) is left out.
-    losses = dataclasses.replace(LOSSES, adversarial_weight=0.0, entropy_weight=0.0, source_weight=0.0)
-    whole = dataclasses.replace(CONFIG, losses=losses)
-    split = dataclasses.replace(whole, accumulate=2)
-    expected, _ = one_device_step(whole)(state, train.Frozen(), batch)
-    got, _ = one_device_step(split)(state, train.Frozen(), batch)
-    assert_close(got.params, jax.device_get(expected.params), 1e-5)
-    assert int(got.step) == 1
+    """With each image twice, the two micro-batches are one another and the batch; then they differ."""
+    split = one_device_step(dataclasses.replace(CONFIG, accumulate=2))
+
+    def gradient(step, first, second):
+        # Neighbours go to different micro-batches.
+        both = {
+            key: np.stack([value[first], value[second]], 1).reshape(-1, *value.shape[1:])
+            for key, value in batch.items()
+        }
+        new = jax.device_get(step(state, train.Frozen(), both))[0]
+        assert new.step == 1
+        return change(state, new, "params")
+
+    left, right = slice(0, 4), slice(4, 8)
+    same = gradient(split, left, left)
+    assert_close(same, gradient(one_device_step(), left, left), 2e-4)
+    other = gradient(split, right, right)
+    assert largest(jax.tree.map(np.subtract, same, other)) > 1e-2
+    mean = jax.tree.map(lambda a, b: (a + b) / 2, same, other)
+    assert_close(gradient(split, left, right), mean, 2e-4)
 
 
-def test_discriminator_start_holds_both_adversarial_terms_back(state, batch):
-    config = dataclasses.replace(CONFIG, losses=dataclasses.replace(LOSSES, discriminator_start=5))
-    waiting, metrics = one_device_step(config)(state, train.Frozen(), batch)
-    assert_close(waiting.disc_params, state.disc_params, 1e-9)
+STARTS = 12
+
+
+class Late:
+    """Adam, an alignment loss and a loud discriminator that starts late: one program for all that they do."""
+
+    def __init__(self, state):
+        teacher = DINOv2Config(width=24, num_layers=1, num_heads=2, image_size=28)
+        config = dataclasses.replace(
+            CONFIG,
+            model=dataclasses.replace(MODEL, dist_head="layer3", num_classes=24),
+            losses=dataclasses.replace(
+                LOSSES,
+                adversarial_weight=100 * LOSSES.adversarial_weight,
+                discriminator_start=STARTS,
+                alignment_weight=1.0,
+                alignment_size=28,
+            ),
+            teacher=teacher,
+        )
+        adam = OptimizerConfig(learning_rate=3e-3)
+        schedule = make_schedule(adam, total_steps=100, batch_size=8, num_examples=None)
+        optimizers = train.Optimizers(make_optimizer(adam, schedule), PLAIN.discriminator, schedule)
+        shapes = model.param_shapes(config.model)["encoder"]["head"]
+        params = {**state.params, "encoder": {**state.params["encoder"], "head": drawn(shapes)}}
+        self._state = state.replace(params=params, ema=params, opt_state=jax.jit(optimizers.generator.init)(params))
+        pixels = np.zeros((1, 28, 28, 3), np.float32)
+        self._teacher = jax.eval_shape(DINOv2(teacher).init, jax.random.key(0), pixels)["params"]
+        self._step = one_device_step(config, optimizers)
+
+    def state(self, step):
+        return self._state.replace(step=np.asarray(step, np.int32))
+
+    def step(self, state, batch, seed=0):
+        return jax.device_get(self._step(state, train.Frozen(teacher=drawn(self._teacher, seed)), batch))
+
+
+def drawn(shapes, seed=0):
+    rng = np.random.default_rng(seed)
+    return jax.tree.map(lambda leaf: np.float32(0.2) * rng.standard_normal(leaf.shape, np.float32), shapes)
+
+
+@pytest.fixture(scope="module")
+def late(state):
+    return Late(state)
+
+
+@pytest.fixture(scope="module")
+def trajectory(late, batch):
+    """State and metrics of every step until the discriminator starts."""
+    points = [(late.state(0), None)]
+    for _ in range(STARTS):
+        points.append(late.step(points[-1][0], batch))
+    return points
+
+
+def test_discriminator_start_holds_both_adversarial_terms_back(late, batch, trajectory):
+    waiting, metrics = trajectory[-1]
+    assert_close(waiting.disc_params, late.state(0).disc_params, 1e-9)
     assert metrics["disc/loss"][0] == 0
-    started, _ = one_device_step(config)(state.replace(step=np.asarray(5, np.int32)), train.Frozen(), batch)
-    assert optax.tree.norm(jax.tree.map(jnp.subtract, started.disc_params, state.disc_params)) > 0
+    started, metrics = late.step(waiting, batch)
+    assert largest(change(waiting, started, "disc_params")) > 0 and metrics["disc/loss"][0] != 0
+
+
+def test_adam_steps_lower_the_loss(trajectory):
+    pixel = [metrics["pixel"][0] for _, metrics in trajectory[1:]]
+    assert pixel[-1] < 0.8 * pixel[0]
+
+
+def test_alignment_loss_moves_the_head_and_reads_the_teacher(late, batch, trajectory):
+    state, metrics = trajectory[1]
+    assert np.isfinite(metrics["alignment"][0]) and metrics["alignment"][0] > 0
+    head = lambda state: state.params["encoder"]["head"]["out"]["kernel"]  # noqa: E731
+    assert np.abs(head(state) - head(late.state(0))).max() > 0
+    _, other = late.step(late.state(0), batch, seed=1)
+    assert abs(other["alignment"][0] / metrics["alignment"][0] - 1) > 1e-3
 
 
 def test_a_step_that_is_not_finite_changes_nothing_but_its_number(state, batch):
@@ -149,37 +232,6 @@ def test_a_step_that_is_not_finite_changes_nothing_but_its_number(state, batch):
     assert metrics["nonfinite"] == (1.0, 1.0) and int(new.step) == int(state.step) + 1
     assert metrics["loss"] == (0.0, 0.0)
     jax.tree.map(np.testing.assert_array_equal, new.replace(step=broken.step), broken)
-
-
-def test_adam_step_lowers_the_loss(state, batch):
-    config = OptimizerConfig(learning_rate=3e-3)
-    schedule = make_schedule(config, total_steps=100, batch_size=8, num_examples=None)
-    optimizers = train.Optimizers(make_optimizer(config, schedule), make_optimizer(config, schedule), schedule)
-    state = state.replace(
-        opt_state=optimizers.generator.init(state.params),
-        disc_opt_state=optimizers.discriminator.init(state.disc_params),
-    )
-    step, losses = one_device_step(optimizers=optimizers), []
-    for _ in range(12):
-        state, metrics = step(state, train.Frozen(), batch)
-        losses.append(float(metrics["pixel"][0]))
-    assert losses[-1] < 0.8 * losses[0]
-
-
-def test_alignment_loss_moves_the_head_and_reads_the_teacher(batch):
-    teacher = DINOv2Config(width=24, num_layers=1, num_heads=2, image_size=28)
-    config = dataclasses.replace(
-        CONFIG,
-        model=dataclasses.replace(MODEL, dist_head="layer3", num_classes=24),
-        losses=dataclasses.replace(LOSSES, adversarial_weight=0.0, alignment_weight=1.0, alignment_size=28),
-        teacher=teacher,
-    )
-    state = jax.jit(functools.partial(train.init_state, config, PLAIN))()
-    params = DINOv2(teacher).init(jax.random.key(0), jnp.zeros((1, 28, 28, 3)))["params"]
-    new, metrics = one_device_step(config)(state, train.Frozen(teacher=params), batch)
-    assert np.isfinite(metrics["alignment"][0]) and metrics["alignment"][0] > 0
-    head = lambda state: state.params["encoder"]["head"]["out"]["kernel"]  # noqa: E731
-    assert np.abs(head(new) - head(state)).max() > 0
 
 
 def test_config_errors_say_what_is_missing():
