@@ -1,6 +1,6 @@
 """The judge of pictures in the manner of mini_scenes, at 64 px.
 
-python -m runtime_jax.judge train --config configs/judge.py --workdir runs/judge    # minutes on two cores
+python -m runtime_jax.judge train --config configs/judge.py --workdir runs/judge    # an hour on two cores
 """
 
 from ml_collections import ConfigDict
@@ -8,7 +8,7 @@ from ml_collections import ConfigDict
 from runtime_jax.config import to_dict
 from runtime_jax.judge.model import JudgeConfig
 
-STEPS = 1100
+STEPS = 8000
 
 
 def get_config() -> ConfigDict:
@@ -18,7 +18,7 @@ def get_config() -> ConfigDict:
             "seed": 0,
             "model": to_dict(JudgeConfig()),
             "image_size": 64,
-            "batch_size": 32,
+            "batch_size": 16,
             "optimizer": {
                 "learning_rate": 3e-3,
                 "muon_learning_rate": 0.02,
@@ -34,12 +34,12 @@ def get_config() -> ConfigDict:
                     "azimuth",
                 ],
                 "schedule": "cosine",
-                "warmup": {"steps": 30},
+                "warmup": {"steps": 60},
                 "final_fraction": 0.01,
                 "b2": 0.95,
                 "clip_norm": 1.0,
             },
-            "ema_decay": 0.99,
-            "loop": {"duration": {"steps": STEPS}, "log_every": 25, "checkpoint_every": 200},
+            "ema_decay": 0.998,
+            "loop": {"duration": {"steps": STEPS}, "log_every": 50, "checkpoint_every": 500},
         }
     )
