@@ -8,13 +8,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tiny_pipeline import random_params
 
 from runtime_jax import config as config_lib
+from runtime_jax import sharding
 from runtime_jax.compute import Compute
 from runtime_jax.data.mini_scenes import caption, full_caption
 from tokenverse_jax.base import corpus, run, text_to_image, vae
 from tokenverse_jax.base.corpus import CaptionConfig, Corpus
 from tokenverse_jax.base.tokenizers import make_tokenizers, scene_words
+from tokenverse_jax.base.training import fit
 from tokenverse_jax.pipeline import Pipeline
 from tokenverse_jax.text import find_word
 
@@ -96,7 +99,7 @@ def test_captions_are_kept_from_one_encoder_or_both(tokenizers, scenes, shares, 
 
 
 def _config(**changes) -> run.BaseConfig:
-    """Both stages at 16 px, two steps each, of batches that spread over the tests' eight devices."""
+    """Both stages at 16 px, two steps each, of few pictures."""
 
     def training(batch_size: int) -> dict:
         return {
@@ -116,12 +119,12 @@ def _config(**changes) -> run.BaseConfig:
         "guidance_embeds": False,
         "axes_dims_rope": [4, 2, 2],
     }
-    model = {"block_out_channels": [4, 8], "layers_per_block": 1, "latent_channels": 2, "norm_num_groups": 2}
+    model = {"block_out_channels": [4], "layers_per_block": 1, "latent_channels": 2, "norm_num_groups": 2}
     values = {
         "image_size": SIZE,
         "num_scenes": 8,
-        "vae": {"model": model, "training": training(8)},
-        "text_to_image": {"flux": flux, "captions": {"pair_every": 1}, "training": training(16)},
+        "vae": {"model": model, "training": training(2)},
+        "text_to_image": {"flux": flux, "captions": {"pair_every": 1}, "training": training(4)},
         "sampling": {"num_steps": 2, "cfg_scale": 2.0},
     }
     return config_lib.build(run.BaseConfig, values | changes)
@@ -135,7 +138,7 @@ def test_the_shipped_config_builds():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"image_size": 18}, "multiples of 4"),
+        ({"image_size": 17}, "multiples of 2"),
         ({"num_scenes": 8, "vae": {"model": {"latent_channels": 3}}}, "in_channels=8.*so 12 are needed"),
     ],
 )
@@ -154,7 +157,7 @@ def test_shares_of_dropped_captions_are_checked():
 
 def test_the_autoencoder_is_trained_on_samples_of_its_latents():
     config = _config()
-    params = vae.init_params(config.vae, 0)
+    params = random_params(jax.eval_shape(lambda: vae.init_params(config.vae, 0)), seed=0)
     batch = jax.tree.map(jnp.asarray, next(corpus.picture_batches(0, SIZE, 2, 0)))
     loss = jax.jit(lambda params, step: vae.loss(params, batch, step, config=config.vae, compute=Compute(), seed=0))
     first, metrics = loss(params, jnp.zeros((), jnp.int32))
@@ -168,27 +171,59 @@ def test_the_autoencoder_is_trained_on_samples_of_its_latents():
 def test_the_velocity_loss_starts_at_the_targets_power_and_reaches_all_networks(tokenizers, scenes):
     config = _config()
     networks = text_to_image.make_networks(config.text_to_image, tokenizers, Compute())
-    params = text_to_image.init_params(networks, 0)
+    params = random_params(jax.eval_shape(lambda: text_to_image.init_params(networks, 0)), seed=0)
     batch = dataclasses.replace(_corpus(scenes, tokenizers), batch_size=24).batch(0)
     batch["latents"] = np.random.default_rng(0).normal(size=batch["latents"].shape).astype(np.float32)
-    loss = functools.partial(
-        text_to_image.loss,
-        batch=jax.tree.map(jnp.asarray, batch),
-        step=jnp.zeros((), jnp.int32),
-        config=config.text_to_image,
-        networks=networks,
-        seed=0,
-    )
-    differentiate = jax.jit(jax.value_and_grad(loss, has_aux=True))
-    (value, _), _ = differentiate(params)
-    np.testing.assert_allclose(value, 2.0, rtol=0.2)  # of noise minus data, both of variance 1; the model says 0
-    # The last layers start at zero and hide the others: after one step everything learns.
-    leaves = jax.tree.map(lambda leaf: leaf + 0.1 * jax.random.normal(jax.random.key(1), leaf.shape), params)
-    _, gradients = differentiate(leaves)
+    batch, step = jax.tree.map(jnp.asarray, batch), jnp.zeros((), jnp.int32)
+
+    @jax.jit
+    def differentiate(params, batch, step):
+        loss = functools.partial(text_to_image.loss, config=config.text_to_image, networks=networks, seed=0)
+        return jax.value_and_grad(loss, has_aux=True)(params, batch, step)
+
+    _, gradients = differentiate(params, batch, step)
     assert all(np.abs(leaf).max() > 0 for leaf in jax.tree.leaves(gradients))
+    # The last layer of a new model is zero: it says 0.
+    last = params["transformer"]["final_layer"]
+    last["linear"] = jax.tree.map(jnp.zeros_like, last["linear"])
+    (value, _), _ = differentiate(params, batch, step)
+    np.testing.assert_allclose(value, 2.0, rtol=0.2)  # of noise minus data, both of variance 1
 
 
-def test_a_run_leaves_a_pipeline_and_goes_on_where_it_was(tmp_path):
+def test_a_training_spreads_its_batches_over_all_devices(tmp_path):
+    """A regression whose loss tells how many rows a device has, and whose preview where the parameters are."""
+    rows, shown = [], []
+
+    def loss(params, batch, step):
+        jax.debug.inspect_array_sharding(batch["x"], callback=lambda found: rows.append(found.shard_shape((16, 3))))
+        return jnp.mean(jnp.square(batch["x"] @ params["w"] - batch["y"])), {}
+
+    def preview(params, step):
+        shown.append(params["w"])
+        return {}
+
+    x = np.random.default_rng(0).normal(size=(16, 3)).astype(np.float32)
+    batch = {"x": x, "y": x @ np.float32([[1], [2], [3]])}
+    config = dataclasses.replace(_config().vae.training, batch_size=16)
+    result = fit(
+        config,
+        tmp_path,
+        resolved_config={},
+        must_match=(),
+        init=lambda: {"w": jnp.zeros((3, 1))},
+        loss=loss,
+        batches=lambda step: itertools.repeat(batch),
+        preview=preview,
+    )
+    assert result.step == 2 and rows == [(2, 3)]
+    assert len(shown[-1].sharding.device_set) == 8 and shown[-1].is_fully_replicated
+    np.testing.assert_allclose(result.state.params["w"], np.full((3, 1), 2e-3), rtol=1e-2)  # Adam's two steps
+
+
+def test_a_run_leaves_a_pipeline_and_goes_on_where_it_was(tmp_path, monkeypatch):
+    # Programs for one device compile faster; the test above has eight.
+    one_device = functools.partial(sharding.make_mesh, devices=jax.devices()[:1])
+    monkeypatch.setattr(sharding, "make_mesh", one_device)
     config = _config()
     trained = run.train(config, tmp_path)
     assert trained == (tmp_path / "pipeline", 2, None)

@@ -13,6 +13,7 @@ from tokenverse_jax.concept_mod import SHARDING_RULES, ConceptModConfig, directi
 J, D, BLOCKS, TEXT = 6, 8, 3, 5
 CONFIG = ConceptModConfig(hidden=7, block_hidden=4)
 SIZES = {"text_width": J, "width": D}
+init = jax.jit(functools.partial(init_params, CONFIG, **SIZES), static_argnames="num_blocks")
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +26,7 @@ def params():
     """Every parameter random."""
     shapes = jax.eval_shape(lambda: init_params(CONFIG, jax.random.key(0), **SIZES, num_blocks=BLOCKS))
     rng = np.random.default_rng(1)
-    return jax.tree.map(lambda leaf: jnp.asarray(rng.normal(size=leaf.shape), jnp.float32), shapes)
+    return jax.tree.map(lambda leaf: jnp.asarray(rng.normal(size=leaf.shape).astype(np.float32)), shapes)
 
 
 def mlp(params, x):
@@ -37,25 +38,25 @@ def mlp(params, x):
 
 
 def test_training_starts_at_the_base_model(txt):
-    offsets, block_offsets = directions(init_params(CONFIG, jax.random.key(0), **SIZES, num_blocks=BLOCKS), txt)
+    offsets, block_offsets = directions(init(jax.random.key(0), num_blocks=BLOCKS), txt)
     assert offsets.shape == (2, TEXT, D) and block_offsets.shape == (2, BLOCKS, TEXT, D)
     assert not offsets.any() and not block_offsets.any()
 
 
 def test_concept_mod_can_learn_from_its_start(txt):
-    params = init_params(CONFIG, jax.random.key(0), **SIZES, num_blocks=BLOCKS)
+    params = init(jax.random.key(0), num_blocks=BLOCKS)
 
     def loss(params):
         return sum(jnp.square(part - 1).sum() for part in directions(params, txt))
 
-    grads = jax.grad(loss)(params)
+    grads = jax.jit(jax.grad(loss))(params)
     assert grads["concept_mod"]["out_layer"]["kernel"].any()
     assert grads["block_head"]["mlp"]["out_layer"]["kernel"].any()
 
 
 def test_the_second_stage_only_adds_its_head():
-    first = init_params(CONFIG, jax.random.key(3), **SIZES)
-    second = init_params(CONFIG, jax.random.key(3), **SIZES, num_blocks=BLOCKS)
+    first = init(jax.random.key(3))
+    second = init(jax.random.key(3), num_blocks=BLOCKS)
     assert first.keys() == {"concept_mod"} and second.keys() == {"concept_mod", "block_head"}
     jax.tree.map(np.testing.assert_array_equal, first["concept_mod"], second["concept_mod"])
 

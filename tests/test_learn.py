@@ -92,14 +92,16 @@ def assert_equal(one, other):
 @pytest.mark.parametrize("stage", [1, 2])
 def test_the_isolation_loss_is_zero_at_the_start(learner, data, one_step, stage):
     _, metrics = one_step(learner.init(SEED), draw(data, CONFIG, SEED, 0), stage)
-    assert value(metrics, "isolation") == 0 and value(metrics, "loss") > 0 and value(metrics, "nonfinite") == 0
+    # Programs that fuse differently round differently: squares of 1e-7 are not always 0.
+    assert value(metrics, "isolation") < 1e-12 and value(metrics, "loss") > 0 and value(metrics, "nonfinite") == 0
 
 
 def test_the_second_stage_starts_from_the_first_ones_function(data, at_stage_2, one_step):
     batch = draw(data, CONFIG, SEED, CONFIG.stage_1.steps)
     (_, first), (_, second) = (one_step(at_stage_2, batch, stage) for stage in (1, 2))
-    assert value(first, "isolation") > 0
-    assert value(first, "loss") == value(second, "loss") and value(first, "isolation") == value(second, "isolation")
+    assert value(first, "isolation") > 1e-6
+    assert value(first, "loss") == pytest.approx(value(second, "loss"), rel=1e-6)
+    assert value(first, "isolation") == pytest.approx(value(second, "isolation"), rel=1e-5)
     assert value(second, "grad_norm") > value(first, "grad_norm")  # the head's comes on top
 
 
@@ -202,7 +204,7 @@ def test_the_other_spaces_learn_too(pipeline, space):
     only_words = data.mask.sum() == sum(map(len, data.captions.words["ball"]))
     assert only_words == (space == "modulation_all")
     _, metrics = learner.step(learner.init(SEED), draw(data, config, SEED, 0), 0, data)
-    assert value(metrics, "isolation") == 0 and value(metrics, "grad_norm") > 0
+    assert value(metrics, "isolation") < 1e-12 and value(metrics, "grad_norm") > 0
     (concept,) = make_concepts(learner.learn(data, SEED), data, config)
     width = data.txt.shape[-1] if space == "text" else pipeline.transformer.config.width
     assert concept.offset.shape[1] == width and concept.block_offset is None and np.abs(concept.offset).max() > 0

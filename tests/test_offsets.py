@@ -4,8 +4,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tiny_pipeline import random_params
 
-from tokenverse_jax.model import Flux, FluxConfig, init_params
+from tokenverse_jax.model import Flux, FluxConfig, param_shapes
 from tokenverse_jax.offsets import direction, place_on_tokens
 
 CONFIG = FluxConfig(
@@ -22,9 +23,10 @@ CONFIG = FluxConfig(
 
 @pytest.mark.parametrize(("time", "guidance"), [(0.1, 1.0), (1.0, 3.5)])
 def test_a_direction_is_the_difference_of_modulation_vectors(time, guidance):
-    params = init_params(CONFIG, jax.random.key(0))
-    attribute, neutral = jax.random.normal(jax.random.key(1), (2, 3, 5))
+    params = random_params(param_shapes(CONFIG), seed=0)
+    attribute, neutral = jnp.asarray(np.random.default_rng(1).normal(size=(2, 3, 5)).astype(np.float32))
 
+    @jax.jit
     def y(vec):
         strengths = jnp.full(3, time), vec, jnp.full(3, guidance)
         return Flux(CONFIG).apply({"params": params}, *strengths, method="modulation_vector")

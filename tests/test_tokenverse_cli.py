@@ -36,8 +36,8 @@ def write_concept(path: Path, base: Pipeline, word: str, *, seed: int = 0, kept:
     params = None
     if kept:
         sizes = {"text_width": FLUX.joint_attention_dim, "width": FLUX.width, "num_blocks": FLUX.num_blocks}
-        params = init_params(ConceptModConfig(hidden=8, block_hidden=8), jax.random.key(0), **sizes)
-        params = random_params(jax.eval_shape(lambda: params), seed)
+        init = functools.partial(init_params, ConceptModConfig(hidden=8, block_hidden=8), **sizes)
+        params = random_params(jax.eval_shape(init, jax.random.key(0)), seed)
     ids = tuple(range(5, 5 + tokens))
     concept = Concept(word=word, token_ids=ids, offset=offset, block_offset=block_offset)
     file = ConceptFile(concepts=(concept,), caption=f"a {word}", base="tiny", base_hash=base.base_hash(), params=params)

@@ -82,8 +82,9 @@ def random_params(shapes: Any, seed: int) -> Any:
     leaves = {}
     for path, leaf in sorted(traverse_util.flatten_dict(shapes, sep="/").items()):
         spread = np.prod(leaf.shape[leaf.ndim > 2 :][:-1]) ** -0.5 if path.endswith("kernel") else 0.2
-        leaves[path] = jnp.asarray(path.endswith("scale") + spread * rng.normal(size=leaf.shape), jnp.float32)
-    return traverse_util.unflatten_dict(leaves, sep="/")
+        value = path.endswith("scale") + spread * rng.normal(size=leaf.shape)
+        leaves[path] = value.astype(np.float32)  # cast on the host: on the device it is a program a shape
+    return jax.device_put(traverse_util.unflatten_dict(leaves, sep="/"))
 
 
 def _part(module: nn.Module, example: Any, seed: int) -> Part:
