@@ -18,21 +18,19 @@ from runtime_jax.optimizer import make_optimizer
 from runtime_jax.sizes import count, size_of, table
 
 
-def parameter_counts(config: TokenizerConfig) -> dict[str, int]:
+def parameter_counts(params: model.Params) -> dict[str, int]:
     """Parameters of each part; the alignment head is not counted to the encoder, as in the paper's table."""
-    shapes = dict(model.param_shapes(config))
-    encoder = dict(shapes.pop("encoder"))
+    encoder = dict(params["encoder"])
     head = encoder.pop("head", {})
-    return {
-        "encoder": count(encoder),
-        "alignment head": count(head),
-        **{name: count(part) for name, part in shapes.items()},
-    }
+    others = {name: count(part) for name, part in params.items() if name != "encoder"}
+    return {"encoder": count(encoder), "alignment head": count(head), **others}
 
 
-def forward_programs(config: TokenizerConfig, batch_size: int, compute: Compute = Compute()) -> dict[str, Any]:
-    """Traced encode and decode of training-size images, not compiled."""
-    params, side = model.param_shapes(config), config.resolution
+def forward_programs(
+    config: TokenizerConfig, params: model.Params, batch_size: int, compute: Compute = Compute()
+) -> dict[str, Any]:
+    """Traced encode and decode of training-size images, not compiled; `params` may be shapes."""
+    side = config.resolution
     images = jax.ShapeDtypeStruct((batch_size, side, side, config.in_channels), jnp.float32)
     codes = jax.ShapeDtypeStruct((batch_size, config.keep, config.z_channels), jnp.float32)
     source_map = jax.ShapeDtypeStruct((batch_size, config.raw_tokens), jnp.int32)
@@ -46,18 +44,24 @@ def forward_programs(config: TokenizerConfig, batch_size: int, compute: Compute 
 
 
 def inspect_model(
-    config: TokenizerConfig, batch_size: int, *, compute: Compute = Compute(), compile: bool = False
+    config: TokenizerConfig,
+    batch_size: int,
+    *,
+    params: model.Params | None = None,
+    compute: Compute = Compute(),
+    compile: bool = False,
 ) -> str:
-    """Tables of parameters, and of FLOPs and bytes of encode and decode."""
+    """Tables of parameters, and of FLOPs and bytes of encode and decode; `params`: their shapes, where known."""
+    params = model.param_shapes(config) if params is None else params
     lines = [
         f"{config.resolution} px, {config.raw_tokens} raw tokens, {config.keep} kept, {config.z_channels} bits",
         "",
     ]
     lines += table(
         ("part", "parameters", "MB, float32"),
-        [(name, f"{number:,}", f"{4 * number / 1e6:.1f}") for name, number in parameter_counts(config).items()],
+        [(name, f"{number:,}", f"{4 * number / 1e6:.1f}") for name, number in parameter_counts(params).items()],
     )
-    programs = forward_programs(config, batch_size, compute)
+    programs = forward_programs(config, params, batch_size, compute)
     rows = [_program_row(name, program, compile) for name, program in programs.items()]
     return "\n".join([*lines, "", *table((f"batch of {batch_size}", "GFLOP", "temporary MB"), rows)])
 
@@ -66,6 +70,7 @@ def inspect_config(config: TrainConfig, *, compile: bool = False) -> str:
     """As `inspect_model`, and the train step: bytes of its state, FLOPs, and with `compile` its temporary memory."""
     batch_size = config.data.batch_size
     state, step = trace_train_step(config, batch_size)
+    forward = inspect_model(config.model, batch_size, params=state.params, compute=config.compute, compile=compile)
     name = "train step" + (", without the alignment loss" if config.losses.alignment_weight else "")
     rows = [
         (name, f"{count(part):,}", f"{size_of(part) / 1e6:.1f}")
@@ -79,7 +84,7 @@ def inspect_config(config: TrainConfig, *, compile: bool = False) -> str:
     ]
     return "\n".join(
         [
-            inspect_model(config.model, batch_size, compute=config.compute, compile=compile),
+            forward,
             "",
             *table(("train state", "numbers", "MB"), rows),
             "",

@@ -289,7 +289,10 @@ def test_a_new_run_starts_from_the_teachers_blocks(folder, teacher):
     optimizers = train.Optimizers(optax.sgd(1.0), optax.sgd(1.0), lambda step: 1.0)
     mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
     with jax.set_mesh(mesh):
-        program = Program(train.StepConfig(model=model, losses=losses), optimizers, mesh, train.Frozen())
+        config = train.StepConfig(
+            model=model, losses=losses, discriminator=train.DiscriminatorConfig(ndf=8, num_layers=1)
+        )
+        program = Program(config, optimizers, mesh, train.Frozen())
         plain, filled = (jax.device_get(program.init(source)) for source in (None, str(folder)))
     blocks = {name: block for name, block in plain.params["encoder"]["attn"].items() if name != "cls_token"}
     expected = init_blocks_from_dinov2(blocks, teacher[1])

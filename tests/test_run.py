@@ -33,10 +33,9 @@ def get_config():
         "seed": 3,
         "model": {
             "resolution": 32, "ch": 32, "ch_mult": [1, 1, 1], "num_res_blocks": [0, 0, 0], "num_att_blocks": 1,
-            "num_heads": 1, "z_channels": 6, "keep": 48, "layer_scale": 0.5, "dist_head": None,
-            "recovery": {"rec_embed_dim": 32, "num_layers": 1, "num_heads": 1},
+            "num_heads": 1, "z_channels": 6, "keep": 48, "layer_scale": 0.5, "dist_head": None, "recovery": None,
         },
-        "losses": {"perceptual_weight": 0.0},
+        "losses": {"perceptual_weight": 0.0, "source_weight": 0.0},
         "discriminator": {"ndf": 8, "num_layers": 1},
         "merge_ratio": {"keeps": [48], "weights": [1.0]},
         "optimizer": {"learning_rate": 1e-3},
@@ -75,8 +74,9 @@ ENVIRONMENT = {
 
 @pytest.fixture(scope="module")
 def trained(folder) -> Path:
-    """The workdir of a run that nothing interrupted."""
-    done = subprocess.run(command(folder, "whole"), env=ENVIRONMENT, capture_output=True, text=True)
+    """The workdir of a run that nothing interrupted, and that saved only its end."""
+    arguments = [*command(folder, "whole"), "--config.loop.checkpoint_every=0"]
+    done = subprocess.run(arguments, env=ENVIRONMENT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return folder / "whole"
 
@@ -101,8 +101,8 @@ def interrupt(folder: Path, workdir: str, when: str, number: signal.Signals) -> 
 
 
 def test_a_killed_run_goes_on_bit_equal(folder, trained):
-    """Killed after the second checkpoint, interrupted after the third, and then finished."""
-    assert interrupt(folder, "killed", "6", signal.SIGKILL).returncode == -signal.SIGKILL
+    """Killed while the second checkpoint is written, interrupted after the third, and then finished."""
+    assert interrupt(folder, "killed", "6*", signal.SIGKILL).returncode == -signal.SIGKILL
     stopped = interrupt(folder, "killed", "9", signal.SIGTERM)
     again = subprocess.run(command(folder, "killed"), env=ENVIRONMENT, capture_output=True, text=True)
     assert again.returncode == 0, again.stderr
@@ -187,12 +187,14 @@ def test_reconstruct_refuses_what_would_be_lost_or_never_end(folder, tmp_path, c
     assert "at most 8192 are allowed: take a smaller --size" in capsys.readouterr().err
 
 
-def test_inspect_needs_no_weights(capsys):
+def test_inspect_needs_no_weights(folder, capsys):
     assert cli.main(["inspect", "--preset", "gr-d64"]) == 0
     text = capsys.readouterr().out
     assert "62,6" in text and "83,3" in text and "GFLOP" in text
-    assert cli.main(["inspect", "--config", "configs/mergevq_tiny.py"]) == 0
-    assert "train step" in capsys.readouterr().out
+    aligned = ["--config.losses.alignment_weight=1.0", "--config.model.dist_head=layer3"]
+    lpips = ["--config.losses.perceptual_weight=1.0"]
+    assert cli.main(["inspect", "--config", str(folder / "config.py"), *aligned, *lpips]) == 0
+    assert "train step, without the alignment loss" in capsys.readouterr().out
 
 
 def test_errors_of_checkpoints_are_one_line(monkeypatch, capsys):

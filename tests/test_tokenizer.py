@@ -487,7 +487,7 @@ def test_scanned_blocks_equal_a_loop(tokenizer):
 def test_recovered_maps_come_from_the_codes_alone(tokenizer):
     indices = jnp.asarray(np.random.default_rng(0).integers(64, size=(2, 36)), jnp.int32)
     source_map = tokenizer.recover(indices)
-    logits = model.recover(tokenizer.params, CONFIG, lfq.indices_to_codes(indices, 6))
+    logits = jit(lambda codes: model.recover(tokenizer.params, CONFIG, codes))(lfq.indices_to_codes(indices, 6))
     chosen = np.take_along_axis(np.asarray(logits), np.asarray(source_map)[..., None], axis=-1)[..., 0]
     assert source_map.shape == (2, 64) and np.all(chosen >= np.asarray(logits).max(-1) - 1e-4)
     with pytest.raises(ValueError, match="no source recovery"):
