@@ -205,6 +205,7 @@ def trajectory(late, batch):
 
 def test_discriminator_start_holds_both_adversarial_terms_back(late, batch, trajectory):
     waiting, metrics = trajectory[-1]
+    assert metrics["disc/loss"][0] == 0
     assert_close(waiting.disc_params, late.state(0).disc_params, 1e-9)
     assert metrics["disc/loss"][0] == 0
     started, metrics = late.step(waiting, batch)
