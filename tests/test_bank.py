@@ -48,13 +48,15 @@ def saved(tmp_path):
 def test_a_file_comes_back(tmp_path):
     light = make_concept("light", tokens=1, seed=1, per_block=False, blocks="double", strength=0.5)
     params = {"concept_mod": {"out_layer": {"kernel": np.ones((2, D), np.float32)}}}
-    file = make_file(make_concept(), light, params=params, caption='a "dog" at dawn, \u00e9')
+    image = np.arange(60, dtype=np.uint8).reshape(4, 5, 3)
+    file = make_file(make_concept(), light, params=params, image=image, caption='a "dog" at dawn, \u00e9')
     path = tmp_path / "bank" / "street.safetensors"
     file.save(path)
     back = load(path, base_hash="abc")
     for name in ("caption", "base", "base_hash", "tool_version"):
         assert getattr(back, name) == getattr(file, name)
     assert back.tool_version
+    np.testing.assert_array_equal(back.image, image)
     jax.tree.map(np.testing.assert_array_equal, back.params, params)
     for got, expected in zip(back.concepts, file.concepts, strict=True):
         for name in ("word", "token_ids", "blocks", "strength"):
@@ -98,6 +100,11 @@ def test_the_same_word_twice_or_none():
         make_file(make_concept("dog"), make_concept("Dog"))
     with pytest.raises(ValueError, match=r"got \[\]"):
         dataclasses.replace(make_file(), concepts=())
+
+
+def test_an_image_is_of_bytes():
+    with pytest.raises(ValueError, match=r"image is uint8 \[h, w, 3\], got float32 \[4, 4, 3\]"):
+        make_file(image=np.zeros((4, 4, 3), np.float32))
 
 
 @pytest.mark.parametrize(

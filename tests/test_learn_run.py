@@ -13,6 +13,7 @@ from tiny_pipeline import FLUX, SIDE, write_tiny_pipeline
 from runtime_jax.config import build, load, to_dict
 from tokenverse_jax import bank, model_folder
 from tokenverse_jax.compose import compose, place_recomputed, place_stored
+from tokenverse_jax.concept_data import read_image
 from tokenverse_jax.learn_run import CONCEPT_FILE, LearnRunConfig, learn
 from tokenverse_jax.learner import Learner
 from tokenverse_jax.pipeline import Pipeline
@@ -81,6 +82,7 @@ def test_a_run_leaves_concepts_that_change_images(trained, folder, config):
     file = bank.load(trained / CONCEPT_FILE, base_hash=pipeline.base_hash())
     assert [concept.word for concept in file.concepts] == ["ball", "beach"]
     assert (file.caption, file.base) == ("a ball on the beach", str(folder))
+    np.testing.assert_array_equal(file.image, read_image(folder / "ball.png", config.size))
     size = {"height": config.size, "width": config.size, "num_steps": 2}
     encoded = pipeline.encode_prompts([PROMPT])
     base = np.asarray(pipeline.generate(encoded, **size))

@@ -40,8 +40,9 @@ def write_concept(path: Path, base: Pipeline, word: str, *, seed: int = 0, kept:
         params = random_params(jax.eval_shape(init, jax.random.key(0)), seed)
     ids = tuple(range(5, 5 + tokens))
     concept = Concept(word=word, token_ids=ids, offset=offset, block_offset=block_offset)
-    file = ConceptFile(concepts=(concept,), caption=f"a {word}", base="tiny", base_hash=base.base_hash(), params=params)
-    file.save(path)
+    told = {"caption": f"a {word}", "base": "tiny", "base_hash": base.base_hash()}
+    image = np.full((16, 16, 3), 100 + seed, np.uint8)
+    ConceptFile(concepts=(concept,), image=image, params=params, **told).save(path)
     return path
 
 
@@ -84,6 +85,8 @@ def test_generate_draws_concepts_and_the_base_beside_them(model, bank, base, tmp
     assert "overview.png" in capsys.readouterr().out
     names = {f"{i:04}{kind}.png" for i in range(3) for kind in ("", "_base")} | {"overview.png"}
     assert {path.name for path in (tmp_path / "a").iterdir()} == names
+    overview = picture(tmp_path / "a" / "overview.png")
+    assert all((overview == 100 + seed).all(axis=-1).sum() >= 16 * 16 for seed in (1, 2))  # what they were learned from
     for i in range(3):
         with_concepts, without = (picture(tmp_path / "a" / f"{i:04}{kind}.png") for kind in ("", "_base"))
         assert with_concepts.shape == (12, 16, 3) and np.any(with_concepts != without)

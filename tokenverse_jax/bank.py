@@ -5,6 +5,7 @@ more words of its caption:
 
     words/{i}/offset         float32  [n, D]          direction of each of the n tokens of word i
     words/{i}/block_offset   bfloat16 [blocks, n, D]  what each block adds to it; absent if learned without
+    image                    uint8    [h, w, 3]       what it was learned from, small, to look at; may be absent
     params/...               float32                  Concept-Mod's parameters, if kept for directions of other prompts
 
 and metadata, all strings: `format` "tokenverse-concepts", `format_version`, `tool_version`, `caption` (the first one
@@ -109,6 +110,7 @@ class ConceptFile:
       caption: the first one of training.
       base: name of the model that they were learned on.
       base_hash: of its weights.
+      image: uint8 [h, w, 3], what it was learned from, small enough to keep: nothing but people looks at it.
       params: Concept-Mod's, see `concept_mod.init_params`; only with them can directions be recomputed for a prompt.
       tool_version: of the library that made it.
     """
@@ -117,6 +119,7 @@ class ConceptFile:
     caption: str
     base: str
     base_hash: str
+    image: np.ndarray | None = None
     params: Params | None = None
     tool_version: str = field(default_factory=_tool_version)
 
@@ -124,6 +127,9 @@ class ConceptFile:
         words = [concept.word.casefold() for concept in self.concepts]
         if not words or len(set(words)) < len(words):
             raise ValueError(f"a concept file holds one or more different words, got {words}")
+        image = self.image
+        if image is not None and (image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3):
+            raise ValueError(f"a concept file's image is uint8 [h, w, 3], got {image.dtype} {list(image.shape)}")
 
     def concept(self, word: str) -> Concept:
         """The concept of a word; letter case does not matter.
@@ -147,6 +153,8 @@ class ConceptFile:
             raise ValueError(f"{os.fspath(path)}: the name of a concept file ends in .safetensors")
         params = {} if self.params is None else {"params": jax.device_get(self.params)}
         tensors = traverse_util.flatten_dict(params, sep="/")
+        if self.image is not None:
+            tensors["image"] = self.image
         for i, concept in enumerate(self.concepts):
             tensors[f"words/{i}/offset"] = concept.offset.astype(np.float32)
             if concept.block_offset is not None:
@@ -184,7 +192,7 @@ def load(path: str | os.PathLike, *, base_hash: str | None) -> ConceptFile:
             f"but the loaded model's are {base_hash}: directions mean nothing to another model"
         )
     tree = traverse_util.unflatten_dict(tensors, sep="/")
-    arrays, params = tree.pop("words", {}), tree.pop("params", None)
+    arrays, image, params = tree.pop("words", {}), tree.pop("image", None), tree.pop("params", None)
     unknown = sorted([*tree, *(f"words/{i}" for i in arrays if i not in map(str, range(len(metadata.words))))])
     try:
         if unknown:
@@ -194,6 +202,7 @@ def load(path: str | os.PathLike, *, base_hash: str | None) -> ConceptFile:
             caption=metadata.caption,
             base=metadata.base,
             base_hash=metadata.base_hash,
+            image=image,
             params=params,
             tool_version=metadata.tool_version,
         )

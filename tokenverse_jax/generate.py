@@ -127,7 +127,7 @@ def generate(
     compare: bool = False,
     out: Path,
 ) -> None:
-    """Writes `out/0000.png` and so on, and all of them with the prompt below as `out/overview.png`.
+    """Writes `out/0000.png` and so on, and `out/overview.png`: what the concepts are from, and the images below.
 
     Args:
       requests: the concepts; none for the base model's images.
@@ -156,8 +156,7 @@ def generate(
     for kind, images in kinds.items():
         for i, image in enumerate(images):
             save_png(out / f"{i:04}{kind}.png", image)
-    with_concepts = ", ".join(request.target for request in requests)
-    save_png(out / "overview.png", _overview(kinds, prompt, {"": with_concepts, "_base": "without"}))
+    save_png(out / "overview.png", _overview(kinds, prompt, requests))
 
 
 def _for_all(offset: Any, num: int) -> np.ndarray | None:
@@ -165,10 +164,30 @@ def _for_all(offset: Any, num: int) -> np.ndarray | None:
     return None if offset is None else np.broadcast_to(np.asarray(offset), (num, *offset.shape))
 
 
-def _overview(kinds: dict[str, np.ndarray], prompt: str, notes: dict[str, str]) -> np.ndarray:
-    """Images in rows of each kind in turn, with the prompt below and, where there are several kinds, a note beside."""
+def _overview(kinds: dict[str, np.ndarray], prompt: str, requests: Sequence[ConceptRequest]) -> np.ndarray:
+    """The images that the concepts were learned from, then those of each kind in turn, with the prompt below."""
     num, side = len(kinds[""]), max(kinds[""].shape[1:3])
-    rows = [list(images[i : i + COLUMNS]) for i in range(0, num, COLUMNS) for images in kinds.values()]
-    labels = [notes[kind] for _ in range(0, num, COLUMNS) for kind in kinds] if len(kinds) > 1 else ()
+    notes = {"": ", ".join(request.target for request in requests), "_base": "without"}
+    starts = range(0, num, COLUMNS)
+    rows = [list(images[i : i + COLUMNS]) for i in starts for images in kinds.values()]
     captions = [[prompt] * len(row) for row in rows]
-    return image_grid(rows, row_labels=labels, captions=captions, scale=max(1, SHOWN_SIDE // side))
+    labels = [notes[kind] for _ in starts for kind in kinds]
+    sources = _sources(requests)
+    for i in reversed(range(0, len(sources), COLUMNS)):
+        images, texts = zip(*sources[i : i + COLUMNS], strict=True)
+        rows, captions, labels = [list(images), *rows], [list(texts), *captions], ["learned from", *labels]
+    return image_grid(
+        rows, row_labels=labels if len(labels) > 1 else (), captions=captions, scale=max(1, SHOWN_SIDE // side)
+    )
+
+
+def _sources(requests: Sequence[ConceptRequest]) -> list[tuple[np.ndarray, str]]:
+    """The image of each file that has one, and which of its words go where."""
+    sources = []
+    for path in dict.fromkeys(request.path for request in requests):
+        file = bank.load(path, base_hash=None)
+        uses = [(request.choose(file).word, request.target) for request in requests if request.path == path]
+        text = ", ".join(word if word == target else f"{word} as {target}" for word, target in uses)
+        if file.image is not None:
+            sources.append((file.image, f"{Path(path).stem}: {text}"))
+    return sources

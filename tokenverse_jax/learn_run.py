@@ -15,6 +15,7 @@ from runtime_jax import loop, sharding
 from runtime_jax.checkpoint import check_workdir, initial_state
 from runtime_jax.compute import Compute
 from runtime_jax.config import Duration
+from runtime_jax.data import center_crop
 from runtime_jax.flops import peak_flops
 from runtime_jax.pictures import image_grid
 from tokenverse_jax import model_folder
@@ -40,6 +41,7 @@ from tokenverse_jax.sampling import SamplingConfig
 from tokenverse_jax.text import Tokenizer, find_word
 
 CONCEPT_FILE = "concept.safetensors"
+KEPT_SIDE = 128  # pixels of the image that goes into the file
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -160,6 +162,7 @@ def learn(config: LearnRunConfig, workdir: str | Path) -> Learned:
                 caption=captions.texts[0],
                 base=config.model,
                 base_hash=ready.pipeline.base_hash(),
+                image=center_crop(images[0], min(config.size, KEPT_SIDE)),
                 params=params if config.keep_params else None,
             ).save(path)
     return Learned(path, result.step, result.stopped_by)
