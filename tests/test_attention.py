@@ -21,19 +21,29 @@ def inputs(*sizes):
     return [rng.normal(size=shape).astype(np.float32) for shape in shapes]
 
 
-def plain_attention(query, key, value, key_bias):
+def random_mask(batch, queries, keys):
+    """Half of the keys hidden from each query, never all of them."""
+    mask = np.random.default_rng(1).random((batch, queries, keys)) < 0.5
+    mask[:, :, 0] = True
+    return mask
+
+
+def plain_attention(query, key, value, key_bias, mask=None):
     result = np.zeros_like(query)
     for b, h in np.ndindex(query.shape[0], query.shape[2]):
         logits = query[b, :, h] @ key[b, :, h].T / np.sqrt(query.shape[-1]) + key_bias[b]
+        if mask is not None:
+            logits = np.where(mask[b % len(mask)], logits, -np.inf)
         weights = np.exp(logits - logits.max(-1, keepdims=True))
         result[b, :, h] = weights / weights.sum(-1, keepdims=True) @ value[b, :, h]
     return result
 
 
 def run(backend):
-    return jax.jit(
-        lambda query, key, value, key_bias=None: attention(query, key, value, key_bias=key_bias, backend=backend)
-    )
+    def function(query, key, value, key_bias=None, mask=None):
+        return attention(query, key, value, key_bias=key_bias, mask=mask, backend=backend)
+
+    return jax.jit(function)
 
 
 def test_xla_equals_a_plain_softmax():
@@ -44,6 +54,14 @@ def test_xla_equals_a_plain_softmax():
     without = plain_attention(query, key, value, np.zeros_like(key_bias))
     np.testing.assert_allclose(run("xla")(query, key, value), without, rtol=1e-5, atol=1e-6)
     assert np.abs(without - plain_attention(query, key, value, key_bias)).max() > 0.1
+
+
+@pytest.mark.parametrize("batch", [1, B], ids=["shared", "each"])
+def test_a_mask_hides_keys(batch):
+    query, key, value, key_bias = inputs()
+    mask = random_mask(batch, T, S)
+    expected = plain_attention(query, key, value, key_bias, mask)
+    np.testing.assert_allclose(run("xla")(query, key, value, key_bias, mask), expected, rtol=1e-5, atol=1e-6)
 
 
 def test_a_bias_of_log_size_counts_a_token_as_often():
@@ -78,9 +96,11 @@ def test_tpu_flash_equals_xla():
     """Pallas' kernel in its interpreter: 9 and 137 tokens are padded to its blocks of 128."""
     arguments = inputs(1, 9, 137, 1, 8)
 
+    mask = random_mask(1, 9, 137)
+
     def loss(backend):
         function = run(backend)
-        return jit(jax.value_and_grad(lambda *x: (function(*x) ** 2).sum(), argnums=(0, 1, 2, 3)))
+        return jit(jax.value_and_grad(lambda *x: (function(*x, mask) ** 2).sum(), argnums=(0, 1, 2, 3)))
 
     with pallas_tpu.force_tpu_interpret_mode():
         value, gradient = loss("tpu_flash")(*arguments)
@@ -102,8 +122,8 @@ def test_tpu_flash_lowers_for_tpus_on_a_mesh(with_bias):
     assert "tpu_custom_call" in text and "tensor<2x1x256x64xbf16>" in text  # 8 examples over 4, 2 heads over 2
 
 
-@pytest.mark.parametrize(("queries", "keys"), [(5, 7), (4, 7), (6, 6)])
-def test_cudnn_gets_even_lengths_and_a_whole_bias(queries, keys, monkeypatch):
+@pytest.mark.parametrize(("queries", "keys", "masked"), [(5, 7, False), (4, 7, True), (6, 6, False)])
+def test_cudnn_gets_even_lengths_and_a_whole_bias(queries, keys, masked, monkeypatch):
     """Its kernels run on NVIDIA GPUs only: here XLA computes what they are given."""
     given = []
 
@@ -115,8 +135,9 @@ def test_cudnn_gets_even_lengths_and_a_whole_bias(queries, keys, monkeypatch):
     monkeypatch.setattr(jax.nn, "dot_product_attention", xla)
     query, key, value, key_bias = inputs(B, queries, keys, H, 8)
     half = [jnp.asarray(x, jnp.bfloat16) for x in (query, key, value)]
-    result = attention(*half, key_bias=jnp.asarray(key_bias), backend="cudnn")
-    expected = plain_attention(*(np.asarray(x, np.float32) for x in half), key_bias)
+    mask = jnp.asarray(random_mask(B, queries, keys)) if masked else None
+    result = attention(*half, key_bias=jnp.asarray(key_bias), mask=mask, backend="cudnn")
+    expected = plain_attention(*(np.asarray(x, np.float32) for x in half), key_bias, mask)
     np.testing.assert_allclose(np.asarray(result, np.float32), expected, rtol=0, atol=0.02)
     even = [queries + queries % 2, keys + keys % 2]
     assert given == [("cudnn", *even, (B, 1, *even), jnp.bfloat16)]

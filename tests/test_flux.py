@@ -15,11 +15,12 @@ from golden_tools import jit
 
 from runtime_jax.compute import Compute
 from runtime_jax.config import ConfigError, to_dict
+from runtime_jax.rotary import apply_rope
 from runtime_jax.sharding import MeshConfig, make_mesh, param_shardings, shard_batch
 from runtime_jax.weights import WeightError, export_weights
 from tokenverse_jax import layers, model
 from tokenverse_jax.convert import transformer
-from tokenverse_jax.math import apply_rope, layer_norm, rope, timestep_embedding
+from tokenverse_jax.math import layer_norm, rope, timestep_embedding
 from tokenverse_jax.model import PRESETS, SHARDING_RULES, Flux, FluxConfig, param_shapes, parse_config
 
 CONFIG = FluxConfig(

@@ -15,8 +15,9 @@ from jaxtyping import Array, Float
 
 from runtime_jax.attention import attention
 from runtime_jax.compute import Compute
+from runtime_jax.rotary import apply_rope
 from runtime_jax.sharding import Axis, constrain
-from tokenverse_jax.math import apply_rope, layer_norm
+from tokenverse_jax.math import layer_norm
 
 MLP_RATIO = 4
 QK_NORM_EPSILON = 1e-6

@@ -5,7 +5,6 @@ Axes: B batch, S tokens, H heads, D width.
 
 import jax.numpy as jnp
 import numpy as np
-from einops import rearrange
 from jax import lax
 from jaxtyping import Array, Float
 
@@ -39,14 +38,6 @@ def rope(ids: Float[Array, "S axes"], axes_dims: tuple[int, ...]) -> Float[Array
         angles.append(ids.astype(jnp.float32)[:, axis, None] * frequencies[None])
     angles = jnp.concatenate(angles, axis=-1)
     return jnp.stack([jnp.cos(angles), jnp.sin(angles)])
-
-
-def apply_rope(x: Float[Array, "B S H head"], pe: Float[Array, "2 S pairs"]) -> Float[Array, "B S H head"]:
-    """Turns the neighbouring channels (2 i, 2 i + 1) of every head by the angles of `rope`; float32."""
-    cos, sin = pe[:, None, :, None]
-    even, odd = rearrange(x.astype(jnp.float32), "b s h (pairs two) -> two b s h pairs", two=2)
-    turned = jnp.stack([even * cos - odd * sin, odd * cos + even * sin], axis=-1)
-    return rearrange(turned, "b s h pairs two -> b s h (pairs two)")
 
 
 def layer_norm(x: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
