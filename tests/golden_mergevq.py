@@ -1,5 +1,7 @@
 """Golden files of the MergeVQ modules and of DINOv2; see check_golden.py."""
 
+import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -9,6 +11,8 @@ import numpy as np
 from golden_tools import Tensors, apply, convert_both_ways, jit, require_equal, shapes, to_nhwc, to_tokens
 
 from mergevq_jax import convert
+from mergevq_jax.generator import transformer
+from mergevq_jax.generator.config import GeneratorConfig
 from mergevq_jax.tokenizer import adversarial, dinov2, lfq, recovery, tome
 from mergevq_jax.tokenizer.config import RecoveryConfig, TokenizerConfig
 from mergevq_jax.tokenizer.decoder import Decoder
@@ -148,6 +152,39 @@ def run_patchgan(config: dict, params: Tensors, inputs: Tensors) -> Tensors:
     }
 
 
+def generator_config(reference: dict[str, Any], params: Tensors) -> GeneratorConfig:
+    """Our config from the reference's arguments; the feed-forward width is told from the weights."""
+    side = math.isqrt(reference["block_size"])
+    return GeneratorConfig(
+        num_layers=reference["spatial_n_layer"],
+        dim=reference["dim"],
+        num_heads=reference["n_head"],
+        ffn_dim=len(params["spatial_blocks.0.feed_forward.w1.weight"]),
+        head_layers=reference["factorized_n_layer"],
+        code_bits=tuple(reference["factorized_bits"]),
+        num_classes=reference["class_num"],
+        grid=(side, side),
+        merge_instruction=False,
+        zero_class_rope=True,
+    )
+
+
+@functools.partial(jit, static_argnames="module")
+def teacher_forced(params: Any, indices: np.ndarray, labels: np.ndarray, *, module: transformer.Generator) -> Any:
+    """Logits of every sub-token."""
+    return module.apply({"params": params}, indices, labels)
+
+
+def run_gpt(config: dict, params: Tensors, inputs: Tensors) -> Tensors:
+    ours = generator_config(config, params)
+    weights = convert_both_ways(convert.generator_table(ours), params, transformer.param_shapes(ours))
+    sub_tokens = [inputs[name].astype(np.int32) for name in ("pre", "post")]
+    indices = lfq.join_indices(sub_tokens, ours.code_bits)
+    labels = inputs["class"][:, 0].astype(np.int32)
+    pre, post = teacher_forced(weights, indices, labels, module=transformer.Generator(ours))
+    return {"logits_pre": pre, "logits_post": post}
+
+
 def run_dinov2(config: dict, params: Tensors, inputs: Tensors) -> Tensors:
     sizes = dinov2.parse_config(config)
     variables = dinov2.convert_dinov2(params, sizes)
@@ -167,5 +204,6 @@ RUNNERS: dict[str, Callable[[dict, Tensors, Tensors], Tensors]] = {
     "lfq_factorized": run_lfq_factorized,
     "source_recovery": run_source_recovery,
     "patchgan": run_patchgan,
+    "gpt": run_gpt,
     "dinov2": run_dinov2,
 }

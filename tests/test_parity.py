@@ -37,6 +37,7 @@ MUTATED = {
     "decoder": r"(?!attn\.blocks\.[02]).*",
     "source_recovery": r".*",
     "patchgan": r".*",
+    "gpt": r"(?!spatial_blocks\.0).*",
     "dinov2": r"(?!encoder\.layer\.[02]).*",
     "clip_text": r"(?!encoder\.layers\.[02]).*",
     # Its token embedding has two names, which must agree: test_text_encoders.py changes both.
@@ -77,7 +78,7 @@ def test_parity(file):
 
 
 def test_every_released_module_has_a_golden():
-    released = {"tome_step", "encoder", "decoder", "lfq", "lfq_factorized", "source_recovery", "patchgan"}
+    released = {"tome_step", "encoder", "decoder", "lfq", "lfq_factorized", "source_recovery", "patchgan", "gpt"}
     assert {check_golden.runner_for(GOLDEN / file) for file in FILES if file.endswith(".safetensors")} == set(
         check_golden.RUNNERS.values()
     )
@@ -112,6 +113,8 @@ def test_every_mutated_weight_fails(name):
         ("decoder", "attn.blocks.0.mlp.dwconv.weight", "attn.blocks.2.mlp.dwconv.weight"),
         ("source_recovery", "blocks.0.q.weight", "blocks.1.q.weight"),
         ("patchgan", "main.3.weight", "main.3.running_var"),
+        ("gpt", "spatial_blocks.0.feed_forward.w1.weight", "spatial_blocks.0.feed_forward.w3.weight"),
+        ("gpt", "spatial_blocks.1.attention.wqkv.weight", "spatial_blocks.0.attention.wqkv.weight"),
         ("dinov2", "encoder.layer.0.attention.q_proj.weight", "encoder.layer.2.attention.q_proj.weight"),
         ("clip_text", "encoder.layers.0.layer_norm1.weight", "encoder.layers.0.layer_norm2.weight"),
         ("t5_encoder", f"{T5_MLP}.wi_0.weight", f"{T5_MLP}.wi_1.weight"),

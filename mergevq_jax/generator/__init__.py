@@ -1,0 +1,1 @@
+"""Class-conditional generators of a tokenizer's codes: MergeAR and its plain autoregressive baseline."""

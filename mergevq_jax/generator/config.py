@@ -1,0 +1,128 @@
+"""What a generator is: one flat record, and the published sizes."""
+
+import itertools
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from types import MappingProxyType
+from typing import Any
+
+MAX_BITS = 30  # code indices are int32
+
+
+@dataclass(frozen=True, kw_only=True)
+class GeneratorConfig:
+    """Architecture of the LlamaGen-style transformer with a factorised head (paper section 4.1); defaults: size L."""
+
+    num_layers: int = 24
+    dim: int = 1024
+    num_heads: int = 16
+    ffn_dim: int | None = None  # None: LlamaGen's rule, 8/3 of the width rounded up to a multiple of 256
+    head_layers: int = 2  # blocks over the sub-tokens of one code
+    code_bits: tuple[int, ...] = (6, 12)  # of each sub-token; the first has a code's least significant bits
+    num_classes: int = 1000
+    class_dropout: float = 0.1  # above 0 there is a null class, which guidance needs
+    grid: tuple[int, int] = (16, 16)  # raster tokens, rows and columns
+    merge_instruction: bool = True  # a second prefix token that says how many tokens are distinct
+    merge_numbers: tuple[int, ...] = (64, 100, 144, 196, 256)  # that it can say
+    rope_base: float = 10_000.0
+    norm_eps: float = 1e-5
+    zero_class_rope: bool = False  # the released weights were trained with the class token's q and k set to zero
+
+    def __post_init__(self):
+        names = ("num_layers", "dim", "num_heads", "ffn_dim", "head_layers", "num_classes", "rope_base", "norm_eps")
+        bad = [f"{name}={getattr(self, name)}" for name in names if (getattr(self, name) or 0) <= 0]
+        bad = [text for text in bad if text != "ffn_dim=None"]
+        problems = [f"{', '.join(bad)}: positive numbers are needed"] if bad else []
+        if not bad and (self.dim % self.num_heads or self.head_dim % 4):
+            problems.append(
+                f"dim={self.dim} over num_heads={self.num_heads}: heads must have a multiple of 4 channels "
+                "(pairs that rows turn, and as many that columns turn)"
+            )
+        if not self.code_bits or min(self.code_bits) < 1 or sum(self.code_bits) > MAX_BITS:
+            problems.append(f"code_bits={self.code_bits}: at least one bit each, at most {MAX_BITS} together")
+        if min(self.grid) < 1:
+            problems.append(f"grid={self.grid}: positive numbers are needed")
+        if len(self.code_bits) > self.length + 1:
+            problems.append(f"code_bits={self.code_bits}: more sub-tokens than a grid of {self.grid} has positions")
+        if not 0 <= self.class_dropout < 1:
+            problems.append(f"class_dropout={self.class_dropout}: a probability below 1 is needed")
+        if self.merge_instruction and not _rising(0, *self.merge_numbers, self.length + 1):
+            problems.append(
+                f"merge_numbers={self.merge_numbers}: rising numbers of kept tokens, 1 to {self.length} (all of them)"
+            )
+        if problems:
+            raise ValueError("generator config: " + "; ".join(problems))
+
+    @property
+    def length(self) -> int:
+        """L, raster tokens of an image."""
+        return math.prod(self.grid)
+
+    @property
+    def prefix(self) -> int:
+        """Tokens in front of the raster: the class, and the merge instruction if there is one."""
+        return 1 + self.merge_instruction
+
+    @property
+    def head_dim(self) -> int:
+        """Channels of an attention head."""
+        return self.dim // self.num_heads
+
+    @property
+    def hidden_dim(self) -> int:
+        """Inner width of the feed-forward layers."""
+        return self.ffn_dim or -(-(8 * self.dim // 3) // 256) * 256
+
+    @property
+    def vocab_sizes(self) -> tuple[int, ...]:
+        """Values of each sub-token."""
+        return tuple(2**bits for bits in self.code_bits)
+
+    @property
+    def null_class(self) -> int | None:
+        """The label that stands for no class; None: the model has none."""
+        return self.num_classes if self.class_dropout else None
+
+    def merge_index(self, merge_number: int | None) -> int | None:
+        """Place of a number of kept tokens in `merge_numbers`; None for a model without merge instruction.
+
+        Raises:
+          ValueError: a number that the model does not know, or none where one is needed, or one where none is.
+        """
+        if not self.merge_instruction:
+            if merge_number is not None:
+                raise ValueError(f"merge number {merge_number}: this generator has no merge instruction, give None")
+            return None
+        if merge_number not in self.merge_numbers:
+            raise ValueError(
+                f"merge number {merge_number}: this generator knows {', '.join(map(str, self.merge_numbers))}"
+            )
+        return self.merge_numbers.index(merge_number)
+
+
+def _rising(*numbers: int) -> bool:
+    return len(numbers) > 2 and all(a < b for a, b in itertools.pairwise(numbers))
+
+
+def preset(name: str, **changes: Any) -> GeneratorConfig:
+    """A published size, LlamaGen's names, or the tiny one, with some fields changed.
+
+    Raises:
+      ValueError: no preset of that name, or fields that do not fit together.
+    """
+    if name not in PRESETS:
+        raise ValueError(f"no generator preset {name!r}; there are {', '.join(PRESETS)}")
+    return replace(PRESETS[name], **changes)
+
+
+PRESETS: Mapping[str, GeneratorConfig] = MappingProxyType(
+    {
+        "B": GeneratorConfig(num_layers=12, dim=768, num_heads=12),
+        "L": GeneratorConfig(),
+        "XL": GeneratorConfig(num_layers=36, dim=1280, num_heads=20),
+        "tiny": GeneratorConfig(  # for the codes of the tokenizer's tiny preset and the classes of mini_scenes
+            num_layers=6, dim=192, num_heads=6, head_layers=1, code_bits=(6, 6), num_classes=12
+        ),
+    }
+)

@@ -1,0 +1,151 @@
+"""MergeAR's compressed store of keys and values, and the position cache that says what is in it (paper section 4.2).
+
+The store has C = P + T slots: one for each prefix token, and T = window + 1 + capacity for raster tokens: those in the
+window, the one that looks, and `capacity` older ones. All raster tokens share one pool: a token's keys and values are
+written once, to a slot that is free, and never moved. A token is a duplicate if its code equals that of an earlier
+token which counts as a first occurrence and is still there. Once a duplicate has left the window its slot is free;
+first occurrences stay. If more than `capacity` of them have left the window, the policy says which one goes:
+
+    evict-oldest   the one with the smallest position
+    full           the one that has just left the window
+
+Either way the example's count of overflows rises by one.
+
+Axes: B examples, R rows (examples, or twice as many under guidance), P prefix tokens, T and C slots, H heads.
+"""
+
+from typing import Literal, NamedTuple
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+from jaxtyping import Array, Bool, Float, Int
+
+from runtime_jax.sharding import Axis, constrain
+
+CachePolicy = Literal["evict-oldest", "full"]
+EMPTY = -1  # the position in a slot that is free
+HIDDEN = -1e30  # a logit that no softmax sees
+
+
+@flax.struct.dataclass
+class PositionCache:
+    """What is in the T slots for raster tokens; the same for all layers, and for both rows of a guided example."""
+
+    codes: Int[Array, "B T"]
+    positions: Int[Array, "B T"]  # raster positions, or EMPTY
+    first: Bool[Array, "B T"]  # first occurrences
+    overflows: Int[Array, "B"]
+
+
+class Placed(NamedTuple):
+    """Where a token goes, and what it is."""
+
+    cache: PositionCache
+    slot: Int[Array, "B"]  # of the T
+    first: Bool[Array, "B"]
+
+
+def token_slots(length: int, *, window: int, capacity: int) -> int:
+    """T; no more than there are tokens."""
+    return min(window + 1 + capacity, length)
+
+
+def empty_cache(batch: int, slots: int) -> PositionCache:
+    """A cache of T slots without tokens."""
+    shape = (batch, slots)
+    return PositionCache(
+        codes=jnp.zeros(shape, jnp.int32),
+        positions=jnp.full(shape, EMPTY, jnp.int32),
+        first=jnp.zeros(shape, bool),
+        overflows=jnp.zeros(batch, jnp.int32),
+    )
+
+
+def insert(
+    cache: PositionCache,
+    code: Int[Array, "B"],
+    position: int | Int[Array, ""],
+    *,
+    window: int,
+    capacity: int,
+    policy: CachePolicy,
+) -> Placed:
+    """Makes room for the next token in raster order and takes it in.
+
+    Args:
+      cache: holds the tokens before it.
+      code: of the token.
+      position: raster position of the token, one more than at the last call.
+      window: tokens before it that it sees whatever they are.
+      capacity: first occurrences outside the window that are kept.
+      policy: which one goes when there are more.
+    """
+    positions, overflows = cache.positions, cache.overflows
+    outside = (positions != EMPTY) & (positions < position - window)
+    kept = outside & cache.first
+    if policy == "evict-oldest":
+        victim = jnp.min(jnp.where(kept, positions, jnp.iinfo(jnp.int32).max), axis=1)
+    else:
+        victim = jnp.max(jnp.where(kept, positions, EMPTY), axis=1)
+    overflow = jnp.sum(kept, axis=1) > capacity
+    gone = (outside & ~cache.first) | (overflow[:, None] & kept & (positions == victim[:, None]))
+    positions = jnp.where(gone, EMPTY, positions)
+
+    free = positions == EMPTY
+    first = ~jnp.any(~free & cache.first & (cache.codes == code[:, None]), axis=1)
+    slot = jnp.argmax(free, axis=1).astype(jnp.int32)
+    here = jnp.arange(free.shape[1])[None] == slot[:, None]
+    cache = PositionCache(
+        codes=jnp.where(here, code[:, None], cache.codes),
+        positions=jnp.where(here, position, positions),
+        first=jnp.where(here, first[:, None], cache.first),
+        overflows=overflows + overflow,
+    )
+    return Placed(cache, slot, first)
+
+
+def visible(cache: PositionCache, *, prefix: int, seen: int | Int[Array, ""]) -> Bool[Array, "B C"]:
+    """Which of the store's C = P + T slots the newest token sees; `seen` prefix tokens have been written so far."""
+    there = jnp.broadcast_to(jnp.arange(prefix)[None] < seen, (cache.positions.shape[0], prefix))
+    return jnp.concatenate([there, cache.positions != EMPTY], axis=1)
+
+
+@flax.struct.dataclass
+class Store:
+    """Keys and values of every layer. One array for each, since a slice of a stacked one would be a copy."""
+
+    keys: tuple[Float[Array, "R H C head"], ...]
+    values: tuple[Float[Array, "R H C head"], ...]
+
+
+def empty_store(layers: int, rows: int, heads: int, slots: int, head_dim: int, dtype: DTypeLike) -> Store:
+    """A store of zeros, which nothing may see."""
+
+    def arrays():
+        zeros = jnp.zeros((rows, heads, slots, head_dim), dtype)
+        return tuple(constrain(zeros, Axis.BATCH, Axis.HEADS, None, None) for _ in range(layers))
+
+    return Store(keys=arrays(), values=arrays())
+
+
+def write(
+    array: Float[Array, "R H C head"], token: Float[Array, "R H head"], slot: Int[Array, "R"]
+) -> Float[Array, "R H C head"]:
+    """One layer's keys or values with a token's in each row's slot; in place where the argument is not used again."""
+    put = jax.vmap(lambda row, new, place: row.at[:, place].set(new, mode="promise_in_bounds", unique_indices=True))
+    return constrain(put(array, token, slot), Axis.BATCH, Axis.HEADS, None, None)
+
+
+def attend(
+    query: Float[Array, "R H head"],
+    keys: Float[Array, "R H C head"],
+    values: Float[Array, "R H C head"],
+    visible: Bool[Array, "R C"],
+) -> Float[Array, "R H head"]:
+    """Attention of one token over the visible slots; logits and softmax in float32."""
+    logits = jnp.einsum("rhd,rhcd->rhc", query, keys, preferred_element_type=jnp.float32)
+    logits = jnp.where(visible[:, None], logits * query.shape[-1] ** -0.5, HIDDEN)
+    weights = jax.nn.softmax(logits, axis=-1).astype(values.dtype)
+    return jnp.einsum("rhc,rhcd->rhd", weights, values, preferred_element_type=jnp.float32).astype(values.dtype)
