@@ -178,7 +178,7 @@ def teacher_forced(params: Any, indices: np.ndarray, labels: np.ndarray, *, modu
 def run_gpt(config: dict, params: Tensors, inputs: Tensors) -> Tensors:
     ours = generator_config(config, params)
     weights = convert_both_ways(convert.generator_table(ours), params, transformer.param_shapes(ours))
-    sub_tokens = [inputs[name].astype(np.int32) for name in ("pre", "post")]
+    sub_tokens = [jnp.asarray(inputs[name], jnp.int32) for name in ("pre", "post")]
     indices = lfq.join_indices(sub_tokens, ours.code_bits)
     labels = inputs["class"][:, 0].astype(np.int32)
     pre, post = teacher_forced(weights, indices, labels, module=transformer.Generator(ours))

@@ -1,6 +1,6 @@
 """Which tokens a position sees while MergeAR is trained (paper section 4.2, figure 4).
 
-Axes: B batch, L raster tokens, P prefix tokens.
+Axes: B batch, L raster tokens, P prefix tokens, N = P + L positions.
 """
 
 import jax.numpy as jnp
@@ -17,7 +17,7 @@ def first_members(groups: Int[Array, "B L"]) -> Int[Array, "B L"]:
     return jnp.argmax(groups[:, :, None] == groups[:, None, :], axis=-1).astype(jnp.int32)
 
 
-def merge_mask(first: Int[Array, "B L"], *, window: int, prefix: int) -> Bool[Array, "B P+L P+L"]:
+def merge_mask(first: Int[Array, "B L"], *, window: int | Int[Array, ""], prefix: int) -> Bool[Array, "B N N"]:
     """True where a position (row) sees another: the prefix, itself, the `window` tokens before it, and of the older
     ones the first of each group; never later ones.
 

@@ -68,8 +68,8 @@ def insert(
     code: Int[Array, "B"],
     position: int | Int[Array, ""],
     *,
-    window: int,
-    capacity: int,
+    window: int | Int[Array, ""],
+    capacity: int | Int[Array, ""],
     policy: CachePolicy,
 ) -> Placed:
     """Makes room for the next token in raster order and takes it in.

@@ -4,7 +4,7 @@ A code's bits are split into S sub-tokens. A raster token enters as the sum of t
 the token before it, followed by the embeddings of its sub-tokens, then goes through the head's blocks, whose output s
 gives the logits of sub-token s: each is predicted from those before it.
 
-Axes: B batch, n positions, L raster tokens, D width, H heads, S sub-tokens, C slots of a store.
+Axes: B batch, L raster tokens, P prefix tokens, N = P + L and n positions, D width, H heads, S sub-tokens, C slots.
 """
 
 import functools
@@ -31,7 +31,7 @@ from runtime_jax.sharding import Axis, Rule, constrain
 Params = dict[str, Any]
 
 
-def rope_table(config: GeneratorConfig) -> Float[np.ndarray, "2 P+L pairs"]:
+def rope_table(config: GeneratorConfig) -> Float[np.ndarray, "2 N pairs"]:
     """Cosines and sines of the angles that turn the queries and keys of each position, for `apply_rope`.
 
     The first half of a head's pairs turns with the raster row, the second with the column. The prefix is not turned;
@@ -184,7 +184,7 @@ class Generator(nn.Module):
         indices: Int[Array, "B L"],
         labels: Int[Array, "B"],
         merge: Int[Array, "B"] | None = None,
-        mask: Bool[Array, "#B P+L P+L"] | None = None,
+        mask: Bool[Array, "#B N N"] | None = None,
     ) -> tuple[Float[Array, "B L values"], ...]:
         """Logits of every sub-token of every code under teacher forcing: [B, L, values] for each sub-token, float32.
 

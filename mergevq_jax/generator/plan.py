@@ -1,0 +1,127 @@
+"""How codes are drawn: the settings, and what a sampler makes of them for one generator.
+
+Axes: L raster tokens, S sub-tokens, C slots of the store.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, get_args
+
+import flax.struct
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from mergevq_jax.generator.config import GeneratorConfig
+from mergevq_jax.generator.draw import CfgSchedule, guidance_scales
+from mergevq_jax.generator.position_cache import CachePolicy, token_slots
+from runtime_jax.compute import Compute
+
+WINDOW = 2  # the paper's figure 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingConfig:
+    """How codes are drawn and which of them the store keeps. A tuple has one value for each sub-token."""
+
+    cfg_scale: float | tuple[float, ...] = 1.0  # 1 is no guidance
+    cfg_schedule: CfgSchedule = "constant"
+    cfg_interval: tuple[float, float] = (0.0, 1.0)  # part of the sequence that "interval" guides
+    temperature: float | tuple[float, ...] = 1.0
+    top_k: int | tuple[int, ...] = 0  # 0: off
+    top_p: float | tuple[float, ...] = 1.0  # 1: off
+    greedy: bool = False  # the likeliest value, whatever temperature, top_k and top_p say
+    window: int | None = None  # recent tokens that are always seen; None: 2, or L without a merge instruction
+    capacity: int | None = None  # older first occurrences that are kept; None: the merge number, or L without one
+    policy: CachePolicy = "evict-oldest"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What a sampler is compiled for."""
+
+    config: GeneratorConfig
+    compute: Compute
+    rows: int  # of the network for each example: 2 under guidance
+    greedy: bool
+    top_k: tuple[int, ...]
+    nucleus: tuple[bool, ...]  # which sub-tokens have a top_p below 1
+    window: int
+    capacity: int
+    policy: CachePolicy
+
+    @property
+    def slots(self) -> int:
+        """C."""
+        config = self.config
+        return config.prefix + token_slots(config.length, window=self.window, capacity=self.capacity)
+
+
+@flax.struct.dataclass
+class Knobs:
+    """What may change without compiling again."""
+
+    scales: Float[Array, "L S"]
+    temperature: Float[Array, "S"]
+    top_p: Float[Array, "S"]
+
+
+def make_plan(
+    config: GeneratorConfig, sampling: SamplingConfig, merge_number: int | None, compute: Compute
+) -> tuple[Plan, Knobs]:
+    """What `run` compiles and what it takes as numbers.
+
+    Raises:
+      ValueError: lists all settings that are not possible with this generator.
+    """
+    config.merge_index(merge_number)
+    parts, length = len(config.code_bits), config.length
+    window = (WINDOW if config.merge_instruction else length) if sampling.window is None else sampling.window
+    capacity = (merge_number or length) if sampling.capacity is None else sampling.capacity
+    values, problems = {}, []
+    for name, allowed, fits in _ALLOWED:
+        given = getattr(sampling, name)
+        values[name] = given if isinstance(given, tuple) else (given,) * parts
+        if len(values[name]) != parts:
+            problems.append(f"{name}={given}: one value, or one for each of {parts} sub-tokens")
+        elif not all(map(fits, values[name], config.vocab_sizes)):
+            problems.append(f"{name}={given}: {allowed.format(config.vocab_sizes)}")
+    is_guided = any(scale != 1 for scale in values["cfg_scale"])
+    if is_guided and config.null_class is None:
+        problems.append(f"cfg_scale={sampling.cfg_scale}: this generator has no null class (class_dropout is 0)")
+    if sampling.cfg_schedule not in get_args(CfgSchedule):
+        problems.append(f"cfg_schedule={sampling.cfg_schedule!r}: allowed are {', '.join(get_args(CfgSchedule))}")
+    if not 0 <= sampling.cfg_interval[0] < sampling.cfg_interval[1] <= 1:
+        problems.append(f"cfg_interval={sampling.cfg_interval}: fractions of the sequence, the start before the end")
+    if sampling.policy not in get_args(CachePolicy):
+        problems.append(f"policy={sampling.policy!r}: allowed are {', '.join(get_args(CachePolicy))}")
+    if not 1 <= window <= capacity <= length:
+        problems.append(f"window={window}, capacity={capacity}: needed is 1 <= window <= capacity <= {length} (tokens)")
+    if problems:
+        raise ValueError("sampling: " + "; ".join(problems))
+    plan = Plan(
+        config=config,
+        compute=compute,
+        rows=1 + is_guided,
+        greedy=sampling.greedy,
+        top_k=values["top_k"],
+        nucleus=tuple(top_p < 1 for top_p in values["top_p"]),
+        window=window,
+        capacity=capacity,
+        policy=sampling.policy,
+    )
+    knobs = Knobs(
+        scales=jnp.asarray(guidance_scales(values["cfg_scale"], length, sampling.cfg_schedule, sampling.cfg_interval)),
+        temperature=jnp.asarray(values["temperature"], jnp.float32),
+        top_p=jnp.asarray(values["top_p"], jnp.float32),
+    )
+    return plan, knobs
+
+
+# Name, what is allowed (with the vocabularies), and whether a value is, given the sub-token's vocabulary.
+_ALLOWED: tuple[tuple[str, str, Callable[[Any, int], bool]], ...] = (
+    ("cfg_scale", "finite numbers from 0", lambda scale, _: 0 <= scale < np.inf),
+    ("temperature", "positive numbers", lambda temperature, _: 0 < temperature < np.inf),
+    ("top_k", "0 (off) to the sub-tokens' vocabularies {}", lambda top_k, size: 0 <= top_k <= size),
+    ("top_p", "above 0, up to 1 (off)", lambda top_p, _: 0 < top_p <= 1),
+)
