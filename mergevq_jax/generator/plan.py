@@ -5,9 +5,8 @@ Axes: L raster tokens, S sub-tokens, C slots of the store.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, get_args
+from typing import Any, NamedTuple, get_args
 
-import flax.struct
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
@@ -57,8 +56,7 @@ class Plan:
         return config.prefix + token_slots(config.length, window=self.window, capacity=self.capacity)
 
 
-@flax.struct.dataclass
-class Knobs:
+class Knobs(NamedTuple):
     """What may change without compiling again."""
 
     scales: Float[Array, "L S"]

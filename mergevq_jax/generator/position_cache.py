@@ -16,7 +16,6 @@ Axes: B examples, R rows (examples, or twice as many under guidance), P prefix t
 
 from typing import Literal, NamedTuple
 
-import flax.struct
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
@@ -29,8 +28,7 @@ EMPTY = -1  # the position in a slot that is free
 HIDDEN = -1e30  # a logit that no softmax sees
 
 
-@flax.struct.dataclass
-class PositionCache:
+class PositionCache(NamedTuple):
     """What is in the T slots for raster tokens; the same for all layers, and for both rows of a guided example."""
 
     codes: Int[Array, "B T"]
@@ -112,8 +110,7 @@ def visible(cache: PositionCache, *, prefix: int, seen: int | Int[Array, ""]) ->
     return jnp.concatenate([there, cache.positions != EMPTY], axis=1)
 
 
-@flax.struct.dataclass
-class Store:
+class Store(NamedTuple):
     """Keys and values of every layer. One array for each, since a slice of a stacked one would be a copy."""
 
     keys: tuple[Float[Array, "R H C head"], ...]

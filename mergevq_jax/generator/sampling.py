@@ -5,8 +5,8 @@ tokens, P prefix tokens, S sub-tokens, D width.
 """
 
 import functools
+from typing import NamedTuple
 
-import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -26,17 +26,16 @@ from runtime_jax.prng import Stream, example_keys, stream_key
 from runtime_jax.sharding import Axis, constrain
 
 
-@flax.struct.dataclass
-class Samples:
-    """What `sample` returns; numpy arrays after `jax.device_get`."""
+class Samples(NamedTuple):
+    """What `sample` returns."""
 
-    indices: Int[Array | np.ndarray, "B L"]  # codes in raster order
-    first_occurrence: Bool[Array | np.ndarray, "B L"]  # tokens that were no duplicate of one in the store
-    occupancy: Int[Array | np.ndarray, "B L"]  # slots in use once a token is in the store, prefix included
-    overflows: Int[Array | np.ndarray, "B"]  # first occurrences that the store had no room for
+    indices: Int[Array, "B L"]  # codes in raster order
+    first_occurrence: Bool[Array, "B L"]  # tokens that were no duplicate of one in the store
+    occupancy: Int[Array, "B L"]  # slots in use once a token is in the store, prefix included
+    overflows: Int[Array, "B"]  # first occurrences that the store had no room for
 
 
-class _Carry(flax.struct.PyTreeNode):
+class _Carry(NamedTuple):
     store: Store
     cache: PositionCache
     x: Float[Array, "R 1 D"]  # the next input
