@@ -142,7 +142,6 @@ def test_the_store_is_updated_in_place_and_unguided_sampling_has_one_row():
     bodies = [re.escape(name) for name in re.findall(r" while\(.*body=%?([\w.-]+)", text)]
     texts = [re.search(rf"^%?{name} .*?^}}", text, re.MULTILINE | re.DOTALL)[0] for name in bodies]
     (loop,) = (body for body in texts if array in body)
-    assert loop.count(" dot(") > 5
     assert not re.search(rf"= {re.escape(array)}\S* (copy|transpose)\(", loop)
     assert f"f32[{2 * BATCH}," not in text
 

@@ -64,35 +64,31 @@ class Knobs(NamedTuple):
     top_p: Float[Array, "S"]
 
 
+# Name, what is allowed (with the vocabularies), and whether a value is, given the sub-token's vocabulary.
+_PER_SUB_TOKEN: tuple[tuple[str, str, Callable[[Any, int], bool]], ...] = (
+    ("cfg_scale", "finite numbers from 0", lambda scale, _: 0 <= scale < np.inf),
+    ("temperature", "positive numbers", lambda temperature, _: 0 < temperature < np.inf),
+    ("top_k", "0 (off) to the sub-tokens' vocabularies {}", lambda top_k, size: 0 <= top_k <= size),
+    ("top_p", "above 0, up to 1 (off)", lambda top_p, _: 0 < top_p <= 1),
+)
+
+
 def make_plan(
     config: GeneratorConfig, sampling: SamplingConfig, merge_number: int | None, compute: Compute
 ) -> tuple[Plan, Knobs]:
-    """What `run` compiles and what it takes as numbers.
+    """What the sampler is compiled for, and what it takes as numbers.
 
     Raises:
       ValueError: lists all settings that are not possible with this generator.
     """
     config.merge_index(merge_number)
-    parts, length = len(config.code_bits), config.length
+    length = config.length
     window = (WINDOW if config.merge_instruction else length) if sampling.window is None else sampling.window
     capacity = (merge_number or length) if sampling.capacity is None else sampling.capacity
-    values, problems = {}, []
-    for name, allowed, fits in _ALLOWED:
-        given = getattr(sampling, name)
-        values[name] = given if isinstance(given, tuple) else (given,) * parts
-        if len(values[name]) != parts:
-            problems.append(f"{name}={given}: one value, or one for each of {parts} sub-tokens")
-        elif not all(map(fits, values[name], config.vocab_sizes)):
-            problems.append(f"{name}={given}: {allowed.format(config.vocab_sizes)}")
+    values, problems = _settings(config, sampling)
     is_guided = any(scale != 1 for scale in values["cfg_scale"])
     if is_guided and config.null_class is None:
         problems.append(f"cfg_scale={sampling.cfg_scale}: this generator has no null class (class_dropout is 0)")
-    if sampling.cfg_schedule not in get_args(CfgSchedule):
-        problems.append(f"cfg_schedule={sampling.cfg_schedule!r}: allowed are {', '.join(get_args(CfgSchedule))}")
-    if not 0 <= sampling.cfg_interval[0] < sampling.cfg_interval[1] <= 1:
-        problems.append(f"cfg_interval={sampling.cfg_interval}: fractions of the sequence, the start before the end")
-    if sampling.policy not in get_args(CachePolicy):
-        problems.append(f"policy={sampling.policy!r}: allowed are {', '.join(get_args(CachePolicy))}")
     if not 1 <= window <= capacity <= length:
         problems.append(f"window={window}, capacity={capacity}: needed is 1 <= window <= capacity <= {length} (tokens)")
     if problems:
@@ -116,10 +112,19 @@ def make_plan(
     return plan, knobs
 
 
-# Name, what is allowed (with the vocabularies), and whether a value is, given the sub-token's vocabulary.
-_ALLOWED: tuple[tuple[str, str, Callable[[Any, int], bool]], ...] = (
-    ("cfg_scale", "finite numbers from 0", lambda scale, _: 0 <= scale < np.inf),
-    ("temperature", "positive numbers", lambda temperature, _: 0 < temperature < np.inf),
-    ("top_k", "0 (off) to the sub-tokens' vocabularies {}", lambda top_k, size: 0 <= top_k <= size),
-    ("top_p", "above 0, up to 1 (off)", lambda top_p, _: 0 < top_p <= 1),
-)
+def _settings(config: GeneratorConfig, sampling: SamplingConfig) -> tuple[dict[str, tuple], list[str]]:
+    """The settings that a sub-token can have for itself, one value for each, and what is wrong with any setting."""
+    values, problems = {}, []
+    for name, allowed, fits in _PER_SUB_TOKEN:
+        given, parts = getattr(sampling, name), len(config.code_bits)
+        values[name] = given if isinstance(given, tuple) else (given,) * parts
+        if len(values[name]) != parts:
+            problems.append(f"{name}={given}: one value, or one for each of {parts} sub-tokens")
+        elif not all(map(fits, values[name], config.vocab_sizes)):
+            problems.append(f"{name}={given}: {allowed.format(config.vocab_sizes)}")
+    for name, choices in (("cfg_schedule", CfgSchedule), ("policy", CachePolicy)):
+        if getattr(sampling, name) not in get_args(choices):
+            problems.append(f"{name}={getattr(sampling, name)!r}: allowed are {', '.join(get_args(choices))}")
+    if not 0 <= sampling.cfg_interval[0] < sampling.cfg_interval[1] <= 1:
+        problems.append(f"cfg_interval={sampling.cfg_interval}: fractions of the sequence, the start before the end")
+    return values, problems

@@ -100,7 +100,7 @@ def run(
     """The compiled sampler: one scan over prefix and raster, all of whose inputs are arrays."""
     config, batch = plan.config, labels.shape[0]
     steps = config.prefix + config.length - 1  # the last code is drawn and not looked at again
-    sampler = _Sampler(params, plan, knobs, constrain(example_keys(key, examples), Axis.BATCH))
+    sampler = _Sampler(params, plan, knobs, draw_keys(example_keys(key, examples), config))
     prefix = sampler.prefix(labels, merge)
     carry = _Carry(
         store=decode.new_store(
@@ -121,10 +121,18 @@ def run(
     )
 
 
+def draw_keys(keys: Key[Array, "B"], config: GeneratorConfig) -> Key[Array, "L S B"]:
+    """A key for every draw, from the examples' own; made before the loop, which has only the noise left to make."""
+    shape = config.length, len(config.code_bits)
+    numbered = jax.vmap(jax.vmap(jax.random.fold_in, in_axes=(0, None)), in_axes=(None, 0))
+    drawn = numbered(keys, jnp.arange(shape[0] * shape[1])).reshape(*shape, -1)
+    return constrain(drawn, None, None, Axis.BATCH)
+
+
 class _Sampler:
     """The parts of one step, with what all steps share."""
 
-    def __init__(self, params: Params, plan: Plan, knobs: Knobs, keys: Key[Array, "B"]):
+    def __init__(self, params: Params, plan: Plan, knobs: Knobs, keys: Key[Array, "L S B"]):
         self.plan, self.config, self.knobs, self.keys = plan, plan.config, knobs, keys
         self.blocks = decode.unstacked(params["spatial_blocks"])
         self.head_blocks = decode.unstacked(params["factorized_blocks"])
@@ -172,20 +180,21 @@ class _Sampler:
         plan, config = self.plan, self.config
         parts, rows = len(config.code_bits), hidden.shape[0]
         store = decode.new_store(config, plan.compute, layers=config.head_layers, rows=rows, slots=parts)
-        rope, scales = jnp.asarray(head_rope_table(config)), self.knobs.scales[position]
-        keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(self.keys, position)
+        rope, scales, keys = jnp.asarray(head_rope_table(config)), self.knobs.scales[position], self.keys[position]
         x, values, embedded = hidden, [], []
         for index in range(parts):
             slot = jnp.full(rows, index, jnp.int32)
             seen = jnp.broadcast_to(jnp.arange(parts)[None] <= index, (rows, parts))
             x, store = self.step_blocks(self.head_blocks, store, x, rope[:, index : index + 1], slot, seen)
             logits = self.apply(index, x, method=Generator.logits)
-            values.append(self.next_value(index, logits, scales[index], keys))
+            values.append(self.next_value(index, logits, scales[index], keys[index]))
             x = self.apply(index, self.rows(values[-1])[:, None], method=Generator.embed_sub_token)
             embedded.append(x)
         return join_indices(values, config.code_bits), sum(embedded)
 
-    def next_value(self, index: int, logits: Float[Array, "R 1 V"], scale: Array, keys: Array) -> Int[Array, "B"]:
+    def next_value(
+        self, index: int, logits: Float[Array, "R 1 V"], scale: Array, keys: Key[Array, "B"]
+    ) -> Int[Array, "B"]:
         """Draws sub-token `index`."""
         plan, knobs = self.plan, self.knobs
         logits = rearrange(logits, "(b g) 1 v -> b g v", g=plan.rows)
@@ -194,4 +203,4 @@ class _Sampler:
             return jnp.argmax(logits, axis=-1).astype(jnp.int32)
         top_p = knobs.top_p[index] if plan.nucleus[index] else None
         logits = keep_likely(logits / knobs.temperature[index], plan.top_k[index], top_p)
-        return draw(logits, jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, index))
+        return draw(logits, keys)
