@@ -106,8 +106,8 @@ def test_numbers_change_without_compiling(params):
 BATCH = 64
 WIDE = GeneratorConfig(
     num_layers=1,
-    dim=32,
-    num_heads=2,
+    dim=256,
+    num_heads=4,
     ffn_dim=8,
     head_layers=1,
     code_bits=(1, 1),
