@@ -14,7 +14,7 @@ import numpy as np
 from einops import rearrange
 from jaxtyping import Float, Float16, UInt8
 
-from runtime_jax.data.mini_scenes import Scene, caption, example_scene, render_scene
+from runtime_jax.data.mini_scenes import Scene, caption, example_scene, full_caption, render_scene
 from runtime_jax.prng import Stream, host_rng
 from tokenverse_jax.base.tokenizers import Tokenizers
 from tokenverse_jax.isolation import IsolationConfig
@@ -65,17 +65,23 @@ class CaptionConfig:
     drop_t5: float = 0.1  # CLIP alone tells what there is to see, or T5 alone, so that both have something to say
     drop_clip: float = 0.1
     pair_every: int = 8  # one batch in so many is of pairs; 0: none
+    easy_steps: int = 0  # the first steps see one object at a time, and captions that name everything
 
     def __post_init__(self):
         shares = self.drop_both, self.drop_t5, self.drop_clip
         if min(shares) < 0 or sum(shares) > 1:
             raise ValueError(f"drop_both, drop_t5, drop_clip={shares}: shares whose sum is at most 1 are needed")
-        if self.pair_every < 0:
-            raise ValueError(f"pair_every={self.pair_every}: a positive number is needed, or 0 for no pairs")
+        for name in ("pair_every", "easy_steps"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name}={getattr(self, name)}: a positive number is needed, or 0 for none")
+
+    def is_easy_step(self, step: int) -> bool:
+        """Whether this step's scenes have one object, under captions that name everything."""
+        return step < self.easy_steps
 
     def is_pair_step(self, step: int) -> bool:
         """Whether this step's batch is one of pairs."""
-        return self.pair_every > 0 and step % self.pair_every == self.pair_every - 1
+        return not self.is_easy_step(step) and self.pair_every > 0 and step % self.pair_every == self.pair_every - 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,11 +104,14 @@ class Corpus:
 
         A batch of pairs has half as many examples, of twice the width.
         """
-        numbers, count = range(step * self.batch_size, (step + 1) * self.batch_size), len(self.scenes)
-        places = np.array([_order(self.seed, number // count, count)[number % count] for number in numbers])
+        easy = self.captions.is_easy_step(step)
+        allowed = self._with_one_object if easy else np.arange(len(self.scenes))
+        numbers, count = range(step * self.batch_size, (step + 1) * self.batch_size), len(allowed)
+        places = np.array([allowed[_order(self.seed, number // count, count)[number % count]] for number in numbers])
         places = places.reshape(-1, 2 if self.captions.is_pair_step(step) else 1)
         numbers = numbers[: len(places)]
-        t5, clip = zip(*map(self._prompts, places, numbers), strict=True)
+        describe = functools.partial(self._prompts, name_all=easy)
+        t5, clip = zip(*map(describe, places, numbers), strict=True)
         return {
             "latents": rearrange(self.latents[places], "b pictures h w c -> b h (pictures w) c"),
             "t5_ids": encode(self.tokenizers.tokenizer_2, t5, self.captions.text_length),
@@ -110,15 +119,21 @@ class Corpus:
             "index": np.array(numbers),
         }
 
-    def _prompts(self, places: np.ndarray, number: int) -> tuple[str, str]:
+    @functools.cached_property
+    def _with_one_object(self) -> np.ndarray:
+        return np.flatnonzero([len(scene.objects) == 1 for scene in self.scenes])
+
+    def _prompts(self, places: np.ndarray, number: int, *, name_all: bool) -> tuple[str, str]:
         """What T5 and CLIP are told of one scene, or of two side by side."""
         config, rng = self.captions, host_rng(self.seed, Stream.AUGMENT, number)
         drawn = rng.uniform()
         while True:  # until the text is short enough
-            texts = [caption(self.scenes[place], rng) for place in places]
+            scenes = [self.scenes[place] for place in places]
+            texts = [full_caption(scene) if name_all else caption(scene, rng) for scene in scenes]
             text = texts[0] if len(texts) == 1 else PAIR.format(left=texts[0], right=texts[1])
             if len(self.tokenizers.tokenizer_2(text, verbose=False)["input_ids"]) <= config.text_length:
                 break
+            name_all = False
         neither, only_clip, only_t5 = np.cumsum((config.drop_both, config.drop_t5, config.drop_clip))
         return ("" if drawn < only_clip else text), ("" if drawn < neither or only_clip <= drawn < only_t5 else text)
 
