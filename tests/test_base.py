@@ -13,9 +13,10 @@ from tiny_pipeline import random_params
 from runtime_jax import config as config_lib
 from runtime_jax import sharding
 from runtime_jax.compute import Compute
-from runtime_jax.data.mini_scenes import caption, full_caption
+from runtime_jax.data.mini_scenes import CLASSES, TEXTURES, SceneObject, caption, example_scene, full_caption
 from tokenverse_jax.base import corpus, run, text_to_image, vae
 from tokenverse_jax.base.corpus import CaptionConfig, Corpus
+from tokenverse_jax.base.layout import COVERS, FEATURES, layout, layout_loss
 from tokenverse_jax.base.tokenizers import make_tokenizers, scene_words
 from tokenverse_jax.base.training import fit
 from tokenverse_jax.pipeline import Pipeline
@@ -57,8 +58,10 @@ def test_capitals_do_not_matter_and_other_words_are_spelt(tokenizers):
 
 def _corpus(scenes, tokenizers, **captions) -> Corpus:
     latents = np.arange(len(scenes) * 4 * 4 * 2, dtype=np.float32).reshape(len(scenes), 4, 4, 2)
+    layouts = np.stack([layout(scene, SIZE, (2, 2)) for scene in scenes])
     config = CaptionConfig(**{"pair_every": 3} | captions)
-    return Corpus(latents=latents, scenes=scenes, tokenizers=tokenizers, captions=config, batch_size=6, seed=0)
+    texts = {"tokenizers": tokenizers, "captions": config}
+    return Corpus(latents=latents, layouts=layouts, scenes=scenes, **texts, batch_size=6, seed=0)
 
 
 def test_batches_are_a_function_of_their_number_and_visit_every_scene_once_an_epoch(tokenizers, scenes):
@@ -76,6 +79,7 @@ def test_a_pair_is_two_scenes_side_by_side_under_both_captions(tokenizers, scene
     data = _corpus(scenes, tokenizers, drop_both=0.0, drop_t5=0.0, drop_clip=0.0)
     single, pair = data.batch(1), data.batch(2)
     assert single["latents"].shape == (6, 4, 4, 2) and pair["latents"].shape == (3, 4, 8, 2)
+    assert pair["layouts"].shape == (3, 2, 4, FEATURES)
     text = tokenizers.tokenizer_2.decode(pair["t5_ids"][0], skip_special_tokens=True)
     assert text.startswith("two pictures side by side: on the left ")
     place = int(pair["latents"][0, 0, 4, 0]) // 32  # the right one's scene
@@ -91,6 +95,29 @@ def test_the_first_steps_see_one_object_at_a_time_under_its_full_caption(tokeniz
     told = tokenizers.tokenizer_2.batch_decode(batch["t5_ids"], skip_special_tokens=True)
     places = (batch["latents"][:, 0, 0, 0] // 32).astype(int)
     assert told == [full_caption(scenes[place]) for place in places]
+
+
+def test_a_layout_tells_what_covers_each_token():
+    item = SceneObject(
+        shape="square", color="red", rgb=(255, 0, 0), texture="dotted", accent=(0, 0, 0), size=0.2, x=0.25, y=0.75,
+        rotation=0.0,
+    )  # fmt: skip
+    found = layout(dataclasses.replace(example_scene(0, "train", 0)[0], objects=(item,)), 64, (2, 2))
+    assert found.shape == (2, 2, FEATURES)
+    cover = found[..., CLASSES.index("square")]
+    assert cover[1, 0] > 0.2 and cover.sum() == cover[1, 0]  # in the lower left quarter alone
+    assert found[..., :COVERS].sum() == cover.sum() and (found[0] == 0).all() and (found[1, 1] == 0).all()
+    dotted = [float(name == "dotted") for name in TEXTURES]
+    np.testing.assert_allclose(found[1, 0, COVERS:], [*dotted, 1, 0, 1, -1, -1, 1, 0, 0, 1], atol=1e-6)
+
+
+def test_the_layout_loss_counts_owners_only_where_there_is_one(scenes):
+    truth = jnp.asarray([layout(scene, SIZE, (4, 4)) for scene in scenes])
+    flat = truth.reshape(len(scenes), 16, FEATURES)
+    assert layout_loss(flat, truth) == 0
+    elsewhere = flat + 10 * (flat[..., -1:] == 0) * (np.arange(FEATURES) >= COVERS)[None, None]
+    assert (elsewhere != flat).any() and layout_loss(elsewhere, truth) == 0
+    assert layout_loss(flat + 1, truth) > 4 * COVERS
 
 
 @pytest.mark.parametrize(
@@ -197,8 +224,8 @@ def test_the_velocity_loss_starts_at_the_targets_power_and_reaches_all_networks(
     # The last layer of a new model is zero: it says 0.
     last = params["transformer"]["final_layer"]
     last["linear"] = jax.tree.map(jnp.zeros_like, last["linear"])
-    (value, _), _ = differentiate(params, batch, step)
-    np.testing.assert_allclose(value, 2.0, rtol=0.2)  # of noise minus data, both of variance 1
+    (_, metrics), _ = differentiate(params, batch, step)
+    np.testing.assert_allclose(metrics["velocity"], 2.0, rtol=0.2)  # of noise minus data, both of variance 1
 
 
 def test_a_training_spreads_its_batches_over_all_devices(tmp_path):
@@ -243,6 +270,6 @@ def test_a_run_leaves_a_pipeline_and_goes_on_where_it_was(tmp_path, monkeypatch)
     tokens = pipeline.encode_images(corpus.draw(corpus.scenes(0, "train", range(8)), SIZE))
     np.testing.assert_allclose([tokens.mean(), tokens.std()], [0, 1], atol=2e-2)  # what scaling and shift are for
     written = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*.npy")}
-    assert len(written) == 1 and list(tmp_path.glob("text_to_image/**/*.png"))
+    assert len(written) == 2 and list(tmp_path.glob("text_to_image/**/*.png"))
     again = run.train(config, tmp_path)
     assert again == trained and {path: path.stat().st_mtime_ns for path in tmp_path.glob("*.npy")} == written

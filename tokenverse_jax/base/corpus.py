@@ -1,6 +1,6 @@
 """What both stages read: mini_scenes drawn as they are needed, their latents, and a new caption for every visit.
 
-Axes: N scenes, B batch, T text tokens, H W image, h w grid of latents, C latent channels.
+Axes: N scenes, B batch, T text tokens, H W image, h w grid of latents, C latent channels, F features of a layout.
 """
 
 import functools
@@ -23,7 +23,7 @@ from tokenverse_jax.text import encode
 Scenes = tuple[Scene, ...]
 PAIR = IsolationConfig.template  # learning a concept puts pictures side by side under such captions
 Images = UInt8[np.ndarray, "B H W 3"]
-DRAWN_AT_ONCE = 64
+AT_ONCE = 64
 
 
 def scenes(seed: int, split: str, indices: Sequence[int]) -> Scenes:
@@ -43,15 +43,15 @@ def picture_batches(seed: int, size: int, batch_size: int, start_step: int) -> I
         yield {"image": draw(scenes(seed, "train", numbers), size), "index": np.array(numbers)}
 
 
-def cached_latents(
-    path: Path, drawn: Sequence[Scene], size: int, encoder: Callable[[Images], Float[np.ndarray, "B h w C"]]
-) -> Float16[np.ndarray, "N h w C"]:
-    """Latents of scenes, from the file `path` if it is there; otherwise they are drawn and encoded."""
+def cached(
+    path: Path, scenes: Scenes, compute: Callable[[Scenes], Float[np.ndarray, "B ..."]]
+) -> Float16[np.ndarray, "N ..."]:
+    """What is computed of some scenes at a time, from the file `path` if it is there."""
     if not path.is_file():
-        parts = (drawn[start : start + DRAWN_AT_ONCE] for start in range(0, len(drawn), DRAWN_AT_ONCE))
-        latents = [np.asarray(encoder(draw(part, size)), np.float16) for part in parts]
+        parts = (scenes[start : start + AT_ONCE] for start in range(0, len(scenes), AT_ONCE))
+        found = np.concatenate([np.asarray(compute(part), np.float16) for part in parts])
         partial = path.with_name(f".{path.stem}.partial.npy")
-        np.save(partial, np.concatenate(latents))
+        np.save(partial, found)
         os.replace(partial, path)
     return np.load(path)
 
@@ -89,6 +89,7 @@ class Corpus:
     """Batches for the transformer; batch s is a pure function of (seed, s)."""
 
     latents: Float[np.ndarray, "N h w C"]  # scaled
+    layouts: Float[np.ndarray, "N rows columns F"]  # of image tokens, see `layout`
     scenes: Scenes
     tokenizers: Tokenizers
     captions: CaptionConfig
@@ -100,7 +101,7 @@ class Corpus:
         return map(self.batch, itertools.count(start_step))
 
     def batch(self, step: int) -> dict[str, np.ndarray]:
-        """latents float32 [B, h, w, C], t5_ids and clip_ids int32 [B, T], index int64 [B].
+        """latents [B, h, w, C], layouts [B, rows, columns, F], t5_ids and clip_ids int32 [B, T], index int64 [B].
 
         A batch of pairs has half as many examples, of twice the width.
         """
@@ -112,8 +113,10 @@ class Corpus:
         numbers = numbers[: len(places)]
         describe = functools.partial(self._prompts, name_all=easy)
         t5, clip = zip(*map(describe, places, numbers), strict=True)
+        wide = "b pictures h w c -> b h (pictures w) c"
         return {
-            "latents": rearrange(self.latents[places], "b pictures h w c -> b h (pictures w) c"),
+            "latents": rearrange(self.latents[places], wide),
+            "layouts": rearrange(self.layouts[places], wide),
             "t5_ids": encode(self.tokenizers.tokenizer_2, t5, self.captions.text_length),
             "clip_ids": encode(self.tokenizers.tokenizer, clip, self.captions.text_length, truncate=True),
             "index": np.array(numbers),

@@ -17,6 +17,7 @@ from runtime_jax.pictures import image_grid
 from tokenverse_jax import autoencoder
 from tokenverse_jax.base import corpus, text_to_image, vae
 from tokenverse_jax.base.corpus import Corpus
+from tokenverse_jax.base.layout import layout
 from tokenverse_jax.base.report import captioned_grid, held_out_captions
 from tokenverse_jax.base.text_to_image import Networks, TextToImageConfig
 from tokenverse_jax.base.tokenizers import make_tokenizers, scene_words
@@ -86,6 +87,7 @@ def train(config: BaseConfig, workdir: str | Path) -> Trained:
     part, latents = _encode(config, jax.device_get(result.state.ema), scenes, workdir)
     data = Corpus(
         latents=latents,
+        layouts=_layouts(config, scenes, workdir),
         scenes=scenes,
         tokenizers=tokenizers,
         captions=stage.captions,
@@ -130,10 +132,18 @@ def _encode(config: BaseConfig, params: Params, scenes: corpus.Scenes, workdir: 
     """The autoencoder, which now scales latents to mean 0 and variance 1, and the scenes' latents [N, h, w, C]."""
     encode = functools.partial(vae.encode, params, model=config.vae.model, compute=config.compute)
     path = workdir / f"latents_{len(scenes)}_{fingerprint(params)[:12]}.npy"
-    latents = corpus.cached_latents(path, scenes, config.image_size, encode)
+    latents = corpus.cached(path, scenes, lambda some: encode(corpus.draw(some, config.image_size)))
     spread = float(latents.std(dtype=np.float64))
     model = replace(config.vae.model, shift_factor=float(latents.mean(dtype=np.float64)), scaling_factor=1 / spread)
     return Part(model, params), np.asarray(autoencoder.to_latents(jnp.asarray(latents, jnp.float32), model))
+
+
+def _layouts(config: BaseConfig, scenes: corpus.Scenes, workdir: Path) -> np.ndarray:
+    """Layouts of the scenes [N, rows, columns, F]."""
+    size = config.image_size
+    grid = config.vae.model.token_grid(size, size)
+    path = workdir / f"layouts_{len(scenes)}_{config.seed}_{size}.npy"
+    return corpus.cached(path, scenes, lambda some: np.stack([layout(scene, size, grid) for scene in some]))
 
 
 def _train_text_to_image(

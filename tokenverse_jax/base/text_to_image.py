@@ -14,6 +14,7 @@ from runtime_jax.compute import Compute
 from runtime_jax.prng import Stream, example_keys, stream_key
 from tokenverse_jax import autoencoder, model
 from tokenverse_jax.base.corpus import CaptionConfig
+from tokenverse_jax.base.layout import LayoutHead, layout_loss
 from tokenverse_jax.base.tokenizers import Tokenizers
 from tokenverse_jax.base.training import Metrics, TrainingConfig
 from tokenverse_jax.model import Flux, FluxConfig
@@ -36,12 +37,18 @@ class TextToImageConfig:
     captions: CaptionConfig = CaptionConfig()
     time_mean: float = 0.0  # of the normal variable whose sigmoid is the time, 1 being noise
     time_std: float = 1.0
+    layout_weight: float = 0.3  # of what the middle single block is taught beside the velocity, see `layout`
     training: TrainingConfig
 
     def __post_init__(self):
         if self.flux.guidance_embeds:
             raise ValueError(
                 "text_to_image.flux.guidance_embeds: only a distilled model knows guidance; set it to False"
+            )
+        if self.flux.num_single_layers < 1 or self.layout_weight < 0:
+            raise ValueError(
+                f"text_to_image.flux.num_single_layers={self.flux.num_single_layers}: at least 1 is needed; "
+                f"text_to_image.layout_weight={self.layout_weight} is not negative"
             )
         for name in ("joint_attention_dim", "pooled_projection_dim"):
             if getattr(self.flux, name) % self.text_heads:
@@ -83,13 +90,14 @@ def make_networks(config: TextToImageConfig, tokenizers: Tokenizers, compute: Co
 
 
 def init_params(networks: Networks, seed: int) -> Params:
-    """Random parameters {"transformer", "clip", "t5"}, float32."""
-    keys = jax.random.split(stream_key(seed, Stream.PARAMS), 3)
+    """Random parameters {"transformer", "clip", "t5", "layout_head"}, float32."""
+    keys = jax.random.split(stream_key(seed, Stream.PARAMS), 4)
     ids = jnp.zeros((1, 1), jnp.int32)
     return {
         "transformer": model.init_params(networks.transformer, keys[0]),
         "clip": CLIPTextEncoder(networks.clip).init(keys[1], ids)["params"],
         "t5": T5Encoder(networks.t5).init(keys[2], ids)["params"],
+        "layout_head": LayoutHead().init(keys[3], jnp.zeros((1, 1, networks.transformer.width)))["params"],
     }
 
 
@@ -112,10 +120,11 @@ def make_pipeline(
 def loss(
     params: Params, batch: dict[str, Array], step: Array, *, config: TextToImageConfig, networks: Networks, seed: int
 ) -> tuple[Array, Metrics]:
-    """Mean square error of the velocity.
+    """Mean square error of the velocity, and the weighted loss of the layout.
 
     Args:
-      batch: "latents" [B, h, w, C], "t5_ids" and "clip_ids" int [B, T], "index" int [B] that time and noise depend on.
+      batch: "latents" [B, h, w, C], "layouts" [B, h / 2, w / 2, F], "t5_ids" and "clip_ids" int [B, T], "index" int [B]
+        that time and noise depend on.
     """
     compute = networks.compute
     txt = T5Encoder(networks.t5, compute).apply({"params": params["t5"]}, batch["t5_ids"])
@@ -127,7 +136,7 @@ def loss(
     times = logit_normal_times(keys[:, 0], config.time_mean, config.time_std)
     noise = jax.vmap(lambda key: jax.random.normal(key, clean.shape[1:]))(keys[:, 1])
     noisy, target = flow(clean, noise, times)
-    velocity = Flux(networks.transformer, compute).apply(
+    velocity, seen = Flux(networks.transformer, compute).apply(
         {"params": params["transformer"]},
         noisy,
         autoencoder.image_ids(grid),
@@ -135,8 +144,17 @@ def loss(
         jnp.zeros((txt.shape[1], 3)),
         times,
         vec,
+        capture_intermediates=lambda module, _: module.name == "single_blocks",
+        mutable=["intermediates"],
     )
     error = jnp.mean(jnp.square(velocity - target), axis=(1, 2))
+    ((blocks, _),) = seen["intermediates"]["single_blocks"]["__call__"]
+    middle = blocks[(len(blocks) - 1) // 2, :, txt.shape[1] :]
+    off_layout = layout_loss(LayoutHead().apply({"params": params["layout_head"]}, middle), batch["layouts"])
     high = times > 0.8
-    metrics = {"loss/high_noise": jnp.sum(error * high) / jnp.maximum(jnp.sum(high), 1)}
-    return jnp.mean(error), metrics
+    metrics = {
+        "velocity": jnp.mean(error),
+        "velocity/high_noise": jnp.sum(error * high) / jnp.maximum(jnp.sum(high), 1),
+        "layout": off_layout,
+    }
+    return jnp.mean(error) + config.layout_weight * off_layout, metrics
