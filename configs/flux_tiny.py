@@ -26,7 +26,7 @@ def get_config() -> ConfigDict:
                     "norm_num_groups": 4,
                 },
                 "l2_weight": 1.0,
-                # 1.5 nats a latent: pictures of 29 dB, and what the transformer has to say is a quarter of that at 1e-3.
+                # 1.5 nats a latent: 29 dB, and a quarter of what the transformer would have to say at 1e-3.
                 "kl_weight": 1e-2,
                 "training": {
                     "batch_size": 8,
