@@ -41,7 +41,8 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 
 $(VENV)-parity/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)-parity
-	-$(VENV)-parity/bin/python -m pip install --quiet --retries 0 --index-url https://download.pytorch.org/whl/cpu torch
+	-$(VENV)-parity/bin/python -m pip install --quiet --retries 0 --no-deps --constraint constraints.txt \
+		--index-url https://download.pytorch.org/whl/cpu torch
 	$(VENV)-parity/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[test,parity]'
 	touch $@
 

@@ -18,7 +18,7 @@ from tokenverse_jax.sampling import initial_noise
 
 # In steps of 255. Float32 sums in another order, then 24 steps and two networks on top of each other.
 TOLERANCE = 2
-PROMPTS = ["a red striped star to the left of a blue ring", "a ball on the beach"]
+PROMPTS = ["a red ball on the beach", "a dog"]  # words that both vocabularies have or spell in few letters
 
 
 def random_folder(folder: Path, *, guidance_embeds: bool) -> Path:
