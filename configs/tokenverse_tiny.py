@@ -1,13 +1,27 @@
 """Concepts of an image on the tiny FLUX model of configs/flux_tiny.py (not tuned yet).
 
-    tokenverse learn --config configs/tokenverse_tiny.py --workdir runs/star \
-        --config.images="[{'path': 'star.png', 'captions': ['a star on the grass', 'on the grass, a star']}]" \
+    tokenverse learn --config configs/tokenverse_tiny.py:star --workdir runs/star     # of docs/concepts/star.png
+    tokenverse learn --config configs/tokenverse_tiny.py --workdir runs/mine \
+        --config.images="[{'path': 'mine.png', 'captions': ['a star on the grass', 'on the grass, a star']}]" \
         --config.words="['star']" --config.prompts="['a star and a ring on the beach']"
 """
+
+from pathlib import Path
 
 from ml_collections import ConfigDict
 
 from runtime_jax.data.mini_scenes import BACKGROUNDS, CLASSES
+
+EXAMPLES = {"star": "in the snow", "heart": "on the grass"}  # pictures in docs/concepts, and where the thing is
+
+
+def _example(name: str) -> dict:
+    """The image, captions that do not tell what the thing looks like, and prompts to draw on the way."""
+    place = EXAMPLES[name]
+    captions = [f"a {name} {place}", f"a picture of a {name} {place}", f"{place}, a {name}"]
+    path = Path(__file__).parents[1] / "docs" / "concepts" / f"{name}.png"
+    prompts = [f"a {name} and a ring on the beach", f"a {name} against a plain wall"]
+    return {"images": [{"path": str(path), "captions": captions}], "words": [name], "prompts": prompts}
 
 
 def _pool() -> list[str]:
@@ -17,13 +31,15 @@ def _pool() -> list[str]:
     return [f"{one} and {other} {places[i % len(places)]}" for i, (one, other) in enumerate(pairs)]
 
 
-def get_config() -> ConfigDict:
-    """Everything but the images, their captions and the words to learn."""
+def get_config(arg: str = "") -> ConfigDict:
+    """An example by its name, or everything but the images, their captions and the words to learn."""
+    if arg and arg not in EXAMPLES:
+        raise ValueError(f"no example {arg!r}; there are {', '.join(EXAMPLES)}")
+    learned = _example(arg) if arg else {"images": [], "words": []}
     return ConfigDict(
         {
             "model": "tiny",
-            "images": [],
-            "words": [],
+            **learned,
             "size": 64,
             "learn": {
                 "concept_mod": {"hidden": 256, "block_hidden": 128},

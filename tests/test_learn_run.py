@@ -182,3 +182,16 @@ def test_configs_build(name):
         assert (learn.stage_1.steps, learn.stage_2.steps, learn.boundary) == (800, 600, 0.8)
         assert (learn.stage_1.high_share, learn.stage_2.high_share) == (0.92, 0.08)
         assert (learn.isolation.probability, learn.flip, learn.guidance) == (0.5, True, 1.0)
+
+
+@pytest.mark.parametrize("name", ["star", "heart"])
+def test_the_examples_are_there(name):
+    config = build(LearnRunConfig, load(f"configs/tokenverse_tiny.py:{name}"))
+    (image,) = config.images
+    assert read_image(image.path, config.size).shape == (64, 64, 3)
+    assert config.words == (name,) and all(name in text for text in (*image.captions, *config.prompts))
+
+
+def test_an_unknown_example_is_refused():
+    with pytest.raises(ValueError, match="no example 'moon'; there are star, heart"):
+        load("configs/tokenverse_tiny.py:moon")
