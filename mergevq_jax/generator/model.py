@@ -18,7 +18,7 @@ from mergevq_jax.generator.plan import SamplingConfig
 from mergevq_jax.generator.sampling import Samples, sample
 from mergevq_jax.generator.train import Kind
 from mergevq_jax.generator.transformer import Params, param_shapes
-from mergevq_jax.pretrained import load_tokenizer
+from mergevq_jax.pretrained import GENERATORS, load_tokenizer
 from mergevq_jax.tokenizer.model import Tokenizer, Tokens
 from runtime_jax.compute import Compute
 
@@ -139,6 +139,15 @@ class GeneratorModel:
             examples=examples,
             compute=self.compute,
         )
+
+
+def load_generator(source: str | os.PathLike, *, compute: Compute = Compute()) -> GeneratorModel:
+    """A shipped generator by its name, otherwise a folder or hub id.
+
+    Raises:
+      ValueError: as `GeneratorModel.from_pretrained`.
+    """
+    return GeneratorModel.from_pretrained(GENERATORS.get(str(source), source), compute=compute)
 
 
 def codes_to_images(tokenizer: Tokenizer, indices: Int[Array, "B L"]) -> UInt8[Array, "B H W 3"]:
