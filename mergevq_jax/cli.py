@@ -66,9 +66,11 @@ def _command_line() -> CommandLine:
     sub.add_argument("--compile", action="store_true", help="also compile and ask the compiler for its memory (slow)")
 
     sub = line.command(
-        "convert", _convert, "Turn a released stage-1 checkpoint (as .safetensors) into a tokenizer's folder."
+        "convert", _convert, "Turn a released checkpoint (as .safetensors) into a tokenizer's or generator's folder."
     )
     sub.add_argument("checkpoint", type=Path)
+    sub.add_argument("--stage", type=int, choices=(1, 2), default=1, help="1: tokenizer (default), 2: generator")
+    sub.add_argument("--tokenizer", default=TINY, help="stage 2: the tokenizer of the generator's codes, converted")
     sub.add_argument("--preset", required=True, help="the architecture it was trained with")
     sub.add_argument("--last-weights", action="store_true", help="take the last weights instead of the moving averages")
     sub.add_argument("--out", type=Path, required=True)
@@ -199,6 +201,8 @@ def _inspect(args, overrides) -> None:
 
 
 def _convert(args, _) -> None:
+    if args.stage == 2:
+        return _convert_generator(args)
     from mergevq_jax.convert import from_released, tokenizer_table
     from mergevq_jax.tokenizer.config import preset
     from mergevq_jax.tokenizer.model import Tokenizer, param_shapes
@@ -213,6 +217,16 @@ def _convert(args, _) -> None:
         config = replace(config, recovery=None)  # the released checkpoints never trained one
     Tokenizer(config, import_weights(tokenizer_table(config), tensors, param_shapes(config))).save_pretrained(args.out)
     print(f"the tokenizer is in {args.out}")
+
+
+def _convert_generator(args) -> None:
+    from mergevq_jax.generator.config import preset
+    from mergevq_jax.generator.model import import_released
+    from runtime_jax.hub import read_tensors
+
+    config = preset(args.preset, merge_instruction=False, zero_class_rope=True)
+    import_released(config, read_tensors(args.checkpoint), args.tokenizer).save_pretrained(args.out)
+    print(f"the generator is in {args.out}")
 
 
 if __name__ == "__main__":

@@ -163,4 +163,4 @@ def _dimmed(drawn: Drawn, grid: tuple[int, int]) -> list[np.ndarray]:
 def _picture(images: Sequence[np.ndarray], names: Sequence[str]) -> np.ndarray:
     rows = [slice(start, start + COLUMNS) for start in range(0, min(len(images), MAX_SHOWN), COLUMNS)]
     scale = max(1, 128 // images[0].shape[0])
-    return image_grid([images[row] for row in rows], captions=[names[row] for row in rows], scale=scale)
+    return image_grid([list(images[row]) for row in rows], captions=[names[row] for row in rows], scale=scale)

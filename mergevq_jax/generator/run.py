@@ -274,7 +274,7 @@ class Run:
         labels = np.repeat(np.arange(rows), columns)
         samples = model.sample(labels, self._config.preview_number, sampling=config.sampling, seed=self._config.seed)
         images = np.asarray(self.on_every_device(codes_to_images(self._tokenizer, samples.indices)))
-        grid = images.reshape(rows, columns, *images.shape[1:])
+        grid = [list(row) for row in np.split(images, rows)]
         return {"samples": image_grid(grid, row_labels=self._info.classes[:rows])}
 
 
