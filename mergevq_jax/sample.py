@@ -76,7 +76,7 @@ def sample(
     settings = model.info.sampling(request.sampling)
     plan, _ = make_plan(model.config, settings, merge_number, compute)
     drawn = draw(model, loaded, request)
-    names = [_class_name(model, label) for label in drawn.labels]
+    names = [_class_name(model, label) for label in drawn.labels.tolist()]
 
     out.mkdir(parents=True, exist_ok=True)
     np.savez(out / "samples.npz", drawn.images, drawn.labels)
@@ -96,7 +96,7 @@ def sample(
         "jax": jax.__version__,
     }
     write_json(out / "protocol.json", protocol)
-    save_png(out / "samples.png", _picture(drawn.images, names))
+    save_png(out / "samples.png", _picture(list(drawn.images), names))
     if show_cache:
         save_png(out / "cache.png", _picture(_dimmed(drawn, model.config.grid), names))
         steps, used = np.arange(1, model.config.length + 1), drawn.occupancy
@@ -163,4 +163,4 @@ def _dimmed(drawn: Drawn, grid: tuple[int, int]) -> list[np.ndarray]:
 def _picture(images: Sequence[np.ndarray], names: Sequence[str]) -> np.ndarray:
     rows = [slice(start, start + COLUMNS) for start in range(0, min(len(images), MAX_SHOWN), COLUMNS)]
     scale = max(1, 128 // images[0].shape[0])
-    return image_grid([list(images[row]) for row in rows], captions=[names[row] for row in rows], scale=scale)
+    return image_grid([images[row] for row in rows], captions=[names[row] for row in rows], scale=scale)

@@ -153,14 +153,18 @@ def test_an_update_that_is_not_finite_is_skipped(state, codes):
     jax.tree.map(np.testing.assert_array_equal, new.ema, state.ema)
 
 
-@pytest.mark.parametrize(("size", "millions"), [("B", 111), ("L", 343), ("XL", 775)])
-def test_a_published_step_traces(size, millions):
-    """Whole, from images through the tokenizer, by shapes alone."""
+@pytest.mark.parametrize("size", ["B", "L", "XL"])
+def test_imagenet_configs_build(size):
     config = build(TrainConfig, load(f"configs/mergear_imagenet.py:{size}"))
-    tokenizer = PRESETS["gr-d64"]
     assert config.model == preset(size, merge_numbers=(144, 169, 196, 225, 256))
     assert build(TrainConfig, to_dict(config)) == config
-    step_config = dataclasses.replace(config.step_config(None), tokenizer=tokenizer)
+
+
+def test_a_published_step_traces():
+    """Whole, from images through the tokenizer, by shapes alone."""
+    config = build(TrainConfig, load("configs/mergear_imagenet.py:L"))
+    tokenizer = PRESETS["gr-d64"]
+    step_config = dataclasses.replace(config.step_config(None), tokenizer=tokenizer, accumulate=2)
     state = jax.eval_shape(functools.partial(train.init_state, step_config, SGD))
     batch = {
         "image": jax.ShapeDtypeStruct((2, 256, 256, 3), jnp.uint8),
@@ -171,17 +175,17 @@ def test_a_published_step_traces(size, millions):
     new, metrics = jax.eval_shape(step, state, tokenizer_shapes(tokenizer), batch)
     assert jax.tree.map(lambda x: (x.shape, x.dtype), new) == jax.tree.map(lambda x: (x.shape, x.dtype), state)
     assert {"loss", "loss/0", "accuracy/1", "grad_norm", "lr", "nonfinite"} <= set(metrics)
-    assert abs(sum(leaf.size for leaf in jax.tree.leaves(state.params)) / 1e6 - millions) < 0.02 * millions
+    assert abs(sum(leaf.size for leaf in jax.tree.leaves(state.params)) / 343e6 - 1) < 0.01
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """A run of four steps from images: its config and its workdir."""
+    """A run of four steps from images, looked at only at the end: its config and its workdir."""
     root = tmp_path_factory.mktemp("generator")
     random_tokenizer().save_pretrained(root / "tokenizer")
     config = run_config(root / "tokenizer", images_of(write_pictures(root / "pictures"), flip=True))
-    config = dataclasses.replace(config, loop=dataclasses.replace(config.loop, eval_every=4, preview_every=4))
-    run_training(config, root / "run")
+    looking = dataclasses.replace(config.loop, eval_every=4, preview_every=4)
+    run_training(dataclasses.replace(config, loop=looking), root / "run")
     return config, root / "run"
 
 

@@ -97,7 +97,6 @@ def test_a_released_checkpoint_becomes_a_plain_generator(root, tmp_path):
         (["--merge-number", "12"], "merge number 12: this generator knows 10, 16"),
         (["--top-k", "3"], "top_k=3: 0 (off) to the sub-tokens' vocabularies (2, 8)"),
         (["--temperature", "1", "1", "1"], "one value, or one for each of 2 sub-tokens"),
-        (["--policy", "lru"], "policy='lru': allowed are evict-oldest, full"),
         (["--capacity", "1"], "window=3, capacity=1: needed is 1 <= window <= capacity <= 16"),
         (["--num", "0"], "--num 0"),
     ],
