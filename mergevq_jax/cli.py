@@ -73,19 +73,19 @@ def _command_line() -> CommandLine:
     return line
 
 
-def _load(args, overrides):
-    from mergevq_jax.tokenizer.run import TrainConfig
+def _train(args, overrides) -> int:
     from runtime_jax import config as config_lib
 
-    return config_lib.build(TrainConfig, config_lib.load(args.config, overrides, new_keys=True))
-
-
-def _train(args, overrides) -> int:
-    config = _load(args, overrides)
-    from mergevq_jax.tokenizer.run import train
-
-    trained = train(config, args.workdir)
-    return report_end(f"the tokenizer is in {trained.folder}", trained.stopped_by, trained.step)
+    fields = config_lib.load(args.config, overrides, new_keys=True)
+    task = fields.get("task", "tokenizer")
+    if task == "tokenizer":
+        from mergevq_jax.tokenizer.run import TrainConfig, train
+    elif task == "generator":
+        from mergevq_jax.generator.run import TrainConfig, train
+    else:
+        raise ValueError(f"{args.config}: task={task!r}, allowed are 'tokenizer' and 'generator'")
+    trained = train(config_lib.build(TrainConfig, fields), args.workdir)
+    return report_end(f"the {task} is in {trained.folder}", trained.stopped_by, trained.step)
 
 
 def _evaluate(args, _) -> None:
@@ -127,11 +127,14 @@ def _tokenize(args, _) -> None:
 def _inspect(args, overrides) -> None:
     from mergevq_jax.inspect import inspect_config, inspect_model
     from mergevq_jax.tokenizer.config import preset
+    from mergevq_jax.tokenizer.run import TrainConfig
+    from runtime_jax import config as config_lib
 
     if bool(args.config) == bool(args.preset):
         raise ValueError("give exactly one of --config and --preset")
     if args.config:
-        print(inspect_config(_load(args, overrides), compile=args.compile))
+        config = config_lib.build(TrainConfig, config_lib.load(args.config, overrides, new_keys=True))
+        print(inspect_config(config, compile=args.compile))
     else:
         print(inspect_model(preset(args.preset), args.batch_size or 1, compile=args.compile))
 

@@ -6,11 +6,11 @@ appears under its final name only when it is complete, so a run that was stopped
 first missing one.
 """
 
-import hashlib
 import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
@@ -18,23 +18,13 @@ from safetensors.numpy import load as from_bytes
 from safetensors.numpy import save as to_bytes
 from tqdm import tqdm
 
+from mergevq_jax.model_folder import write_json
 from mergevq_jax.pretrained import load_tokenizer
 from mergevq_jax.tokenizer.model import Tokenizer
 from runtime_jax import config as config_lib
 from runtime_jax.data import SourceConfig, center_crop, open_source
 
 INFO_NAME = "tokens.json"
-
-
-def fingerprint(tokenizer: Tokenizer) -> str:
-    """SHA-256 over a tokenizer's config and parameters: codes of one tokenizer mean nothing to another."""
-    from mergevq_jax.convert import tokenizer_table
-    from runtime_jax.weights import export_weights
-
-    digest = hashlib.sha256(json.dumps(config_lib.to_dict(tokenizer.config), sort_keys=True).encode())
-    for name, array in sorted(export_weights(tokenizer_table(tokenizer.config), tokenizer.params).items()):
-        digest.update(name.encode() + np.ascontiguousarray(array).tobytes())
-    return digest.hexdigest()
 
 
 def tokenize(
@@ -56,10 +46,11 @@ def tokenize(
         raise ValueError(f"--batch-size {batch_size} and --shard-size {shard_size}: at least 1")
     shards = -(-len(images) // shard_size)
     info = {
-        "tokenizer": fingerprint(loaded),
+        "tokenizer": loaded.fingerprint(),
         "bits": config.z_channels,
         "keep": keep,
         "grid": list(config.grid(config.resolution, config.resolution)),
+        "classes": images.classes,
         "source": config_lib.to_dict(source),
         "images": len(images),
         "shard_size": shard_size,
@@ -79,7 +70,7 @@ def tokenize(
     # Counted from the shards, so that a run that was stopped in between ends with the same number.
     count = sum(1 for _ in read_tokens(out))
     unreadable = len(images) - count
-    _write_info(out, info | {"unreadable": unreadable})
+    write_json(out / INFO_NAME, info | {"unreadable": unreadable})
     return f"{count} images in {shards} shards under {out} ({unreadable} unreadable ones left out)"
 
 
@@ -93,13 +84,7 @@ def _claim(out: Path, info: dict) -> None:
             raise ValueError(f"{out} holds other tokens; choose another folder\n  " + "\n  ".join(differing))
         return
     out.mkdir(parents=True, exist_ok=True)
-    _write_info(out, info)
-
-
-def _write_info(out: Path, info: dict) -> None:
-    partial = out / f".{INFO_NAME}.{os.getpid()}.partial"
-    partial.write_text(json.dumps(info, indent=2) + "\n")
-    os.replace(partial, out / INFO_NAME)
+    write_json(path, info)
 
 
 def _write_shard(path: Path, tokenizer: Tokenizer, images, indices: range, keep: int, batch_size: int) -> None:
@@ -143,17 +128,33 @@ def read_tokens(folder: Path) -> Iterator[dict[str, np.ndarray]]:
     """The records of a folder that `tokenize` wrote, in order.
 
     Raises:
+      ValueError: as `open_tokens`.
+    """
+    for path in open_tokens(folder).shards:
+        reader = ArrayRecordReader(str(path))
+        for blob in reader.read_all():
+            yield from_bytes(blob)
+        reader.close()
+
+
+class TokensFolder(NamedTuple):
+    """A folder that `tokenize` wrote."""
+
+    info: dict[str, Any]  # tokens.json
+    shards: list[Path]
+
+
+def open_tokens(folder: Path) -> TokensFolder:
+    """What a folder of tokens holds.
+
+    Raises:
       ValueError: not such a folder, or shards missing.
     """
     if not (folder / INFO_NAME).is_file():
         raise ValueError(f"{folder}: no {INFO_NAME}; mergevq tokenize writes such folders")
     info = json.loads((folder / INFO_NAME).read_text())
     wanted = -(-info["images"] // info["shard_size"])
-    paths = sorted(folder.glob("tokens-*.array_record"))
-    if len(paths) != wanted:
-        raise ValueError(f"{folder}: {len(paths)} of {wanted} shards are there; start mergevq tokenize again")
-    for path in paths:
-        reader = ArrayRecordReader(str(path))
-        for blob in reader.read_all():
-            yield from_bytes(blob)
-        reader.close()
+    shards = sorted(folder.glob("tokens-*.array_record"))
+    if len(shards) != wanted:
+        raise ValueError(f"{folder}: {len(shards)} of {wanted} shards are there; start mergevq tokenize again")
+    return TokensFolder(info, shards)

@@ -158,12 +158,12 @@ def test_folder_labels_are_sorted_sub_folders(folder):
     assert [source[i]["label"] for i in range(5)] == [0, 0, 1, 1, 2]
 
 
-def test_num_classes(scenes, folder):
-    assert open_source(scenes).num_classes == len(CLASSES) and open_source(PHOTOS).num_classes is None
+def test_class_names(scenes, folder):
+    assert open_source(scenes).classes == list(CLASSES) and open_source(PHOTOS).classes is None
     source = SourceConfig(kind="folder", path=str(folder))
-    assert open_source(source).num_classes == 3
+    assert open_source(source).classes == ["a", "b", "c"]
     write_image(folder / "outside.png", 9)
-    assert open_source(source).num_classes is None
+    assert open_source(source).classes is None
 
 
 def test_flat_folder_has_no_labels(tmp_path):

@@ -4,6 +4,7 @@ Axes: B batch, H W image, h w grid of raw tokens, L = h w, K kept tokens, C bits
 """
 
 import functools
+import hashlib
 import json
 import os
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, UInt8
 
-from mergevq_jax import convert
+from mergevq_jax import convert, model_folder
 from mergevq_jax.tokenizer import lfq, tome
 from mergevq_jax.tokenizer.config import TokenizerConfig, ratio_keep
 from mergevq_jax.tokenizer.decoder import Decoder
@@ -25,13 +26,10 @@ from mergevq_jax.tokenizer.encoder import Encoded, Encoder
 from mergevq_jax.tokenizer.recovery import SourceRecovery, recovered_source_map
 from runtime_jax import config as config_lib
 from runtime_jax.compute import Compute
-from runtime_jax.hub import local_path
 from runtime_jax.sharding import constrain
-from runtime_jax.weights import WeightError, export_weights, import_weights, read_safetensors, write_safetensors
+from runtime_jax.weights import export_weights
 
 Params = dict[str, Any]
-CONFIG_NAME = "config.json"
-WEIGHTS_NAME = "model.safetensors"
 MODEL_TYPE = "mergevq_tokenizer"
 
 
@@ -149,28 +147,22 @@ class Tokenizer:
         Raises:
           ValueError: folder, a file in it or a parameter missing; another kind of model.
         """
-        folder = local_path(path, (CONFIG_NAME, WEIGHTS_NAME))
-        missing = [name for name in (CONFIG_NAME, WEIGHTS_NAME) if not (folder / name).is_file()]
-        if missing:
-            raise ValueError(f"{folder}: not a tokenizer's folder, {' and '.join(missing)} missing")
-        config = read_config(folder / CONFIG_NAME)
-        tensors, _ = read_safetensors(folder / WEIGHTS_NAME)
-        try:
-            params = import_weights(convert.tokenizer_table(config), tensors, param_shapes(config))
-        except WeightError as error:
-            raise WeightError(f"{folder / WEIGHTS_NAME}: {error}") from None
-        # To the device once, not with every call.
-        return cls(config, jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), params), compute)
+        folder = model_folder.find_folder(path, "tokenizer")
+        config = read_config(folder / model_folder.CONFIG_NAME)
+        params = model_folder.read_params(folder, convert.tokenizer_table(config), param_shapes(config))
+        return cls(config, params, compute)
 
     def save_pretrained(self, path: str | os.PathLike) -> None:
         """Writes config.json and model.safetensors (released state-dict names); each file atomically."""
-        folder = Path(path)
-        tensors = export_weights(convert.tokenizer_table(self.config), self.params)
-        write_safetensors(folder / WEIGHTS_NAME, tensors, {"format": "pt", "model_type": MODEL_TYPE})
-        text = json.dumps({"model_type": MODEL_TYPE, **config_lib.to_dict(self.config)}, indent=2)
-        partial = folder / f".{CONFIG_NAME}.{os.getpid()}.partial"
-        partial.write_text(text + "\n")
-        os.replace(partial, folder / CONFIG_NAME)
+        table = convert.tokenizer_table(self.config)
+        model_folder.write_folder(Path(path), MODEL_TYPE, self.config, table, self.params)
+
+    def fingerprint(self) -> str:
+        """SHA-256 over config and parameters: codes of one tokenizer mean nothing to another."""
+        digest = hashlib.sha256(json.dumps(config_lib.to_dict(self.config), sort_keys=True).encode())
+        for name, array in sorted(export_weights(convert.tokenizer_table(self.config), self.params).items()):
+            digest.update(name.encode() + np.ascontiguousarray(array).tobytes())
+        return digest.hexdigest()
 
     def encode(
         self, images: UInt8[np.ndarray, "B H W 3"] | UInt8[Array, "B H W 3"], *, keep: int | None = None
@@ -215,14 +207,7 @@ def read_config(path: Path) -> TokenizerConfig:
     Raises:
       ValueError: not JSON, another kind of model, or a key that does not fit.
     """
-    try:
-        fields = json.loads(path.read_text())
-    except (OSError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path}: not a readable JSON file ({error})") from error
-    kind = fields.pop("model_type", None) if isinstance(fields, dict) else None
-    if kind != MODEL_TYPE:
-        raise ValueError(f"{path}: model_type is {kind!r}, but a tokenizer's is {MODEL_TYPE!r}")
-    return config_lib.build(TokenizerConfig, fields, path=str(path))
+    return model_folder.read_config(path, TokenizerConfig, MODEL_TYPE, "tokenizer")
 
 
 def to_float(images: UInt8[Array, "*shape"] | UInt8[np.ndarray, "*shape"]) -> Float[Array, "*shape"]:

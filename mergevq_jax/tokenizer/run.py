@@ -2,7 +2,7 @@
 
 import functools
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -19,11 +19,11 @@ from mergevq_jax.tokenizer.merge_ratio import MergeRatioConfig, draw_keep
 from mergevq_jax.tokenizer.model import Tokenizer
 from mergevq_jax.tokenizer.perceptual import load_lpips
 from runtime_jax import config as config_lib
-from runtime_jax import loop, sharding
+from runtime_jax import loop, program, sharding
 from runtime_jax.checkpoint import check_workdir, initial_state
 from runtime_jax.compute import Compute
 from runtime_jax.data import DataConfig, make_batches, num_examples, open_source
-from runtime_jax.flops import count_flops, peak_flops
+from runtime_jax.flops import peak_flops
 from runtime_jax.optimizer import OptimizerConfig, make_optimizer, make_schedule
 
 MODEL_FOLDER = "tokenizer"
@@ -118,13 +118,13 @@ def train(config: TrainConfig, workdir: str | Path) -> Trained:
         raise ValueError(f"data.batch_size={batch_size} does not divide by data x fsdp x accumulate = {parts}")
     resolved = config_lib.to_dict(config)
     with jax.set_mesh(mesh):
-        program = Program(step_config, optimizers, mesh, frozen)
+        compiled = Program(step_config, optimizers, mesh, frozen)
         found = initial_state(
             workdir,
-            program.abstract_state,
+            compiled.abstract_state,
             config=resolved,
-            init=functools.partial(program.init, blocks_from=config.blocks_from),
-            init_from=functools.partial(program.with_weights, start) if start else None,
+            init=functools.partial(compiled.init, blocks_from=config.blocks_from),
+            init_from=functools.partial(compiled.with_weights, start) if start else None,
             resume_from=config.resume_from,
             must_match=("model", "discriminator", "seed", "data", "merge_ratio"),
             may_differ=("data.num_workers", "data.sources.*.data_dir", "data.sources.*.path"),
@@ -139,7 +139,7 @@ def train(config: TrainConfig, workdir: str | Path) -> Trained:
             state=found.state,
             start_step=found.step,
             total_steps=total_steps,
-            train_step=lambda state, batch, step: program.step(
+            train_step=lambda state, batch, step: compiled.step(
                 state, batch, draw_keep(config.merge_ratio, config.seed, step)
             ),
             batches=lambda step: make_batches(
@@ -149,7 +149,7 @@ def train(config: TrainConfig, workdir: str | Path) -> Trained:
             preview=looks.preview,
             evaluate=looks.evaluate,
             variant=lambda step: draw_keep(config.merge_ratio, config.seed, step),
-            flops_per_step=lambda step: program.flops(draw_keep(config.merge_ratio, config.seed, step)),
+            flops_per_step=lambda step: compiled.flops(draw_keep(config.merge_ratio, config.seed, step)),
             peak_flops=peak_flops(mesh.devices.flat[0].device_kind, config.compute.dtype),
         )
         folder = workdir / MODEL_FOLDER
@@ -161,9 +161,9 @@ def train(config: TrainConfig, workdir: str | Path) -> Trained:
 
 def _check_labels(config: TrainConfig) -> None:
     for source in config.data.sources:
-        classes = open_source(source).num_classes
-        if classes is None or classes > config.model.num_classes:
-            have = "has no labels" if classes is None else f"has {classes} classes"
+        classes = open_source(source).classes
+        if classes is None or len(classes) > config.model.num_classes:
+            have = "has no labels" if classes is None else f"has {len(classes)} classes"
             raise ValueError(
                 f"losses.alignment='label': source {source.name or source.path or source.kind!r} {have}, the head's "
                 f"model.num_classes is {config.model.num_classes}"
@@ -203,11 +203,8 @@ def evaluation_images(config: EvaluationConfig) -> np.ndarray:
     return np.concatenate([batch["image"] for batch in itertools.islice(make_batches(config.data, 0), config.batches)])
 
 
-class Program:
-    """The compiled side of a run: one executable for each K, and how the state lies on the mesh.
-
-    Use it under `jax.set_mesh(mesh)`.
-    """
+class Program(program.Program):
+    """The train step, compiled for each K, and its state. Use it under `jax.set_mesh(mesh)`."""
 
     def __init__(
         self,
@@ -216,20 +213,15 @@ class Program:
         mesh: jax.sharding.Mesh,
         frozen: stage1.Frozen,
     ):
-        self._config, self._optimizers, self._mesh = config, optimizers, mesh
-        shapes = jax.eval_shape(functools.partial(stage1.init_state, config, optimizers))
-        self._shardings = sharding.param_shardings(shapes, stage1.SHARDING_RULES, mesh)
-        self.abstract_state = jax.tree.map(
-            lambda shape, place: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=place), shapes, self._shardings
-        )
-        self._frozen = sharding.place(frozen, jax.tree.map(lambda _: sharding.replicated(mesh), frozen))
-        self._compiled: dict[int, _Compiled] = {}
+        def train_step(state, frozen, batch, keep):
+            return stage1.train_step(state, frozen, batch, config=config, optimizers=optimizers, keep=keep)
+
+        init_state = functools.partial(stage1.init_state, config, optimizers)
+        super().__init__(init_state, train_step, stage1.SHARDING_RULES, mesh, frozen)
 
     def init(self, blocks_from: str | None = None) -> stage1.TrainState:
         """A new state, made where it belongs; with the encoder's blocks from a DINOv2, if one is named."""
-        state = jax.jit(
-            functools.partial(stage1.init_state, self._config, self._optimizers), out_shardings=self._shardings
-        )()
+        state = super().init()
         if blocks_from is None:
             return state
         attn = {
@@ -237,37 +229,18 @@ class Program:
         }
         _, dinov2 = load_dinov2(blocks_from)
         filled = alignment.init_blocks_from_dinov2(attn, dinov2)
-        shardings = self._shardings.params["encoder"]["attn"]
+        shardings = self.shardings.params["encoder"]["attn"]
         filled = sharding.place(filled, {name: shardings[name] for name in filled})
         encoder = state.params["encoder"]
         return _with_params(state, {**state.params, "encoder": {**encoder, "attn": {**encoder["attn"], **filled}}})
 
     def with_weights(self, tokenizer: Tokenizer, state: stage1.TrainState) -> stage1.TrainState:
         """The state with the weights of a saved tokenizer of the same architecture."""
-        return _with_params(state, sharding.place(tokenizer.params, self._shardings.params))
-
-    def step(self, state: stage1.TrainState, batch: Mapping[str, Any], keep: int) -> tuple[stage1.TrainState, Any]:
-        """One update; `state` is donated."""
-        arguments = (state, self._frozen, dict(batch))
-        if keep not in self._compiled:
-            step = functools.partial(stage1.train_step, config=self._config, optimizers=self._optimizers, keep=keep)
-            jitted = jax.jit(step, donate_argnums=0, out_shardings=(self._shardings, sharding.replicated(self._mesh)))
-            traced = jitted.trace(*arguments)
-            self._compiled[keep] = _Compiled(traced.lower().compile(), count_flops(traced.jaxpr.jaxpr))
-        return self._compiled[keep].program(*arguments)
-
-    def flops(self, keep: int) -> float:
-        """FLOPs of a step that keeps `keep` tokens, over all devices; 0 before its first call."""
-        return self._compiled[keep].flops if keep in self._compiled else 0.0
+        return _with_params(state, sharding.place(tokenizer.params, self.shardings.params))
 
 
 def _with_params(state: stage1.TrainState, params: Any) -> stage1.TrainState:
     return state.replace(params=params, ema=jax.tree.map(lambda x: x.copy(), params))
-
-
-class _Compiled(NamedTuple):
-    program: Any
-    flops: float
 
 
 class _Looks:

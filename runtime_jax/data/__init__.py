@@ -1,6 +1,14 @@
 """Data: sources of pictures, and batches that are a pure function of the step."""
 
-from runtime_jax.data.pipeline import Batches, DataConfig, center_crop, make_batches, num_examples, random_crop
+from runtime_jax.data.pipeline import (
+    Batches,
+    DataConfig,
+    center_crop,
+    make_batches,
+    num_examples,
+    random_crop,
+    read_batches,
+)
 from runtime_jax.data.sources import (
     PHOTO_REGIONS,
     MissingDatasetError,
@@ -25,4 +33,5 @@ __all__ = [
     "open_source",
     "photo_region",
     "random_crop",
+    "read_batches",
 ]

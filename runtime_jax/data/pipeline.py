@@ -2,7 +2,7 @@
 
 import dataclasses
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import grain
@@ -55,29 +55,60 @@ def make_batches(config: DataConfig, start_step: int, *, process_index: int = 0,
         ValueError: a bad config, a missing source, or a batch that the hosts do not divide.
     """
     _check(config)
+    return read_batches(
+        _stream(config),
+        _stack,
+        config.batch_size,
+        start_step,
+        process_index=process_index,
+        process_count=process_count,
+        num_workers=config.num_workers,
+    )
+
+
+def read_batches(
+    stream: grain.MapDataset,
+    stack: Callable[[list[dict[str, Any]]], dict[str, Any]],
+    batch_size: int,
+    start_step: int,
+    *,
+    process_index: int = 0,
+    process_count: int = 1,
+    num_workers: int = 0,
+) -> "Batches":
+    """What `make_batches` does, for any endless sequence of examples: this host's part of the batches from start_step.
+
+    Args:
+        stream: element i is an example, a pure function of i.
+        stack: examples -> batch.
+        batch_size: examples per step over all hosts.
+        num_workers: processes that read; 0 does it in threads.
+
+    Raises:
+        ValueError: a negative step, or a batch that the hosts do not divide.
+    """
     if start_step < 0:
         raise ValueError(f"make_batches: start_step is {start_step}, it must not be negative")
     if process_count < 1 or not 0 <= process_index < process_count:
         raise ValueError(f"make_batches: process_index is {process_index} of {process_count} processes")
-    local_size, rest = divmod(config.batch_size, process_count)
+    local_size, rest = divmod(batch_size, process_count)
     if rest:
-        raise ValueError(f"data.batch_size is {config.batch_size}, {process_count} hosts do not divide it")
-    stream = _stream(config).batch(local_size, batch_fn=_stack)
-    mine = stream[start_step * process_count + process_index :: process_count]
-    threads = 0 if config.num_workers else 2
+        raise ValueError(f"data.batch_size is {batch_size}, {process_count} hosts do not divide it")
+    mine = stream.batch(local_size, batch_fn=stack)[start_step * process_count + process_index :: process_count]
+    threads = 0 if num_workers else 2
     batches = mine.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads))
-    if config.num_workers:
+    if num_workers:
         # Grain reads an absl flag here, which fails in a program that does not parse its flags with absl.
         if not flags.FLAGS.is_parsed():
             flags.FLAGS.mark_as_parsed()
-        batches = batches.mp_prefetch(grain.MultiprocessingOptions(num_workers=config.num_workers))
+        batches = batches.mp_prefetch(grain.MultiprocessingOptions(num_workers=num_workers))
         # What the workers hand over lies in shared memory: copied out, so that nobody has to give it back.
         batches = batches.map(_copy)
     return Batches(iter(batches))
 
 
 class Batches(Iterator[Batch]):
-    """The iterator of `make_batches`; `skipped` tells how often each unreadable file was replaced so far."""
+    """The iterator of `read_batches`; `skipped` tells how often each unreadable file was replaced so far."""
 
     def __init__(self, batches: Iterator[dict[str, Any]]):
         self._batches = batches
@@ -85,7 +116,7 @@ class Batches(Iterator[Batch]):
 
     def __next__(self) -> Batch:
         batch = next(self._batches)
-        self._count(batch.pop("skipped"))
+        self._count(batch.pop("skipped", ()))
         return batch
 
     def close(self) -> None:

@@ -64,11 +64,11 @@ class MissingDatasetError(ValueError):
 class Source(Protocol):
     """A random-access sequence of examples.
 
-    `num_classes`: labels are 0 to num_classes - 1; None where an example may have no label (-1).
+    `classes`: names of the labels 0, 1, ...; None where an example may have no label (-1).
     """
 
     @property
-    def num_classes(self) -> int | None: ...
+    def classes(self) -> list[str] | None: ...
 
     def __len__(self) -> int: ...
 
@@ -144,7 +144,7 @@ class TfdsSource:
         # Only what is used is parsed, and images are decoded here: TFDS would decode masks and attributes too.
         wanted = {key: features[key] for key in ("image", "label", "caption") if key in features}
         label = wanted.get("label")
-        self.num_classes = label.num_classes if isinstance(label, tfds.features.ClassLabel) else None
+        self.classes = list(label.names) if isinstance(label, tfds.features.ClassLabel) else None
         self._features = tfds.features.FeaturesDict(wanted)
         self._decoders = {"image": tfds.decode.SkipDecoding()}
         raw = tfds.decode.DeserializeMethod.RAW_BYTES
@@ -184,8 +184,8 @@ class FolderSource:
             raise ValueError(f"image folder {path!r} holds no image ({', '.join(SUFFIXES)}), sub-folders included")
         self._root = root
         self._files = [f.relative_to(root) for f in files]
-        self.classes = sorted({f.parts[0] for f in self._files if len(f.parts) > 1})
-        self.num_classes = len(self.classes) if all(len(f.parts) > 1 for f in self._files) else None
+        self._folders = sorted({f.parts[0] for f in self._files if len(f.parts) > 1})
+        self.classes = self._folders if all(len(f.parts) > 1 for f in self._files) else None
         # Ends with an error, before any training, when no file at all can be read.
         self[0]
 
@@ -201,7 +201,7 @@ class FolderSource:
             except (OSError, ValueError):
                 skipped.append(str(self._root / file))
                 continue
-            label = self.classes.index(file.parts[0]) if len(file.parts) > 1 else -1
+            label = self._folders.index(file.parts[0]) if len(file.parts) > 1 else -1
             return {"image": image, "label": label, "skipped": tuple(skipped)}
         raise ValueError(f"image folder {str(self._root)!r}: none of its {len(self)} images can be read")
 
@@ -209,7 +209,7 @@ class FolderSource:
 class PhotoSource:
     """A region of each sample photograph, CROPS_PER_PHOTO times over."""
 
-    num_classes = None
+    classes = None
 
     def __init__(self, split: str):
         if split not in ("train", "held_out"):

@@ -1,0 +1,67 @@
+"""What the objectives of all generators share: class dropout, and the cross-entropy of a factorised code.
+
+Axes: B batch, L raster tokens, n codes, N positions.
+"""
+
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Bool, Float, Int, Key
+
+from mergevq_jax.generator.config import GeneratorConfig
+from mergevq_jax.generator.transformer import Generator, Params
+from mergevq_jax.tokenizer.lfq import split_indices
+from runtime_jax.compute import Compute
+from runtime_jax.prng import example_keys
+
+Means = dict[str, Array]
+
+
+def next_code_loss(
+    params: Params,
+    batch: Mapping[str, Array],
+    key: Key[Array, ""] | None,
+    *,
+    config: GeneratorConfig,
+    compute: Compute,
+    keep: int,
+    mask: Bool[Array, "B N N"] | None,
+) -> tuple[Float[Array, ""], Means]:
+    """Teacher forcing in raster order.
+
+    Args:
+      batch: "indices" int32 [B, L], "label" and "index" int [B].
+      key: of the class dropout; None: no dropout.
+      keep: the merge instruction of all examples, where the generator has one.
+      mask: of `merge_mask`; None: plain autoregression.
+    """
+    labels, indices = batch["label"], batch["indices"]
+    if key is not None:
+        labels = drop_classes(labels, batch["index"], key, config)
+    merge = jnp.full_like(labels, config.merge_index(keep)) if config.merge_instruction else None
+    logits = Generator(config, compute).apply({"params": params}, indices, labels, merge, mask)
+    return code_loss(logits, indices, config)
+
+
+def drop_classes(
+    labels: Int[Array, "B"], examples: Int[Array, "B"], key: Key[Array, ""], config: GeneratorConfig
+) -> Int[Array, "B"]:
+    """Labels, each replaced by the null class with probability `class_dropout`; drawn by the example's own number."""
+    if config.null_class is None:
+        return labels
+    dropped = jax.vmap(lambda key: jax.random.bernoulli(key, config.class_dropout))(example_keys(key, examples))
+    return jnp.where(dropped, config.null_class, labels)
+
+
+def code_loss(
+    logits: tuple[Float[Array, "B n values"], ...], indices: Int[Array, "B n"], config: GeneratorConfig
+) -> tuple[Float[Array, ""], Means]:
+    """Sum over the sub-tokens of their mean cross-entropies, in nats; with the loss and accuracy of each."""
+    means: Means = {}
+    for part, (scores, values) in enumerate(zip(logits, split_indices(indices, config.code_bits), strict=True)):
+        means[f"loss/{part}"] = jnp.mean(optax.softmax_cross_entropy_with_integer_labels(scores, values))
+        means[f"accuracy/{part}"] = jnp.mean((jnp.argmax(scores, axis=-1) == values).astype(jnp.float32))
+    total = sum(means[f"loss/{part}"] for part in range(len(logits)))
+    return total, means | {"loss": total}

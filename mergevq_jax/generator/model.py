@@ -1,0 +1,148 @@
+"""A trained generator with a folder behind it, and the tokenizer that its codes are of.
+
+Axes: B batch, H W image, L raster tokens.
+"""
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Int, UInt8
+
+from mergevq_jax import convert, model_folder
+from mergevq_jax.generator.config import GeneratorConfig
+from mergevq_jax.generator.plan import SamplingConfig
+from mergevq_jax.generator.sampling import Samples, sample
+from mergevq_jax.generator.train import Kind
+from mergevq_jax.generator.transformer import Params, param_shapes
+from mergevq_jax.pretrained import load_tokenizer
+from mergevq_jax.tokenizer.model import Tokenizer, Tokens
+from runtime_jax.compute import Compute
+
+MODEL_TYPE = "mergevq_generator"
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenizerRef:
+    """Which tokenizer a generator's codes are of."""
+
+    name: str  # shipped, folder or hub id
+    fingerprint: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class GeneratorInfo:
+    """What a generator's config.json says."""
+
+    kind: Kind  # how it was trained
+    window: int  # recent tokens that it always saw
+    classes: tuple[str, ...]  # their names
+    tokenizer: TokenizerRef
+    architecture: GeneratorConfig
+
+    def sampling(self, settings: SamplingConfig) -> SamplingConfig:
+        """Settings with the window of the training, and every token kept by a plain generator, unless they say more."""
+        window = self.window if settings.window is None else settings.window
+        keeps_all = settings.capacity is None and self.kind == "plain"
+        return replace(settings, window=window, capacity=self.architecture.length if keeps_all else settings.capacity)
+
+
+@dataclass(frozen=True)
+class GeneratorModel:
+    """A generator with its weights: what a user loads.
+
+    >>> model = GeneratorModel.from_pretrained("folder")
+    >>> samples = model.sample([3, 3], 144, sampling=SamplingConfig(cfg_scale=2.0), seed=0)
+    >>> images = codes_to_images(model.load_tokenizer(), samples.indices)  # uint8 [B, H, W, 3]
+    """
+
+    info: GeneratorInfo
+    params: Params
+    compute: Compute = Compute()
+
+    @property
+    def config(self) -> GeneratorConfig:
+        """The architecture."""
+        return self.info.architecture
+
+    @classmethod
+    def from_pretrained(cls, path: str | os.PathLike, *, compute: Compute = Compute()) -> "GeneratorModel":
+        """Loads a folder with config.json and model.safetensors, or a hub id.
+
+        Raises:
+          ValueError: folder, a file in it or a parameter missing; another kind of model.
+        """
+        folder = model_folder.find_folder(path, "generator")
+        info = model_folder.read_config(folder / model_folder.CONFIG_NAME, GeneratorInfo, MODEL_TYPE, "generator")
+        config = info.architecture
+        params = model_folder.read_params(folder, convert.generator_table(config), param_shapes(config))
+        return cls(info, params, compute)
+
+    def save_pretrained(self, path: str | os.PathLike) -> None:
+        """Writes config.json and model.safetensors (released state-dict names); each file atomically."""
+        table = convert.generator_table(self.config)
+        model_folder.write_folder(Path(path), MODEL_TYPE, self.info, table, self.params)
+
+    def load_tokenizer(self, source: str | os.PathLike | None = None) -> Tokenizer:
+        """The tokenizer of its codes.
+
+        Args:
+          source: where it is now; None: where it was when the generator was trained.
+
+        Raises:
+          ValueError: there is none, or another one.
+        """
+        source = self.info.tokenizer.name if source is None else source
+        tokenizer = load_tokenizer(source)
+        if (found := tokenizer.fingerprint()) != self.info.tokenizer.fingerprint:
+            raise ValueError(
+                f"tokenizer {source} (fingerprint {found[:12]}) is not the one whose codes this generator makes: "
+                f"{self.info.tokenizer.name} (fingerprint {self.info.tokenizer.fingerprint[:12]})"
+            )
+        return tokenizer
+
+    def class_number(self, name: str) -> int:
+        """A class by its name or number.
+
+        Raises:
+          ValueError: no such class.
+        """
+        if name in self.info.classes:
+            return self.info.classes.index(name)
+        if name.isdecimal() and int(name) < self.config.num_classes:
+            return int(name)
+        raise ValueError(
+            f"class {name!r}: this generator has 0 to {self.config.num_classes - 1}, named "
+            f"{', '.join(self.info.classes) or 'nothing'}"
+        )
+
+    def sample(
+        self,
+        labels: Sequence[int] | Int[np.ndarray, "B"],
+        merge_number: int | None = None,
+        *,
+        sampling: SamplingConfig,
+        seed: int,
+        examples: Int[np.ndarray, "B"] | None = None,
+    ) -> Samples:
+        """Codes of one image for each label; see `sampling.sample` and `GeneratorInfo.sampling`."""
+        return sample(
+            self.params,
+            np.asarray(labels, np.int32),
+            merge_number,
+            config=self.config,
+            sampling=self.info.sampling(sampling),
+            seed=seed,
+            examples=examples,
+            compute=self.compute,
+        )
+
+
+def codes_to_images(tokenizer: Tokenizer, indices: Int[Array, "B L"]) -> UInt8[Array, "B H W 3"]:
+    """Codes of all raster tokens, as a generator in raster order makes them, to images."""
+    side = tokenizer.config.resolution
+    raster = jnp.broadcast_to(jnp.arange(indices.shape[1]), indices.shape)
+    return tokenizer.decode(Tokens(indices=indices, source_map=raster, grid=tokenizer.config.grid(side, side)))

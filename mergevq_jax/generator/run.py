@@ -1,0 +1,282 @@
+"""A generator's training run: config, data, frozen tokenizer, mesh, state and loop put together."""
+
+import contextlib
+import dataclasses
+import functools
+import itertools
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import jax
+import numpy as np
+
+from mergevq_jax.generator import data as generator_data
+from mergevq_jax.generator import train as stage2
+from mergevq_jax.generator.config import GeneratorConfig
+from mergevq_jax.generator.data import TokensConfig
+from mergevq_jax.generator.model import GeneratorInfo, GeneratorModel, TokenizerRef, codes_to_images
+from mergevq_jax.generator.plan import WINDOW, SamplingConfig, make_plan
+from mergevq_jax.generator.transformer import SHARDING_RULES
+from mergevq_jax.pretrained import load_tokenizer
+from mergevq_jax.tokenizer.merge_ratio import MergeRatioConfig, draw_keep
+from mergevq_jax.tokenizer.model import Tokenizer
+from runtime_jax import config as config_lib
+from runtime_jax import loop, sharding
+from runtime_jax.checkpoint import check_workdir, initial_state
+from runtime_jax.compute import Compute
+from runtime_jax.data import DataConfig
+from runtime_jax.flops import peak_flops
+from runtime_jax.optimizer import OptimizerConfig, make_optimizer, make_schedule
+from runtime_jax.pictures import image_grid
+from runtime_jax.program import Program
+
+MODEL_FOLDER = "generator"
+PUBLISHED = OptimizerConfig(learning_rate=3e-4, b1=0.9, b2=0.95, weight_decay=0.05, clip_norm=1.0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationConfig:
+    """What is measured and drawn on the way, with the averaged parameters."""
+
+    data: DataConfig | TokensConfig
+    batches: int = 4
+    keeps: tuple[int, ...] = ()  # K that the loss is measured at; none: all that are drawn
+    preview_classes: int = 6  # one in each row of the picture
+    preview_images: int = 6  # of each class
+    sampling: SamplingConfig = SamplingConfig()
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """A whole run; what configs/mergear_*.py return is built into this."""
+
+    task: Literal["generator"] = "generator"
+    seed: int = 0  # of parameters, merge numbers and class dropout; data.seed orders the data
+    kind: stage2.Kind = "merge"
+    model: GeneratorConfig
+    tokenizer: str = "tiny"  # shipped, folder or hub id; frozen
+    window: int = WINDOW
+    groups: stage2.Groups = "source_map"
+    merge_ratio: MergeRatioConfig
+    compute: Compute = Compute()
+    tokenizer_compute: Compute = Compute()  # of a step's own codes; in float32 they are those of `mergevq tokenize`
+    optimizer: OptimizerConfig = PUBLISHED
+    accumulate: int = 1
+    ema_decay: float = 0.9999
+    data: DataConfig | TokensConfig
+    evaluation: EvaluationConfig
+    mesh: sharding.MeshConfig = sharding.MeshConfig()
+    loop: loop.LoopConfig
+    init_from: str | None = None  # a generator's folder or hub id
+    resume_from: str | None = None  # another run's workdir or checkpoint
+
+    def __post_init__(self):
+        known = self.model.merge_numbers
+        if self.model.merge_instruction and (unknown := sorted(set(self.all_keeps) - set(known))):
+            raise ValueError(f"K = {unknown} in merge_ratio or evaluation.keeps: model.merge_numbers has only {known}")
+        if self.data.batch_size % self.accumulate:
+            raise ValueError(f"data.batch_size={self.data.batch_size} does not divide by accumulate={self.accumulate}")
+        self.step_config(None)
+
+    @property
+    def evaluated_keeps(self) -> tuple[int, ...]:
+        """K that the loss is measured at."""
+        return self.evaluation.keeps or self.merge_ratio.keeps
+
+    @property
+    def all_keeps(self) -> tuple[int, ...]:
+        """Every K that the run needs."""
+        return tuple(dict.fromkeys((*self.merge_ratio.keeps, *self.evaluated_keeps)))
+
+    @property
+    def preview_number(self) -> int | None:
+        """The merge instruction of the preview: the K that is drawn most often."""
+        likeliest = self.merge_ratio.keeps[int(np.argmax(self.merge_ratio.weights))]
+        return likeliest if self.model.merge_instruction else None
+
+    def step_config(self, tokenizer: Tokenizer | None) -> stage2.StepConfig:
+        """The static part of the step."""
+        return stage2.StepConfig(
+            model=self.model,
+            tokenizer=None if tokenizer is None else tokenizer.config,
+            kind=self.kind,
+            window=self.window,
+            groups=self.groups,
+            compute=self.compute,
+            tokenizer_compute=self.tokenizer_compute,
+            accumulate=self.accumulate,
+            ema_decay=self.ema_decay,
+            seed=self.seed,
+        )
+
+
+class Trained(NamedTuple):
+    """What a run leaves."""
+
+    folder: Path  # the averaged generator, as far as it got
+    step: int
+    stopped_by: str | None  # the signal that ended the run early
+
+
+def train(config: TrainConfig, workdir: str | Path) -> Trained:
+    """Trains, or goes on training, in `workdir`.
+
+    Raises:
+      ValueError: config, data, tokenizer, weights or checkpoint that do not fit, before anything is compiled.
+      WorkdirError: the workdir cannot be written.
+      FloatingPointError: too many updates in a row were not finite.
+    """
+    workdir = check_workdir(workdir, config.loop.min_free_bytes)
+    tokenizer = load_tokenizer(config.tokenizer, compute=config.tokenizer_compute)
+    info = check(config, tokenizer)
+    start = GeneratorModel.from_pretrained(config.init_from) if config.init_from else None
+    if start and start.config != config.model:
+        raise ValueError(f"init_from {config.init_from}: its architecture is {start.config}, not {config.model}")
+    examples, batch_size = generator_data.num_examples(config.data), config.data.batch_size
+    total_steps = config.loop.duration.to_steps(batch_size, examples)
+    schedule = make_schedule(config.optimizer, total_steps=total_steps, batch_size=batch_size, num_examples=examples)
+    optimizer = stage2.Optimizer(make_optimizer(config.optimizer, schedule), schedule)
+    mesh = sharding.make_mesh(config.mesh)
+    _check_mesh(config, mesh)
+    # A tokenizer may lie elsewhere when a run goes on, but it must be the same one.
+    resolved = config_lib.to_dict(config) | {"codes_of": info.tokenizer.fingerprint}
+    draw = functools.partial(draw_keep, config.merge_ratio, config.seed)
+    with jax.set_mesh(mesh):
+        run = Run(config, tokenizer, info, optimizer, mesh)
+        found = initial_state(
+            workdir,
+            run.program.abstract_state,
+            config=resolved,
+            init=run.program.init,
+            init_from=functools.partial(run.with_weights, start) if start else None,
+            resume_from=config.resume_from,
+            must_match=("kind", "model", "window", "groups", "codes_of", "seed", "data", "merge_ratio"),
+            may_differ=("data.num_workers", "data.folders", "data.sources.*.data_dir", "data.sources.*.path"),
+        )
+        if jax.process_index() == 0:
+            print(f"{total_steps} steps of {batch_size} images, from step {found.step} ({found.origin})", flush=True)
+        result = loop.run(
+            config=config.loop,
+            workdir=workdir,
+            resolved_config=resolved,
+            state=found.state,
+            start_step=found.step,
+            total_steps=total_steps,
+            train_step=lambda state, batch, step: run.program.step(state, batch, draw(step)),
+            batches=lambda step: generator_data.make_batches(config.data, draw, step, **_hosts()),
+            shard=lambda batch: sharding.shard_batch(batch, mesh),
+            preview=run.preview,
+            evaluate=run.evaluate,
+            variant=draw,
+            flops_per_step=lambda step: run.program.flops(draw(step)),
+            peak_flops=peak_flops(mesh.devices.flat[0].device_kind, config.compute.dtype),
+        )
+        folder = workdir / MODEL_FOLDER
+        ema = run.on_every_device(result.state.ema)
+        if jax.process_index() == 0:
+            GeneratorModel(info, jax.device_get(ema)).save_pretrained(folder)
+    return Trained(folder, result.step, result.stopped_by)
+
+
+def check(config: TrainConfig, tokenizer: Tokenizer) -> GeneratorInfo:
+    """Makes sure that tokenizer, data and generator belong together; returns what the trained generator is.
+
+    Raises:
+      ValueError: they do not, or the preview cannot be sampled.
+    """
+    generator_data.check_tokenizer(config.model, tokenizer)
+    for keep in config.all_keeps:
+        tokenizer.config.merge_counts(tokenizer.config.raw_tokens, keep)
+    classes = generator_data.check_data(config.data, config.model, tokenizer, config.merge_ratio.keeps)
+    if generator_data.check_data(config.evaluation.data, config.model, tokenizer, config.evaluated_keeps) != classes:
+        raise ValueError("evaluation.data has classes of other names than data")
+    info = GeneratorInfo(
+        kind=config.kind,
+        window=config.model.length if config.kind == "plain" else config.window,
+        classes=classes,
+        tokenizer=TokenizerRef(name=config.tokenizer, fingerprint=tokenizer.fingerprint()),
+        architecture=config.model,
+    )
+    make_plan(config.model, info.sampling(config.evaluation.sampling), config.preview_number, config.compute)
+    return info
+
+
+def _check_mesh(config: TrainConfig, mesh: jax.sharding.Mesh) -> None:
+    parts = mesh.shape["data"] * mesh.shape["fsdp"]
+    for name, batch_size, divisor in (
+        ("data", config.data.batch_size, parts * config.accumulate),
+        ("evaluation.data", config.evaluation.data.batch_size, parts),
+    ):
+        if batch_size % divisor:
+            raise ValueError(f"{name}.batch_size={batch_size} does not divide by data x fsdp x accumulate = {divisor}")
+
+
+def _hosts() -> dict[str, int]:
+    return {"process_index": jax.process_index(), "process_count": jax.process_count()}
+
+
+class Run:
+    """The compiled side of a run: its step, its held-out loss, its pictures. Use it under `jax.set_mesh(mesh)`."""
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        tokenizer: Tokenizer,
+        info: GeneratorInfo,
+        optimizer: stage2.Optimizer,
+        mesh: jax.sharding.Mesh,
+    ):
+        """Arguments as `train` makes them: a checked config with its tokenizer and `GeneratorInfo`."""
+        step_config = config.step_config(tokenizer)
+
+        def train_step(state, frozen, batch, keep):
+            return stage2.train_step(state, frozen, batch, config=step_config, optimizer=optimizer, keep=keep)
+
+        self._config, self._info, self._mesh = config, info, mesh
+        init_state = functools.partial(stage2.init_state, step_config, optimizer)
+        self.program = Program(init_state, train_step, SHARDING_RULES, mesh, tokenizer.params)
+        self._tokenizer = dataclasses.replace(tokenizer, params=self.program.frozen)
+        self._losses = jax.jit(
+            functools.partial(stage2.evaluate, config=step_config),
+            static_argnames="keep",
+            out_shardings=sharding.replicated(mesh),
+        )
+
+    def with_weights(self, model: GeneratorModel, state: stage2.TrainState) -> stage2.TrainState:
+        """The state with the weights of a saved generator of the same architecture."""
+        params = sharding.place(model.params, self.program.shardings.params)
+        return state.replace(params=params, ema=jax.tree.map(lambda leaf: leaf.copy(), params))
+
+    def on_every_device(self, tree: Any) -> Any:
+        """Arrays whole on every device, so that each host can read them."""
+        return jax.jit(lambda tree: tree, out_shardings=sharding.replicated(self._mesh))(tree)
+
+    def evaluate(self, state: stage2.TrainState, step: int) -> dict[str, float]:
+        """Held-out losses and accuracies at each K, on the same images every time."""
+        config = self._config.evaluation
+        results = {}
+        for keep in self._config.evaluated_keeps:
+            batches = generator_data.make_batches(config.data, functools.partial(_constant, keep), 0, **_hosts())
+            with contextlib.closing(batches):
+                means = [
+                    self._losses(state.ema, self.program.frozen, sharding.shard_batch(batch, self._mesh), keep=keep)
+                    for batch in itertools.islice(batches, config.batches)
+                ]
+            results |= {f"{name}/K{keep}": float(np.mean([mean[name] for mean in means])) for name in means[0]}
+        return results
+
+    def preview(self, state: stage2.TrainState, step: int) -> dict[str, np.ndarray]:
+        """Samples of the first classes, a row for each."""
+        config = self._config.evaluation
+        rows, columns = min(config.preview_classes, self._config.model.num_classes), config.preview_images
+        model = GeneratorModel(self._info, state.ema, self._config.compute)
+        labels = np.repeat(np.arange(rows), columns)
+        samples = model.sample(labels, self._config.preview_number, sampling=config.sampling, seed=self._config.seed)
+        images = np.asarray(self.on_every_device(codes_to_images(self._tokenizer, samples.indices)))
+        grid = images.reshape(rows, columns, *images.shape[1:])
+        return {"samples": image_grid(grid, row_labels=self._info.classes[:rows])}
+
+
+def _constant(keep: int, step: int) -> int:
+    return keep

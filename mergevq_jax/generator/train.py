@@ -1,0 +1,189 @@
+"""Stage 2: one jitted step of a generator on the codes of a frozen tokenizer (paper section 4).
+
+The codes come with the batch, or the step tokenizes the batch's images. What is learned is one entry of `LOSSES`.
+
+Memory: a mask is [B, 1, N, N] bool. Attention on the backend "xla" holds the logits [B, H, N, N] of one layer at a
+time where `compute.remat` is on, of all layers otherwise; "cudnn" never holds them, and takes the mask as a bias
+[B, 1, N, N] in bfloat16. "tpu_flash" does not hold them either, but its kernel wants that bias for every head.
+
+Axes: B batch, A micro-batches of an update, L raster tokens, P prefix tokens, N = P + L, S sub-tokens, V values.
+"""
+
+import functools
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+from einops import rearrange
+from jaxtyping import Array, Key
+
+from mergevq_jax.generator.config import GeneratorConfig
+from mergevq_jax.generator.losses import Means, next_code_loss
+from mergevq_jax.generator.mask import first_members, merge_mask
+from mergevq_jax.generator.plan import WINDOW
+from mergevq_jax.generator.transformer import Params, init_params
+from mergevq_jax.tokenizer import lfq
+from mergevq_jax.tokenizer import model as tokenizer_model
+from mergevq_jax.tokenizer.config import TokenizerConfig
+from runtime_jax.compute import Compute
+from runtime_jax.optimizer import ema_update
+from runtime_jax.prng import Stream, stream_key
+from runtime_jax.sharding import Axis, constrain
+
+Kind = Literal["merge", "plain"]
+Groups = Literal["source_map", "codes"]
+Metrics = dict[str, tuple[Array, Array]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepConfig:
+    """Everything static that a train step reads."""
+
+    model: GeneratorConfig
+    tokenizer: TokenizerConfig | None = None  # of images; None: batches have codes
+    kind: Kind = "merge"  # MergeAR, or plain autoregression over all raster tokens
+    window: int = WINDOW  # "merge": recent tokens that are always seen
+    groups: Groups = "source_map"  # "merge": what makes tokens one group; with "codes" as when sampling
+    compute: Compute = Compute()
+    tokenizer_compute: Compute = Compute()
+    accumulate: int = 1  # micro-batches of one update
+    ema_decay: float = 0.9999
+    seed: int = 0
+
+    def __post_init__(self):
+        if self.accumulate < 1 or not 0 <= self.ema_decay < 1:
+            raise ValueError(f"accumulate={self.accumulate} is at least 1, ema_decay={self.ema_decay} in [0, 1)")
+        if not 1 <= self.window <= self.model.length:
+            raise ValueError(f"window={self.window}: 1 to {self.model.length} recent tokens are allowed")
+
+
+class Optimizer(NamedTuple):
+    """The gradient transformation, and its learning rate for the log."""
+
+    transformation: optax.GradientTransformation
+    schedule: optax.Schedule
+
+
+@flax.struct.dataclass
+class TrainState:
+    """What a checkpoint holds; all of it is donated to the step."""
+
+    step: Any  # untyped, as trees of shapes and of shardings have this structure too
+    params: Params
+    opt_state: Any
+    ema: Params
+
+
+def init_state(config: StepConfig, optimizer: Optimizer) -> TrainState:
+    """A new state from the config's seed."""
+    params = init_params(config.model, stream_key(config.seed, Stream.PARAMS))
+    return TrainState(
+        step=jnp.zeros((), jnp.int32),
+        params=params,
+        opt_state=optimizer.transformation.init(params),
+        ema=jax.tree.map(jnp.copy, params),
+    )
+
+
+def train_step(
+    state: TrainState,
+    tokenizer: Params | None,
+    batch: Mapping[str, Array],
+    *,
+    config: StepConfig,
+    optimizer: Optimizer,
+    keep: int,
+) -> tuple[TrainState, Metrics]:
+    """One update.
+
+    Args:
+      state: donated by the caller's jit.
+      tokenizer: frozen parameters, which images need.
+      batch: of `data.make_batches`.
+      config, optimizer, keep: static; all examples keep `keep` tokens.
+
+    Returns:
+      The new state and metrics as (sum, count). Where the loss or a gradient is not finite, everything but the step's
+      number is kept as it was and "nonfinite" counts one.
+    """
+    micro = {name: rearrange(value, "(m a) ... -> a m ...", a=config.accumulate) for name, value in batch.items()}
+    key = stream_key(config.seed, Stream.DROPOUT, state.step)
+
+    def accumulate(gradients, micro_batch):
+        codes = tokenize(tokenizer, micro_batch, config=config, keep=keep)
+        loss = functools.partial(LOSSES[config.kind], config=config, keep=keep)
+        (_, means), new = jax.value_and_grad(loss, has_aux=True)(state.params, codes, key)
+        return jax.tree.map(jnp.add, gradients, new), means
+
+    zeros = jax.tree.map(jnp.zeros_like, state.params)
+    if config.accumulate == 1:
+        gradients, means = accumulate(zeros, jax.tree.map(lambda value: value[0], micro))
+    else:
+        gradients, means = jax.lax.scan(accumulate, zeros, micro)
+        means = jax.tree.map(jnp.mean, means)
+    gradients = jax.tree.map(lambda gradient: gradient / config.accumulate, gradients)
+    norm = optax.tree.norm(gradients)
+
+    updates, opt_state = optimizer.transformation.update(gradients, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    ema = ema_update(state.ema, params, state.step, config.ema_decay)
+    new_state = TrainState(step=state.step, params=params, opt_state=opt_state, ema=ema)
+    finite = jnp.isfinite(means["loss"] + norm)
+    new_state = jax.tree.map(lambda new, old: jnp.where(finite, new, old), new_state, state)
+    means |= {"grad_norm": norm, "lr": jnp.asarray(optimizer.schedule(state.step), jnp.float32)}
+    counted = finite.astype(jnp.float32)  # a skipped step's values would make every average of the interval NaN
+    metrics = {name: (jnp.where(finite, value, 0.0), counted) for name, value in means.items()}
+    return new_state.replace(step=state.step + 1), metrics | {"nonfinite": (1.0 - counted, jnp.ones(()))}
+
+
+def evaluate(
+    params: Params, tokenizer: Params | None, batch: Mapping[str, Array], *, config: StepConfig, keep: int
+) -> Means:
+    """Means over a batch, with every example's own class; arguments as in `train_step`."""
+    return LOSSES[config.kind](
+        params, tokenize(tokenizer, batch, config=config, keep=keep), None, config=config, keep=keep
+    )[1]
+
+
+def tokenize(
+    tokenizer: Params | None, batch: Mapping[str, Array], *, config: StepConfig, keep: int
+) -> Mapping[str, Array]:
+    """The batch with "indices" [B, L], the code at every raster token, and "source_map" [B, L] in place of images."""
+    if "image" not in batch:
+        return batch
+    images = constrain(tokenizer_model.to_float(batch["image"]), Axis.BATCH, None, None, None)
+    encoded = tokenizer_model.encode(tokenizer, config.tokenizer, images, keep=keep, compute=config.tokenizer_compute)
+    indices = jnp.take_along_axis(lfq.codes_to_indices(encoded.z), encoded.source_map, axis=1)
+    others = {name: value for name, value in batch.items() if name != "image"}
+    return others | {"indices": indices, "source_map": encoded.source_map}
+
+
+def merge_loss(
+    params: Params, batch: Mapping[str, Array], key: Key[Array, ""] | None, *, config: StepConfig, keep: int
+) -> tuple[Array, Means]:
+    """MergeAR: a position sees recent tokens, and of the older ones the first of each group (paper section 4.2).
+
+    Args:
+      params: of `Generator`.
+      batch: of `tokenize`.
+      key: of the class dropout; None: no dropout.
+      config, keep: static.
+    """
+    groups = batch["source_map"] if config.groups == "source_map" else batch["indices"]
+    mask = merge_mask(first_members(groups), window=config.window, prefix=config.model.prefix)
+    return next_code_loss(params, batch, key, config=config.model, compute=config.compute, keep=keep, mask=mask)
+
+
+def plain_loss(
+    params: Params, batch: Mapping[str, Array], key: Key[Array, ""] | None, *, config: StepConfig, keep: int
+) -> tuple[Array, Means]:
+    """Plain autoregression: a position sees all before it; arguments as in `merge_loss`."""
+    return next_code_loss(params, batch, key, config=config.model, compute=config.compute, keep=keep, mask=None)
+
+
+# (params, batch of `tokenize`, key of the class dropout or None, config, keep) -> the loss and what is logged of it.
+LOSSES: Mapping[Kind, Callable[..., tuple[Array, Means]]] = {"merge": merge_loss, "plain": plain_loss}

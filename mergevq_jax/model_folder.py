@@ -1,0 +1,83 @@
+"""A model's folder: config.json, which says what it is, and model.safetensors under the released state-dict names."""
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+
+from runtime_jax import config as config_lib
+from runtime_jax.hub import local_path
+from runtime_jax.weights import (
+    Rule,
+    WeightError,
+    export_weights,
+    import_weights,
+    read_safetensors,
+    write_safetensors,
+)
+
+CONFIG_NAME = "config.json"
+WEIGHTS_NAME = "model.safetensors"
+T = TypeVar("T")
+
+
+def find_folder(path: str | os.PathLike, what: str) -> Path:
+    """The local folder of a model; a hub id's files are fetched. `what` names the kind of model in errors.
+
+    Raises:
+      ValueError: no such folder, or a file missing in it.
+    """
+    folder = local_path(path, (CONFIG_NAME, WEIGHTS_NAME))
+    missing = [name for name in (CONFIG_NAME, WEIGHTS_NAME) if not (folder / name).is_file()]
+    if missing:
+        raise ValueError(f"{folder}: not a {what}'s folder, {' and '.join(missing)} missing")
+    return folder
+
+
+def read_config(path: Path, cls: type[T], model_type: str, what: str) -> T:
+    """The record in a config.json.
+
+    Raises:
+      ValueError: not JSON, another kind of model, or a key that does not fit.
+    """
+    try:
+        fields = json.loads(path.read_text())
+    except (OSError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path}: not a readable JSON file ({error})") from error
+    kind = fields.pop("model_type", None) if isinstance(fields, dict) else None
+    if kind != model_type:
+        raise ValueError(f"{path}: model_type is {kind!r}, but a {what}'s is {model_type!r}")
+    return config_lib.build(cls, fields, path=str(path))
+
+
+def read_params(folder: Path, table: Sequence[Rule], shapes: Any) -> Any:
+    """The parameters in a folder as float32, on the device.
+
+    Raises:
+      WeightError: a parameter missing, unknown or of another shape.
+    """
+    tensors, _ = read_safetensors(folder / WEIGHTS_NAME)
+    try:
+        params = import_weights(table, tensors, shapes)
+    except WeightError as error:
+        raise WeightError(f"{folder / WEIGHTS_NAME}: {error}") from None
+    # To the device once, not with every call.
+    return jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), params)
+
+
+def write_folder(folder: Path, model_type: str, config: Any, table: Sequence[Rule], params: Mapping[str, Any]) -> None:
+    """Writes a model's two files, each atomically."""
+    tensors = export_weights(table, params)
+    write_safetensors(folder / WEIGHTS_NAME, tensors, {"format": "pt", "model_type": model_type})
+    write_json(folder / CONFIG_NAME, {"model_type": model_type, **config_lib.to_dict(config)})
+
+
+def write_json(path: Path, fields: Mapping[str, Any]) -> None:
+    """Writes a JSON file: a reader sees the old one or the whole new one."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    partial.write_text(json.dumps(fields, indent=2) + "\n")
+    os.replace(partial, path)
