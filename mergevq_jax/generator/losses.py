@@ -56,7 +56,7 @@ def drop_classes(
 
 
 def code_loss(
-    logits: tuple[Float[Array, "B n values"], ...], indices: Int[Array, "B n"], config: GeneratorConfig
+    logits: tuple[Float[Array, "B n _"], ...], indices: Int[Array, "B n"], config: GeneratorConfig
 ) -> tuple[Float[Array, ""], Means]:
     """Sum over the sub-tokens of their mean cross-entropies, in nats; with the loss and accuracy of each."""
     means: Means = {}
