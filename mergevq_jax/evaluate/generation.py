@@ -1,4 +1,4 @@
-"""How good generated scenes are: of the class that was asked for, and as a whole like real ones; as their judge sees it.
+"""How good generated scenes are: of the class that was asked for, and on the whole like real ones; as a judge sees it.
 
 The Fréchet distance is that of Gaussians fitted to features (Heusel et al., arXiv 1706.08500), in the judge's features
 instead of Inception's. It falls with the number of images: compare equal numbers only. On the host, in float64.
