@@ -1,4 +1,4 @@
-"""The command line: mergevq scenes | train | evaluate | reconstruct | tokenize | sample | inspect | convert."""
+"""The command line: scenes | train | evaluate | compare | reconstruct | tokenize | sample | inspect | convert."""
 
 import sys
 from collections.abc import Sequence
@@ -34,6 +34,16 @@ def _command_line() -> CommandLine:
     sub.add_argument("--num-images", type=int, default=256)
     sub.add_argument("--metrics", help="a metrics.jsonl of a training run, for the loss curve")
     sub.add_argument("--out", default="runs/evaluate")
+
+    sub = line.command("compare", _compare, "Judge sets of generated scenes, side by side with real ones.")
+    sub.add_argument(
+        "--row", nargs="+", action="append", required=True, metavar="X", help="a name, and folders of mergevq sample"
+    )
+    sub.add_argument("--tokenizer", help="also judge its reconstructions of real scenes")
+    sub.add_argument("--keep", type=int, nargs="+", default=[64, 144, 256], help="kept tokens K of them")
+    sub.add_argument("--judge", type=Path, help="weights of another judge than the shipped one")
+    sub.add_argument("--data-dir", default="data")
+    sub.add_argument("--out", type=Path, default=Path("runs/compare"))
 
     sub = line.command(
         "reconstruct", _reconstruct, "Tokenize pictures and draw them again, with the merged groups outlined."
@@ -130,6 +140,17 @@ def _evaluate(args, _) -> None:
         num_images=args.num_images,
         metrics=args.metrics,
     )
+
+
+def _compare(args, _) -> None:
+    from mergevq_jax.evaluate.compare import compare
+    from runtime_jax.judge import Judge
+
+    if short := [row[0] for row in args.row if len(row) < 2]:
+        raise ValueError(f"--row {short[0]}: a name and at least one folder are needed")
+    rows = [(name, [Path(folder) for folder in folders]) for name, *folders in args.row]
+    judge = Judge.load(args.judge) if args.judge else Judge.load()
+    compare(rows, out=args.out, data_dir=args.data_dir, judge=judge, tokenizer=args.tokenizer, keeps=args.keep)
 
 
 def _reconstruct(args, _) -> None:

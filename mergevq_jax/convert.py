@@ -107,6 +107,7 @@ def generator_table(config: GeneratorConfig) -> tuple[Rule, ...]:
         *(Rule(f"{names[part]}.weight", f"code_emb_{part}/embedding") for part in parts),
         Rule("class_emb.embedding_table.weight", "class_emb/embedding"),
         Rule("merge_emb.weight", "merge_emb/embedding"),  # ours
+        Rule("position_emb", "position_emb"),  # ours
         *_generator_block("spatial_blocks"),
         *_generator_block("factorized_blocks"),
         Rule("norm.weight", "norm/scale"),

@@ -25,6 +25,7 @@ class Stream(IntEnum):
     EVAL = 5
     DROPOUT = 6
     AUGMENT = 7
+    ORDER = 8
 
 
 def _check_seed(seed: int) -> None:

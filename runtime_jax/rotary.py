@@ -8,14 +8,14 @@ from einops import rearrange
 from jaxtyping import Array, Float
 
 
-def apply_rope(x: Float[Array, "B S H head"], pe: Float[Array, "2 S pairs"]) -> Float[Array, "B S H head"]:
+def apply_rope(x: Float[Array, "B S H head"], pe: Float[Array, "2 *places S pairs"]) -> Float[Array, "B S H head"]:
     """Turns the neighbouring channels (2 i, 2 i + 1) of every head by the angles of `pe`; float32.
 
     Args:
       x: queries or keys; `head` is twice `pairs`.
-      pe: cosines and sines of every token's angles.
+      pe: cosines and sines of every token's angles; [2, B, S, pairs] where each example has its own.
     """
-    cos, sin = pe[:, None, :, None]
+    cos, sin = (pe if pe.ndim == 4 else pe[:, None])[..., None, :]
     even, odd = rearrange(x.astype(jnp.float32), "b s h (pairs two) -> two b s h pairs", two=2)
     turned = jnp.stack([even * cos - odd * sin, odd * cos + even * sin], axis=-1)
     return rearrange(turned, "b s h pairs two -> b s h (pairs two)")

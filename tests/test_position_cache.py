@@ -133,7 +133,9 @@ def decoded(params, indices, labels, merge, window, capacity, *, config):
         cache = jax.tree.map(lambda new, old: jnp.where(time < prefix, old, new), placed.cache, cache)
         slot = jnp.where(time < prefix, time, prefix + placed.slot)
         visible = position_cache.visible(cache, prefix=prefix, seen=time + 1)
-        x, store = decode.step(layers, store, x[:, None], rope[:, None], slot, visible, config=config, compute=compute)
+        x, store = decode.step(
+            layers, store, x[:, None], rope[:, None], slot[:, None], visible[:, None], config=config, compute=compute
+        )
         return (store, cache), x[:, 0]
 
     store = decode.new_store(config, compute, layers=config.num_layers, rows=batch, slots=prefix + L)

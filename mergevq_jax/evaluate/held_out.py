@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from mergevq_jax.evaluate import report
+from mergevq_jax.evaluate.generation import Labelled
 from mergevq_jax.pretrained import load_tokenizer
 from runtime_jax.data import DataConfig, SourceConfig, make_batches, open_source
 from runtime_jax.pictures import image_grid, loss_curve, save_png
@@ -16,26 +17,32 @@ BATCH_SIZE = 32  # any number of images is measured in batches of this many
 def held_out_photographs(size: int, count: int) -> np.ndarray:
     """uint8 [count, size, size, 3]: crops of regions of the two photographs that no training run reads."""
     source = SourceConfig(kind="photos", split="held_out", crop_scale=(0.3, 1.0))
-    return _read(source, size, count, random_crop=True)
+    return _read(source, size, count, random_crop=True)["image"]
 
 
 def held_out_scenes(size: int, count: int, data_dir: str) -> np.ndarray:
-    """uint8 [count, size, size, 3]: scenes that no training run reads.
+    """uint8 [count, size, size, 3]: scenes that no training run reads; errors as `read_scenes`."""
+    return read_scenes(size, count, data_dir, split="test").images
+
+
+def read_scenes(size: int, count: int, data_dir: str, *, split: str) -> Labelled:
+    """The first `count` scenes of a split, and their classes.
 
     Raises:
-      ValueError: mini_scenes of this size is not under data_dir, or has fewer held-out scenes.
+      ValueError: mini_scenes of this size is not under data_dir, or the split has fewer scenes.
     """
-    source = SourceConfig(kind="tfds", name=f"mini_scenes/{size}", split="test", data_dir=data_dir)
+    source = SourceConfig(kind="tfds", name=f"mini_scenes/{size}", split=split, data_dir=data_dir)
     if count > (there := len(open_source(source))):
-        raise ValueError(f"--num-images {count}: mini_scenes has {there} held-out scenes")
-    return _read(source, size, count, random_crop=False)
+        raise ValueError(f"{count} images: mini_scenes has {there} scenes in its {split} split")
+    batch = _read(source, size, count, random_crop=False)
+    return Labelled(batch["image"], batch["label"])
 
 
-def _read(source: SourceConfig, size: int, count: int, *, random_crop: bool) -> np.ndarray:
+def _read(source: SourceConfig, size: int, count: int, *, random_crop: bool) -> dict[str, np.ndarray]:
     config = DataConfig(
         image_size=size, batch_size=count, sources=(source,), seed=1, shuffle=False, random_crop=random_crop
     )
-    return next(make_batches(config, 0))["image"]
+    return next(make_batches(config, 0))
 
 
 def evaluate(

@@ -28,6 +28,7 @@ class GeneratorConfig:
     rope_base: float = 10_000.0
     norm_eps: float = 1e-5
     zero_class_rope: bool = False  # the released weights were trained with the class token's q and k set to zero
+    position_instruction: bool = False  # RandAR: codes in any order, each asked for by a token that says where it goes
 
     def __post_init__(self):
         names = ("num_layers", "dim", "num_heads", "ffn_dim", "head_layers", "num_classes", "rope_base", "norm_eps")

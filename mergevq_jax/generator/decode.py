@@ -1,9 +1,9 @@
-"""One position at a time: the trunk over the compressed store, the head over the sub-tokens of one code.
+"""A few positions at a time: the trunk over its store, the head over the sub-tokens of one code.
 
 The layers are unrolled and each has its own parameters and its own part of the store, so that a loop over positions
 reads both where they lie; a scan over stacked layers would copy each layer's slice at every step.
 
-Axes: R rows, D width, C slots.
+Axes: R rows, n positions, D width, C slots.
 """
 
 import operator
@@ -32,32 +32,32 @@ def new_store(config: GeneratorConfig, compute: Compute, *, layers: int, rows: i
 def step(
     layers: list[Any],
     store: Store,
-    x: Float[Array, "R 1 D"],
-    rope: Float[Array, "2 1 pairs"],
-    slot: Int[Array, "R"],
-    visible: Bool[Array, "R C"],
+    x: Float[Array, "R n D"],
+    rope: Float[Array, "2 *places n pairs"],
+    slots: Int[Array, "R n"],
+    visible: Bool[Array, "#R n C"],
     *,
     config: GeneratorConfig,
     compute: Compute,
-) -> tuple[Float[Array, "R 1 D"], Store]:
-    """One position through all blocks of a stack.
+) -> tuple[Float[Array, "R n D"], Store]:
+    """New positions through all blocks of a stack.
 
     Args:
       layers: of `unstacked`.
-      store: keys and values of the positions before it.
-      x: its embedding.
-      rope: its row of the stack's rope table.
-      slot: where its keys and values go.
-      visible: slots that it sees, its own included.
+      store: keys and values of the positions before them.
+      x: their embeddings.
+      rope: their rows of the stack's rope table.
+      slots: where their keys and values go, all different.
+      visible: slots that each of them sees, its own included.
 
     Returns:
-      its output, and the store that holds it as well.
+      their outputs, and the store that holds them as well.
     """
     block = Block(config, compute)
     keys, values = [], []
     for params, layer_keys, layer_values in zip(layers, store.keys, store.values, strict=True):
         x, layer_keys, layer_values = block.apply(
-            {"params": params}, x, rope, layer_keys, layer_values, slot, visible, method=Block.step
+            {"params": params}, x, rope, layer_keys, layer_values, slots, visible, method=Block.step
         )
         keys.append(layer_keys)
         values.append(layer_values)

@@ -1,15 +1,15 @@
 """How codes are drawn: the settings, and what a sampler makes of them for one generator.
 
-Axes: L raster tokens, S sub-tokens, C slots of the store.
+Axes: B examples, L raster tokens, N codes that are drawn (L, or RandAR's K), S sub-tokens, C slots of the store.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, get_args
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from mergevq_jax.generator.config import GeneratorConfig
 from mergevq_jax.generator.draw import CfgSchedule, guidance_scales
@@ -36,8 +36,8 @@ class SamplingConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Plan:
-    """What a sampler is compiled for."""
+class DrawPlan:
+    """What any sampler is compiled for."""
 
     config: GeneratorConfig
     compute: Compute
@@ -45,6 +45,12 @@ class Plan:
     greedy: bool
     top_k: tuple[int, ...]
     nucleus: tuple[bool, ...]  # which sub-tokens have a top_p below 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan(DrawPlan):
+    """What the sampler in raster order is compiled for."""
+
     window: int
     capacity: int
     policy: CachePolicy
@@ -59,7 +65,7 @@ class Plan:
 class Knobs(NamedTuple):
     """What may change without compiling again."""
 
-    scales: Float[Array, "L S"]
+    scales: Float[Array, "N S"]
     temperature: Float[Array, "S"]
     top_p: Float[Array, "S"]
 
@@ -85,31 +91,67 @@ def make_plan(
     length = config.length
     window = (WINDOW if config.merge_instruction else length) if sampling.window is None else sampling.window
     capacity = (merge_number or length) if sampling.capacity is None else sampling.capacity
-    values, problems = _settings(config, sampling)
-    is_guided = any(scale != 1 for scale in values["cfg_scale"])
-    if is_guided and config.null_class is None:
-        problems.append(f"cfg_scale={sampling.cfg_scale}: this generator has no null class (class_dropout is 0)")
+    problems = []
     if not 1 <= window <= capacity <= length:
         problems.append(f"window={window}, capacity={capacity}: needed is 1 <= window <= capacity <= {length} (tokens)")
-    if problems:
-        raise ValueError("sampling: " + "; ".join(problems))
-    plan = Plan(
-        config=config,
-        compute=compute,
-        rows=1 + is_guided,
-        greedy=sampling.greedy,
-        top_k=values["top_k"],
-        nucleus=tuple(top_p < 1 for top_p in values["top_p"]),
-        window=window,
-        capacity=capacity,
-        policy=sampling.policy,
-    )
+    if config.position_instruction:
+        problems.append("this generator draws codes in random order (position_instruction), not in raster order")
+    draws, knobs = draw_plan(config, sampling, compute, length, problems)
+    return Plan(**draws, window=window, capacity=capacity, policy=sampling.policy), knobs
+
+
+def draw_plan(
+    config: GeneratorConfig, sampling: SamplingConfig, compute: Compute, length: int, problems: Sequence[str]
+) -> tuple[dict[str, Any], Knobs]:
+    """The fields of `DrawPlan`, and the numbers for a sequence of `length` codes.
+
+    Raises:
+      ValueError: lists all settings that are not possible with this generator, and the caller's `problems`.
+    """
+    values, found = _settings(config, sampling)
+    is_guided = any(scale != 1 for scale in values["cfg_scale"])
+    if is_guided and config.null_class is None:
+        found.append(f"cfg_scale={sampling.cfg_scale}: this generator has no null class (class_dropout is 0)")
+    if found or problems:
+        raise ValueError("sampling: " + "; ".join([*found, *problems]))
+    draws = {
+        "config": config,
+        "compute": compute,
+        "rows": 1 + is_guided,
+        "greedy": sampling.greedy,
+        "top_k": values["top_k"],
+        "nucleus": tuple(top_p < 1 for top_p in values["top_p"]),
+    }
     knobs = Knobs(
         scales=jnp.asarray(guidance_scales(values["cfg_scale"], length, sampling.cfg_schedule, sampling.cfg_interval)),
         temperature=jnp.asarray(values["temperature"], jnp.float32),
         top_p=jnp.asarray(values["top_p"], jnp.float32),
     )
-    return plan, knobs
+    return draws, knobs
+
+
+def checked_request(
+    labels: Int[Array, "_"] | Int[np.ndarray, "_"],
+    examples: Int[Array, "_"] | Int[np.ndarray, "_"] | None,
+    merge_number: int | None,
+    config: GeneratorConfig,
+) -> tuple[Int[np.ndarray, "B"], Int[np.ndarray, "B"], Int[np.ndarray, "B"] | None]:
+    """Labels, numbers of the examples (None: 0 to B - 1) and merge instructions, ready for a sampler.
+
+    Raises:
+      ValueError: no labels, or some that the generator does not know; not one number an example; a merge number as in
+        `GeneratorConfig.merge_index`.
+    """
+    labels = np.asarray(labels)
+    limit = config.num_classes + (config.null_class is not None)
+    if not labels.size or labels.min() < 0 or labels.max() >= limit:
+        null = "" if config.null_class is None else f", or the null class {config.null_class}"
+        raise ValueError(f"labels {labels.tolist()}: classes are 0 to {config.num_classes - 1}{null}; at least one")
+    examples = np.arange(len(labels), dtype=np.int32) if examples is None else np.asarray(examples)
+    if examples.shape != labels.shape:
+        raise ValueError(f"{len(examples)} example numbers for {len(labels)} labels")
+    merge = config.merge_index(merge_number)
+    return labels, examples, None if merge is None else np.full(labels.shape, merge, np.int32)
 
 
 def _settings(config: GeneratorConfig, sampling: SamplingConfig) -> tuple[dict[str, tuple], list[str]]:

@@ -11,7 +11,7 @@ first occurrences stay. If more than `capacity` of them have left the window, th
 
 Either way the example's count of overflows rises by one.
 
-Axes: B examples, R rows (examples, or twice as many under guidance), P prefix tokens, T and C slots, H heads.
+Axes: B examples, R rows (examples, or twice as many under guidance), P prefix tokens, T and C slots, H heads, n tokens.
 """
 
 from typing import Literal, NamedTuple
@@ -128,21 +128,21 @@ def empty_store(layers: int, rows: int, heads: int, slots: int, head_dim: int, d
 
 
 def write(
-    array: Float[Array, "R H C head"], token: Float[Array, "R H head"], slot: Int[Array, "R"]
+    array: Float[Array, "R H C head"], tokens: Float[Array, "R n H head"], slots: Int[Array, "R n"]
 ) -> Float[Array, "R H C head"]:
-    """One layer's keys or values with a token's in each row's slot; in place where the argument is not used again."""
+    """One layer's keys or values with those of new tokens in their slots; in place where the argument is done with."""
     put = jax.vmap(lambda row, new, place: row.at[:, place].set(new, mode="promise_in_bounds", unique_indices=True))
-    return constrain(put(array, token, slot), Axis.BATCH, Axis.HEADS, None, None)
+    return constrain(put(array, jnp.swapaxes(tokens, 1, 2), slots), Axis.BATCH, Axis.HEADS, None, None)
 
 
 def attend(
-    query: Float[Array, "R H head"],
+    query: Float[Array, "R n H head"],
     keys: Float[Array, "R H C head"],
     values: Float[Array, "R H C head"],
-    visible: Bool[Array, "R C"],
-) -> Float[Array, "R H head"]:
-    """Attention of one token over the visible slots; logits and softmax in float32."""
-    logits = jnp.einsum("rhd,rhcd->rhc", query, keys, preferred_element_type=jnp.float32)
+    visible: Bool[Array, "#R n C"],
+) -> Float[Array, "R n H head"]:
+    """Attention of each token over the slots visible to it; logits and softmax in float32."""
+    logits = jnp.einsum("rnhd,rhcd->rhnc", query, keys, preferred_element_type=jnp.float32)
     logits = jnp.where(visible[:, None], logits * query.shape[-1] ** -0.5, HIDDEN)
     weights = jax.nn.softmax(logits, axis=-1).astype(values.dtype)
-    return jnp.einsum("rhc,rhcd->rhd", weights, values, preferred_element_type=jnp.float32).astype(values.dtype)
+    return jnp.einsum("rhnc,rhcd->rnhd", weights, values, preferred_element_type=jnp.float32).astype(values.dtype)

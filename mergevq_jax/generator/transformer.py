@@ -78,7 +78,7 @@ class Attention(nn.Module):
         self.wo = _dense(self.config.dim, self.compute)
 
     def __call__(
-        self, x: Float[Array, "B n D"], rope: Float[Array, "2 n pairs"], mask: Bool[Array, "#B n n"]
+        self, x: Float[Array, "B n D"], rope: Float[Array, "2 *places n pairs"], mask: Bool[Array, "#B n n"]
     ) -> Float[Array, "B n D"]:
         query, key, value = self._project(x, rope)
         x = attention(query, key, value, mask=mask, backend=self.compute.attention)
@@ -86,17 +86,17 @@ class Attention(nn.Module):
 
     def step(
         self,
-        x: Float[Array, "B 1 D"],
-        rope: Float[Array, "2 1 pairs"],
+        x: Float[Array, "B n D"],
+        rope: Float[Array, "2 *places n pairs"],
         keys: Float[Array, "B H C head"],
         values: Float[Array, "B H C head"],
-        slot: Int[Array, "B"],
-        visible: Bool[Array, "B C"],
-    ) -> tuple[Float[Array, "B 1 D"], Float[Array, "B H C head"], Float[Array, "B H C head"]]:
-        """One position, which is written to its slot and then sees every visible one."""
-        query, key, value = (part[:, 0] for part in self._project(x, rope))
-        keys, values = write(keys, key, slot), write(values, value, slot)
-        x = self.wo(rearrange(attend(query, keys, values, visible), "b h d -> b 1 (h d)"))
+        slots: Int[Array, "B n"],
+        visible: Bool[Array, "#B n C"],
+    ) -> tuple[Float[Array, "B n D"], Float[Array, "B H C head"], Float[Array, "B H C head"]]:
+        """New positions, which are written to their slots and then see every slot visible to them."""
+        query, key, value = self._project(x, rope)
+        keys, values = write(keys, key, slots), write(values, value, slots)
+        x = self.wo(rearrange(attend(query, keys, values, visible), "b n h d -> b n (h d)"))
         return constrain(x, Axis.BATCH, None, None), keys, values
 
     def _project(self, x, rope):
@@ -133,15 +133,15 @@ class Block(nn.Module):
         self.feed_forward = FeedForward(self.config, self.compute)
 
     def __call__(
-        self, x: Float[Array, "B n D"], rope: Float[Array, "2 n pairs"], mask: Bool[Array, "#B n n"]
+        self, x: Float[Array, "B n D"], rope: Float[Array, "2 *places n pairs"], mask: Bool[Array, "#B n n"]
     ) -> tuple[Float[Array, "B n D"], None]:
         """As `nn.scan` wants it: the second output is nothing."""
         x = x + self.attention(self.attention_norm(x), rope, mask)
         return constrain(x + self.feed_forward(self.ffn_norm(x)), Axis.BATCH, None, None), None
 
-    def step(self, x, rope, keys, values, slot, visible):
-        """One position; returns it and the store's new keys and values."""
-        attended, keys, values = self.attention.step(self.attention_norm(x), rope, keys, values, slot, visible)
+    def step(self, x, rope, keys, values, slots, visible):
+        """New positions; returns them and the store's new keys and values."""
+        attended, keys, values = self.attention.step(self.attention_norm(x), rope, keys, values, slots, visible)
         x = x + attended
         return x + self.feed_forward(self.ffn_norm(x)), keys, values
 
@@ -163,6 +163,8 @@ class Generator(nn.Module):
         self.class_emb = _embed(config.num_classes + (config.null_class is not None), config, compute)
         if config.merge_instruction:
             self.merge_emb = _embed(len(config.merge_numbers), config, compute)
+        if config.position_instruction:
+            self.position_emb = self.param("position_emb", linear_normal, (1, config.dim))
         self.spatial_blocks = self._stack(config.num_layers)
         self.factorized_blocks = self._stack(config.head_layers)
         self.norm = _norm(config, compute)
@@ -228,8 +230,15 @@ class Generator(nn.Module):
         tokens = [self.class_emb(labels)] if merge is None else [self.class_emb(labels), self.merge_emb(merge)]
         return constrain(jnp.stack(tokens, axis=1), Axis.BATCH, None, None)
 
+    def embed_positions(self, rope: Float[Array, "2 B n pairs"]) -> Float[Array, "B n D"]:
+        """Position instructions (RandAR): the one learned vector, turned as a query in each of these places."""
+        heads = rearrange(self.position_emb, "1 (h d) -> 1 1 h d", h=self.config.num_heads)
+        turned = apply_rope(jnp.broadcast_to(heads, (*rope.shape[1:3], *heads.shape[2:])), rope)
+        x = rearrange(turned, "b n h d -> b n (h d)").astype(self.compute.jax_dtype)
+        return constrain(x, Axis.BATCH, None, None)
+
     def trunk(
-        self, x: Float[Array, "B n D"], rope: Float[Array, "2 n pairs"], mask: Bool[Array, "#B n n"]
+        self, x: Float[Array, "B n D"], rope: Float[Array, "2 *places n pairs"], mask: Bool[Array, "#B n n"]
     ) -> Float[Array, "B n D"]:
         """The blocks over positions: embedded inputs to hidden states."""
         return self.spatial_blocks(constrain(x, Axis.BATCH, None, None), rope, mask)[0]
@@ -273,5 +282,5 @@ SHARDING_RULES: tuple[Rule, ...] = (
     (r"feed_forward/w2/kernel", (None, Axis.MLP, Axis.EMBED)),
     (r"(code_emb_\d+|class_emb|merge_emb)/embedding", (None, Axis.EMBED)),
     (r"head_\d+/kernel", (Axis.EMBED, Axis.VOCAB)),
-    (r".*/scale", ()),  # small
+    (r".*/scale|position_emb", ()),  # small
 )

@@ -1,0 +1,230 @@
+"""Speed of drawing codes: MergeAR at several K, plain autoregression, and a Llama of transformers in PyTorch.
+
+python benchmarks/mergear.py                                                   # a small model on CPU; hours
+python benchmarks/mergear.py --lengths 256 --batches 1                         # its smallest case
+python benchmarks/mergear.py --preset L --dtype bfloat16 --torch-compile       # GPU
+
+A step draws one code for every image of the batch. Its floor is the larger of two times: the FLOPs of its matmuls at
+the rate of the fastest square matmul in the same run, and the bytes that it must read (weights and store, once) at the
+rate of the fastest large copy. The peer, if PyTorch is installed, is a Llama with as many blocks (those of the head
+included), as wide, and with as many logits; it has a static cache of all L tokens, and draws by multinomial.
+Parameters are random, so the codes are noise: what a step costs does not depend on them.
+"""
+
+import argparse
+import dataclasses
+import functools
+import importlib.util
+import json
+import math
+import os
+import platform
+import shlex
+import sys
+import time
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from tokenizer import matmul_rates, random_like
+
+from mergevq_jax.generator.config import PRESETS, GeneratorConfig
+from mergevq_jax.generator.plan import Plan, SamplingConfig, make_plan
+from mergevq_jax.generator.sampling import run
+from mergevq_jax.generator.transformer import Params, param_shapes
+from runtime_jax.compute import Compute
+from runtime_jax.flops import count_flops
+from runtime_jax.prng import Stream, stream_key
+from runtime_jax.sizes import size_of, table
+
+SMALL = GeneratorConfig(num_layers=6, dim=384, num_heads=6, head_layers=1)  # where overhead rules
+COPY_BYTES = 2**28
+HEAD = ("L", "batch", "sampler", "slots", "ms a step", "tokens/s", "floor, ms", "bound by", "of floor", "of peer")
+
+
+class Rates(NamedTuple):
+    """What this device reaches."""
+
+    flops: float  # a second
+    bytes: float  # read or written a second
+
+
+class Measured(NamedTuple):
+    """One sampler at one length and batch."""
+
+    length: int
+    batch: int
+    name: str
+    slots: int
+    seconds: float  # of one step
+    flops: float = math.nan  # of one step
+    bytes: float = math.nan  # that one step reads
+
+
+def samplers(config: GeneratorConfig, length: int, ratios: list[float]) -> Iterator[tuple[str, GeneratorConfig, dict]]:
+    """Name, model and store of what is to be timed: plain autoregression, and MergeAR at K = ratio L."""
+    side = math.isqrt(length)
+    config = dataclasses.replace(config, grid=(side, side), merge_instruction=False)
+    yield "plain", config, {}
+    for ratio in ratios:
+        kept = round(ratio * length)
+        merged = dataclasses.replace(config, merge_instruction=True, merge_numbers=(kept,))
+        yield f"MergeAR, K = {kept}", merged, {"window": 2, "capacity": kept}
+
+
+def measure(
+    name: str, config: GeneratorConfig, store: dict, *, batch: int, cfg_scale: float, compute: Compute, repeats: int
+) -> Measured:
+    """Compiles a sampler and times whole batches of images."""
+    merge_number = config.merge_numbers[0] if config.merge_instruction else None
+    settings = SamplingConfig(cfg_scale=cfg_scale, **store)
+    plan, knobs = make_plan(config, settings, merge_number, compute)
+    params = random_like(np.random.default_rng(0), param_shapes(config))
+    params = jax.tree.map(lambda leaf: leaf.astype(compute.jax_dtype), params)
+    numbers = jnp.arange(batch, dtype=jnp.int32)
+    labels = numbers % config.num_classes
+    merge = None if merge_number is None else jnp.zeros_like(labels)
+    arguments = params, labels, merge, stream_key(0, Stream.SAMPLE), numbers, knobs
+    traced = run.trace(*arguments, plan=plan)
+    program, steps = traced.lower().compile(), config.prefix + config.length - 1
+    seconds = best(lambda: jax.block_until_ready(program(*arguments)), repeats)
+    flops = count_flops(traced.jaxpr.jaxpr) / steps
+    return Measured(config.length, batch, name, plan.slots, seconds / steps, flops, bytes_read(params, plan, batch))
+
+
+def best(call: Callable[[], object], repeats: int) -> float:
+    """Seconds of the fastest of `repeats` calls, after one to warm up."""
+    seconds = []
+    for _ in range(repeats + 1):
+        start = time.perf_counter()
+        call()
+        seconds.append(time.perf_counter() - start)
+    return min(seconds[1:])
+
+
+def bytes_read(params: Params, plan: Plan, batch: int) -> float:
+    """Bytes that a step must read: every weight that is multiplied, and the keys and values of every slot."""
+    config = plan.config
+    weights = size_of({name: leaf for name, leaf in params.items() if "emb" not in name})
+    width = jnp.dtype(plan.compute.jax_dtype).itemsize
+    return weights + 2 * config.num_layers * batch * plan.rows * plan.slots * config.dim * width
+
+
+def copy_rate(repeats: int) -> float:
+    """Bytes read and written a second by the fastest of two passes over a large array: a sum, and a copy."""
+    array = jnp.ones(COPY_BYTES // 4, jnp.float32)
+    rates = []
+    for function, passes in ((jnp.sum, 1), (lambda x: x + 1, 2)):
+        call = functools.partial(jax.jit(function), array)
+        rates.append(passes * COPY_BYTES / best(lambda call=call: call().block_until_ready(), repeats))
+    return max(rates)
+
+
+def measure_peer(
+    config: GeneratorConfig, length: int, *, batch: int, rows: int, dtype: str, compiled: bool, steps: int, repeats: int
+) -> Measured:
+    """Times steps of a Llama in PyTorch; with a static cache all of them cost the same."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM, StaticCache
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    llama = LlamaConfig(
+        vocab_size=sum(config.vocab_sizes),
+        hidden_size=config.dim,
+        intermediate_size=config.hidden_dim,
+        num_hidden_layers=config.num_layers + config.head_layers,
+        num_attention_heads=config.num_heads,
+        num_key_value_heads=config.num_heads,
+        max_position_embeddings=length + 1,
+    )
+    model = LlamaForCausalLM(llama).to(device, getattr(torch, dtype)).eval()
+    forward = torch.compile(model, mode="reduce-overhead", fullgraph=True) if compiled else model
+
+    @torch.inference_mode()
+    def draw() -> None:
+        cache = StaticCache(config=llama, max_cache_len=length + 1)
+        token = torch.zeros(batch * rows, 1, dtype=torch.long, device=device)
+        for step in range(steps):
+            position = torch.tensor([step], device=device)
+            logits = forward(token, past_key_values=cache, cache_position=position, position_ids=position[None]).logits
+            drawn = torch.multinomial(logits[:batch, -1].float().softmax(dim=-1), 1)
+            token = drawn.repeat(rows, 1)
+        if device == "cuda":
+            torch.cuda.synchronize()
+
+    return Measured(length, batch, "Llama, PyTorch", length + 1, best(draw, repeats) / steps)
+
+
+def line(row: Measured, rates: Rates, peer: Measured | None) -> list[str]:
+    """Cells of one line of the table."""
+    computing, reading = row.flops / rates.flops, row.bytes / rates.bytes
+    floor = max(computing, reading)
+    cells = [row.length, row.batch, row.name, row.slots, f"{1e3 * row.seconds:.2f}", f"{row.batch / row.seconds:.0f}"]
+    bound = [f"{1e3 * floor:.2f}", "FLOPs" if computing > reading else "bytes", f"{row.seconds / floor:.1f}x"]
+    cells += [""] * 3 if math.isnan(floor) else bound
+    return [*map(str, cells), "" if peer is None else f"{peer.seconds / row.seconds:.2f}x"]
+
+
+def measurements(args: argparse.Namespace, compute: Compute) -> Iterator[tuple[Measured, Measured | None]]:
+    """Every sampler, each with its peer of the same length and batch."""
+    config = PRESETS[args.preset] if args.preset else SMALL
+    for length in args.lengths:
+        for batch in args.batches:
+            peer = None
+            if args.peer_steps:
+                peer = measure_peer(
+                    config,
+                    length,
+                    batch=batch,
+                    rows=1 + (args.cfg_scale != 1),
+                    dtype=args.dtype,
+                    compiled=args.torch_compile,
+                    steps=min(args.peer_steps, length),
+                    repeats=args.repeats,
+                )
+                yield peer, peer
+            for name, model, store in samplers(config, length, args.ratios):
+                options = {"batch": batch, "cfg_scale": args.cfg_scale, "repeats": args.repeats}
+                yield measure(name, model, store, compute=compute, **options), peer
+
+
+def main() -> None:
+    """Prints a table and a line of JSON."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--preset", choices=sorted(PRESETS), help="default: 6+1 layers, 384 wide, 6 heads")
+    parser.add_argument("--lengths", type=int, nargs="+", default=[256, 1024, 4096], help="squares")
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 16, 64])
+    parser.add_argument("--ratios", type=float, nargs="+", default=[1.0, 0.56, 0.25], help="K / L")
+    parser.add_argument("--cfg-scale", type=float, default=1.0, help="other than 1: two rows of the network an image")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--repeats", type=int, default=3, help="timed runs; the best counts")
+    parser.add_argument("--peer-steps", type=int, default=64, help="steps of the peer's run; 0: no peer")
+    parser.add_argument("--torch-compile", action="store_true")
+    args = parser.parse_args()
+    if wrong := [length for length in args.lengths if math.isqrt(length) ** 2 != length]:
+        parser.error(f"--lengths {wrong}: squares are needed")
+    if args.peer_steps and importlib.util.find_spec("torch") is None:
+        print("PyTorch is not installed: no peer\n")
+        args.peer_steps = 0
+    compute, device = Compute(dtype=args.dtype), jax.devices()[0]
+    rates = Rates(matmul_rates(args.dtype, args.repeats)[0], copy_rate(args.repeats))
+    rows = list(measurements(args, compute))
+    print(f"{args.preset or 'small'}, {args.dtype}, {device.device_kind} ({device.platform}), jax {jax.__version__}")
+    print(f"matmul: {rates.flops / 1e9:.1f} GFLOP/s, copy: {rates.bytes / 1e9:.1f} GB/s, both measured\n")
+    print("\n".join(table(HEAD, [line(row, rates, peer) for row, peer in rows])))
+    record = {
+        "command": shlex.join([os.path.basename(sys.executable), *sys.argv]),
+        "device": device.device_kind,
+        "cpus": os.cpu_count(),
+        "python": platform.python_version(),
+        "jax": jax.__version__,
+        "rates": rates._asdict(),
+        "rows": [row._asdict() for row, _ in rows],
+    }
+    print(f"\n{json.dumps(record)}")
+
+
+if __name__ == "__main__":
+    main()

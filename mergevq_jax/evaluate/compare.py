@@ -1,0 +1,148 @@
+"""`mergevq compare`: generators side by side, from what `mergevq sample` wrote, as a table and a picture on disk."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+from zipfile import BadZipFile
+
+import numpy as np
+
+from mergevq_jax.evaluate.generation import Gaussian, Labelled, Quality, gaussian, measure
+from mergevq_jax.evaluate.held_out import BATCH_SIZE, read_scenes
+from mergevq_jax.pretrained import load_tokenizer
+from mergevq_jax.tokenizer.model import Tokenizer
+from runtime_jax.judge import Judge
+from runtime_jax.pictures import image_grid, save_png
+from runtime_jax.sizes import table
+
+SHOWN = 12  # images of a row in the picture
+
+
+class Folder(NamedTuple):
+    """What `mergevq sample` wrote."""
+
+    samples: Labelled
+    protocol: Mapping[str, Any]
+
+
+class Row(NamedTuple):
+    """One line of the table."""
+
+    name: str
+    quality: Quality
+    sets: int
+    cache_bytes: int | None = None  # keys and values for one image
+    seconds: float | None = None  # for one image, in batches
+
+
+def compare(
+    rows: Sequence[tuple[str, Sequence[Path]]],
+    *,
+    out: Path,
+    data_dir: str,
+    judge: Judge,
+    tokenizer: str | None = None,
+    keeps: Sequence[int] = (),
+) -> None:
+    """Prints a table; writes it as compare.md, and the first images of every row as compare.png.
+
+    The first rows are real: validation scenes against the test scenes that all are measured against, and, with a
+    tokenizer, their reconstructions; no generator can be expected to do better.
+
+    Args:
+      rows: name, and a folder for each seed.
+      tokenizer: shipped name, folder or hub id; with `keeps`, the numbers of kept tokens to reconstruct from.
+
+    Raises:
+      ValueError: folders without samples or of different numbers of images, dataset or tokenizer missing.
+    """
+    folders = {name: [read_samples(path) for path in paths] for name, paths in rows}
+    shapes = {folder.samples.images.shape for group in folders.values() for folder in group}
+    if len(shapes) != 1:
+        raise ValueError(f"equal numbers of images of one size are needed, there are {sorted(shapes)}")
+    count, size = shapes.pop()[:2]
+    reference = gaussian(judge.features(read_scenes(size, count, data_dir, split="test").images))
+    real = read_scenes(size, count, data_dir, split="validation")
+    sets = {"held-out scenes": [real]}
+    if tokenizer is not None:
+        loaded = load_tokenizer(tokenizer)
+        sets |= {f"reconstructed, K = {keep}": [_reconstructed(loaded, real, keep)] for keep in keeps}
+    sets |= {name: [folder.samples for folder in group] for name, group in folders.items()}
+    measured = [_row(name, group, folders.get(name), judge, reference) for name, group in sets.items()]
+    text = render(measured, count)
+    print(text)
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "compare.md").write_text(text)
+    shown = [list(group[0].images[:SHOWN]) for group in sets.values()]
+    save_png(out / "compare.png", image_grid(shown, row_labels=list(sets)))
+    print(f"compare.md and compare.png are in {out}")
+
+
+def read_samples(path: Path) -> Folder:
+    """A folder that `mergevq sample` wrote: samples.npz (arr_0 images, arr_1 labels) and protocol.json.
+
+    Raises:
+      ValueError: a file is missing or not readable, or the images are not uint8 [N, H, W, 3] with a label each.
+    """
+    try:
+        protocol = json.loads((path / "protocol.json").read_text())
+        with np.load(path / "samples.npz") as arrays:
+            images, labels = arrays["arr_0"], arrays["arr_1"]
+    except (OSError, KeyError, BadZipFile, json.JSONDecodeError) as error:
+        raise ValueError(f"{path}: not a folder of mergevq sample ({error})") from error
+    if images.ndim != 4 or images.dtype != np.uint8 or images.shape[-1] != 3 or labels.shape != images.shape[:1]:
+        raise ValueError(f"{path}: images {images.dtype} {images.shape} with labels {labels.shape}")
+    return Folder(Labelled(images, labels), protocol)
+
+
+def cache_bytes(protocol: Mapping[str, Any]) -> int:
+    """Size of the store of keys and values for one image, both rows of it under guidance."""
+    architecture, scale = protocol["generator"]["architecture"], protocol["sampling"]["cfg_scale"]
+    rows = 1 + any(value != 1 for value in np.atleast_1d(scale))
+    width = {"float32": 4, "bfloat16": 2}[protocol["compute"]["dtype"]]
+    return 2 * architecture["num_layers"] * rows * protocol["slots"] * architecture["dim"] * width
+
+
+def seconds_per_image(protocol: Mapping[str, Any]) -> float | None:
+    """Time of one image, the first batch, which compiles, left out; None where there is no other."""
+    batches = -(-protocol["num"] // protocol["batch_size"])
+    if batches < 2:
+        return None
+    return protocol["measured"]["seconds_of_other_batches"] / ((batches - 1) * protocol["batch_size"])
+
+
+def _reconstructed(tokenizer: Tokenizer, real: Labelled, keep: int) -> Labelled:
+    parts = [real.images[start : start + BATCH_SIZE] for start in range(0, len(real.images), BATCH_SIZE)]
+    return Labelled(np.concatenate([np.asarray(tokenizer.reconstruct(part, keep=keep)) for part in parts]), real.labels)
+
+
+def _row(
+    name: str, sets: Sequence[Labelled], folders: Sequence[Folder] | None, judge: Judge, reference: Gaussian
+) -> Row:
+    quality = measure(judge, sets, reference)
+    if folders is None:
+        return Row(name, quality, len(sets))
+    protocols = [folder.protocol for folder in folders]
+    seconds = [value for value in map(seconds_per_image, protocols) if value is not None]
+    return Row(name, quality, len(sets), max(map(cache_bytes, protocols)), min(seconds, default=None))
+
+
+def render(rows: Sequence[Row], count: int) -> str:
+    """The table in Markdown."""
+    head = ("images", "seeds", "right class, %", "Fréchet distance", "cache, kB an image", "seconds an image")
+    lines = []
+    for row in rows:
+        accuracy = row.quality.accuracy
+        lines.append(
+            (
+                row.name,
+                str(row.sets),
+                f"{100 * accuracy.mean:.1f} ± {100 * accuracy.half_width:.1f}",
+                f"{row.quality.frechet:.3f}",
+                "" if row.cache_bytes is None else f"{row.cache_bytes / 1000:.0f}",
+                "" if row.seconds is None else f"{row.seconds:.3f}",
+            )
+        )
+    note = f"{count} images a seed, against as many test scenes; intervals of 95 %, of the distance over seeds."
+    return "\n".join([*table(head, lines), "", note]) + "\n"

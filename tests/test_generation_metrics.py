@@ -1,0 +1,152 @@
+"""The measures of generation: distances of known Gaussians, classes that a judge sees, the table of a comparison."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+from scipy.linalg import sqrtm
+
+from mergevq_jax.evaluate import compare as comparison
+from mergevq_jax.evaluate.compare import Row, cache_bytes, compare, read_samples, render, seconds_per_image
+from mergevq_jax.evaluate.generation import Labelled, Quality, frechet_distance, gaussian, main_classes, measure
+from runtime_jax.data.mini_scenes import CLASSES, example_scene, render_scene
+from runtime_jax.estimate import Estimate
+from runtime_jax.judge import Judge, Seen
+
+COUNT, SIZE = 6, 32
+SCENES = [example_scene(0, "test", index)[0] for index in range(COUNT)]
+IMAGES = np.stack([render_scene(scene, SIZE).image for scene in SCENES])
+LABELS = np.asarray([scene.label for scene in SCENES])
+
+
+class KnowingJudge(Judge):
+    """Knows the true scenes by their pixels and sees nothing in other images; its features are mean colours."""
+
+    def __init__(self):
+        pass
+
+    def look(self, images):
+        truth = {image.tobytes(): scene for image, scene in zip(IMAGES, SCENES, strict=True)}
+        nothing = dataclasses.replace(SCENES[0], objects=())
+        return [Seen(truth.get(image.tobytes(), nothing), (), ()) for image in images]
+
+    def features(self, images):
+        return images.reshape(len(images), -1, 3).mean(axis=1) / 255
+
+
+# The distance.
+
+
+def test_distance_of_gaussians():
+    """Against the formula with a matrix square root; invariant under rotations; zero and symmetric as a distance is."""
+    rng = np.random.default_rng(0)
+    first = rng.normal(size=(400, 5)) @ rng.normal(size=(5, 5))
+    second = rng.normal(size=(300, 5)) @ rng.normal(size=(5, 5)) + 1
+    a, b = gaussian(first), gaussian(second)
+    covariances = np.cov(first.T), np.cov(second.T)
+    expected = np.square(first.mean(0) - second.mean(0)).sum()
+    expected += np.trace(sum(covariances) - 2 * np.real(sqrtm(covariances[0] @ covariances[1])))
+    assert frechet_distance(a, b) == pytest.approx(expected, rel=1e-9)
+    assert frechet_distance(b, a) == pytest.approx(expected, rel=1e-9)
+    turn = np.linalg.qr(rng.normal(size=(5, 5)))[0]
+    assert frechet_distance(gaussian(first @ turn), gaussian(second @ turn)) == pytest.approx(expected, rel=1e-9)
+    assert abs(frechet_distance(a, a)) < 1e-12
+
+
+def test_fewer_images_than_features():
+    """A shift of singular Gaussians is its square, to the last digits: nothing is lost in roots of rounding errors."""
+    features = np.random.default_rng(0).normal(size=(20, 150))
+    shift = np.linspace(0, 1e-3, 150)
+    got = frechet_distance(gaussian(features), gaussian(features + shift))
+    assert got == pytest.approx(np.square(shift).sum(), abs=1e-12)
+
+
+@pytest.mark.parametrize("features", [np.ones((1, 3)), np.full((4, 3), np.nan)], ids=["one image", "NaN"])
+def test_features_that_have_no_gaussian(features):
+    with pytest.raises(ValueError, match="finite features of at least two images"):
+        gaussian(features)
+
+
+# The judge.
+
+
+def test_images_of_the_wanted_class():
+    judge, reference = KnowingJudge(), gaussian(KnowingJudge().features(IMAGES))
+    np.testing.assert_array_equal(main_classes(judge, IMAGES), LABELS)
+    quality = measure(judge, [Labelled(IMAGES, LABELS)], reference)
+    assert quality.accuracy.mean == 1 and quality.accuracy.count == COUNT
+    assert abs(quality.frechet.mean) < 1e-12 and quality.frechet.half_width is None
+    blank = Labelled(IMAGES // 2, LABELS)  # nothing to be seen in them
+    wrong = Labelled(IMAGES, (LABELS + 1) % len(CLASSES))
+    quality = measure(judge, [Labelled(IMAGES, LABELS), blank, wrong], reference)
+    assert quality.accuracy.mean == pytest.approx(1 / 3)
+    assert quality.frechet.count == 3 and quality.frechet.half_width > quality.frechet.mean > 0
+
+
+@pytest.mark.parametrize(
+    ("sets", "message"),
+    [
+        ([], "no sets"),
+        ([Labelled(IMAGES[1:], LABELS[1:])], "5 images, 5 labels, 6 real images: equal numbers"),
+        ([Labelled(IMAGES, LABELS + len(CLASSES))], "classes are 0 to 11"),
+    ],
+    ids=["none", "another number", "labels"],
+)
+def test_sets_that_cannot_be_judged(sets, message):
+    judge = KnowingJudge()
+    with pytest.raises(ValueError, match=message):
+        measure(judge, sets, gaussian(judge.features(IMAGES)))
+
+
+# The comparison.
+
+PROTOCOL = {
+    "num": COUNT,
+    "batch_size": 2,
+    "slots": 10,
+    "compute": {"dtype": "bfloat16"},
+    "sampling": {"cfg_scale": [1.0, 2.0]},
+    "generator": {"architecture": {"num_layers": 3, "dim": 8}},
+    "measured": {"seconds_of_other_batches": 1.0},
+}
+
+
+def folder(path, images=IMAGES, labels=LABELS):
+    path.mkdir()
+    np.savez(path / "samples.npz", images, labels)
+    (path / "protocol.json").write_text(json.dumps(PROTOCOL))
+    return path
+
+
+def test_a_protocol_says_what_an_image_costs():
+    assert cache_bytes(PROTOCOL) == 2 * 3 * 2 * 10 * 8 * 2
+    assert cache_bytes(PROTOCOL | {"sampling": {"cfg_scale": 1.0}}) == 2 * 3 * 10 * 8 * 2
+    assert seconds_per_image(PROTOCOL) == 0.25
+    assert seconds_per_image(PROTOCOL | {"batch_size": COUNT}) is None
+
+
+def test_a_table_and_a_picture(tmp_path, monkeypatch):
+    monkeypatch.setattr(comparison, "read_scenes", lambda size, count, data_dir, split: Labelled(IMAGES, LABELS))
+    folders = [folder(tmp_path / "a"), folder(tmp_path / "b", IMAGES[::-1], LABELS)]
+    compare([("ours", folders)], out=tmp_path / "out", data_dir="", judge=KnowingJudge())
+    head, _, real, ours, *_ = (tmp_path / "out" / "compare.md").read_text().splitlines()
+    assert head.count("|") == ours.count("|") == 7
+    assert real.startswith("| held-out scenes | 1 | 100.0 ± 0.0 |") and "| 0.000 |" in real
+    assert ours.startswith("| ours | 2 | ") and ours.endswith("| 2 | 0.250 |")
+    assert (tmp_path / "out" / "compare.png").stat().st_size > 1000
+
+
+def test_what_is_not_known_is_left_empty():
+    quality = Quality(Estimate(0.5, 0.1, 9), Estimate(1.25, None, 1))
+    assert "| real | 1 | 50.0 ± 10.0 | 1.250 |  |  |" in render([Row("real", quality, 1)], 9)
+
+
+def test_folders_that_do_not_fit(tmp_path):
+    with pytest.raises(ValueError, match="nothing: not a folder of mergevq sample"):
+        read_samples(tmp_path / "nothing")
+    with pytest.raises(ValueError, match=r"bad: images uint8 \(6, 32, 32, 3\) with labels \(5,\)"):
+        read_samples(folder(tmp_path / "bad", labels=LABELS[1:]))
+    rows = [("a", [folder(tmp_path / "a")]), ("b", [folder(tmp_path / "b", IMAGES[:4], LABELS[:4])])]
+    with pytest.raises(ValueError, match="equal numbers of images of one size are needed"):
+        compare(rows, out=tmp_path, data_dir="", judge=KnowingJudge())
