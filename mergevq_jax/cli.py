@@ -1,4 +1,4 @@
-"""The command line: mergevq scenes | train | evaluate | compare | reconstruct | tokenize | inspect | convert."""
+"""Command line: mergevq scenes | train | evaluate | compare | reconstruct | tokenize | sample | inspect | convert."""
 
 import sys
 from collections.abc import Sequence
@@ -67,6 +67,8 @@ def _command_line() -> CommandLine:
     sub.add_argument("--shard-size", type=int, default=4096, help="images in one file")
     sub.add_argument("--out", type=Path, required=True)
 
+    _sample_command(line)
+
     sub = line.command("inspect", _inspect, "Parameters, FLOPs and memory of a config or preset, without weights.")
     sub.add_argument("--config", help="configs/FILE.py:ARGUMENT")
     sub.add_argument("--preset", help="a preset's name instead of a config")
@@ -74,13 +76,42 @@ def _command_line() -> CommandLine:
     sub.add_argument("--compile", action="store_true", help="also compile and ask the compiler for its memory (slow)")
 
     sub = line.command(
-        "convert", _convert, "Turn a released stage-1 checkpoint (as .safetensors) into a tokenizer's folder."
+        "convert", _convert, "Turn a released checkpoint (as .safetensors) into a tokenizer's or generator's folder."
     )
     sub.add_argument("checkpoint", type=Path)
+    sub.add_argument("--stage", type=int, choices=(1, 2), default=1, help="1: tokenizer (default), 2: generator")
+    sub.add_argument("--tokenizer", default=TINY, help="stage 2: the tokenizer of the generator's codes, converted")
     sub.add_argument("--preset", required=True, help="the architecture it was trained with")
     sub.add_argument("--last-weights", action="store_true", help="take the last weights instead of the moving averages")
     sub.add_argument("--out", type=Path, required=True)
     return line
+
+
+def _sample_command(line: CommandLine) -> None:
+    sub = line.command("sample", _sample, "Draw images of classes with a trained generator.")
+    sub.add_argument("--model", default=TINY, help="shipped name, folder or hub id of a generator")
+    sub.add_argument("--tokenizer", help="where its tokenizer is now (default: where it was in training)")
+    sub.add_argument("--num", type=int, default=64)
+    sub.add_argument("--class", dest="classes", action="append", help="name or number; several take turns (all)")
+    sub.add_argument("--merge-number", type=int, help="distinct tokens that the generator is asked for")
+    part = {"nargs": "+", "metavar": "VALUE"}  # one value, or one for each sub-token
+    sub.add_argument("--cfg-scale", type=float, default=[1.0], help="guidance; 1 is none", **part)
+    sub.add_argument("--cfg-schedule", default="constant", help="constant, linear or interval")
+    sub.add_argument(
+        "--cfg-interval", type=float, nargs=2, default=[0.0, 1.0], help="part of the sequence, for interval"
+    )
+    sub.add_argument("--temperature", type=float, default=[1.0], **part)
+    sub.add_argument("--top-k", type=int, default=[0], help="0: off", **part)
+    sub.add_argument("--top-p", type=float, default=[1.0], help="1: off", **part)
+    sub.add_argument("--greedy", action="store_true", help="the likeliest code, always")
+    sub.add_argument("--window", type=int, help="recent tokens that are always seen (as in training)")
+    sub.add_argument("--capacity", type=int, help="older tokens that the store keeps (the merge number)")
+    sub.add_argument("--policy", default="evict-oldest", help="what a full store does: evict-oldest or full")
+    sub.add_argument("--seed", type=int, default=0)
+    sub.add_argument("--batch-size", type=int, default=64, help="images drawn together; no result depends on it")
+    sub.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
+    sub.add_argument("--show-cache", action="store_true", help="also draw what the store kept, and how full it was")
+    sub.add_argument("--out", type=Path, default=Path("runs/sample"))
 
 
 def _train(args, overrides) -> int:
@@ -145,6 +176,36 @@ def _tokenize(args, _) -> None:
     )
 
 
+def _sample(args, _) -> None:
+    from mergevq_jax.generator.plan import SamplingConfig
+    from mergevq_jax.sample import Request, sample
+    from runtime_jax.compute import Compute
+
+    names = ("cfg_scale", "temperature", "top_k", "top_p")
+    parts = {name: values[0] if len(values := getattr(args, name)) == 1 else tuple(values) for name in names}
+    sampling = SamplingConfig(
+        **parts,
+        cfg_schedule=args.cfg_schedule,
+        cfg_interval=tuple(args.cfg_interval),
+        greedy=args.greedy,
+        window=args.window,
+        capacity=args.capacity,
+        policy=args.policy,
+    )
+    request = Request(
+        num=args.num,
+        classes=tuple(args.classes or ()),
+        merge_number=args.merge_number,
+        sampling=sampling,
+        seed=args.seed,
+        batch_size=min(args.batch_size, args.num),
+    )
+    compute = Compute(dtype=args.dtype)
+    print(
+        sample(args.model, request, out=args.out, tokenizer=args.tokenizer, compute=compute, show_cache=args.show_cache)
+    )
+
+
 def _inspect(args, overrides) -> None:
     from mergevq_jax.inspect import inspect_config, inspect_model
     from mergevq_jax.tokenizer.config import preset
@@ -161,6 +222,8 @@ def _inspect(args, overrides) -> None:
 
 
 def _convert(args, _) -> None:
+    if args.stage == 2:
+        return _convert_generator(args)
     from mergevq_jax.convert import from_released, tokenizer_table
     from mergevq_jax.tokenizer.config import preset
     from mergevq_jax.tokenizer.model import Tokenizer, param_shapes
@@ -175,6 +238,16 @@ def _convert(args, _) -> None:
         config = replace(config, recovery=None)  # the released checkpoints never trained one
     Tokenizer(config, import_weights(tokenizer_table(config), tensors, param_shapes(config))).save_pretrained(args.out)
     print(f"the tokenizer is in {args.out}")
+
+
+def _convert_generator(args) -> None:
+    from mergevq_jax.generator.config import preset
+    from mergevq_jax.generator.model import import_released
+    from runtime_jax.hub import read_tensors
+
+    config = preset(args.preset, merge_instruction=False, zero_class_rope=True)
+    import_released(config, read_tensors(args.checkpoint), args.tokenizer).save_pretrained(args.out)
+    print(f"the generator is in {args.out}")
 
 
 if __name__ == "__main__":

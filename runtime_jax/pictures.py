@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
-from jaxtyping import Float, Int, UInt8
+from jaxtyping import Bool, Float, Int, UInt8
 from PIL import Image, ImageDraw, ImageFont
 
 Picture = UInt8[np.ndarray, "height width 3"]
@@ -186,6 +186,30 @@ def outline_groups(
     canvas[dark] = INK
     canvas[light] = BACKGROUND
     return canvas
+
+
+def dim_tokens(
+    image: Picture, kept: Bool[np.ndarray, "tokens"], *, grid: tuple[int, int], light: float = 0.2
+) -> Picture:
+    """A picture on which only the kept tokens stay bright.
+
+    Args:
+      kept: [L] whether each raw token is kept, in raster order.
+      grid: rows and columns of raw tokens, h w = L.
+      light: 0 to 1, brightness that the others are left with.
+
+    Raises:
+      ValueError: L is not h w, or the picture's sides are not multiples of the grid's.
+    """
+    image, kept = _checked(image), np.asarray(kept)
+    if kept.size != grid[0] * grid[1] or image.shape[0] % grid[0] or image.shape[1] % grid[1]:
+        raise ValueError(
+            f"dim_tokens: {kept.size} tokens do not tile a {grid[0]} x {grid[1]} grid on a picture of "
+            f"{image.shape[0]} x {image.shape[1]} pixels"
+        )
+    cell = image.shape[0] // grid[0], image.shape[1] // grid[1]
+    bright = np.kron(kept.reshape(grid), np.ones(cell, bool))
+    return np.where(bright[..., None], image, np.round(light * image)).astype(np.uint8)
 
 
 def _palette(count: int) -> np.ndarray:

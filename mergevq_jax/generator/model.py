@@ -4,7 +4,7 @@ Axes: B batch, H W image, L raster tokens.
 """
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -14,15 +14,17 @@ from jaxtyping import Array, Int, UInt8
 
 from mergevq_jax import convert, model_folder
 from mergevq_jax.generator.config import GeneratorConfig
+from mergevq_jax.generator.data import check_tokenizer
 from mergevq_jax.generator.plan import SamplingConfig
 from mergevq_jax.generator.randar import Codes, pinned
 from mergevq_jax.generator.randar_sampling import randar_sample
 from mergevq_jax.generator.sampling import Samples, sample
 from mergevq_jax.generator.train import Kind
 from mergevq_jax.generator.transformer import Params, param_shapes
-from mergevq_jax.pretrained import load_tokenizer
+from mergevq_jax.pretrained import GENERATORS, load_tokenizer
 from mergevq_jax.tokenizer.model import Tokenizer, Tokens
 from runtime_jax.compute import Compute
+from runtime_jax.weights import import_weights
 
 MODEL_TYPE = "mergevq_generator"
 
@@ -179,6 +181,37 @@ def recovered_to_images(tokenizer: Tokenizer, codes: Codes) -> UInt8[Array, "B H
     return tokenizer.decode(
         Tokens(indices=codes.indices, source_map=source_map, grid=tokenizer.config.grid(side, side))
     )
+
+
+def load_generator(source: str | os.PathLike, *, compute: Compute = Compute()) -> GeneratorModel:
+    """A shipped generator by its name, otherwise a folder or hub id.
+
+    Raises:
+      ValueError: as `GeneratorModel.from_pretrained`.
+    """
+    return GeneratorModel.from_pretrained(GENERATORS.get(str(source), source), compute=compute)
+
+
+def import_released(
+    config: GeneratorConfig, tensors: Mapping[str, np.ndarray], tokenizer: str | os.PathLike
+) -> GeneratorModel:
+    """The plain generator in a released stage-2 checkpoint.
+
+    Args:
+      config: its architecture, without merge instruction and with `zero_class_rope`.
+      tensors: the checkpoint's `state_dict`.
+      tokenizer: shipped name, folder or hub id of the tokenizer that it was trained with.
+
+    Raises:
+      ValueError: no such generator in it, or a tokenizer that does not fit.
+    """
+    loaded = load_tokenizer(tokenizer)
+    check_tokenizer(config, loaded)
+    table = convert.generator_table(config)
+    params = import_weights(table, convert.generator_from_released(tensors), param_shapes(config))
+    reference = TokenizerRef(name=str(tokenizer), fingerprint=loaded.fingerprint())
+    info = GeneratorInfo(kind="plain", window=config.length, classes=(), tokenizer=reference, architecture=config)
+    return GeneratorModel(info, params)
 
 
 def codes_to_images(tokenizer: Tokenizer, indices: Int[Array, "B L"]) -> UInt8[Array, "B H W 3"]:

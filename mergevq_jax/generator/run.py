@@ -294,7 +294,7 @@ class Run:
             samples = model.sample(labels, self._config.preview_number, **request)
             images = codes_to_images(self._tokenizer, samples.indices)
         images = np.asarray(self.on_every_device(images))
-        grid = images.reshape(rows, columns, *images.shape[1:])
+        grid = [list(row) for row in np.split(images, rows)]
         return {"samples": image_grid(grid, row_labels=self._info.classes[:rows])}
 
 

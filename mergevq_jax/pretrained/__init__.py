@@ -1,4 +1,4 @@
-"""Tokenizers that are shipped with the package, by name."""
+"""Models that are shipped with the package, by name."""
 
 import os
 from pathlib import Path
@@ -6,7 +6,8 @@ from pathlib import Path
 from mergevq_jax.tokenizer.model import Tokenizer
 from runtime_jax.compute import Compute
 
-SHIPPED = {path.name: path for path in sorted(Path(__file__).parent.iterdir()) if (path / "config.json").is_file()}
+SHIPPED = {path.parent.name: path.parent for path in sorted(Path(__file__).parent.glob("*/config.json"))}
+GENERATORS = {path.parent.name: path.parent for path in sorted(Path(__file__).parent.glob("generators/*/config.json"))}
 
 
 def load_tokenizer(source: str | os.PathLike, *, compute: Compute = Compute()) -> Tokenizer:

@@ -1,0 +1,251 @@
+"""Training generators: the losses, class dropout, the step on a mesh, and runs that go on bit-equal."""
+
+import dataclasses
+import functools
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from generator_run_tools import MODEL, TOKENIZER, images_of, random_tokenizer, run_config, write_pictures
+from generator_tools import random_codes, random_params, relative_error
+from golden_tools import jit
+from safetensors.numpy import load_file
+
+from mergevq_jax.generator import train
+from mergevq_jax.generator.config import preset
+from mergevq_jax.generator.losses import drop_classes
+from mergevq_jax.generator.mask import first_members, merge_mask
+from mergevq_jax.generator.model import GeneratorModel
+from mergevq_jax.generator.run import TrainConfig
+from mergevq_jax.generator.run import train as run_training
+from mergevq_jax.generator.transformer import SHARDING_RULES, Generator
+from mergevq_jax.tokenizer.config import PRESETS
+from mergevq_jax.tokenizer.lfq import split_indices
+from mergevq_jax.tokenizer.model import param_shapes as tokenizer_shapes
+from runtime_jax.config import build, load, to_dict
+from runtime_jax.program import Program
+from runtime_jax.sharding import MeshConfig, make_mesh, place, shard_batch
+
+CONFIG = train.StepConfig(model=MODEL, tokenizer=TOKENIZER)
+SGD = train.Optimizer(optax.sgd(1.0), lambda step: jnp.ones(()))  # the change of a parameter is its gradient
+BATCH = 8
+
+
+@pytest.fixture(scope="module")
+def codes():
+    """Codes and groups that differ from each other."""
+    rng = np.random.default_rng(0)
+    arrays = {
+        "indices": random_codes(BATCH, MODEL, values=6),
+        "source_map": rng.integers(0, 10, (BATCH, MODEL.length)).astype(np.int32),
+        "label": np.arange(BATCH, dtype=np.int32) % 2,
+        "index": np.arange(BATCH, dtype=np.int32),
+    }
+    return jax.tree.map(jnp.asarray, arrays)
+
+
+@pytest.fixture(scope="module")
+def state():
+    """A state with random parameters."""
+    state = jax.eval_shape(functools.partial(train.init_state, CONFIG, SGD))
+    params = random_params(MODEL)
+    return state.replace(step=np.int32(5), params=params, ema=params)
+
+
+@functools.cache
+def step_of(config, keep=10):
+    return jit(functools.partial(train.train_step, config=config, optimizer=SGD, keep=keep))
+
+
+@functools.cache
+def loss_of(config, keep=10):
+    return jit(functools.partial(train.evaluate, config=config, keep=keep))
+
+
+def expected_loss(params, codes, mask):
+    """Cross-entropies from the logits of teacher forcing, by NumPy."""
+    merge = jnp.zeros(BATCH, jnp.int32)
+    logits = Generator(MODEL).apply({"params": params}, codes["indices"], codes["label"], merge, mask)
+    parts = zip(logits, split_indices(codes["indices"], MODEL.code_bits), strict=True)
+    return sum(
+        -np.take_along_axis(np.asarray(jax.nn.log_softmax(scores)), values[..., None], axis=-1).mean()
+        for scores, values in parts
+    )
+
+
+@pytest.mark.parametrize("groups", ["source_map", "indices", None])
+def test_the_loss_is_that_of_the_masked_logits(state, codes, groups):
+    mask = None
+    config = dataclasses.replace(CONFIG, kind="plain")
+    if groups is not None:
+        mask = merge_mask(first_members(codes[groups]), window=2, prefix=MODEL.prefix)
+        config = dataclasses.replace(CONFIG, groups="codes" if groups == "indices" else groups)
+    means = loss_of(config)(state.params, None, codes)
+    np.testing.assert_allclose(means["loss"], expected_loss(state.params, codes, mask), rtol=1e-5)
+    np.testing.assert_allclose(means["loss"], means["loss/0"] + means["loss/1"], rtol=1e-6)
+
+
+def test_a_new_generator_is_uniform_and_all_of_it_learns(codes):
+    state = jit(functools.partial(train.init_state, CONFIG, SGD))()
+    new, metrics = step_of(CONFIG)(state, None, codes)
+    np.testing.assert_allclose(metrics["loss"][0], sum(MODEL.code_bits) * np.log(2), rtol=1e-6)
+    newer, _ = step_of(CONFIG)(new, None, codes)  # the heads start at zero and hide the rest from the first gradient
+    changed = jax.tree.map(lambda a, b: bool((a != b).any()), state.params, newer.params)
+    assert all(jax.tree.leaves(changed)) and newer.step == 2
+
+
+def test_classes_are_dropped_by_the_example():
+    labels, examples = jnp.zeros(2000, jnp.int32), jnp.arange(2000)
+    dropped = np.asarray(drop_classes(labels, examples, jax.random.key(0), MODEL))
+    assert set(dropped) == {0, MODEL.null_class} and abs((dropped > 0).mean() - MODEL.class_dropout) < 0.05
+    order = np.random.default_rng(0).permutation(2000)
+    np.testing.assert_array_equal(drop_classes(labels, examples[order], jax.random.key(0), MODEL), dropped[order])
+    never = dataclasses.replace(MODEL, class_dropout=0.0)
+    assert not np.asarray(drop_classes(labels, examples, jax.random.key(0), never)).any()
+
+
+def test_images_are_tokenized_as_by_the_tokenizer():
+    tokenizer = random_tokenizer()
+    images = np.random.default_rng(2).integers(0, 256, (4, 8, 8, 3), np.uint8)
+    tokens = tokenizer.encode(images, keep=10)
+    batch = train.tokenize(tokenizer.params, {"image": jnp.asarray(images)}, config=CONFIG, keep=10)
+    np.testing.assert_array_equal(batch["source_map"], tokens.source_map)
+    np.testing.assert_array_equal(batch["indices"], np.take_along_axis(tokens.indices, tokens.source_map, axis=1))
+
+
+def test_micro_batches_add_up(state, codes):
+    whole, metrics = step_of(CONFIG)(state, None, codes)
+    parts, others = step_of(dataclasses.replace(CONFIG, accumulate=2))(state, None, codes)
+    assert relative_error(parts.params, whole.params) < 1e-5
+    np.testing.assert_allclose(others["loss"][0], metrics["loss"][0], rtol=1e-5)
+
+
+def test_a_step_on_a_mesh_is_the_step_of_one_device(state, codes):
+    expected, metrics = jax.device_get(step_of(CONFIG)(state, None, codes))
+    mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
+    with jax.set_mesh(mesh):
+        program = Program(
+            functools.partial(train.init_state, CONFIG, SGD),
+            lambda state, frozen, batch, keep: train.train_step(
+                state, frozen, batch, config=CONFIG, optimizer=SGD, keep=keep
+            ),
+            SHARDING_RULES,
+            mesh,
+        )
+        assert tuple(program.shardings.params["head_1"]["kernel"].spec) == ("fsdp", "tensor")
+        new, on_mesh = jax.device_get(
+            program.step(place(state, program.shardings), shard_batch(jax.device_get(codes), mesh), 10)
+        )
+    assert relative_error(new.params, expected.params) < 1e-4
+    assert relative_error(new.ema, expected.ema) < 1e-4
+    for name, (total, _) in metrics.items():
+        np.testing.assert_allclose(on_mesh[name][0], total, rtol=1e-4, atol=1e-6, err_msg=name)
+
+
+def test_an_update_that_is_not_finite_is_skipped(state, codes):
+    params = jax.tree.map(np.asarray, state.params)
+    params["norm"]["scale"] = np.full_like(params["norm"]["scale"], np.nan)
+    new, metrics = step_of(CONFIG)(state.replace(params=params), None, codes)
+    assert new.step == state.step + 1 and metrics["nonfinite"][0] == 1 and metrics["loss"] == (0.0, 0.0)
+    jax.tree.map(np.testing.assert_array_equal, new.ema, state.ema)
+
+
+@pytest.mark.parametrize("size", ["B", "L", "XL"])
+def test_imagenet_configs_build(size):
+    config = build(TrainConfig, load(f"configs/mergear_imagenet.py:{size}"))
+    assert config.model == preset(size, merge_numbers=(144, 169, 196, 225, 256))
+    assert build(TrainConfig, to_dict(config)) == config
+
+
+def test_a_published_step_traces():
+    """Whole, from images through the tokenizer, by shapes alone."""
+    config = build(TrainConfig, load("configs/mergear_imagenet.py:L"))
+    tokenizer = PRESETS["gr-d64"]
+    step_config = dataclasses.replace(config.step_config(None), tokenizer=tokenizer, accumulate=2)
+    state = jax.eval_shape(functools.partial(train.init_state, step_config, SGD))
+    batch = {
+        "image": jax.ShapeDtypeStruct((2, 256, 256, 3), jnp.uint8),
+        "label": jax.ShapeDtypeStruct((2,), jnp.int32),
+        "index": jax.ShapeDtypeStruct((2,), jnp.int32),
+    }
+    step = functools.partial(train.train_step, config=step_config, optimizer=SGD, keep=144)
+    new, metrics = jax.eval_shape(step, state, tokenizer_shapes(tokenizer), batch)
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), new) == jax.tree.map(lambda x: (x.shape, x.dtype), state)
+    assert {"loss", "loss/0", "accuracy/1", "grad_norm", "lr", "nonfinite"} <= set(metrics)
+    assert abs(sum(leaf.size for leaf in jax.tree.leaves(state.params)) / 343e6 - 1) < 0.01
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A run of four steps from images, looked at only at the end: its config and its workdir."""
+    root = tmp_path_factory.mktemp("generator")
+    random_tokenizer().save_pretrained(root / "tokenizer")
+    config = run_config(root / "tokenizer", images_of(write_pictures(root / "pictures"), flip=True))
+    looking = dataclasses.replace(config.loop, eval_every=4, preview_every=4)
+    run_training(dataclasses.replace(config, loop=looking), root / "run")
+    return config, root / "run"
+
+
+def test_a_run_goes_on_bit_equal(trained, tmp_path):
+    config, workdir = trained
+    shutil.copytree(workdir, tmp_path / "again")
+    shutil.rmtree(tmp_path / "again" / "checkpoints" / "4")
+    done = run_training(config, tmp_path / "again")
+    assert (done.step, done.stopped_by) == (4, None)
+    whole, again = (load_file(path / "generator" / "model.safetensors") for path in (workdir, tmp_path / "again"))
+    assert whole.keys() == again.keys()
+    for name in whole:
+        np.testing.assert_array_equal(whole[name], again[name], err_msg=name)
+
+
+def test_a_run_leaves_a_generator_pictures_and_held_out_losses(trained):
+    _, workdir = trained
+    model = GeneratorModel.from_pretrained(workdir / "generator")
+    assert model.config == MODEL and model.info.classes == ("even", "odd")
+    assert model.load_tokenizer().config == TOKENIZER
+    lines = (workdir / "metrics.jsonl").read_text()
+    assert all(f'"eval/loss/K{keep}"' in lines for keep in (10, 16))
+    assert list((workdir / "images").glob("samples_*.png"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"kind": "plain"}, "kind: 'merge' -> 'plain'"),
+        ({"window": 3}, "window: 2 -> 3"),
+        ({"init_from": "/no/generator"}, "/no/generator"),
+        ({"tokenizer": "/no/tokenizer"}, "/no/tokenizer"),
+        ({"model": dataclasses.replace(MODEL, code_bits=(2, 3))}, "codes of 4 bits"),
+        ({"model": dataclasses.replace(MODEL, num_classes=3)}, "has 2 classes, the generator model.num_classes=3"),
+    ],
+)
+def test_a_run_that_does_not_fit_is_refused(trained, changes, message):
+    config, workdir = trained
+    with pytest.raises(ValueError, match=message):
+        run_training(dataclasses.replace(config, **changes), workdir)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"merge_ratio": {"keeps": [12], "weights": [1.0]}}, r"K = \[12\] in merge_ratio or evaluation.keeps"),
+        ({"window": 0}, "window=0: 1 to 16"),
+        ({"accumulate": 3}, "does not divide by accumulate=3"),
+        ({"kind": "mergear"}, "kind: got 'mergear'"),
+        ({"kind": "random"}, "kind='random' with model.position_instruction=False"),
+    ],
+)
+def test_configs_that_cannot_be(tmp_path, changes, message):
+    with pytest.raises(ValueError, match=message):
+        run_config(tmp_path, images_of(tmp_path), **changes)
+
+
+@pytest.mark.parametrize("arg", ["merge", "plain", "random", "demo"])
+def test_tiny_configs_build(arg):
+    config = build(TrainConfig, load(f"configs/mergear_tiny.py:{arg}"))
+    assert config.model.merge_instruction == (config.kind != "plain")
+    assert config.model.position_instruction == (config.kind == "random")
+    assert build(TrainConfig, to_dict(config)) == config

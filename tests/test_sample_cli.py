@@ -1,0 +1,108 @@
+"""`mergevq sample`: its files, what does not change its images, and settings that are not possible."""
+
+import dataclasses
+import json
+
+import jax
+import numpy as np
+import pytest
+from generator_run_tools import MODEL, random_generator, random_tokenizer
+from generator_tools import random_params
+from PIL import Image
+
+from mergevq_jax import cli
+from mergevq_jax.convert import generator_table
+from mergevq_jax.generator.model import GeneratorModel, codes_to_images, import_released, load_generator
+from mergevq_jax.generator.plan import SamplingConfig
+from runtime_jax.weights import export_weights
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    """A tokenizer and generators of its codes, saved."""
+    root = tmp_path_factory.mktemp("sample")
+    tokenizer = random_tokenizer()
+    tokenizer.save_pretrained(root / "tokenizer")
+    random_tokenizer(1).save_pretrained(root / "other")
+    random_generator(tokenizer, str(root / "tokenizer")).save_pretrained(root / "generator")
+    return root
+
+
+def sample(root, out, *options):
+    arguments = ["sample", "--model", str(root / "generator"), "--num", "5", "--out", str(out), *options]
+    return cli.main([str(argument) for argument in arguments])
+
+
+def test_files(root, tmp_path, capsys):
+    options = ["--class", "odd", "--class", "0", "--cfg-scale", 2, 1.5, "--top-k", 2, "--seed", 7, "--merge-number", 10]
+    assert sample(root, tmp_path, *options, "--capacity", 4, "--show-cache") == 0
+    assert f"5 images are in {tmp_path}; the store overflowed" in capsys.readouterr().out
+    with np.load(tmp_path / "samples.npz") as arrays:
+        images, labels = arrays["arr_0"], arrays["arr_1"]
+    assert images.shape == (5, 8, 8, 3) and images.dtype == np.uint8 and labels.tolist() == [1, 0, 1, 0, 1]
+    protocol = json.loads((tmp_path / "protocol.json").read_text())
+    assert protocol["sampling"]["cfg_scale"] == [2.0, 1.5] and protocol["sampling"]["window"] == 3
+    assert (protocol["seed"], protocol["merge_number"], protocol["slots"]) == (7, 10, MODEL.prefix + 3 + 1 + 4)
+    assert protocol["measured"]["slots_used_most"] <= protocol["slots"]
+    for name in ("samples.png", "cache.png", "occupancy.png"):
+        assert Image.open(tmp_path / name).size > (100, 100)
+
+    model = load_generator(root / "generator")
+    settings = SamplingConfig(cfg_scale=(2.0, 1.5), top_k=2, capacity=4)
+    samples = model.sample(labels, 10, sampling=settings, seed=7)
+    np.testing.assert_array_equal(codes_to_images(model.load_tokenizer(), samples.indices), images)
+
+
+def test_the_size_of_batches_changes_nothing(root, tmp_path):
+    for size in (5, 2):
+        assert sample(root, tmp_path / str(size), "--batch-size", size) == 0
+    with np.load(tmp_path / "5" / "samples.npz") as a, np.load(tmp_path / "2" / "samples.npz") as b:
+        np.testing.assert_array_equal(a["arr_0"], b["arr_0"])
+
+
+def test_a_folder_gives_back_what_was_saved(root, tmp_path):
+    model = GeneratorModel.from_pretrained(root / "generator")
+    model.save_pretrained(tmp_path)
+    for name in ("config.json", "model.safetensors"):
+        assert (tmp_path / name).read_bytes() == (root / "generator" / name).read_bytes()
+
+
+def test_a_plain_generator_keeps_every_token():
+    info = random_generator(random_tokenizer(), "", kind="plain").info
+    assert info.sampling(SamplingConfig()) == SamplingConfig(window=info.window, capacity=MODEL.length)
+    assert info.sampling(SamplingConfig(window=1, capacity=2)) == SamplingConfig(window=1, capacity=2)
+
+
+def test_a_released_checkpoint_becomes_a_plain_generator(root, tmp_path):
+    released = dataclasses.replace(MODEL, merge_instruction=False, zero_class_rope=True)
+    params = random_params(released)
+    tensors = export_weights(generator_table(released), params)
+    others = {"first_stage_model.encoder.x": np.zeros(1, np.float32)}
+    checkpoint = {f"transformer.{name}": tensor for name, tensor in tensors.items()} | others
+    model = import_released(released, checkpoint, root / "tokenizer")
+    assert (model.info.kind, model.info.window, model.class_number("1")) == ("plain", MODEL.length, 1)
+    jax.tree.map(np.testing.assert_array_equal, model.params, params)
+    with pytest.raises(ValueError, match="codes of 4 bits"):
+        import_released(dataclasses.replace(released, code_bits=(4, 4)), checkpoint, root / "tokenizer")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--model", "/no/generator"], "/no/generator"),
+        (["--model", "TOKENIZER"], "model_type is 'mergevq_tokenizer', but a generator's is 'mergevq_generator'"),
+        (["--tokenizer", "OTHER"], "is not the one whose codes this generator makes"),
+        (["--class", "cat"], "class 'cat': this generator has 0 to 1, named even, odd"),
+        (["--class", "2"], "class '2': this generator has 0 to 1"),
+        (["--merge-number", "12"], "merge number 12: this generator knows 10, 16"),
+        (["--top-k", "3"], "top_k=3: 0 (off) to the sub-tokens' vocabularies (2, 8)"),
+        (["--temperature", "1", "1", "1"], "one value, or one for each of 2 sub-tokens"),
+        (["--capacity", "1"], "window=3, capacity=1: needed is 1 <= window <= capacity <= 16"),
+        (["--num", "0"], "--num 0"),
+    ],
+)
+def test_what_is_not_possible_is_one_line(root, tmp_path, capsys, options, message):
+    names = {"TOKENIZER": root / "tokenizer", "OTHER": root / "other"}
+    assert sample(root, tmp_path / "out", *(names.get(option, option) for option in options)) == 1
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
