@@ -2,6 +2,7 @@
 
 mergevq train --config configs/mergear_tiny.py:merge --workdir runs/mergear         # MergeAR
 mergevq train --config configs/mergear_tiny.py:plain --workdir runs/plain           # autoregression over all tokens
+mergevq train --config configs/mergear_tiny.py:random --workdir runs/randar         # RandAR over the distinct tokens
 mergevq train --config configs/mergear_tiny.py:demo --workdir runs/mergear-demo     # MergeAR for a few minutes
 """
 
@@ -14,6 +15,7 @@ from runtime_jax.config import to_dict
 VARIANTS = {
     "merge": ("merge", {64: 0.3, 144: 0.35, 256: 0.35}, 8000),
     "plain": ("plain", {256: 1.0}, 8000),
+    "random": ("random", {64: 0.3, 144: 0.35, 256: 0.35}, 8000),
     "demo": ("merge", {144: 1.0}, 300),
 }
 
@@ -24,11 +26,12 @@ def _data(split: str, batch_size: int, **changes) -> dict:
 
 
 def get_config(arg: str = "merge") -> ConfigDict:
-    """`arg`: merge, plain or demo."""
+    """`arg`: merge, plain, random or demo."""
     if arg not in VARIANTS:
         raise ValueError(f"no variant {arg!r}; there are {', '.join(VARIANTS)}")
     kind, keeps, steps = VARIANTS[arg]
-    model = preset("tiny", merge_instruction=kind != "plain", merge_numbers=(64, 144, 256))
+    switches = {"merge_instruction": kind != "plain", "position_instruction": kind == "random"}
+    model = preset("tiny", merge_numbers=(64, 144, 256), **switches)
     return ConfigDict(
         {
             "task": "generator",

@@ -235,6 +235,7 @@ def test_a_run_that_does_not_fit_is_refused(trained, changes, message):
         ({"window": 0}, "window=0: 1 to 16"),
         ({"accumulate": 3}, "does not divide by accumulate=3"),
         ({"kind": "mergear"}, "kind: got 'mergear'"),
+        ({"kind": "random"}, "kind='random' with model.position_instruction=False"),
     ],
 )
 def test_configs_that_cannot_be(tmp_path, changes, message):
@@ -242,8 +243,9 @@ def test_configs_that_cannot_be(tmp_path, changes, message):
         run_config(tmp_path, images_of(tmp_path), **changes)
 
 
-@pytest.mark.parametrize("arg", ["merge", "plain", "demo"])
+@pytest.mark.parametrize("arg", ["merge", "plain", "random", "demo"])
 def test_tiny_configs_build(arg):
     config = build(TrainConfig, load(f"configs/mergear_tiny.py:{arg}"))
-    assert config.model.merge_instruction == (config.kind == "merge")
+    assert config.model.merge_instruction == (config.kind != "plain")
+    assert config.model.position_instruction == (config.kind == "random")
     assert build(TrainConfig, to_dict(config)) == config

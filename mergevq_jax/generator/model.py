@@ -16,6 +16,8 @@ from mergevq_jax import convert, model_folder
 from mergevq_jax.generator.config import GeneratorConfig
 from mergevq_jax.generator.data import check_tokenizer
 from mergevq_jax.generator.plan import SamplingConfig
+from mergevq_jax.generator.randar import Codes, pinned
+from mergevq_jax.generator.randar_sampling import randar_sample
 from mergevq_jax.generator.sampling import Samples, sample
 from mergevq_jax.generator.train import Kind
 from mergevq_jax.generator.transformer import Params, param_shapes
@@ -141,6 +143,44 @@ class GeneratorModel:
             examples=examples,
             compute=self.compute,
         )
+
+    def sample_randar(
+        self,
+        labels: Sequence[int] | Int[np.ndarray, "B"],
+        merge_number: int | None = None,
+        *,
+        sampling: SamplingConfig,
+        seed: int,
+        steps: int,
+        examples: Int[np.ndarray, "B"] | None = None,
+        positions: Int[np.ndarray, "B K"] | None = None,
+    ) -> Codes:
+        """Distinct codes of one image for each label, by a generator of kind "random"; see `randar_sample`."""
+        return randar_sample(
+            self.params,
+            np.asarray(labels, np.int32),
+            merge_number,
+            config=self.config,
+            sampling=sampling,
+            seed=seed,
+            steps=steps,
+            examples=examples,
+            positions=positions,
+            compute=self.compute,
+        )
+
+
+def recovered_to_images(tokenizer: Tokenizer, codes: Codes) -> UInt8[Array, "B H W 3"]:
+    """Distinct codes to images: source recovery says which raster tokens are whose, but for those at the positions.
+
+    Raises:
+      ValueError: this tokenizer has no source recovery.
+    """
+    side = tokenizer.config.resolution
+    source_map = pinned(tokenizer.recover(codes.indices), codes.positions)
+    return tokenizer.decode(
+        Tokens(indices=codes.indices, source_map=source_map, grid=tokenizer.config.grid(side, side))
+    )
 
 
 def load_generator(source: str | os.PathLike, *, compute: Compute = Compute()) -> GeneratorModel:

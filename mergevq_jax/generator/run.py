@@ -15,8 +15,15 @@ from mergevq_jax.generator import data as generator_data
 from mergevq_jax.generator import train as stage2
 from mergevq_jax.generator.config import GeneratorConfig
 from mergevq_jax.generator.data import TokensConfig
-from mergevq_jax.generator.model import GeneratorInfo, GeneratorModel, TokenizerRef, codes_to_images
+from mergevq_jax.generator.model import (
+    GeneratorInfo,
+    GeneratorModel,
+    TokenizerRef,
+    codes_to_images,
+    recovered_to_images,
+)
 from mergevq_jax.generator.plan import WINDOW, SamplingConfig, make_plan
+from mergevq_jax.generator.randar_sampling import make_randar_plan
 from mergevq_jax.generator.transformer import SHARDING_RULES
 from mergevq_jax.pretrained import load_tokenizer
 from mergevq_jax.tokenizer.merge_ratio import MergeRatioConfig, draw_keep
@@ -45,6 +52,7 @@ class EvaluationConfig:
     preview_classes: int = 6  # one in each row of the picture
     preview_images: int = 6  # of each class
     sampling: SamplingConfig = SamplingConfig()
+    sampling_steps: int = 32  # calls of the network for a picture, kind "random" only
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -198,7 +206,13 @@ def check(config: TrainConfig, tokenizer: Tokenizer) -> GeneratorInfo:
         tokenizer=TokenizerRef(name=config.tokenizer, fingerprint=tokenizer.fingerprint()),
         architecture=config.model,
     )
-    make_plan(config.model, info.sampling(config.evaluation.sampling), config.preview_number, config.compute)
+    sampling, number = config.evaluation.sampling, config.preview_number
+    if config.kind != "random":
+        make_plan(config.model, info.sampling(sampling), number, config.compute)
+    elif tokenizer.config.recovery is None:
+        raise ValueError(f"tokenizer {config.tokenizer} has no source recovery, which kind='random' needs")
+    else:
+        make_randar_plan(config.model, sampling, number, config.evaluation.sampling_steps, config.compute)
     return info
 
 
@@ -272,8 +286,14 @@ class Run:
         rows, columns = min(config.preview_classes, self._config.model.num_classes), config.preview_images
         model = GeneratorModel(self._info, state.ema, self._config.compute)
         labels = np.repeat(np.arange(rows), columns)
-        samples = model.sample(labels, self._config.preview_number, sampling=config.sampling, seed=self._config.seed)
-        images = np.asarray(self.on_every_device(codes_to_images(self._tokenizer, samples.indices)))
+        request = {"sampling": config.sampling, "seed": self._config.seed}
+        if self._config.kind == "random":
+            codes = model.sample_randar(labels, self._config.preview_number, steps=config.sampling_steps, **request)
+            images = recovered_to_images(self._tokenizer, codes)
+        else:
+            samples = model.sample(labels, self._config.preview_number, **request)
+            images = codes_to_images(self._tokenizer, samples.indices)
+        images = np.asarray(self.on_every_device(images))
         grid = [list(row) for row in np.split(images, rows)]
         return {"samples": image_grid(grid, row_labels=self._info.classes[:rows])}
 

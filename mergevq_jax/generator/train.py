@@ -25,6 +25,7 @@ from mergevq_jax.generator.config import GeneratorConfig
 from mergevq_jax.generator.losses import Means, next_code_loss
 from mergevq_jax.generator.mask import first_members, merge_mask
 from mergevq_jax.generator.plan import WINDOW
+from mergevq_jax.generator.randar import randar_loss
 from mergevq_jax.generator.transformer import Params, init_params
 from mergevq_jax.tokenizer import lfq
 from mergevq_jax.tokenizer import model as tokenizer_model
@@ -34,7 +35,7 @@ from runtime_jax.optimizer import ema_update
 from runtime_jax.prng import Stream, stream_key
 from runtime_jax.sharding import Axis, constrain
 
-Kind = Literal["merge", "plain"]
+Kind = Literal["merge", "plain", "random"]
 Groups = Literal["source_map", "codes"]
 Metrics = dict[str, tuple[Array, Array]]
 
@@ -45,7 +46,7 @@ class StepConfig:
 
     model: GeneratorConfig
     tokenizer: TokenizerConfig | None = None  # of images; None: batches have codes
-    kind: Kind = "merge"  # MergeAR, or plain autoregression over all raster tokens
+    kind: Kind = "merge"  # MergeAR, plain autoregression over all raster tokens, or RandAR over the distinct ones
     window: int = WINDOW  # "merge": recent tokens that are always seen
     groups: Groups = "source_map"  # "merge": what makes tokens one group; with "codes" as when sampling
     compute: Compute = Compute()
@@ -59,6 +60,8 @@ class StepConfig:
             raise ValueError(f"accumulate={self.accumulate} is at least 1, ema_decay={self.ema_decay} in [0, 1)")
         if not 1 <= self.window <= self.model.length:
             raise ValueError(f"window={self.window}: 1 to {self.model.length} recent tokens are allowed")
+        if (self.kind == "random") != self.model.position_instruction:
+            raise ValueError(f"kind={self.kind!r} with model.position_instruction={self.model.position_instruction}")
 
 
 class Optimizer(NamedTuple):
@@ -185,5 +188,16 @@ def plain_loss(
     return next_code_loss(params, batch, key, config=config.model, compute=config.compute, keep=keep, mask=None)
 
 
+def random_loss(
+    params: Params, batch: Mapping[str, Array], key: Key[Array, ""] | None, *, config: StepConfig, keep: int
+) -> tuple[Array, Means]:
+    """RandAR: the distinct codes in random order, each after its position; arguments as in `merge_loss`."""
+    return randar_loss(params, batch, key, config=config.model, compute=config.compute, keep=keep)
+
+
 # (params, batch of `tokenize`, key of the class dropout or None, config, keep) -> the loss and what is logged of it.
-LOSSES: Mapping[Kind, Callable[..., tuple[Array, Means]]] = {"merge": merge_loss, "plain": plain_loss}
+LOSSES: Mapping[Kind, Callable[..., tuple[Array, Means]]] = {
+    "merge": merge_loss,
+    "plain": plain_loss,
+    "random": random_loss,
+}
