@@ -8,6 +8,7 @@ other `{name}` for one path component; `[i]` at the end of a target component is
     *joined(("to_q.weight", "to_k.weight", "to_v.weight"), "qkv/kernel", LINEAR)   # three source tensors in one
 """
 
+import json
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -288,7 +289,7 @@ def read_safetensors(path: str | os.PathLike) -> tuple[dict[str, np.ndarray], di
 
 
 def write_safetensors(path: str | os.PathLike, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> None:
-    """Writes one file atomically: a reader sees the old file or the whole new one."""
+    """Writes one file atomically: a reader sees the old file or the whole new one. Equal contents give equal bytes."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
@@ -296,6 +297,19 @@ def write_safetensors(path: str | os.PathLike, tensors: Mapping[str, np.ndarray]
         save_file(
             {name: np.asarray(array, order="C") for name, array in tensors.items()}, partial, metadata=dict(metadata)
         )
+        if len(metadata) > 1:
+            _sort_metadata(partial)
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def _sort_metadata(path: Path) -> None:
+    """Puts the entries of a file's metadata in order: the library writes them in a random one."""
+    with path.open("r+b") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+        file.seek(8)
+        file.write(text.ljust(size))  # as long as it was, the tensors stay where they are

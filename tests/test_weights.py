@@ -305,6 +305,19 @@ def test_files_round_trip(tmp_path):
     assert [entry.name for entry in path.parent.iterdir()] == ["w.safetensors"]
 
 
+def test_equal_contents_give_equal_bytes(tmp_path):
+    path, metadata = tmp_path / "w.safetensors", {f"key {i}": f'ä "{i}"\n\x1f' for i in range(9)}
+    tensors = {"b": np.arange(3), "a": np.ones((2, 2), np.float32)}
+    written = set()
+    for _ in range(5):  # a random order would be the same five times once in 9!^4
+        write_safetensors(path, tensors, metadata)
+        written.add(path.read_bytes())
+        again, found = read_safetensors(path)
+        assert found == metadata
+        np.testing.assert_array_equal(again["b"], tensors["b"], strict=True)
+    assert len(written) == 1
+
+
 def test_files_that_cannot_be_read(tmp_path):
     with pytest.raises(WeightError, match=r"none\.safetensors: no such file"):
         read_safetensors(tmp_path / "none.safetensors")
