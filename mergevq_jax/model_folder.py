@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from runtime_jax import config as config_lib
+from runtime_jax.files import write_json
 from runtime_jax.hub import local_path
 from runtime_jax.weights import (
     Rule,
@@ -74,10 +75,3 @@ def write_folder(folder: Path, model_type: str, config: Any, table: Sequence[Rul
     tensors = export_weights(table, params)
     write_safetensors(folder / WEIGHTS_NAME, tensors, {"format": "pt", "model_type": model_type})
     write_json(folder / CONFIG_NAME, {"model_type": model_type, **config_lib.to_dict(config)})
-
-
-def write_json(path: Path, fields: Mapping[str, Any]) -> None:
-    """Writes a JSON file: a reader sees the old one or the whole new one."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    partial.write_text(json.dumps(fields, indent=2) + "\n")
-    os.replace(partial, path)

@@ -7,23 +7,25 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jaxtyping import Bool, Int, UInt8
+from jaxtyping import Array, Bool, Int, UInt8
 from tqdm import tqdm
 
-from mergevq_jax.generator.model import GeneratorModel, codes_to_images, load_generator
-from mergevq_jax.generator.plan import SamplingConfig, make_plan
-from mergevq_jax.model_folder import write_json
+from mergevq_jax.generator.model import GeneratorModel, codes_to_images, load_generator, recovered_to_images
+from mergevq_jax.generator.plan import Plan, SamplingConfig, make_plan
+from mergevq_jax.generator.randar_sampling import RandarPlan, make_randar_plan
 from mergevq_jax.tokenizer.model import Tokenizer
 from runtime_jax import config as config_lib
 from runtime_jax.compute import Compute
+from runtime_jax.files import replacing, write_json
 from runtime_jax.pictures import dim_tokens, image_grid, loss_curve, save_png
 
 COLUMNS = 8
 MAX_SHOWN = 64  # images in a picture
+STEPS = 32  # of drawing in random order, unless there are fewer codes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +36,7 @@ class Request:
     classes: tuple[str, ...] = ()  # names or numbers, in turn; none: all
     merge_number: int | None = None  # None: the middle one that the generator knows
     sampling: SamplingConfig = SamplingConfig()
+    steps: int | None = None  # calls of the network by a generator in random order; None: 32
     seed: int = 0
     batch_size: int = 64
 
@@ -42,15 +45,21 @@ class Request:
             raise ValueError(f"--num {self.num} and --batch-size {self.batch_size}: at least 1")
 
 
-@dataclass(frozen=True)
-class Drawn:
-    """Images, and what the sampler's store did for each."""
+class StoreUse(NamedTuple):
+    """What the sampler's store did for each image."""
 
-    images: UInt8[np.ndarray, "N H W 3"]
-    labels: Int[np.ndarray, "N"]
     first_occurrence: Bool[np.ndarray, "N L"]
     occupancy: Int[np.ndarray, "N L"]  # slots
     overflows: Int[np.ndarray, "N"]
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """Images, and how they came about."""
+
+    images: UInt8[np.ndarray, "N H W 3"]
+    labels: Int[np.ndarray, "N"]
+    store: StoreUse | None  # None in random order, where every code is kept
     seconds: tuple[float, ...]  # of each batch; the first compiles
 
 
@@ -72,21 +81,20 @@ def sample(
     """
     model = load_generator(source, compute=compute)
     loaded = model.load_tokenizer(tokenizer)
-    merge_number = _merge_number(model, request)
-    settings = model.info.sampling(request.sampling)
-    plan, _ = make_plan(model.config, settings, merge_number, compute)
+    plan = _plan(model, loaded, request, show_cache=show_cache)
     drawn = draw(model, loaded, request)
     names = [_class_name(model, label) for label in drawn.labels.tolist()]
 
-    out.mkdir(parents=True, exist_ok=True)
-    np.savez(out / "samples.npz", drawn.images, drawn.labels)
+    with replacing(out / "samples.npz") as new:
+        np.savez(new, drawn.images, drawn.labels)
     protocol = {
         "model": source,
         "generator": config_lib.to_dict(model.info),
         "num": request.num,
         "labels": drawn.labels.tolist(),
-        "merge_number": merge_number,
-        "sampling": config_lib.to_dict(settings),
+        "merge_number": _merge_number(model, request),
+        "sampling": config_lib.to_dict(_settings(model, request)),
+        "steps": len(plan.counts) if isinstance(plan, RandarPlan) else model.config.length,
         "seed": request.seed,
         "batch_size": request.batch_size,
         "compute": config_lib.to_dict(compute),
@@ -97,37 +105,72 @@ def sample(
     }
     write_json(out / "protocol.json", protocol)
     save_png(out / "samples.png", _picture(list(drawn.images), names))
+    if drawn.store is None:
+        return f"{request.num} images are in {out}"
     if show_cache:
-        save_png(out / "cache.png", _picture(_dimmed(drawn, model.config.grid), names))
-        steps, used = np.arange(1, model.config.length + 1), drawn.occupancy
+        save_png(out / "cache.png", _picture(_dimmed(drawn.images, drawn.store, model.config.grid), names))
+        steps, used = np.arange(1, model.config.length + 1), drawn.store.occupancy
         curves = {"slots, mean": (steps, used.mean(axis=0)), "slots, largest": (steps, used.max(axis=0))}
         title = f"{plan.slots} slots for {model.config.prefix + model.config.length} tokens"
         loss_curve(curves, out / "occupancy.png", title=title)
-    return f"{request.num} images are in {out}; the store overflowed {drawn.overflows.sum()} times"
+    return f"{request.num} images are in {out}; the store overflowed {drawn.store.overflows.sum()} times"
+
+
+def _plan(model: GeneratorModel, tokenizer: Tokenizer, request: Request, *, show_cache: bool) -> Plan | RandarPlan:
+    """What will be compiled; ValueError for what this generator or its tokenizer cannot do."""
+    settings, number = _settings(model, request), _merge_number(model, request)
+    if model.info.kind != "random":
+        if request.steps is not None:
+            raise ValueError(f"--steps {request.steps}: this generator draws one code a step, in raster order")
+        return make_plan(model.config, settings, number, model.compute)[0]
+    if show_cache:
+        raise ValueError("--show-cache: a generator in random order keeps every code")
+    if tokenizer.config.recovery is None:
+        raise ValueError("a generator in random order needs a tokenizer with source recovery, and this one has none")
+    return make_randar_plan(model.config, settings, number, _steps(model, request), model.compute)[0]
 
 
 def draw(model: GeneratorModel, tokenizer: Tokenizer, request: Request) -> Drawn:
     """The images; every batch is of one size, so that there is one program."""
-    merge_number, size = _merge_number(model, request), request.batch_size
+    size = request.batch_size
     classes = [model.class_number(name) for name in request.classes] or range(model.config.num_classes)
     batches = -(-request.num // size)
     labels = np.resize(np.asarray(classes, np.int32), batches * size)
-    parts: list[tuple[np.ndarray, ...]] = []
+    parts: list[tuple[UInt8[np.ndarray, "B H W 3"], StoreUse | None]] = []
     seconds = []
     for start in tqdm(range(0, len(labels), size), desc="batches", disable=None):
         begin = time.perf_counter()
-        samples = model.sample(
-            labels[start : start + size],
-            merge_number,
-            sampling=request.sampling,
-            seed=request.seed,
-            examples=np.arange(start, start + size, dtype=np.int32),
-        )
-        images = codes_to_images(tokenizer, samples.indices)
-        parts.append(jax.device_get((images, samples.first_occurrence, samples.occupancy, samples.overflows)))
+        examples = np.arange(start, start + size, dtype=np.int32)
+        parts.append(jax.device_get(_draw_batch(model, tokenizer, request, labels[examples], examples)))
         seconds.append(time.perf_counter() - begin)
-    images, first, occupancy, overflows = (np.concatenate(part)[: request.num] for part in zip(*parts, strict=True))
-    return Drawn(images, labels[: request.num], first, occupancy, overflows, tuple(seconds))
+    images, store = jax.tree.map(lambda *arrays: np.concatenate(arrays)[: request.num], *parts)
+    return Drawn(images, labels[: request.num], store, tuple(seconds))
+
+
+def _draw_batch(
+    model: GeneratorModel,
+    tokenizer: Tokenizer,
+    request: Request,
+    labels: Int[np.ndarray, "B"],
+    examples: Int[np.ndarray, "B"],
+) -> tuple[UInt8[Array, "B H W 3"], StoreUse | None]:
+    number = _merge_number(model, request)
+    how = {"sampling": request.sampling, "seed": request.seed, "examples": examples}
+    if model.info.kind == "random":
+        codes = model.sample_randar(labels, number, steps=_steps(model, request), **how)
+        return recovered_to_images(tokenizer, codes), None
+    samples = model.sample(labels, number, **how)
+    store = StoreUse(samples.first_occurrence, samples.occupancy, samples.overflows)
+    return codes_to_images(tokenizer, samples.indices), store
+
+
+def _settings(model: GeneratorModel, request: Request) -> SamplingConfig:
+    return request.sampling if model.info.kind == "random" else model.info.sampling(request.sampling)
+
+
+def _steps(model: GeneratorModel, request: Request) -> int:
+    codes = _merge_number(model, request) or model.config.length
+    return min(STEPS, codes) if request.steps is None else request.steps
 
 
 def _merge_number(model: GeneratorModel, request: Request) -> int | None:
@@ -142,21 +185,27 @@ def _class_name(model: GeneratorModel, label: int) -> str:
 
 
 def _measured(drawn: Drawn) -> dict[str, Any]:
-    """What the store did, and how long it took."""
-    return {
-        "first_occurrences_mean": float(drawn.first_occurrence.sum(axis=1).mean()),
-        "slots_used_mean": float(drawn.occupancy.mean()),
-        "slots_used_most": int(drawn.occupancy.max()),
-        "overflows": int(drawn.overflows.sum()),
-        "images_with_overflow": int((drawn.overflows > 0).sum()),
+    """How long it took, and what the store did."""
+    seconds = {
         "seconds_of_first_batch": drawn.seconds[0],  # compiles
         "seconds_of_other_batches": sum(drawn.seconds[1:]),
     }
+    if (store := drawn.store) is None:
+        return seconds
+    return seconds | {
+        "first_occurrences_mean": float(store.first_occurrence.sum(axis=1).mean()),
+        "slots_used_mean": float(store.occupancy.mean()),
+        "slots_used_most": int(store.occupancy.max()),
+        "overflows": int(store.overflows.sum()),
+        "images_with_overflow": int((store.overflows > 0).sum()),
+    }
 
 
-def _dimmed(drawn: Drawn, grid: tuple[int, int]) -> list[np.ndarray]:
+def _dimmed(
+    images: UInt8[np.ndarray, "N H W 3"], store: StoreUse, grid: tuple[int, int]
+) -> list[UInt8[np.ndarray, "H W 3"]]:
     """The images with the tokens that the store forgot dimmed."""
-    shown = zip(drawn.images[:MAX_SHOWN], drawn.first_occurrence, strict=False)
+    shown = zip(images[:MAX_SHOWN], store.first_occurrence, strict=False)
     return [dim_tokens(image, kept, grid=grid) for image, kept in shown]
 
 

@@ -6,8 +6,8 @@ appears under its final name only when it is complete, so a run that was stopped
 first missing one.
 """
 
+import contextlib
 import json
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,11 +18,11 @@ from safetensors.numpy import load as from_bytes
 from safetensors.numpy import save as to_bytes
 from tqdm import tqdm
 
-from mergevq_jax.model_folder import write_json
 from mergevq_jax.pretrained import load_tokenizer
 from mergevq_jax.tokenizer.model import Tokenizer
 from runtime_jax import config as config_lib
 from runtime_jax.data import SourceConfig, center_crop, open_source
+from runtime_jax.files import replacing, write_json
 
 INFO_NAME = "tokens.json"
 
@@ -83,24 +83,15 @@ def _claim(out: Path, info: dict) -> None:
         if differing:
             raise ValueError(f"{out} holds other tokens; choose another folder\n  " + "\n  ".join(differing))
         return
-    out.mkdir(parents=True, exist_ok=True)
     write_json(path, info)
 
 
 def _write_shard(path: Path, tokenizer: Tokenizer, images, indices: range, keep: int, batch_size: int) -> None:
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    writer = ArrayRecordWriter(str(partial), "group_size:1")
-    try:
+    with replacing(path) as new, contextlib.closing(ArrayRecordWriter(str(new), "group_size:1")) as writer:
         for start in range(indices.start, indices.stop, batch_size):
             chosen = list(indices[start - indices.start : start - indices.start + batch_size])
             for record in _records(tokenizer, images, chosen, keep, batch_size):
                 writer.write(record)
-        writer.close()
-        os.replace(partial, path)
-    finally:
-        if writer.is_open():
-            writer.close()
-        partial.unlink(missing_ok=True)
 
 
 def _records(tokenizer: Tokenizer, images, indices: list[int], keep: int, batch_size: int) -> Iterator[bytes]:

@@ -6,7 +6,6 @@ Everything is written by process 0 only.
 import contextlib
 import json
 import math
-import os
 import sys
 import time
 from collections.abc import Iterator, Mapping
@@ -18,6 +17,8 @@ import jax
 import numpy as np
 from jaxtyping import UInt8
 from tqdm import tqdm
+
+from runtime_jax.files import replacing
 
 
 class MetricWriter:
@@ -122,9 +123,8 @@ def _drop_later(path: Path, step: int, redo: str | None) -> None:
     for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
         if line.endswith("\n") and not comes_again(json.loads(line)):
             kept.append(line)
-    new = path.with_name(path.name + ".new")
-    new.write_text("".join(kept), encoding="utf-8")
-    os.replace(new, path)
+    with replacing(path) as new:
+        new.write_text("".join(kept), encoding="utf-8")
 
 
 class IntervalMeans:

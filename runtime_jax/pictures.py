@@ -10,6 +10,8 @@ import numpy as np
 from jaxtyping import Bool, Float, Int, UInt8
 from PIL import Image, ImageDraw, ImageFont
 
+from runtime_jax.files import replacing
+
 Picture = UInt8[np.ndarray, "height width 3"]
 Drawing = UInt8[np.ndarray, "new_height new_width 3"]
 
@@ -19,17 +21,8 @@ INK = (32, 32, 32)
 
 def save_png(path: str | os.PathLike, image: np.ndarray) -> None:
     """Writes a uint8 [H, W, 3] picture; a reader sees the old file or the whole new one."""
-    _replace(Path(path), lambda partial: Image.fromarray(_checked(image)).save(partial, format="PNG"))
-
-
-def _replace(path: Path, write) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        write(partial)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with replacing(path) as new:
+        Image.fromarray(_checked(image)).save(new, format="PNG")
 
 
 def _checked(image: np.ndarray) -> np.ndarray:
@@ -270,4 +263,5 @@ def loss_curve(
         axes.grid(alpha=0.3)
     panels[-1].set_xlabel("step")
     figure.suptitle(title)
-    _replace(Path(path), lambda partial: figure.savefig(partial, format="png", dpi=120))
+    with replacing(path) as new:
+        figure.savefig(new, format="png", dpi=120)

@@ -22,6 +22,8 @@ from flax import traverse_util
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from runtime_jax.files import replacing
+
 
 class WeightError(ValueError):
     """A state dict does not fit the table or the model; the message lists everything that is wrong."""
@@ -290,18 +292,11 @@ def read_safetensors(path: str | os.PathLike) -> tuple[dict[str, np.ndarray], di
 
 def write_safetensors(path: str | os.PathLike, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> None:
     """Writes one file atomically: a reader sees the old file or the whole new one. Equal contents give equal bytes."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        save_file(
-            {name: np.asarray(array, order="C") for name, array in tensors.items()}, partial, metadata=dict(metadata)
-        )
+    ordered = {name: np.asarray(array, order="C") for name, array in tensors.items()}
+    with replacing(path) as new:
+        save_file(ordered, new, metadata=dict(metadata))
         if len(metadata) > 1:
-            _sort_metadata(partial)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+            _sort_metadata(new)
 
 
 def _sort_metadata(path: Path) -> None:

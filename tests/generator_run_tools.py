@@ -1,5 +1,6 @@
 """What the tests of generators' runs share: a tokenizer of 16 tokens, pictures in two classes, and a run's config."""
 
+import dataclasses
 from pathlib import Path
 
 import jax
@@ -83,11 +84,12 @@ def run_config(tokenizer: Path, data: dict, *, steps: int = 4, **changes) -> Tra
 
 def random_generator(tokenizer: Tokenizer, name: str, kind: str = "merge") -> GeneratorModel:
     """A generator with random weights, of the tokenizer's codes."""
+    architecture = dataclasses.replace(MODEL, position_instruction=kind == "random")
     info = GeneratorInfo(
         kind=kind,
         window=3,
         classes=("even", "odd"),
         tokenizer=TokenizerRef(name=name, fingerprint=tokenizer.fingerprint()),
-        architecture=MODEL,
+        architecture=architecture,
     )
-    return GeneratorModel(info, random_params(MODEL))
+    return GeneratorModel(info, random_params(architecture))

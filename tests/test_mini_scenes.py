@@ -1,6 +1,7 @@
 """mini_scenes: determinism, ground truth that agrees with the pixels, captions, and the TFDS dataset on disk."""
 
 import dataclasses
+import itertools
 import shutil
 import subprocess
 import sys
@@ -23,6 +24,7 @@ from runtime_jax.data.mini_scenes import (
     caption,
     example_scene,
     full_caption,
+    in_a_row,
     make_config,
     prepare,
     render_scene,
@@ -115,6 +117,26 @@ def test_objects_hide_little_of_each_other(scenes):
         for number, item in enumerate(scene.objects, 1):
             alone = render_scene(dataclasses.replace(scene, objects=(item,)), 64).mask
             assert (together == number).sum() > 0.8 * alone.sum()
+
+
+def test_in_a_row(scenes):
+    upright, total = 0, 0
+    for number, scene in enumerate(scenes):
+        row = in_a_row(scene, np.random.default_rng(number))
+        assert (row.light, row.background, row.label) == (scene.light, scene.background, scene.label)
+        assert row == in_a_row(scene, np.random.default_rng(number))
+        before, after = ([item.shape for item in sorted(s.objects, key=lambda item: item.x)] for s in (scene, row))
+        assert before == after
+        assert max(item.size for item in row.objects) == row.objects[0].size
+        for old, new in zip(scene.objects, row.objects, strict=True):
+            assert (old.color, old.rgb, old.texture, old.accent) == (new.color, new.rgb, new.texture, new.accent)
+            assert abs(new.rotation) <= 10 or (SYMMETRY[new.shape] == 1 and new.rotation == old.rotation)
+            assert 0 < new.x - new.size and new.x + new.size < 1 and new.y + new.size < 1
+        for left, right in itertools.combinations(sorted(row.objects, key=lambda item: item.x), 2):
+            assert right.x - left.x > 0.9 * (left.size + right.size)
+        turned = [item for item in row.objects if SYMMETRY[item.shape] == 1]
+        upright, total = upright + sum(item.pose == "upright" for item in turned), total + len(turned)
+    assert 0.5 < upright / total < 0.75
 
 
 def test_every_class_has_an_outline_of_its_own():

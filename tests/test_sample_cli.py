@@ -6,14 +6,21 @@ import json
 import jax
 import numpy as np
 import pytest
-from generator_run_tools import MODEL, random_generator, random_tokenizer
+from generator_run_tools import MODEL, TOKENIZER, random_generator, random_tokenizer
 from generator_tools import random_params
 from PIL import Image
 
 from mergevq_jax import cli
 from mergevq_jax.convert import generator_table
-from mergevq_jax.generator.model import GeneratorModel, codes_to_images, import_released, load_generator
+from mergevq_jax.generator.model import (
+    GeneratorModel,
+    codes_to_images,
+    import_released,
+    load_generator,
+    recovered_to_images,
+)
 from mergevq_jax.generator.plan import SamplingConfig
+from mergevq_jax.tokenizer.config import RecoveryConfig
 from runtime_jax.weights import export_weights
 
 
@@ -25,6 +32,12 @@ def root(tmp_path_factory):
     tokenizer.save_pretrained(root / "tokenizer")
     random_tokenizer(1).save_pretrained(root / "other")
     random_generator(tokenizer, str(root / "tokenizer")).save_pretrained(root / "generator")
+    recovery = RecoveryConfig(rec_embed_dim=16, num_layers=1, num_heads=1)
+    recovering = random_tokenizer(config=dataclasses.replace(TOKENIZER, recovery=recovery))
+    recovering.save_pretrained(root / "recovering")
+    for name, of in (("randar", recovering), ("lost", tokenizer)):
+        where = root / ("recovering" if of is recovering else "tokenizer")
+        random_generator(of, str(where), kind="random").save_pretrained(root / name)
     return root
 
 
@@ -58,6 +71,22 @@ def test_the_size_of_batches_changes_nothing(root, tmp_path):
         assert sample(root, tmp_path / str(size), "--batch-size", size) == 0
     with np.load(tmp_path / "5" / "samples.npz") as a, np.load(tmp_path / "2" / "samples.npz") as b:
         np.testing.assert_array_equal(a["arr_0"], b["arr_0"])
+
+
+def test_a_generator_in_random_order(root, tmp_path, capsys):
+    options = ["--model", root / "randar", "--cfg-scale", 2, "--steps", 4, "--seed", 7]
+    for size in (5, 2):
+        assert sample(root, tmp_path / str(size), *options, "--batch-size", size) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == f"5 images are in {tmp_path / '2'}"
+    with np.load(tmp_path / "5" / "samples.npz") as a, np.load(tmp_path / "2" / "samples.npz") as b:
+        images, labels = a["arr_0"], a["arr_1"]
+        # The codes are equal; the decoder rounds differently in batches of other sizes.
+        np.testing.assert_allclose(images.astype(int), b["arr_0"], atol=1)
+    protocol = json.loads((tmp_path / "5" / "protocol.json").read_text())
+    assert (protocol["steps"], protocol["merge_number"]) == (4, 16)
+    model = load_generator(root / "randar")
+    codes = model.sample_randar(labels, 16, sampling=SamplingConfig(cfg_scale=2.0), seed=7, steps=4)
+    np.testing.assert_array_equal(recovered_to_images(model.load_tokenizer(), codes), images)
 
 
 def test_a_folder_gives_back_what_was_saved(root, tmp_path):
@@ -99,10 +128,15 @@ def test_a_released_checkpoint_becomes_a_plain_generator(root, tmp_path):
         (["--temperature", "1", "1", "1"], "one value, or one for each of 2 sub-tokens"),
         (["--capacity", "1"], "window=3, capacity=1: needed is 1 <= window <= capacity <= 16"),
         (["--num", "0"], "--num 0"),
+        (["--steps", "4"], "--steps 4: this generator draws one code a step"),
+        (["--model", "RANDAR", "--steps", "17"], "17 steps: allowed are 1 to 16"),
+        (["--model", "RANDAR", "--window", "2"], "window=2: for raster order"),
+        (["--model", "RANDAR", "--show-cache"], "--show-cache: a generator in random order keeps every code"),
+        (["--model", "LOST"], "needs a tokenizer with source recovery"),
     ],
 )
 def test_what_is_not_possible_is_one_line(root, tmp_path, capsys, options, message):
-    names = {"TOKENIZER": root / "tokenizer", "OTHER": root / "other"}
+    names = {name.upper(): root / name for name in ("tokenizer", "other", "randar", "lost")}
     assert sample(root, tmp_path / "out", *(names.get(option, option) for option in options)) == 1
     assert message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()

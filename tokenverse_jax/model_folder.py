@@ -21,6 +21,7 @@ from jax.sharding import Mesh
 
 from runtime_jax import sharding
 from runtime_jax.config import to_dict
+from runtime_jax.files import write_json
 from runtime_jax.hub import local_path
 from runtime_jax.mapped import map_safetensors
 from runtime_jax.weights import WeightError, export_weights, import_weights, write_safetensors
@@ -255,14 +256,14 @@ def write_folder(
         weights = folder / kind.folder / f"{kind.weights}.safetensors"
         write_safetensors(weights, kind.export(part.params, part.config), {"format": "pt"})
         weights.with_name(f"{weights.name}.index.json").unlink(missing_ok=True)  # of shards that were here before
-        _write_json(folder / kind.config_file, kind.fields(part.config))
+        write_json(folder / kind.config_file, kind.fields(part.config))
         index[kind.folder] = kind.class_of
     for name, tokenizer in tokenizers.items():
         _write_tokenizer(folder / name, tokenizer)
         index[name] = ("transformers", _tokenizer_class(tokenizer))
-    _write_json(folder / SCHEDULE, schedule)
+    write_json(folder / SCHEDULE, schedule)
     index["scheduler"] = ("diffusers", schedule["_class_name"])
-    _write_json(folder / INDEX, index)
+    write_json(folder / INDEX, index)
 
 
 def _tokenizer_class(tokenizer: Any) -> str:
@@ -277,10 +278,3 @@ def _write_tokenizer(folder: Path, tokenizer: Any) -> None:
         tokenizer.save_pretrained(partial)
         for path in Path(partial).iterdir():
             os.replace(path, folder / path.name)
-
-
-def _write_json(path: Path, fields: Mapping[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    partial.write_text(json.dumps(fields, indent=2) + "\n")
-    os.replace(partial, path)

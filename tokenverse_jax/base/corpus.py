@@ -5,7 +5,6 @@ Axes: N scenes, B batch, T text tokens, H W image, h w grid of latents, C latent
 
 import functools
 import itertools
-import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +13,8 @@ import numpy as np
 from einops import rearrange
 from jaxtyping import Float, Float16, UInt8
 
-from runtime_jax.data.mini_scenes import Scene, caption, example_scene, full_caption, render_scene
+from runtime_jax.data.mini_scenes import SPLITS, Scene, caption, example_scene, full_caption, in_a_row, render_scene
+from runtime_jax.files import replacing
 from runtime_jax.prng import Stream, host_rng
 from tokenverse_jax.base.tokenizers import Tokenizers
 from tokenverse_jax.isolation import IsolationConfig
@@ -29,6 +29,12 @@ AT_ONCE = 64
 def scenes(seed: int, split: str, indices: Sequence[int]) -> Scenes:
     """Scenes of a split ("train", "validation", "test"); a split has no end."""
     return tuple(example_scene(seed, split, index)[0] for index in indices)
+
+
+def rows(seed: int, split: str, indices: Sequence[int]) -> Scenes:
+    """The same scenes with their objects side by side (see `in_a_row`): what the transformer learns to draw."""
+    found = zip(indices, scenes(seed, split, indices), strict=True)
+    return tuple(in_a_row(scene, host_rng(seed, Stream.DATA, SPLITS.index(split), index)) for index, scene in found)
 
 
 def draw(drawn: Sequence[Scene], size: int) -> Images:
@@ -50,9 +56,8 @@ def cached(
     if not path.is_file():
         parts = (scenes[start : start + AT_ONCE] for start in range(0, len(scenes), AT_ONCE))
         found = np.concatenate([np.asarray(compute(part), np.float16) for part in parts])
-        partial = path.with_name(f".{path.stem}.partial.npy")
-        np.save(partial, found)
-        os.replace(partial, path)
+        with replacing(path) as new:
+            np.save(new, found)
     return np.load(path)
 
 

@@ -83,7 +83,7 @@ def train(config: BaseConfig, workdir: str | Path) -> Trained:
     stage = config.text_to_image
     tokenizers = make_tokenizers(scene_words(), stage.captions.text_length)
     networks = text_to_image.make_networks(stage, tokenizers, config.compute)
-    scenes = corpus.scenes(config.seed, "train", range(config.num_scenes))
+    scenes = corpus.rows(config.seed, "train", range(config.num_scenes))
     part, latents = _encode(config, jax.device_get(result.state.ema), scenes, workdir)
     data = Corpus(
         latents=latents,

@@ -136,7 +136,7 @@ def loss(
     times = logit_normal_times(keys[:, 0], config.time_mean, config.time_std)
     noise = jax.vmap(lambda key: jax.random.normal(key, clean.shape[1:]))(keys[:, 1])
     noisy, target = flow(clean, noise, times)
-    velocity, seen = Flux(networks.transformer, compute).apply(
+    velocity, seen = Flux(networks.transformer, compute, unroll=True).apply(
         {"params": params["transformer"]},
         noisy,
         autoencoder.image_ids(grid),

@@ -30,6 +30,7 @@ from runtime_jax.data.mini_scenes import (
     Scene,
     SceneObject,
     accent_of,
+    in_a_row,
     sample_color,
     sample_scene,
 )
@@ -127,11 +128,16 @@ def make_images(count: int, seed: int) -> list[ConceptImage]:
         objects = 1 if number < count // 2 else 2
         partner = images[-1].scene.objects if number % 2 else ()
         while True:
-            scene = sample_scene(rng)
+            scene = _scene(rng)
             if len(scene.objects) == objects and _differ(scene, partner):
                 break
         images.append(_concept_image(number, scene))
     return images
+
+
+def _scene(rng: np.random.Generator) -> Scene:
+    """From the world that the tiny base has learned to draw."""
+    return in_a_row(sample_scene(rng), rng)
 
 
 def _differ(scene: Scene, others: Sequence[SceneObject]) -> bool:
@@ -222,7 +228,7 @@ def _single(rng: np.random.Generator, image: ConceptImage) -> list[Case]:
 
 
 def _direction(rng: np.random.Generator) -> list[Case]:
-    item = sample_scene(rng).objects[0]
+    item = _scene(rng).objects[0]
     if rng.uniform() < 0.5:
         item = replace(item, rgb=_middle(item.color))
         attribute, look = item.color, Appearance(rgb=item.rgb)
@@ -253,7 +259,7 @@ def _bring(image: ConceptImage, index: int) -> tuple[SceneObject, Use]:
 def _bystander(rng: np.random.Generator, item: SceneObject) -> SceneObject:
     """An object of another class and colour."""
     while True:
-        other = sample_scene(rng).objects[0]
+        other = _scene(rng).objects[0]
         if other.shape != item.shape and other.color != item.color:
             return other
 

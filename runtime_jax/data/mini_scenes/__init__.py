@@ -13,7 +13,7 @@ from runtime_jax.data.mini_scenes.builder import (
     prepare,
 )
 from runtime_jax.data.mini_scenes.captions import caption, full_caption
-from runtime_jax.data.mini_scenes.examples import example_scene
+from runtime_jax.data.mini_scenes.examples import SPLITS, example_scene
 from runtime_jax.data.mini_scenes.render import Rendering, render_scene
 from runtime_jax.data.mini_scenes.scene import (
     Background,
@@ -21,6 +21,7 @@ from runtime_jax.data.mini_scenes.scene import (
     Scene,
     SceneObject,
     accent_of,
+    in_a_row,
     sample_color,
     sample_scene,
 )
@@ -46,6 +47,7 @@ __all__ = [
     "MENTION_RATES",
     "POSES",
     "SIZES",
+    "SPLITS",
     "SYMMETRY",
     "TEXTURES",
     "Background",
@@ -59,6 +61,7 @@ __all__ = [
     "caption",
     "example_scene",
     "full_caption",
+    "in_a_row",
     "make_config",
     "prepare",
     "render_scene",

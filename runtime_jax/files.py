@@ -1,0 +1,31 @@
+"""Files that a reader never sees half written."""
+
+import contextlib
+import json
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+
+@contextlib.contextmanager
+def replacing(path: str | os.PathLike) -> Iterator[Path]:
+    """A new file to write, which takes the place of `path` if the block ends well; folders are made.
+
+    >>> with replacing("runs/notes.txt") as new:
+    ...     new.write_text("whole")
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{os.getpid()}.partial.{path.name}")
+    try:
+        yield partial
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def write_json(path: str | os.PathLike, fields: Mapping[str, Any]) -> None:
+    """Writes a JSON file."""
+    with replacing(path) as new:
+        new.write_text(json.dumps(fields, indent=2) + "\n")
