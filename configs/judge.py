@@ -1,6 +1,6 @@
 """The judge of pictures in the manner of mini_scenes, at 64 px.
 
-python -m runtime_jax.judge train --config configs/judge.py --workdir runs/judge    # 40 minutes on two cores
+python -m runtime_jax.judge train --config configs/judge.py --workdir runs/judge    # 27 minutes on two cores
 """
 
 from ml_collections import ConfigDict
@@ -8,7 +8,7 @@ from ml_collections import ConfigDict
 from runtime_jax.config import to_dict
 from runtime_jax.judge.model import JudgeConfig
 
-STEPS = 8000
+STEPS = 5000
 
 
 def get_config() -> ConfigDict:

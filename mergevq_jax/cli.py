@@ -115,18 +115,28 @@ def _sample_command(line: CommandLine) -> None:
     sub.add_argument("--out", type=Path, default=Path("runs/sample"))
 
 
-def _train(args, overrides) -> int:
+def _training(path: str, overrides: Sequence[str]):
+    """What a config trains, as the TrainConfig of its task, and the task's name."""
     from runtime_jax import config as config_lib
 
-    fields = config_lib.load(args.config, overrides, new_keys=True)
+    fields = config_lib.load(path, overrides, new_keys=True)
     task = fields.get("task", "tokenizer")
     if task == "tokenizer":
-        from mergevq_jax.tokenizer.run import TrainConfig, train
+        from mergevq_jax.tokenizer.run import TrainConfig
     elif task == "generator":
-        from mergevq_jax.generator.run import TrainConfig, train
+        from mergevq_jax.generator.run import TrainConfig
     else:
-        raise ValueError(f"{args.config}: task={task!r}, allowed are 'tokenizer' and 'generator'")
-    trained = train(config_lib.build(TrainConfig, fields), args.workdir)
+        raise ValueError(f"{path}: task={task!r}, allowed are 'tokenizer' and 'generator'")
+    return config_lib.build(TrainConfig, fields), task
+
+
+def _train(args, overrides) -> int:
+    config, task = _training(args.config, overrides)
+    if task == "tokenizer":
+        from mergevq_jax.tokenizer.run import train
+    else:
+        from mergevq_jax.generator.run import train
+    trained = train(config, args.workdir)
     return report_end(f"the {task} is in {trained.folder}", trained.stopped_by, trained.step)
 
 
@@ -209,18 +219,20 @@ def _sample(args, _) -> None:
 
 
 def _inspect(args, overrides) -> None:
-    from mergevq_jax.inspect import inspect_config, inspect_model
-    from mergevq_jax.tokenizer.config import preset
-    from mergevq_jax.tokenizer.run import TrainConfig
-    from runtime_jax import config as config_lib
-
     if bool(args.config) == bool(args.preset):
         raise ValueError("give exactly one of --config and --preset")
-    if args.config:
-        config = config_lib.build(TrainConfig, config_lib.load(args.config, overrides, new_keys=True))
-        print(inspect_config(config, compile=args.compile))
-    else:
+    if args.preset:
+        from mergevq_jax.inspect import inspect_model
+        from mergevq_jax.tokenizer.config import preset
+
         print(inspect_model(preset(args.preset), args.batch_size or 1, compile=args.compile))
+        return
+    config, task = _training(args.config, overrides)
+    if task == "tokenizer":
+        from mergevq_jax.inspect import inspect_config as inspect
+    else:
+        from mergevq_jax.inspect_generator import inspect_generator as inspect
+    print(inspect(config, compile=args.compile))
 
 
 def _convert(args, _) -> None:

@@ -13,9 +13,8 @@ from mergevq_jax.tokenizer.config import TokenizerConfig
 from mergevq_jax.tokenizer.perceptual import lpips_shapes
 from mergevq_jax.tokenizer.run import TrainConfig, load_frozen
 from runtime_jax.compute import Compute
-from runtime_jax.flops import count_flops
 from runtime_jax.optimizer import make_optimizer
-from runtime_jax.sizes import count, size_of, table
+from runtime_jax.sizes import count, program_row, size_of, table
 
 
 def parameter_counts(params: model.Params) -> dict[str, int]:
@@ -62,7 +61,7 @@ def inspect_model(
         [(name, f"{number:,}", f"{4 * number / 1e6:.1f}") for name, number in parameter_counts(params).items()],
     )
     programs = forward_programs(config, params, batch_size, compute)
-    rows = [_program_row(name, program, compile) for name, program in programs.items()]
+    rows = [program_row(name, program, compile) for name, program in programs.items()]
     return "\n".join([*lines, "", *table((f"batch of {batch_size}", "GFLOP", "temporary MB"), rows)])
 
 
@@ -88,7 +87,7 @@ def inspect_config(config: TrainConfig, *, compile: bool = False) -> str:
             "",
             *table(("train state", "numbers", "MB"), rows),
             "",
-            *table((f"batch of {batch_size}", "GFLOP", "temporary MB"), [_program_row(name, step, compile)]),
+            *table((f"batch of {batch_size}", "GFLOP", "temporary MB"), [program_row(name, step, compile)]),
         ]
     )
 
@@ -109,9 +108,3 @@ def trace_train_step(config: TrainConfig, batch_size: int) -> tuple[stage1.Train
     batch = {"image": jax.ShapeDtypeStruct((batch_size, side, side, config.model.in_channels), jnp.uint8)}
     step = functools.partial(stage1.train_step, config=step_config, optimizers=optimizers, keep=config.model.keep)
     return state, jax.jit(step, donate_argnums=0).trace(state, frozen, batch)
-
-
-def _program_row(name: str, program: Any, compile: bool) -> tuple[str, str, str]:
-    flops = count_flops(program.jaxpr.jaxpr)
-    memory = f"{program.lower().compile().memory_analysis().temp_size_in_bytes / 1e6:.1f}" if compile else "(--compile)"
-    return name, f"{flops / 1e9:,.1f}", memory

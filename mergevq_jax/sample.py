@@ -25,7 +25,6 @@ from runtime_jax.pictures import dim_tokens, image_grid, loss_curve, save_png
 
 COLUMNS = 8
 MAX_SHOWN = 64  # images in a picture
-STEPS = 32  # of drawing in random order, unless there are fewer codes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,7 +126,7 @@ def _plan(model: GeneratorModel, tokenizer: Tokenizer, request: Request, *, show
         raise ValueError("--show-cache: a generator in random order keeps every code")
     if tokenizer.config.recovery is None:
         raise ValueError("a generator in random order needs a tokenizer with source recovery, and this one has none")
-    return make_randar_plan(model.config, settings, number, _steps(model, request), model.compute)[0]
+    return make_randar_plan(model.config, settings, number, request.steps, model.compute)[0]
 
 
 def draw(model: GeneratorModel, tokenizer: Tokenizer, request: Request) -> Drawn:
@@ -157,7 +156,7 @@ def _draw_batch(
     number = _merge_number(model, request)
     how = {"sampling": request.sampling, "seed": request.seed, "examples": examples}
     if model.info.kind == "random":
-        codes = model.sample_randar(labels, number, steps=_steps(model, request), **how)
+        codes = model.sample_randar(labels, number, steps=request.steps, **how)
         return recovered_to_images(tokenizer, codes), None
     samples = model.sample(labels, number, **how)
     store = StoreUse(samples.first_occurrence, samples.occupancy, samples.overflows)
@@ -166,11 +165,6 @@ def _draw_batch(
 
 def _settings(model: GeneratorModel, request: Request) -> SamplingConfig:
     return request.sampling if model.info.kind == "random" else model.info.sampling(request.sampling)
-
-
-def _steps(model: GeneratorModel, request: Request) -> int:
-    codes = _merge_number(model, request) or model.config.length
-    return min(STEPS, codes) if request.steps is None else request.steps
 
 
 def _merge_number(model: GeneratorModel, request: Request) -> int | None:

@@ -16,7 +16,7 @@ from safetensors.numpy import load_file
 
 from mergevq_jax.generator import train
 from mergevq_jax.generator.config import preset
-from mergevq_jax.generator.losses import drop_classes
+from mergevq_jax.generator.losses import conditions
 from mergevq_jax.generator.mask import first_members, merge_mask
 from mergevq_jax.generator.model import GeneratorModel
 from mergevq_jax.generator.run import TrainConfig
@@ -99,12 +99,17 @@ def test_a_new_generator_is_uniform_and_all_of_it_learns(codes):
 
 def test_classes_are_dropped_by_the_example():
     labels, examples = jnp.zeros(2000, jnp.int32), jnp.arange(2000)
-    dropped = np.asarray(drop_classes(labels, examples, jax.random.key(0), MODEL))
+
+    def drop(labels, examples, config=MODEL):
+        batch = {"label": labels, "index": examples}
+        return np.asarray(conditions(batch, jax.random.key(0), config, 10)[0])
+
+    dropped = drop(labels, examples)
     assert set(dropped) == {0, MODEL.null_class} and abs((dropped > 0).mean() - MODEL.class_dropout) < 0.05
     order = np.random.default_rng(0).permutation(2000)
-    np.testing.assert_array_equal(drop_classes(labels, examples[order], jax.random.key(0), MODEL), dropped[order])
+    np.testing.assert_array_equal(drop(labels, examples[order]), dropped[order])
     never = dataclasses.replace(MODEL, class_dropout=0.0)
-    assert not np.asarray(drop_classes(labels, examples, jax.random.key(0), never)).any()
+    assert not drop(labels, examples, never).any()
 
 
 def test_images_are_tokenized_as_by_the_tokenizer():

@@ -37,22 +37,25 @@ def next_code_loss(
       keep: the merge instruction of all examples, where the generator has one.
       mask: of `merge_mask`; None: plain autoregression.
     """
-    labels, indices = batch["label"], batch["indices"]
-    if key is not None:
-        labels = drop_classes(labels, batch["index"], key, config)
+    labels, merge = conditions(batch, key, config, keep)
+    logits = Generator(config, compute).apply({"params": params}, batch["indices"], labels, merge, mask)
+    return code_loss(logits, batch["indices"], config)
+
+
+def conditions(
+    batch: Mapping[str, Array], key: Key[Array, ""] | None, config: GeneratorConfig, keep: int
+) -> tuple[Int[Array, "B"], Int[Array, "B"] | None]:
+    """Labels and merge instructions of a batch.
+
+    Each label becomes the null class with probability `class_dropout`, drawn by the example's own number; with key
+    None all stay.
+    """
+    labels = batch["label"]
     merge = jnp.full_like(labels, config.merge_index(keep)) if config.merge_instruction else None
-    logits = Generator(config, compute).apply({"params": params}, indices, labels, merge, mask)
-    return code_loss(logits, indices, config)
-
-
-def drop_classes(
-    labels: Int[Array, "B"], examples: Int[Array, "B"], key: Key[Array, ""], config: GeneratorConfig
-) -> Int[Array, "B"]:
-    """Labels, each replaced by the null class with probability `class_dropout`; drawn by the example's own number."""
-    if config.null_class is None:
-        return labels
-    dropped = jax.vmap(lambda key: jax.random.bernoulli(key, config.class_dropout))(example_keys(key, examples))
-    return jnp.where(dropped, config.null_class, labels)
+    if key is None or config.null_class is None:
+        return labels, merge
+    dropped = jax.vmap(lambda key: jax.random.bernoulli(key, config.class_dropout))(example_keys(key, batch["index"]))
+    return jnp.where(dropped, config.null_class, labels), merge
 
 
 def code_loss(

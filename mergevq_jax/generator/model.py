@@ -151,7 +151,7 @@ class GeneratorModel:
         *,
         sampling: SamplingConfig,
         seed: int,
-        steps: int,
+        steps: int | None = None,
         examples: Int[np.ndarray, "B"] | None = None,
         positions: Int[np.ndarray, "B K"] | None = None,
     ) -> Codes:

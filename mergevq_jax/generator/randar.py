@@ -20,7 +20,7 @@ from einops import rearrange
 from jaxtyping import Array, Float, Int, Key
 
 from mergevq_jax.generator.config import GeneratorConfig
-from mergevq_jax.generator.losses import Means, code_loss, drop_classes
+from mergevq_jax.generator.losses import Means, code_loss, conditions
 from mergevq_jax.generator.mask import causal_mask
 from mergevq_jax.generator.transformer import Generator, Params, rope_table
 from mergevq_jax.tokenizer import tome
@@ -137,10 +137,7 @@ def randar_loss(
       key: of the order and of the class dropout, with each example's index; None: always the same order, no dropout.
       keep: distinct tokens of every example, and their merge instruction where the generator has one.
     """
-    labels = batch["label"]
-    if key is not None:
-        labels = drop_classes(labels, batch["index"], key, config)
-    merge = jnp.full_like(labels, config.merge_index(keep)) if config.merge_instruction else None
+    labels, merge = conditions(batch, key, config, keep)
     keys = example_keys(stream_key(0, Stream.ORDER) if key is None else key, batch["index"])
     keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, int(Stream.ORDER))  # not those of the dropout
     codes = shuffled(merged_codes(batch["indices"], batch["source_map"], keep), keys)

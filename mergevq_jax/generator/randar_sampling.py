@@ -29,6 +29,8 @@ from mergevq_jax.generator.transformer import Generator, Params
 from runtime_jax.compute import Compute
 from runtime_jax.prng import Stream, example_keys, stream_key
 
+STEPS = 32
+
 
 def cosine_counts(codes: int, steps: int) -> tuple[int, ...]:
     """Codes to draw in each step: at least one, and never fewer than in the step before.
@@ -80,9 +82,9 @@ class RandarPlan(DrawPlan):
 
 
 def make_randar_plan(
-    config: GeneratorConfig, sampling: SamplingConfig, merge_number: int | None, steps: int, compute: Compute
+    config: GeneratorConfig, sampling: SamplingConfig, merge_number: int | None, steps: int | None, compute: Compute
 ) -> tuple[RandarPlan, Knobs]:
-    """What the sampler is compiled for, and what it takes as numbers.
+    """What the sampler is compiled for, and what it takes as numbers; steps None are 32, or one for each code.
 
     Raises:
       ValueError: lists all settings that are not possible with this generator.
@@ -96,7 +98,7 @@ def make_randar_plan(
         if getattr(sampling, name) is not None
     ]
     draws, knobs = draw_plan(config, sampling, compute, codes, problems)
-    return RandarPlan(**draws, counts=cosine_counts(codes, steps)), knobs
+    return RandarPlan(**draws, counts=cosine_counts(codes, min(STEPS, codes) if steps is None else steps)), knobs
 
 
 def randar_sample(
@@ -107,7 +109,7 @@ def randar_sample(
     config: GeneratorConfig,
     sampling: SamplingConfig,
     seed: int,
-    steps: int,
+    steps: int | None = None,
     examples: Int[Array, "B"] | Int[np.ndarray, "B"] | None = None,
     positions: Int[Array, "B K"] | Int[np.ndarray, "B K"] | None = None,
     compute: Compute = Compute(),
@@ -118,7 +120,7 @@ def randar_sample(
       params, labels, config, seed, examples, compute: as in `sampling.sample`.
       merge_number: codes of an image, one of `merge_numbers`; None without merge instruction.
       sampling: how to draw; the schedules of guidance run over the codes, and all of a step share a scale.
-      steps: calls of the network, 1 to K.
+      steps: calls of the network, 1 to K; None: 32, or K.
       positions: raster positions of the codes in the order of drawing, such as those of a real image's groups; None:
         `random_positions`.
 

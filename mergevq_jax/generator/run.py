@@ -52,7 +52,7 @@ class EvaluationConfig:
     preview_classes: int = 6  # one in each row of the picture
     preview_images: int = 6  # of each class
     sampling: SamplingConfig = SamplingConfig()
-    sampling_steps: int = 32  # calls of the network for a picture, kind "random" only
+    sampling_steps: int | None = None  # calls of the network for a picture, kind "random" only; None: 32
 
 
 @dataclass(frozen=True, kw_only=True)
