@@ -42,6 +42,7 @@ _SPLIT_OVER: dict[Axis, tuple[str, ...]] = {
 # A rule: regular expression of the leaf's path within the parameters, and one logical axis (or None) for each of its
 # dimensions. An empty tuple of axes replicates a leaf of any rank.
 Rule = tuple[str, tuple[Axis | None, ...]]
+EVERYWHERE: tuple[Rule, ...] = ((".*", ()),)  # small networks: a whole copy on every device
 
 
 @dataclass(frozen=True, kw_only=True)

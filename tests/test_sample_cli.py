@@ -115,6 +115,14 @@ def test_a_released_checkpoint_becomes_a_plain_generator(root, tmp_path):
         import_released(dataclasses.replace(released, code_bits=(4, 4)), checkpoint, root / "tokenizer")
 
 
+@pytest.mark.parametrize(("kind", "row"), [("merge", "144 | 149 | 58% | 2,746"), ("plain", "256 | 257 | 100% | 4,737")])
+def test_inspect_says_what_sampling_remembers(kind, row, capsys):
+    changes = ["--config.model.num_layers=6", "--config.model.dim=192", "--config.model.num_heads=6"]
+    assert cli.main(["inspect", "--config", f"configs/mergear_tiny.py:{kind}", *changes]) == 0
+    text = capsys.readouterr().out
+    assert f"| {row} |" in text and "whole train state" in text and "train step on codes, K = 256" in text
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -15,6 +15,7 @@ from runtime_jax.judge.judge import save_weights
 from runtime_jax.judge.model import JudgeConfig
 from runtime_jax.judge.train import StepConfig, init_state, train_step
 from runtime_jax.optimizer import OptimizerConfig, make_optimizer, make_schedule
+from runtime_jax.program import Program
 
 WEIGHTS = "judge.safetensors"
 
@@ -56,15 +57,17 @@ def train(config: TrainConfig, workdir: str | Path) -> Trained:
     schedule = make_schedule(config.optimizer, total_steps=total_steps, batch_size=config.batch_size, num_examples=None)
     step_config = StepConfig(config.model, make_optimizer(config.optimizer, schedule), config.ema_decay, config.seed)
     mesh = sharding.make_mesh(sharding.MeshConfig())
-    everywhere = sharding.replicated(mesh)
+    resolved = config_lib.to_dict(config)
     with jax.set_mesh(mesh):
-        make = jax.jit(functools.partial(init_state, step_config), out_shardings=everywhere)
-        shapes = jax.tree.map(
-            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=everywhere), jax.eval_shape(make)
+        program = Program(
+            functools.partial(init_state, step_config),
+            lambda state, frozen, batch, variant: train_step(state, batch, config=step_config),
+            sharding.EVERYWHERE,
+            mesh,
         )
-        resolved = config_lib.to_dict(config)
-        found = initial_state(workdir, shapes, config=resolved, init=make, must_match=("model", "seed"))
-        step = jax.jit(functools.partial(train_step, config=step_config), donate_argnums=0)
+        found = initial_state(
+            workdir, program.abstract_state, config=resolved, init=program.init, must_match=("model", "seed")
+        )
         result = loop.run(
             config=config.loop,
             workdir=workdir,
@@ -72,9 +75,10 @@ def train(config: TrainConfig, workdir: str | Path) -> Trained:
             state=found.state,
             start_step=found.step,
             total_steps=total_steps,
-            train_step=lambda state, batch, _: step(state, batch),
+            train_step=lambda state, batch, _: program.step(state, batch, None),
             batches=lambda start: lessons.batches(config.seed, start, config.batch_size, config.image_size),
             shard=lambda batch: sharding.shard_batch(batch, mesh),
+            flops_per_step=lambda _: program.flops(None),
         )
     path = workdir / WEIGHTS
     save_weights(path, config.model, jax.device_get(result.state.ema), step=result.step)

@@ -1,7 +1,7 @@
 """What the trainings of both stages share: the state, one update of it, and the run."""
 
 import functools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,8 +15,8 @@ from jaxtyping import Array
 
 from runtime_jax import loop, sharding
 from runtime_jax.checkpoint import initial_state
-from runtime_jax.flops import count_flops
 from runtime_jax.optimizer import OptimizerConfig, ema_update, make_optimizer, make_schedule
+from runtime_jax.program import Program
 
 Params = Any
 Metrics = dict[str, Array]
@@ -102,12 +102,12 @@ def fit(
     batches: Callable[[int], Iterator[Mapping[str, np.ndarray]]],
     preview: Callable[[Params, int], Mapping[str, np.ndarray]],
     evaluate: Callable[[Params, int], Mapping[str, float]] | None = None,
-    variant: Callable[[int], Any] = lambda step: None,
+    variant: Callable[[int], Hashable] = lambda step: None,
 ) -> loop.Result:
     """Trains, or goes on training, in `workdir`, with the whole network on every device; see `loop.run`.
 
     Args:
-      init: new parameters; jitted here.
+      init: new parameters; traced here.
       preview, evaluate: as in `loop.run`, of the averaged parameters.
       variant: step -> key; steps of one key have batches of the same shapes.
     """
@@ -116,32 +116,20 @@ def fit(
     optimizer = make_optimizer(config.optimizer, schedule)
     step = functools.partial(train_step, loss=loss, optimizer=optimizer, schedule=schedule, ema_decay=config.ema_decay)
     mesh = sharding.make_mesh(sharding.MeshConfig())
-    everywhere = sharding.replicated(mesh)
-    new_state = jax.jit(lambda: init_state(init(), optimizer), out_shardings=everywhere)
-    flops: dict[Any, float] = {}
-    compiled: dict[Any, Any] = {}
     with jax.set_mesh(mesh):
+        program = Program(
+            lambda: init_state(init(), optimizer),
+            lambda state, frozen, batch, variant: step(state, batch),
+            sharding.EVERYWHERE,
+            mesh,
+        )
         found = initial_state(
-            workdir,
-            jax.tree.map(
-                lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=everywhere), new_state.eval_shape()
-            ),
-            config=resolved_config,
-            init=new_state,
-            must_match=must_match,
+            workdir, program.abstract_state, config=resolved_config, init=program.init, must_match=must_match
         )
         print(
             f"{workdir}: {total_steps} steps of {config.batch_size}, from step {found.step} ({found.origin})",
             flush=True,
         )
-
-        def run_step(state: TrainState, batch: dict[str, Array], number: int) -> tuple[TrainState, Any]:
-            key = variant(number)
-            if key not in compiled:
-                traced = jax.jit(step, donate_argnums=0, out_shardings=everywhere).trace(state, batch)
-                compiled[key], flops[key] = traced.lower().compile(), count_flops(traced.jaxpr.jaxpr)
-            return compiled[key](state, batch)
-
         return loop.run(
             config=config.loop,
             workdir=workdir,
@@ -149,11 +137,11 @@ def fit(
             state=found.state,
             start_step=found.step,
             total_steps=total_steps,
-            train_step=run_step,
+            train_step=lambda state, batch, number: program.step(state, batch, variant(number)),
             batches=batches,
             shard=lambda batch: sharding.shard_batch(batch, mesh),
             preview=lambda state, number: preview(state.ema, number),
             evaluate=evaluate and (lambda state, number: evaluate(state.ema, number)),
             variant=variant,
-            flops_per_step=lambda number: flops[variant(number)],
+            flops_per_step=lambda number: program.flops(variant(number)),
         )
