@@ -5,6 +5,7 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Float, Int, UInt8
@@ -263,5 +264,32 @@ def loss_curve(
         axes.grid(alpha=0.3)
     panels[-1].set_xlabel("step")
     figure.suptitle(title)
+    with replacing(path) as new:
+        figure.savefig(new, format="png", dpi=120)
+
+
+class Points(NamedTuple):
+    """A line of a plot; `half_widths` of intervals, NaN where they are not known."""
+
+    x: Sequence[float]
+    y: Sequence[float]
+    half_widths: Sequence[float]
+
+
+def plot_lines(panels: Mapping[str, Mapping[str, Points]], path: str | os.PathLike, *, x_label: str) -> None:
+    """Draws lines with intervals as a PNG: a panel for each quantity, in it a line for each name."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 3 * len(panels)), layout="constrained")
+    FigureCanvasAgg(figure)
+    all_axes = figure.subplots(len(panels), 1, sharex=True, squeeze=False)[:, 0]
+    for axes, (quantity, lines) in zip(all_axes, panels.items(), strict=True):
+        for name, (x, y, half_widths) in lines.items():
+            axes.errorbar(x, y, np.nan_to_num(half_widths), marker="o", capsize=3, label=name)
+        axes.set_ylabel(quantity)
+        axes.grid(alpha=0.3)
+    all_axes[0].legend()
+    all_axes[-1].set_xlabel(x_label)
     with replacing(path) as new:
         figure.savefig(new, format="png", dpi=120)

@@ -8,7 +8,7 @@ import pytest
 from scipy.linalg import sqrtm
 
 from mergevq_jax.evaluate import compare as comparison
-from mergevq_jax.evaluate.compare import Row, cache_bytes, compare, read_samples, render, seconds_per_image
+from mergevq_jax.evaluate.compare import Row, cache_bytes, compare, read_samples, render, seconds_per_image, trade_off
 from mergevq_jax.evaluate.generation import Labelled, Quality, frechet_distance, gaussian, main_classes, measure
 from runtime_jax.data.mini_scenes import CLASSES, example_scene, render_scene
 from runtime_jax.estimate import Estimate
@@ -106,8 +106,8 @@ PROTOCOL = {
     "batch_size": 2,
     "slots": 10,
     "compute": {"dtype": "bfloat16"},
-    "sampling": {"cfg_scale": [1.0, 2.0]},
-    "generator": {"architecture": {"num_layers": 3, "dim": 8}},
+    "sampling": {"cfg_scale": [1.0, 2.0], "policy": "full"},
+    "generator": {"kind": "merge", "architecture": {"num_layers": 3, "dim": 8}},
     "measured": {"seconds_of_other_batches": 1.0},
 }
 
@@ -135,6 +135,18 @@ def test_a_table_and_a_picture(tmp_path, monkeypatch):
     assert real.startswith("| held-out scenes | 1 | 100.0 ± 0.0 |") and "| 0.000 |" in real
     assert ours.startswith("| ours | 2 | ") and ours.endswith("| 2 | 0.250 |")
     assert (tmp_path / "out" / "compare.png").stat().st_size > 1000
+
+
+def test_quality_against_slots():
+    def row(slots, policy="full", right=0.5):
+        return Row(f"{slots}", Quality(Estimate(right, 0.1, 9), Estimate(2 * right, None, 1)), 1, policy, slots)
+
+    rows = [row(30, right=0.75), row(10), row(10, "evict-oldest"), row(20, None), row(None, None)]
+    accuracy, distance = trade_off(rows).values()
+    assert list(accuracy) == list(distance) == ["full"]  # the other policy has one number of slots only
+    assert accuracy["full"] == ([10, 30], (50, 75), (10, 10)) and distance["full"].y == (1.0, 1.5)
+    assert np.isnan(distance["full"].half_widths).all()
+    assert trade_off(rows[1:]) == {}
 
 
 def test_what_is_not_known_is_left_empty():

@@ -7,7 +7,16 @@ import pytest
 from PIL import Image
 
 from runtime_jax import pictures
-from runtime_jax.pictures import heat_map, image_grid, loss_curve, outline_groups, read_metrics, save_png
+from runtime_jax.pictures import (
+    Points,
+    heat_map,
+    image_grid,
+    loss_curve,
+    outline_groups,
+    plot_lines,
+    read_metrics,
+    save_png,
+)
 
 GREY = np.full((8, 8, 3), 128, np.uint8)
 
@@ -166,3 +175,10 @@ def test_loss_curve_draws_a_picture(metrics, tmp_path):
 
 def test_module_does_not_load_matplotlib():
     assert not hasattr(pictures, "matplotlib")
+
+
+def test_lines_with_intervals_are_drawn(tmp_path):
+    lines = {"full": Points([1, 2], [3.0, 4.0], [0.5, np.nan]), "evict": Points([1, 3], [5.0, 2.0], [0.1, 0.2])}
+    plot_lines({"distance": lines, "accuracy": lines}, tmp_path / "plot.png", x_label="slots")
+    picture = np.asarray(Image.open(tmp_path / "plot.png").convert("RGB"))
+    assert picture.shape[0] > picture.shape[1] * 0.8 and len(np.unique(picture.reshape(-1, 3), axis=0)) > 20

@@ -13,7 +13,7 @@ from mergevq_jax.evaluate.held_out import BATCH_SIZE, read_scenes
 from mergevq_jax.pretrained import load_tokenizer
 from mergevq_jax.tokenizer.model import Tokenizer
 from runtime_jax.judge import Judge
-from runtime_jax.pictures import image_grid, save_png
+from runtime_jax.pictures import Points, image_grid, plot_lines, save_png
 from runtime_jax.sizes import table
 
 SHOWN = 12  # images of a row in the picture
@@ -32,6 +32,8 @@ class Row(NamedTuple):
     name: str
     quality: Quality
     sets: int
+    policy: str | None = None  # of a store that can be full
+    slots: int | None = None
     cache_bytes: int | None = None  # keys and values for one image
     seconds: float | None = None  # for one image, in batches
 
@@ -46,6 +48,8 @@ def compare(
     keeps: Sequence[int] = (),
 ) -> None:
     """Prints a table; writes it as compare.md, and the first images of every row as compare.png.
+
+    Rows that differ in the slots of the store are also plotted, as trade_off.png.
 
     The first rows are real: validation scenes against the test scenes that all are measured against, and, with a
     tokenizer, their reconstructions; no generator can be expected to do better.
@@ -76,7 +80,11 @@ def compare(
     (out / "compare.md").write_text(text)
     shown = [list(group[0].images[:SHOWN]) for group in sets.values()]
     save_png(out / "compare.png", image_grid(shown, row_labels=list(sets)))
-    print(f"compare.md and compare.png are in {out}")
+    written = ["compare.md", "compare.png"]
+    if panels := trade_off(measured):
+        plot_lines(panels, out / "trade_off.png", x_label="slots of the store")
+        written.append("trade_off.png")
+    print(f"{', '.join(written)}: in {out}")
 
 
 def read_samples(path: Path) -> Folder:
@@ -125,7 +133,37 @@ def _row(
         return Row(name, quality, len(sets))
     protocols = [folder.protocol for folder in folders]
     seconds = [value for value in map(seconds_per_image, protocols) if value is not None]
-    return Row(name, quality, len(sets), max(map(cache_bytes, protocols)), min(seconds, default=None))
+    return Row(
+        name,
+        quality,
+        len(sets),
+        policy=protocols[0]["sampling"]["policy"] if protocols[0]["generator"]["kind"] != "random" else None,
+        slots=protocols[0]["slots"],
+        cache_bytes=max(map(cache_bytes, protocols)),
+        seconds=min(seconds, default=None),
+    )
+
+
+def trade_off(rows: Sequence[Row]) -> dict[str, dict[str, Points]]:
+    """Panels of a plot: quality against slots, a line for each policy that has been drawn with several numbers."""
+    groups = {policy: [row for row in rows if row.policy == policy] for policy in {row.policy for row in rows} - {None}}
+    lines = {
+        policy: sorted(group, key=lambda row: row.slots)
+        for policy, group in sorted(groups.items())
+        if len({row.slots for row in group}) > 1
+    }
+    measures = {
+        "right class, %": lambda row: (100 * row.quality.accuracy.mean, 100 * row.quality.accuracy.half_width),
+        "Fréchet distance": lambda row: (row.quality.frechet.mean, row.quality.frechet.half_width or np.nan),
+    }
+    return {
+        quantity: {
+            policy: Points([row.slots for row in group], *zip(*map(measure_of, group), strict=True))
+            for policy, group in lines.items()
+        }
+        for quantity, measure_of in measures.items()
+        if lines
+    }
 
 
 def render(rows: Sequence[Row], count: int) -> str:

@@ -14,6 +14,7 @@ from einops import rearrange
 from jaxtyping import Float, Float16, UInt8
 
 from runtime_jax.data.mini_scenes import SPLITS, Scene, caption, example_scene, full_caption, in_a_row, render_scene
+from runtime_jax.data.mini_scenes.scene import MAX_OBJECTS
 from runtime_jax.files import replacing
 from runtime_jax.prng import Stream, host_rng
 from tokenverse_jax.base.tokenizers import Tokenizers
@@ -71,11 +72,15 @@ class CaptionConfig:
     drop_clip: float = 0.1
     pair_every: int = 8  # one batch in so many is of pairs; 0: none
     easy_steps: int = 0  # the first steps see one object at a time, and captions that name everything
+    object_weights: tuple[float, ...] = (1.0, 1.0, 1.0)  # later: how often scenes of one, two and three objects
 
     def __post_init__(self):
         shares = self.drop_both, self.drop_t5, self.drop_clip
         if min(shares) < 0 or sum(shares) > 1:
             raise ValueError(f"drop_both, drop_t5, drop_clip={shares}: shares whose sum is at most 1 are needed")
+        weights = self.object_weights
+        if len(weights) != MAX_OBJECTS or min(weights) < 0 or not sum(weights):
+            raise ValueError(f"object_weights={weights}: shares of 1 to {MAX_OBJECTS} objects are needed, not all 0")
         for name in ("pair_every", "easy_steps"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}={getattr(self, name)}: a positive number is needed, or 0 for none")
@@ -111,9 +116,9 @@ class Corpus:
         A batch of pairs has half as many examples, of twice the width.
         """
         easy = self.captions.is_easy_step(step)
-        allowed = self._with_one_object if easy else np.arange(len(self.scenes))
-        numbers, count = range(step * self.batch_size, (step + 1) * self.batch_size), len(allowed)
-        places = np.array([allowed[_order(self.seed, number // count, count)[number % count]] for number in numbers])
+        weights = (1.0,) if easy else self.captions.object_weights
+        numbers = range(step * self.batch_size, (step + 1) * self.batch_size)
+        places = np.array([self._place(number, weights) for number in numbers])
         places = places.reshape(-1, 2 if self.captions.is_pair_step(step) else 1)
         numbers = numbers[: len(places)]
         describe = functools.partial(self._prompts, name_all=easy)
@@ -127,9 +132,17 @@ class Corpus:
             "index": np.array(numbers),
         }
 
+    def _place(self, number: int, weights: Sequence[float]) -> int:
+        """Which scene example `number` of the run is; weights are of 1, 2, ... objects."""
+        rng = host_rng(self.seed, Stream.DATA, number)
+        shares = np.asarray(weights) * [len(group) > 0 for group in self._of_count[: len(weights)]]
+        return int(rng.choice(self._of_count[rng.choice(len(weights), p=shares / shares.sum())]))
+
     @functools.cached_property
-    def _with_one_object(self) -> np.ndarray:
-        return np.flatnonzero([len(scene.objects) == 1 for scene in self.scenes])
+    def _of_count(self) -> list[np.ndarray]:
+        """Numbers of the scenes with 1, 2, ... objects."""
+        counts = np.array([len(scene.objects) for scene in self.scenes])
+        return [np.flatnonzero(counts == count) for count in range(1, MAX_OBJECTS + 1)]
 
     def _prompts(self, places: np.ndarray, number: int, *, name_all: bool) -> tuple[str, str]:
         """What T5 and CLIP are told of one scene, or of two side by side."""
@@ -144,8 +157,3 @@ class Corpus:
             name_all = False
         neither, only_clip, only_t5 = np.cumsum((config.drop_both, config.drop_t5, config.drop_clip))
         return ("" if drawn < only_clip else text), ("" if drawn < neither or only_clip <= drawn < only_t5 else text)
-
-
-@functools.lru_cache(maxsize=2)
-def _order(seed: int, epoch: int, count: int) -> np.ndarray:
-    return host_rng(seed, Stream.DATA, epoch).permutation(count)
