@@ -1,4 +1,4 @@
-"""The tiny FLUX pipeline to be shipped, trained on mini_scenes: 64 px, 64 image tokens. Not trained to its end yet.
+"""The shipped tiny FLUX pipeline, trained on mini_scenes: 64 px, 64 image tokens; two hours on two cores.
 
 tokenverse train-base --config configs/flux_tiny.py --workdir runs/flux_tiny
 """
@@ -11,7 +11,7 @@ def _optimizer(**values) -> dict:
 
 
 def get_config() -> ConfigDict:
-    """What is to be shipped."""
+    """What is shipped."""
     return ConfigDict(
         {
             "task": "base",
@@ -69,7 +69,7 @@ def get_config() -> ConfigDict:
                     "drop_clip": 0.1,
                     "pair_every": 8,
                     # Words are tied to what they mean several times sooner with one object and nothing left unsaid.
-                    "easy_steps": 4000,
+                    "easy_steps": 3000,
                     # Large objects teach shapes; three of them are small.
                     "object_weights": [0.5, 0.42, 0.08],
                 },
@@ -87,7 +87,7 @@ def get_config() -> ConfigDict:
                     ),
                     "ema_decay": 0.999,
                     "loop": {
-                        "duration": {"steps": 12_000},
+                        "duration": {"steps": 10_000},
                         "log_every": 50,
                         "checkpoint_every": 500,
                         "preview_every": 1000,

@@ -64,15 +64,23 @@ def _corpus(scenes, tokenizers, **captions) -> Corpus:
     return Corpus(latents=latents, layouts=layouts, scenes=scenes, **texts, batch_size=6, seed=0)
 
 
-def test_batches_are_a_function_of_their_number_and_visit_every_scene_once_an_epoch(tokenizers, scenes):
+def test_batches_are_a_function_of_their_number(tokenizers, scenes):
     data = _corpus(scenes, tokenizers, pair_every=0)
-    batches = list(itertools.islice(data.batches(0), 8))
-    jax.tree.map(np.testing.assert_array_equal, batches[5], data.batch(5))
-    first, second = (np.concatenate([b["latents"] for b in part]) for part in (batches[:4], batches[4:]))
-    np.testing.assert_array_equal(np.sort(first[:, 0, 0, 0]), data.latents[:, 0, 0, 0])
-    np.testing.assert_array_equal(np.sort(second[:, 0, 0, 0]), data.latents[:, 0, 0, 0])
-    assert (first != second).any()
-    assert batches[3]["index"].tolist() == list(range(18, 24))
+    batches = list(itertools.islice(data.batches(2), 4))
+    jax.tree.map(np.testing.assert_array_equal, batches[3], data.batch(5))
+    assert batches[1]["index"].tolist() == list(range(18, 24))
+    latents = np.concatenate([batch["latents"] for batch in batches])
+    assert len(np.unique(latents[:, 0, 0, 0])) > 8
+
+
+def test_scenes_are_seen_by_their_number_of_objects(tokenizers, scenes):
+    data = _corpus(scenes, tokenizers, pair_every=0, object_weights=(3.0, 1.0, 0.0))
+    places = np.concatenate([data.batch(step)["latents"][:, 0, 0, 0] for step in range(50)]).astype(int) // 32
+    counts = np.bincount([len(scenes[place].objects) for place in places], minlength=4) / len(places)
+    assert counts[3] == 0 and abs(counts[1] - 0.75) < 0.1
+    for weights in ((1.0, 1.0), (0.0, 0.0, 0.0), (1.0, -1.0, 1.0)):
+        with pytest.raises(ValueError, match="object_weights"):
+            CaptionConfig(object_weights=weights)
 
 
 def test_a_pair_is_two_scenes_side_by_side_under_both_captions(tokenizers, scenes):
@@ -90,7 +98,7 @@ def test_the_first_steps_see_one_object_at_a_time_under_its_full_caption(tokeniz
     data = _corpus(scenes, tokenizers, easy_steps=3, drop_both=0.0, drop_t5=0.0, drop_clip=0.0)
     alone = [number for number, scene in enumerate(scenes) if len(scene.objects) == 1]
     seen = np.concatenate([data.batch(step)["latents"][:, 0, 0, 0] for step in range(3)]) // 32
-    assert set(seen) == set(alone) and data.batch(5)["latents"].shape[2] == 8  # of three steps none was a pair
+    assert set(seen) <= set(alone) and data.batch(5)["latents"].shape[2] == 8  # of three steps none was a pair
     batch = data.batch(1)
     told = tokenizers.tokenizer_2.batch_decode(batch["t5_ids"], skip_special_tokens=True)
     places = (batch["latents"][:, 0, 0, 0] // 32).astype(int)
@@ -273,3 +281,9 @@ def test_a_run_leaves_a_pipeline_and_goes_on_where_it_was(tmp_path, monkeypatch)
     assert len(written) == 2 and list(tmp_path.glob("text_to_image/**/*.png"))
     again = run.train(config, tmp_path)
     assert again == trained and {path: path.stat().st_mtime_ns for path in tmp_path.glob("*.npy")} == written
+
+
+def test_the_shipped_pipeline_loads_by_its_name():
+    pipeline = Pipeline.from_pretrained("tiny", parts=["clip", "t5"])
+    encoded = pipeline.encode_prompts(["a red striped star and a ring on the beach"])
+    assert encoded.txt.shape[:2] == (1, 40) and np.isfinite(encoded.vec).all()

@@ -269,7 +269,7 @@ def _objects_case(rng: np.random.Generator, brought: Sequence[Brought]) -> Case:
     left, right = (brought[i] for i in rng.permutation(2))
     kind = str(rng.choice(tuple(BACKGROUNDS)))
     scene = Scene(
-        objects=(_put(left[0], 0.28, rng), _put(right[0], 0.72, rng)),
+        objects=(_put(left[0], 0.27, rng), _put(right[0], 0.73, rng)),
         light=NEUTRAL_LIGHT,
         background=_background(rng, kind),
     )
@@ -288,4 +288,4 @@ def _background(rng: np.random.Generator, kind: str) -> Background:
 
 
 def _put(item: SceneObject, x: float, rng: np.random.Generator) -> SceneObject:
-    return replace(item, x=x + float(rng.uniform(-0.03, 0.03)), y=0.62, size=0.2, accent=accent_of(item.rgb))
+    return replace(item, x=x + float(rng.uniform(-0.01, 0.01)), y=0.61, size=0.205, accent=accent_of(item.rgb))

@@ -139,29 +139,33 @@ def sample_scene(rng: np.random.Generator) -> Scene:
     return Scene(objects=objects, light=light, background=background)
 
 
-# What a row of so many objects leaves to vary: radius of the largest, and distance of the columns.
-_ROWS = {1: ((0.15, 0.34), 0.0), 2: ((0.155, 0.22), 0.46), 3: ((0.145, 0.16), 0.32)}
+# Radii that a row of so many objects can have, and the distance of its columns.
+_ROWS = {1: ((0.2, 0.3), 0.0), 2: ((0.205,), 0.46), 3: ((0.155,), 0.32)}
+_JITTER = 0.012  # of radius and place
 
 
 def in_a_row(scene: Scene, rng: np.random.Generator) -> Scene:
     """The scene with its objects side by side and mostly upright: a world that a small model can learn to draw.
 
-    Classes, colours, textures, background, light and the order from left to right stay. Shapes with a named pose keep
-    it half of the time, all others stand upright within 10 degrees.
+    Classes, colours, textures, background, light and the order from left to right stay. Sizes and places depend on the
+    number of objects and hardly vary. Shapes with a named pose keep it half of the time, and all stand within 4 degrees
+    of it, or of upright.
     """
-    (smallest, largest), distance = _ROWS[len(scene.objects)]
-    main = rng.uniform(smallest, largest)
+    radii, distance = _ROWS[len(scene.objects)]
+    main = rng.choice(radii)
     columns = np.argsort(np.argsort([item.x for item in scene.objects])) - (len(scene.objects) - 1) / 2
     objects = []
     for column, item in zip(columns.tolist(), scene.objects, strict=True):
         keeps = words.SYMMETRY[item.shape] == 1 and rng.uniform() < 0.5
+        near = rng.uniform(-_JITTER, _JITTER, 3)
+        pose = words.POSES[item.pose][0] if keeps else 0.0
         objects.append(
             dataclasses.replace(
                 item,
-                size=main if not objects else max(0.14, main * rng.uniform(0.85, 1.0)),
-                x=0.5 + column * distance + rng.uniform(-0.03, 0.03) * (1 if distance else 3),
-                y=rng.uniform(0.57, 0.65),
-                rotation=item.rotation if keeps else rng.uniform(-10, 10),
+                size=main + (near[0] if not objects else min(near[0], objects[0].size - main)),
+                x=0.5 + column * distance + near[1],
+                y=0.61 + near[2],
+                rotation=(pose + rng.uniform(-4, 4) + 180) % 360 - 180,
             )
         )
     return dataclasses.replace(scene, objects=tuple(objects))
