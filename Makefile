@@ -14,13 +14,7 @@ demo: $(VENV)/.installed
 	$(FAST_COMPILE) $(BIN)/mergevq train --config configs/mergevq_tiny.py:demo --workdir $(RUN)
 	$(FAST_COMPILE) $(BIN)/mergevq evaluate --tokenizer tiny --tokenizer $(RUN)/tokenizer \
 		--metrics $(RUN)/metrics.jsonl --out $(RUN)/report
-	$(FAST_COMPILE) $(BIN)/tokenverse learn --config configs/tokenverse_tiny.py:star --workdir $(RUN)/star
-	$(FAST_COMPILE) $(BIN)/tokenverse learn --config configs/tokenverse_tiny.py:heart --workdir $(RUN)/heart
-	$(FAST_COMPILE) $(BIN)/tokenverse generate --prompt "a star to the left of a heart on the beach" \
-		--concept star=$(RUN)/star/concept.safetensors --concept heart=$(RUN)/heart/concept.safetensors \
-		--compare --num 6 --out $(RUN)/concepts
-	@echo "Look at $(RUN)/concepts/overview.png: two learned concepts in new pictures;"
-	@echo "and at $(RUN)/report/reconstructions.png, loss.png and summary.md: the tokenizer"
+	@echo "Look at $(RUN)/report/reconstructions.png, loss.png and summary.md"
 
 # One worker a core, up to four: a worker needs some gigabytes. Neighbours share what they compile: work moves only to idle workers.
 test: $(VENV)/.installed

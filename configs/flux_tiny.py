@@ -1,4 +1,4 @@
-"""The shipped tiny FLUX pipeline, trained on mini_scenes: 64 px, 64 image tokens; two hours on two cores.
+"""The tiny FLUX pipeline to be shipped, trained on mini_scenes: 64 px, 64 image tokens. Not trained to its end yet.
 
 tokenverse train-base --config configs/flux_tiny.py --workdir runs/flux_tiny
 """
@@ -11,7 +11,7 @@ def _optimizer(**values) -> dict:
 
 
 def get_config() -> ConfigDict:
-    """What is shipped."""
+    """What is to be shipped."""
     return ConfigDict(
         {
             "task": "base",

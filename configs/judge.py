@@ -12,7 +12,7 @@ STEPS = 5000
 
 
 def get_config() -> ConfigDict:
-    """What is shipped."""
+    """What is to be shipped."""
     return ConfigDict(
         {
             "seed": 0,

@@ -1,4 +1,4 @@
-"""The benchmark of concepts on mini_scenes, on the shipped tiny pipeline.
+"""The benchmark of concepts on mini_scenes, with the tiny pipeline (not run yet: it and the judge are to be trained).
 
 tokenverse bench --config configs/tokenverse_bench.py --workdir runs/bench            # 64 images, 4 seeds
 tokenverse bench --config configs/tokenverse_bench.py:demo --workdir runs/bench_demo  # a small one to look at

@@ -1,4 +1,4 @@
-"""Concepts of an image on the shipped tiny FLUX model.
+"""Concepts of an image on the tiny FLUX model of configs/flux_tiny.py (not tuned yet).
 
     tokenverse learn --config configs/tokenverse_tiny.py:star --workdir runs/star     # of docs/concepts/star.png
     tokenverse learn --config configs/tokenverse_tiny.py --workdir runs/mine \

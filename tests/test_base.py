@@ -1,4 +1,4 @@
-"""The tiny base: tokenizers, corpus, both losses, a whole run on tiny shapes, and the shipped pipeline."""
+"""The tiny base: tokenizers, corpus, both losses, and a whole run on tiny shapes."""
 
 import dataclasses
 import functools
@@ -281,9 +281,3 @@ def test_a_run_leaves_a_pipeline_and_goes_on_where_it_was(tmp_path, monkeypatch)
     assert len(written) == 2 and list(tmp_path.glob("text_to_image/**/*.png"))
     again = run.train(config, tmp_path)
     assert again == trained and {path: path.stat().st_mtime_ns for path in tmp_path.glob("*.npy")} == written
-
-
-def test_the_shipped_pipeline_loads_by_its_name():
-    pipeline = Pipeline.from_pretrained("tiny", parts=["clip", "t5"])
-    encoded = pipeline.encode_prompts(["a red striped star and a ring on the beach"])
-    assert encoded.txt.shape[:2] == (1, 40) and np.isfinite(encoded.vec).all()

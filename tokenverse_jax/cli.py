@@ -9,7 +9,7 @@ from pathlib import Path
 
 from runtime_jax.cli import CommandLine, config_arguments, report_end
 
-TINY = "tiny"  # names the model for a CPU that is shipped with the package
+TINY = "tiny"  # names the model for a CPU, to be shipped with the package: train-base makes one
 CONCEPTS = """\
 A concept is given as TARGET=FILE[:WORD][@STRENGTH]:
   --concept doll=bank/doll.safetensors           the file's "doll", or its only word, on the prompt's "doll"
@@ -87,7 +87,7 @@ def _sampling_arguments(parser: argparse.ArgumentParser) -> None:
     _model_arguments(
         parser,
         default=TINY,
-        help="folder in diffusers' layout or hub id (default: the shipped tiny one)",
+        help="folder in diffusers' layout or hub id (default: tiny, which is not shipped yet: train-base makes one)",
     )
     parser.add_argument("--width", type=int, help="pixels (default: 64 for tiny, else 1024)")
     parser.add_argument("--height", type=int, help="as --width")

@@ -11,7 +11,9 @@ def main(argv: list[str] | None = None) -> int:
     """Runs one command."""
     line = CommandLine("python -m tokenverse_jax.base", __doc__)
     parser = line.command("evaluate", _evaluate, "Draw held-out captions, have the judge check the images, as a table.")
-    parser.add_argument("--model", default="tiny", help="the pipeline's folder (default: the shipped one)")
+    parser.add_argument(
+        "--model", default="tiny", help="the pipeline's folder (default: tiny, which is not shipped yet)"
+    )
     parser.add_argument("--num", type=int, default=256, help="captions")
     parser.add_argument("--size", type=int, default=64, help="side of the images in pixels")
     parser.add_argument("--num-steps", type=int, default=24)
