@@ -275,7 +275,7 @@ def test_a_run_leaves_a_pipeline_and_goes_on_where_it_was(tmp_path, monkeypatch)
     assert trained == (tmp_path / "pipeline", 2, None)
     pipeline = Pipeline.from_pretrained(trained.folder)
     assert pipeline.text_length == 40
-    tokens = pipeline.encode_images(corpus.draw(corpus.scenes(0, "train", range(8)), SIZE))
+    tokens = pipeline.encode_images(corpus.draw(corpus.rows(0, "train", range(8)), SIZE))
     np.testing.assert_allclose([tokens.mean(), tokens.std()], [0, 1], atol=2e-2)  # what scaling and shift are for
     written = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*.npy")}
     assert len(written) == 2 and list(tmp_path.glob("text_to_image/**/*.png"))
