@@ -85,7 +85,7 @@ class Flux(nn.Module):
     Attributes:
       config: sizes.
       compute: dtype, attention backend, remat.
-      unroll: a program without loops, to look into; the same parameters and values.
+      unroll: a program without loops: longer to compile, faster on CPUs; the same parameters and values.
     """
 
     config: FluxConfig
