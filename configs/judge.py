@@ -1,6 +1,6 @@
 """The judge of pictures in the manner of mini_scenes, at 64 px.
 
-python -m runtime_jax.judge train --config configs/judge.py --workdir runs/judge    # 27 minutes on two cores
+python -m runtime_jax.judge train --config configs/judge.py --workdir runs/judge
 """
 
 from ml_collections import ConfigDict

@@ -199,7 +199,7 @@ def _dimmed(
     images: UInt8[np.ndarray, "N H W 3"], store: StoreUse, grid: tuple[int, int]
 ) -> list[UInt8[np.ndarray, "H W 3"]]:
     """The images with the tokens that the store forgot dimmed."""
-    shown = zip(images[:MAX_SHOWN], store.first_occurrence, strict=False)
+    shown = zip(images[:MAX_SHOWN], store.first_occurrence[:MAX_SHOWN], strict=True)
     return [dim_tokens(image, kept, grid=grid) for image, kept in shown]
 
 

@@ -5,7 +5,7 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Float, Int, UInt8
@@ -246,14 +246,8 @@ def loss_curve(
     Raises:
       ValueError: a name that the file does not have.
     """
-    # Without pyplot: no global figures, no display.
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     curves = metrics if isinstance(metrics, Mapping) else read_metrics(metrics, names)
-    figure = Figure(figsize=(7, 3 * len(curves)), layout="constrained")
-    FigureCanvasAgg(figure)
-    panels = figure.subplots(len(curves), 1, sharex=True, squeeze=False)[:, 0]
+    figure, panels = _panels(len(curves))
     for axes, (name, (steps, values)) in zip(panels, curves.items(), strict=True):
         window = max(len(values) // 50, 1)
         axes.plot(steps, values, color="tab:blue", alpha=0.3 if window > 1 else 1.0, linewidth=1)
@@ -278,12 +272,7 @@ class Points(NamedTuple):
 
 def plot_lines(panels: Mapping[str, Mapping[str, Points]], path: str | os.PathLike, *, x_label: str) -> None:
     """Draws lines with intervals as a PNG: a panel for each quantity, in it a line for each name."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7, 3 * len(panels)), layout="constrained")
-    FigureCanvasAgg(figure)
-    all_axes = figure.subplots(len(panels), 1, sharex=True, squeeze=False)[:, 0]
+    figure, all_axes = _panels(len(panels))
     for axes, (quantity, lines) in zip(all_axes, panels.items(), strict=True):
         for name, (x, y, half_widths) in lines.items():
             axes.errorbar(x, y, np.nan_to_num(half_widths), marker="o", capsize=3, label=name)
@@ -293,3 +282,14 @@ def plot_lines(panels: Mapping[str, Mapping[str, Points]], path: str | os.PathLi
     all_axes[-1].set_xlabel(x_label)
     with replacing(path) as new:
         figure.savefig(new, format="png", dpi=120)
+
+
+def _panels(count: int) -> tuple[Any, np.ndarray]:
+    """A figure of panels one above the other, and their axes."""
+    # Without pyplot: no global figures, no display.
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 3 * count), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure, figure.subplots(count, 1, sharex=True, squeeze=False)[:, 0]
