@@ -48,6 +48,7 @@ class StoreUse(NamedTuple):
     """What the sampler's store did for each image."""
 
     first_occurrence: Bool[np.ndarray, "N L"]
+    kept: Bool[np.ndarray, "N L"]  # at the end
     occupancy: Int[np.ndarray, "N L"]  # slots
     overflows: Int[np.ndarray, "N"]
 
@@ -159,7 +160,7 @@ def _draw_batch(
         codes = model.sample_randar(labels, number, steps=request.steps, **how)
         return recovered_to_images(tokenizer, codes), None
     samples = model.sample(labels, number, **how)
-    store = StoreUse(samples.first_occurrence, samples.occupancy, samples.overflows)
+    store = StoreUse(samples.first_occurrence, samples.kept, samples.occupancy, samples.overflows)
     return codes_to_images(tokenizer, samples.indices), store
 
 
@@ -198,8 +199,8 @@ def _measured(drawn: Drawn) -> dict[str, Any]:
 def _dimmed(
     images: UInt8[np.ndarray, "N H W 3"], store: StoreUse, grid: tuple[int, int]
 ) -> list[UInt8[np.ndarray, "H W 3"]]:
-    """The images with the tokens that the store forgot dimmed."""
-    shown = zip(images[:MAX_SHOWN], store.first_occurrence[:MAX_SHOWN], strict=True)
+    """The images with the tokens dimmed that are no longer in the store when the last one is drawn."""
+    shown = zip(images[:MAX_SHOWN], store.kept[:MAX_SHOWN], strict=True)
     return [dim_tokens(image, kept, grid=grid) for image, kept in shown]
 
 

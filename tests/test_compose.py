@@ -93,6 +93,7 @@ def test_strengths_that_are_no_numbers(strength):
         (["dog", "cat"], "Cat=f.safetensors", "cat"),
         (["dog", "cat"], "cat#2=f.safetensors", "cat"),  # the second cat of the prompt
         (["dog", "dog#2"], "cat=f.safetensors:dog#2", "dog#2"),
+        (["dog", "dog#2"], "Dog#2=f.safetensors", "dog#2"),  # the file has one of that name
     ],
 )
 def test_the_word_that_a_request_means(words, request_, chosen):

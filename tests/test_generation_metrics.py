@@ -103,6 +103,8 @@ def test_sets_that_cannot_be_judged(sets, message):
 
 PROTOCOL = {
     "num": COUNT,
+    "merge_number": 4,
+    "steps": 16,
     "batch_size": 2,
     "slots": 10,
     "compute": {"dtype": "bfloat16"},
@@ -138,8 +140,8 @@ def test_a_table_and_a_picture(tmp_path, monkeypatch):
 
 
 def test_quality_against_slots():
-    def row(slots, policy="full", right=0.5):
-        return Row(f"{slots}", Quality(Estimate(right, 0.1, 9), Estimate(2 * right, None, 1)), 1, policy, slots)
+    def row(slots, curve="full", right=0.5):
+        return Row(f"{slots}", Quality(Estimate(right, 0.1, 9), Estimate(2 * right, None, 1)), 1, curve, slots)
 
     rows = [row(30, right=0.75), row(10), row(10, "evict-oldest"), row(20, None), row(None, None)]
     accuracy, distance = trade_off(rows).values()
@@ -162,3 +164,30 @@ def test_folders_that_do_not_fit(tmp_path):
     rows = [("a", [folder(tmp_path / "a")]), ("b", [folder(tmp_path / "b", IMAGES[:4], LABELS[:4])])]
     with pytest.raises(ValueError, match="equal numbers of images of one size are needed"):
         compare(rows, out=tmp_path, data_dir="", judge=KnowingJudge())
+
+
+def test_a_rows_folders_differ_in_the_seed_alone(tmp_path, monkeypatch):
+    monkeypatch.setattr(comparison, "read_scenes", lambda size, count, data_dir, split: Labelled(IMAGES, LABELS))
+    folders = [folder(tmp_path / "a"), folder(tmp_path / "b")]
+    (folders[1] / "protocol.json").write_text(json.dumps(PROTOCOL | {"slots": 11, "merge_number": 9}))
+    with pytest.raises(ValueError, match="ours: its folders differ in merge_number, slots, not in the seed alone"):
+        compare([("ours", folders)], out=tmp_path / "out", data_dir="", judge=KnowingJudge())
+
+
+def test_lines_join_rows_that_differ_in_slots_alone(tmp_path, monkeypatch):
+    monkeypatch.setattr(comparison, "read_scenes", lambda size, count, data_dir, split: Labelled(IMAGES, LABELS))
+    drawn: list[dict] = []
+    monkeypatch.setattr(comparison, "plot_lines", lambda panels, path, x_label: drawn.append(panels))
+    changes = {
+        "a": {"slots": 5},
+        "b": {},
+        "plain": {"generator": PROTOCOL["generator"] | {"kind": "plain"}, "slots": 20},
+        "other K": {"merge_number": 9, "slots": 7},
+        "hotter": {"sampling": PROTOCOL["sampling"] | {"temperature": 2.0}, "slots": 8},
+    }
+    rows = [(name, [folder(tmp_path / name)]) for name in changes]
+    for name, change in changes.items():
+        (tmp_path / name / "protocol.json").write_text(json.dumps(PROTOCOL | change))
+    compare(rows, out=tmp_path / "out", data_dir="", judge=KnowingJudge())
+    ((name, points),) = drawn[0]["right class, %"].items()
+    assert name.startswith("full, K = 4, ") and list(points.x) == [5, 10]

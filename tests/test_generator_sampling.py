@@ -70,6 +70,7 @@ def test_a_report_of_what_the_store_held(policy, params):
     for row in range(len(LABELS)):
         held, first, overflows = zip(*simulate(drawn.indices[row], WINDOW, 2, policy), strict=True)
         np.testing.assert_array_equal(drawn.first_occurrence[row], first)
+        assert set(np.flatnonzero(drawn.kept[row])) == set(held[-1])
         np.testing.assert_array_equal(drawn.occupancy[row], [2 + len(tokens) for tokens in held])
         assert drawn.overflows[row] == overflows[-1]
     assert drawn.occupancy.max() <= make_plan(CONFIG, SamplingConfig(capacity=2), NUMBER, Compute())[0].slots

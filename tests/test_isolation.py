@@ -69,6 +69,7 @@ def test_the_pool_is_made_once(pipeline, tmp_path, monkeypatch):
     def pool(pipeline, config=POOL, **changes):
         prompts = encode_prompts(pipeline, config.captions)
         arguments = {"size": 2 * SIDE, "sampling": SAMPLING, "negative": encode_prompts(pipeline, [""])}
+        arguments["weights"] = {"transformer": pipeline.base_hash()}
         return make_pool(pipeline, prompts, config, cache=tmp_path, **arguments | changes)
 
     images = pool(pipeline)

@@ -130,6 +130,19 @@ def test_a_killed_run_goes_on_bit_equal(trained, config, tmp_path, monkeypatch):
     assert records(tmp_path) == records(trained)
 
 
+def test_a_run_does_not_go_on_with_another_model_or_image(trained, config, folder, monkeypatch):
+    """By their content: a path may hold something else by now."""
+    with monkeypatch.context() as patch, pytest.raises(ValueError, match=r"weights\.transformer"):
+        patch.setattr(Pipeline, "base_hash", lambda self: "another")
+        learn(config, trained)
+    path = folder / "ball.png"
+    pixels = path.read_bytes()
+    Image.fromarray(np.zeros((12, 16, 3), np.uint8)).save(path)
+    with pytest.raises(ValueError, match="pixels"):
+        learn(config, trained)
+    path.write_bytes(pixels)
+
+
 # What is refused, before anything is on a device.
 
 
@@ -142,6 +155,7 @@ def test_a_killed_run_goes_on_bit_equal(trained, config, tmp_path, monkeypatch):
         ({"images": [{"path": "none.png", "captions": ["a ball"]}]}, r"none\.png: no such file"),
         ({"images": [{"path": "BALL", "captions": ["a ball " * 40]}]}, "but the text length is 64: shorten the prompt"),
         ({"size": 2 * SIDE + 1}, r"image size 9x9: positive multiples of 4 are needed"),
+        ({"prompts": ["a ball " * 40]}, "but the text length is 64: shorten the prompt"),
         ({"prompts": ["a dog"]}, "none of the words to learn is in one of them: .* 'a dog'"),
         ({"model": "MODEL/nowhere"}, "no such file or folder"),
         ({"mesh": {"data": 3}}, "needs 3 devices"),

@@ -1,7 +1,11 @@
 """`tokenverse`, command by command, on a random pipeline; every line that a user gets for what cannot be done."""
 
 import functools
+import gc
+import json
 import re
+import shutil
+import weakref
 from pathlib import Path
 
 import jax
@@ -11,11 +15,12 @@ from PIL import Image
 from tiny_pipeline import FLUX, random_params, tiny_pipeline, write_tiny_pipeline
 
 from runtime_jax import sharding
-from tokenverse_jax import cli, pipeline
+from tokenverse_jax import cli, generate, pipeline
 from tokenverse_jax.bank import Concept, ConceptFile
 from tokenverse_jax.concept_mod import ConceptModConfig, init_params
 from tokenverse_jax.inspect import read_configs
-from tokenverse_jax.pipeline import Pipeline, PromptEncoding
+from tokenverse_jax.pipeline import Loader, Pipeline, PromptEncoding
+from tokenverse_jax.sampling import UsualSampling
 from tokenverse_jax.text import find_word
 
 PROMPT = "a dog and a cat on the beach"
@@ -105,6 +110,73 @@ def test_recomputed_directions_are_others_than_stored_ones(model, bank, tmp_path
     assert np.abs(stored - recomputed).max() > 1
 
 
+def test_text_encoders_are_gone_when_images_are_made(model, bank, tmp_path, monkeypatch):
+    loaded, call, draw = [], Loader.__call__, generate.sample
+
+    def load(self, *parts):
+        made = call(self, *parts)
+        loaded.extend(weakref.ref(part) for part in (made.clip, made.t5) if part is not None)
+        return made
+
+    def sample(*args, **kwargs):
+        gc.collect()
+        assert len(loaded) == 2 and all(part() is None for part in loaded)
+        return draw(*args, **kwargs)
+
+    monkeypatch.setattr(Loader, "__call__", load)
+    monkeypatch.setattr(generate, "sample", sample)
+    concept = f"dog={bank / 'dog.safetensors'}"
+    assert run("generate", model, "--prompt", PROMPT, "--num", "2", "--concept", concept, "--out", str(tmp_path)) == 0
+
+
+NINE = ["dog", "cat", "beach", "red", "striped", "ball", "blue", "star", "hat"]
+
+
+def test_nine_concepts_and_one_word_twice(model, tmp_path):
+    longer = tmp_path / "model"
+    shutil.copytree(model, longer)
+    file = longer / "tokenizer_2/tokenizer_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"model_max_length": 64}))
+    base = Pipeline.from_pretrained(longer)
+    paths = [write_concept(tmp_path / f"{i}.safetensors", base, word, seed=i) for i, word in enumerate(NINE)]
+
+    def draw(name: str, prompt: str, *concepts: str) -> np.ndarray:
+        given = [argument for concept in concepts for argument in ("--concept", concept)]
+        arguments = ["--prompt", prompt, "--num", "2", *given, "--out", str(tmp_path / name)]
+        assert run("generate", longer, *arguments) == 0
+        return picture(tmp_path / name / "0001.png").astype(int)
+
+    prompt = " ".join(NINE)
+    concepts = [f"{word}={path}@0.5" for word, path in zip(NINE, paths, strict=True)]
+    every = draw("all", prompt, *concepts)
+    np.testing.assert_array_equal(draw("again", prompt, *concepts[::-1]), every)
+    assert all(np.any(draw(f"not {i}", prompt, *concepts[:i], *concepts[i + 1 :]) != every) for i in (0, 4, 8))
+
+    other = write_concept(tmp_path / "other.safetensors", base, "dog", seed=20)
+    both = [[f"dog#1={first}", f"dog#2={second}"] for first, second in ((paths[0], other), (other, paths[0]))]
+    one, swapped = (draw(f"twice {i}", "a dog and a dog", *each) for i, each in enumerate(both))
+    assert np.any(one != swapped)
+
+
+def test_weights_in_flux_own_file_and_split_over_devices(model, base, tmp_path):
+    weights = "transformer/diffusion_pytorch_model.safetensors"
+    shutil.copytree(model, tmp_path / "model", ignore=shutil.ignore_patterns("sampling.json"))
+    (tmp_path / "model" / weights).rename(tmp_path / "flux.safetensors")
+    arguments = ["--prompt", PROMPT, "--num", "1", "--out", str(tmp_path / "out"), "--tensor", "2"]
+    assert run("generate", tmp_path / "model", *arguments, "--transformer", str(tmp_path / "flux.safetensors")) == 0
+    assert np.abs(picture(tmp_path / "out" / "0000.png").astype(int) - base[0]).max() <= 1
+
+
+def test_a_model_is_sampled_as_its_folder_says(model, base, tmp_path):
+    shutil.copytree(model, tmp_path / "model")
+    usual = UsualSampling(size=12, num_steps=2, cfg_scale=2.0)
+    (tmp_path / "model" / "sampling.json").write_text(json.dumps(vars(usual)))
+    command = ["generate", "--model", str(tmp_path / "model"), "--prompt", PROMPT, "--num", "2"]
+    assert cli.main([*command, "--width", "16", "--out", str(tmp_path / "out")]) == 0
+    for i in range(2):
+        np.testing.assert_allclose(picture(tmp_path / "out" / f"{i:04}.png").astype(int), base[i], atol=1)
+
+
 def test_direction_compares_all_tokens_with_one_word(model, base, tmp_path, capsys):
     words = ["--prompt", PROMPT, "--word", "cat", "--attribute", "a red cat", "--neutral", "a cat"]
     assert run("direction", model, *words, "--strength", "1", "2", "--out", str(tmp_path)) == 0
@@ -132,6 +204,10 @@ def test_concepts_inspect_shows_a_bank_and_warns_of_what_would_blend(model, bank
     assert f"tiny ({loaded.base_hash()[:8]})" in text
     assert "warning: cat:cat and twin:cat have nearly parallel attention keys" in text
     assert "warning: dog:dog" not in text
+    # As many words as there are: each pair is looked at by itself.
+    many = [str(write_concept(tmp_path / f"{i}.safetensors", loaded, "dog", seed=i)) for i in range(7)]
+    assert cli.main(["concepts", "inspect", *many, "--model", str(model), "--dtype", "float32"]) == 0
+    assert len(re.findall(r"\| \d:dog \| \d:dog \|", capsys.readouterr().out)) == 21
     # Without other files there is nothing to compare, and no model is needed.
     assert cli.main(["concepts", "inspect", files[0]]) == 0
     assert "cosine" not in capsys.readouterr().out
@@ -168,6 +244,7 @@ BAD_GENERATE = [
     (["--compare"], "without concepts there is nothing to compare"),
     (["--prompt", "dog " * 30], "31 tokens, but the text length is 24: shorten the prompt 'dog dog"),
     (["--prompt", "dog " * 30, "--concept", "dog=BANK/dog.safetensors"], "31 tokens, but the text length is 24"),
+    (["--tensor", "99"], r"mesh \(data=1, fsdp=1, tensor=99\) needs 99 devices, but there are"),
     (["--steps", "4"], "unknown argument '--steps'; see tokenverse generate --help"),
 ]
 
@@ -208,6 +285,9 @@ def test_models_that_cannot_be_loaded_are_named(model, tmp_path, capsys, monkeyp
     error = capsys.readouterr().err
     missing = ["scheduler/scheduler_config.json", "vae/config.json", "text_encoder/model.safetensors", "tokenizer_2"]
     assert "missing:" in error and all(f"\n  {name}" in error for name in missing)
+
+    assert run("generate", model, *prompt, "--vae", str(tmp_path / "ae.safetensors")) == 1
+    assert f"missing:\n  {tmp_path / 'ae.safetensors'}" in capsys.readouterr().err
 
     def gated(*_, **__):
         raise OSError("401 Client Error")

@@ -2,14 +2,17 @@
 scenes."""
 
 import argparse
+import contextlib
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from runtime_jax.cli import CommandLine, config_arguments, report_end
 
-TINY = "tiny"  # names the model for a CPU, to be shipped with the package: train-base makes one
+TINY = "tiny"  # names the model for a CPU that is shipped with the package
+PIXELS_AT_ONCE = 256**2  # of images that are sampled together unless told otherwise
 CONCEPTS = """\
 A concept is given as TARGET=FILE[:WORD][@STRENGTH]:
   --concept doll=bank/doll.safetensors           the file's "doll", or its only word, on the prompt's "doll"
@@ -80,45 +83,62 @@ def _command_line() -> CommandLine:
 
 def _model_arguments(parser: argparse.ArgumentParser, *, default: str | None, help: str) -> None:
     parser.add_argument("--model", default=default, help=help)
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: float32 for tiny, else bfloat16")
+    parser.add_argument("--transformer", type=Path, help="its weights in FLUX's own file, instead of the folder's")
+    parser.add_argument("--vae", type=Path, help="the autoencoder's in FLUX's own file")
+    parser.add_argument(
+        "--dtype", choices=("float32", "bfloat16"), help="default: float32 on CPUs, bfloat16 on accelerators"
+    )
+    parser.add_argument("--attention", choices=("xla", "cudnn", "tpu_flash"), default="xla", help="default: xla")
 
 
 def _sampling_arguments(parser: argparse.ArgumentParser) -> None:
     _model_arguments(
         parser,
         default=TINY,
-        help="folder in diffusers' layout or hub id (default: tiny, which is not shipped yet: train-base makes one)",
+        help="folder in diffusers' layout or hub id (default: the shipped tiny one)",
     )
-    parser.add_argument("--width", type=int, help="pixels (default: 64 for tiny, else 1024)")
+    parser.add_argument("--width", type=int, help="pixels (default: the model's own; 1024 for FLUX.1)")
     parser.add_argument("--height", type=int, help="as --width")
-    parser.add_argument("--num-steps", type=int, help="default: 24 for tiny, else 28; 4 are usual for FLUX.1-schnell")
+    parser.add_argument("--num-steps", type=int, help="default: the model's own; 28 for FLUX.1-dev, 4 for schnell")
     parser.add_argument("--guidance", type=float, help="for guidance-distilled models (default: 3.5)")
-    parser.add_argument("--cfg-scale", type=float, help="true guidance (default: 2.5 for tiny, else 1, which is none)")
+    parser.add_argument("--cfg-scale", type=float, help="true guidance; 1 is none (default: the model's own)")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--batch-size", type=int, help="images at once (default: 16 for tiny, else 1)")
+    parser.add_argument("--batch-size", type=int, help="images at once (default: 16 of 64 px, 1 from 256 px on)")
+    parser.add_argument("--tensor", type=int, default=1, help="devices that share each weight (default: 1)")
 
 
-def _load(model: str, dtype: str | None):
+def _loader(args, model: str, mesh: Any = None) -> Any:
+    import jax
+
     from runtime_jax.compute import Compute
-    from tokenverse_jax.pipeline import Pipeline
+    from tokenverse_jax.pipeline import Loader
 
-    dtype = dtype or ("float32" if model == TINY else "bfloat16")
-    return Pipeline.from_pretrained(model, dtype=dtype, compute=Compute(dtype=dtype))
+    dtype = args.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
+    compute = Compute(dtype=dtype, attention=args.attention)
+    return Loader(model, transformer=args.transformer, vae=args.vae, dtype=dtype, compute=compute, mesh=mesh)
 
 
-def _sampling(args):
+@contextlib.contextmanager
+def _sampler(args) -> Iterator[tuple[Any, Any]]:
+    """Loader and sampling, on the mesh that is asked for."""
+    import jax
+
+    from runtime_jax.sharding import MeshConfig, make_mesh
     from tokenverse_jax.generate import Sampling
 
-    tiny = args.model == TINY
-    defaults = {
-        "width": 64 if tiny else 1024,
-        "height": 64 if tiny else 1024,
-        "num_steps": 24 if tiny else 28,
-        "cfg_scale": 2.5 if tiny else 1.0,
-        "batch_size": 16 if tiny else 1,
+    mesh = make_mesh(MeshConfig(data=1, tensor=args.tensor), devices=jax.devices()[: args.tensor])
+    load = _loader(args, args.model, mesh)
+    usual = load().usual
+    side = {name: getattr(args, name) or usual.size for name in ("width", "height")}
+    values = {
+        "num_steps": usual.num_steps,
+        "cfg_scale": usual.cfg_scale,
+        "guidance": usual.guidance,
+        "batch_size": max(1, PIXELS_AT_ONCE // max(1, side["width"] * side["height"])),
     }
-    given = {name: getattr(args, name) for name in defaults if getattr(args, name) is not None}
-    return Sampling(**defaults | given, guidance=args.guidance, seed=args.seed)
+    given = {name: getattr(args, name) for name in values if getattr(args, name) is not None}
+    with jax.set_mesh(mesh):
+        yield load, Sampling(**side, **values | given, seed=args.seed)
 
 
 def _generate(args, _) -> None:
@@ -129,18 +149,18 @@ def _generate(args, _) -> None:
     for request in requests:
         if not Path(request.path).is_file():  # loading a model takes a while
             raise ValueError(f"{request.path}: no such concept file")
-    sampling, pipeline = _sampling(args), _load(args.model, args.dtype)
     settings = {"num": args.num, "mode": args.mode, "compare": args.compare, "out": args.out}
-    generate(pipeline, args.prompt, requests, sampling, **settings)
+    with _sampler(args) as (load, sampling):
+        generate(load, args.prompt, requests, sampling, **settings)
     print(f"the images are in {args.out}; all of them: {args.out / 'overview.png'}")
 
 
 def _direction(args, _) -> None:
     from tokenverse_jax import study
 
-    sampling, pipeline = _sampling(args), _load(args.model, args.dtype)
     prompts = {"attribute": args.attribute, "neutral": args.neutral}
-    result = study.study(pipeline, args.prompt, args.word, **prompts, strengths=args.strength, sampling=sampling)
+    with _sampler(args) as (load, sampling):
+        result = study.study(load, args.prompt, args.word, **prompts, strengths=args.strength, sampling=sampling)
     print("\n".join(study.write(result, args.word, args.strength, args.out)))
     print(f"the images are in {args.out}; all of them: {args.out / 'directions.png'}")
 
@@ -161,7 +181,8 @@ def _learn(args, overrides) -> int:
 def _concepts(args, _) -> None:
     from tokenverse_jax.inspect_bank import inspect_bank
 
-    print(inspect_bank(args.files, lambda model: _load(model, args.dtype), args.model))
+    load = lambda model: _loader(args, model)("transformer", "clip", "t5")  # noqa: E731
+    print(inspect_bank(args.files, load, args.model))
 
 
 def _inspect(args, _) -> None:

@@ -28,7 +28,8 @@ class ConceptRequest:
     Attributes:
       target: word of the prompt; "doll#2" is its second "doll".
       path: of the concept file.
-      word: of the file; None: that of the prompt, or the only one there is.
+      word: of the file; None: that of the prompt ("doll#2" if the file has one of that name, else "doll"), or the only
+        one there is.
       strength: factor on the concept's own.
     """
 
@@ -45,8 +46,10 @@ class ConceptRequest:
         """
         if self.word is None and len(file.concepts) == 1:
             return file.concepts[0]
+        own = {concept.word.casefold() for concept in file.concepts}
+        word = self.target if self.target.casefold() in own else re.sub(r"#\d+$", "", self.target)
         try:
-            return file.concept(self.word or re.sub(r"#\d+$", "", self.target))
+            return file.concept(self.word or word)
         except ValueError as error:
             hint = "" if self.word else f"; name one of them: {self.target}={self.path}:WORD"
             raise ValueError(f"{self.path}: {error}{hint}") from error

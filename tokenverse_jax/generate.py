@@ -8,23 +8,18 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Int, UInt8
+from jaxtyping import Array, Int, UInt8
 
 from runtime_jax.pictures import image_grid, save_png
 from tokenverse_jax import bank, text
-from tokenverse_jax.compose import (
-    Composition,
-    ConceptRequest,
-    PlacedConcept,
-    compose,
-    place_recomputed,
-    place_stored,
-)
-from tokenverse_jax.pipeline import Pipeline, PromptEncoding
+from tokenverse_jax.bank import Concept
+from tokenverse_jax.compose import Composition, ConceptRequest, compose, place_recomputed, place_stored
+from tokenverse_jax.concept_mod import Params
+from tokenverse_jax.pipeline import Loader, Pipeline, PromptEncoding
 from tokenverse_jax.sampling import SamplingConfig
 
 Mode = Literal["stored", "recomputed"]
@@ -76,48 +71,49 @@ def sample(
     return np.concatenate(images)[: len(indices)]
 
 
-def place_concepts(
-    pipeline: Pipeline, prompt: str, requests: Sequence[ConceptRequest], mode: Mode = "stored"
-) -> Composition:
-    """What the concepts that are asked for add to a prompt's tokens.
+class _Chosen(NamedTuple):
+    """What is asked for, and what there is of it."""
+
+    request: ConceptRequest
+    concept: Concept
+    params: Params | None
+
+
+def _choose(requests: Sequence[ConceptRequest], base_hash: str, mode: Mode) -> list[_Chosen]:
+    files = {path: bank.load(path, base_hash=base_hash) for path in {request.path for request in requests}}
+    for path, file in files.items():
+        if mode == "recomputed" and file.params is None:
+            raise ValueError(f"{path}: holds no Concept-Mod, without which there are stored directions only")
+    return [_Chosen(request, request.choose(files[request.path]), files[request.path].params) for request in requests]
+
+
+def _compose(chosen: Sequence[_Chosen], tokenizer: text.Tokenizer, prompt: str, txt: Array | None) -> Composition:
+    """Offsets of the first tokens only, up to the last one that has any.
 
     Args:
-      mode: "stored" takes directions from the files as they are, "recomputed" makes them anew from the prompt by the
-        Concept-Mod in the files.
-
-    Raises:
-      ValueError: before anything is compiled: a prompt that is too long; a file that cannot be read, was learned on
-        another model, has no such word or no Concept-Mod; a word that the prompt does not have, or has with another
-        number of tokens.
+      txt: T5's outputs for the prompt, from which directions are made anew; None: as they are stored.
     """
-    tokenizer = pipeline.tokenizer_2
-    text.encode(tokenizer, [prompt], pipeline.text_length)
-    for request in requests:
-        text.find_word(tokenizer, prompt, request.target)
-    base_hash = pipeline.base_hash()
-    files = {path: bank.load(path, base_hash=base_hash) for path in {request.path for request in requests}}
-    chosen = [(request, request.choose(files[request.path])) for request in requests]
-    if mode == "stored":
-        placed = [place_stored(concept, tokenizer, prompt, r.target, r.strength) for r, concept in chosen]
-        return _composed(placed)
-    for path, file in files.items():
-        if file.params is None:
-            raise ValueError(f"{path}: holds no Concept-Mod, without which there are stored directions only")
-    txt = pipeline.encode_prompts([prompt]).txt[0]
-    placed = [
-        place_recomputed(concept, files[r.path].params, tokenizer, prompt, txt, r.target, r.strength)
-        for r, concept in chosen
-    ]
-    return _composed(placed)
-
-
-def _composed(placed: Sequence[PlacedConcept]) -> Composition:
-    """Offsets of the first tokens only, up to the last one that has any."""
+    placed = []
+    for request, concept, params in chosen:
+        target, strength = request.target, request.strength
+        if txt is None:
+            placed.append(place_stored(concept, tokenizer, prompt, target, strength))
+        else:
+            placed.append(place_recomputed(concept, params, tokenizer, prompt, txt, target, strength))
     return compose(placed, 1 + max(place for item in placed for place in item.places))
 
 
+def encode(
+    load: Loader, prompts: Sequence[str], sampling: SamplingConfig
+) -> tuple[PromptEncoding, PromptEncoding | None]:
+    """Prompts, and the empty one if guidance needs it; the text encoders are loaded for this only."""
+    encoders = load("clip", "t5")
+    negative = None if sampling.cfg_scale == 1.0 else encoders.encode_prompts([""])
+    return encoders.encode_prompts(prompts), negative
+
+
 def generate(
-    pipeline: Pipeline,
+    load: Loader,
     prompt: str,
     requests: Sequence[ConceptRequest],
     sampling: Sampling,
@@ -129,27 +125,40 @@ def generate(
 ) -> None:
     """Writes `out/0000.png` and so on, and `out/overview.png`: what the concepts are from, and the images below.
 
+    The text encoders are gone when images are made.
+
     Args:
+      load: gives parts of the model.
       requests: the concepts; none for the base model's images.
       num: of images.
+      mode: "stored" takes directions from the files as they are, "recomputed" makes them anew from the prompt by the
+        Concept-Mod in the files.
       compare: also the base model's images from the same noise, as `out/0000_base.png`.
 
     Raises:
-      ValueError: what is not possible, before anything is compiled: sizes, words, concept files.
+      ValueError: what is not possible, before anything is compiled: sizes; a prompt that is too long; a file that
+        cannot be read, was learned on another model, has no such word or no Concept-Mod; a word that the prompt does
+        not have, or has with another number of tokens.
     """
     if num < 1:
         raise ValueError(f"num={num}: at least 1 image is needed")
     if compare and not requests:
         raise ValueError("compare: without concepts there is nothing to compare the base model with")
-    pipeline.vae.config.token_grid(sampling.height, sampling.width)
-    offsets: dict[str, Any] = {}
-    if requests:
-        placed = place_concepts(pipeline, prompt, requests, mode)
-        offsets = {name: _for_all(value, num) for name, value in placed._asdict().items() if name != "blocks"}
-        offsets["blocks"] = placed.blocks
-    encoded = pipeline.encode_prompts([prompt])
-    negative = pipeline.encode_prompts([""]) if sampling.cfg_scale != 1.0 else None
-    pipeline = dataclasses.replace(pipeline, clip=None, t5=None)  # makes room for the images
+    load.check_size(sampling.height, sampling.width)
+    bare = load()
+    tokenizer = bare.tokenizer_2
+    text.encode(tokenizer, [prompt], bare.text_length)
+    for request in requests:
+        text.find_word(tokenizer, prompt, request.target)
+    pipeline = load("transformer", "vae")
+    chosen, offsets = _choose(requests, pipeline.base_hash(), mode) if requests else [], {}
+    composed = _compose(chosen, tokenizer, prompt, None) if requests and mode == "stored" else None
+    encoded, negative = encode(load, [prompt], sampling)
+    if requests and mode == "recomputed":
+        composed = _compose(chosen, tokenizer, prompt, encoded.txt[0])
+    if composed is not None:
+        offsets = {name: _for_all(value, num) for name, value in composed._asdict().items() if name != "blocks"}
+        offsets["blocks"] = composed.blocks
     kinds = {"": sample(pipeline, encoded, sampling, np.arange(num), negative_prompt=negative, **offsets)}
     if compare:
         kinds["_base"] = sample(pipeline, encoded, sampling, np.arange(num), negative_prompt=negative)

@@ -1,5 +1,6 @@
 """`tokenverse concepts inspect`: what concept files hold, and which of their words would blend in one picture."""
 
+import functools
 import itertools
 import re
 from collections.abc import Callable, Sequence
@@ -15,7 +16,8 @@ from tokenverse_jax import autoencoder, bank
 from tokenverse_jax.bank import Concept, ConceptFile
 from tokenverse_jax.compose import Composition, PlacedConcept, compose
 from tokenverse_jax.model import Flux
-from tokenverse_jax.pipeline import GUIDANCE, Pipeline
+from tokenverse_jax.model_folder import Params
+from tokenverse_jax.pipeline import GUIDANCE, Pipeline, PromptEncoding
 from tokenverse_jax.text import find_word
 
 GRID = (8, 8)  # of the noise that the keys are looked at with
@@ -91,49 +93,53 @@ def _similarity_lines(pairs: Sequence[Pair]) -> list[str]:
 
 
 def key_similarities(pipeline: Pipeline, files: dict[Path, ConceptFile], base_hash: str) -> list[Pair]:
-    """The similarity of every two words of different files, in one prompt with all of them, on pure noise.
+    """The similarity of every two words of different files, each pair in a prompt of its own, on pure noise.
 
     Raises:
-      ValueError: the model is another one than the files' base.
+      ValueError: the model is another one than the files' base, or two concepts were learned in unlike blocks.
     """
     if pipeline.base_hash() != base_hash:
         raise ValueError(f"{pipeline.source}: not the model that the concepts were learned on ({base_hash})")
-    prompt, placed, names = "", [], []
-    for path, file in files.items():
-        for concept in file.concepts:
-            word = re.sub(r"#\d+$", "", concept.word)
-            number = 1 + len(re.findall(rf"(?<!\w){re.escape(word)}(?!\w)", prompt, re.IGNORECASE))
-            prompt = f"{prompt} and a {word}" if prompt else f"a {word}"
-            placed.append((concept, f"{word}#{number}"))
-            names.append((path, f"{path.stem}:{concept.word}"))
-    tokenizer = pipeline.tokenizer_2
-    placed = [PlacedConcept(concept, find_word(tokenizer, prompt, target)) for concept, target in placed]
-    keys, plain = (_keys(pipeline, prompt, each) for each in (compose(placed, pipeline.text_length), None))
+    words = [(path, concept) for path, file in files.items() for concept in file.concepts]
+    keys = _compiled_keys(pipeline)
     pairs = []
-    for i, j in itertools.combinations(range(len(placed)), 2):
-        if names[i][0] != names[j][0]:
-            where = placed[i].places, placed[j].places
-            similar = [float(bank.key_similarity(each, *where)) for each in (plain, keys)]
-            pairs.append(Pair(names[i][1], names[j][1], *similar))
+    for (path, first), (other, second) in itertools.combinations(words, 2):
+        if path != other:
+            name, twin = (re.sub(r"#\d+$", "", concept.word) for concept in (first, second))
+            before = re.findall(rf"(?<!\w){re.escape(twin)}(?!\w)", name, re.IGNORECASE)
+            prompt, targets = f"a {name} and a {twin}", (f"{name}#1", f"{twin}#{1 + len(before)}")
+            where = [find_word(pipeline.tokenizer_2, prompt, target) for target in targets]
+            placed = [PlacedConcept(first, where[0]), PlacedConcept(second, where[1])]
+            encoded, composed = pipeline.encode_prompts([prompt]), compose(placed, pipeline.text_length)
+            plain, steered = (float(bank.key_similarity(keys(encoded, each), *where)) for each in (None, composed))
+            pairs.append(Pair(f"{path.stem}:{first.word}", f"{other.stem}:{second.word}", plain, steered))
     return pairs
 
 
-def _keys(pipeline: Pipeline, prompt: str, composition: Composition | None) -> jax.Array:
-    """Attention keys [blocks, T, H, head] of a prompt's tokens."""
-    encoded, part = pipeline.encode_prompts([prompt]), pipeline.transformer
-    shape = (1, GRID[0] * GRID[1], part.config.in_channels)
-    inputs = {
-        "img": jax.random.normal(jax.random.key(0), shape),
-        "img_ids": autoencoder.image_ids(GRID),
-        "txt": encoded.txt,
-        "txt_ids": jnp.zeros((encoded.txt.shape[1], 3)),
-        "timesteps": jnp.ones(1),
-        "vec": encoded.vec,
-        "guidance": jnp.full(1, GUIDANCE) if part.config.guidance_embeds else None,
-    }
-    flux, which = Flux(part.config, pipeline.compute), {}
-    if composition is not None:
-        blocks = composition.block_offsets
-        inputs |= {"offsets": composition.offsets[None], "block_offsets": None if blocks is None else blocks[None]}
-        which = {"blocks": composition.blocks}
-    return jax.jit(lambda params, inputs: bank.text_keys(flux, params, inputs | which))(part.params, inputs)[:, 0]
+def _compiled_keys(pipeline: Pipeline) -> Callable[[PromptEncoding, Composition | None], jax.Array]:
+    """(prompt, concepts on it) -> attention keys [blocks, T, H, head] of its tokens."""
+    part = pipeline.transformer
+    flux = Flux(part.config, pipeline.compute)
+    noise = jax.random.normal(jax.random.key(0), (1, GRID[0] * GRID[1], part.config.in_channels))
+
+    @functools.partial(jax.jit, static_argnames="blocks")
+    def compiled(params: Params, txt: jax.Array, vec: jax.Array, blocks: str, **offsets: jax.Array | None) -> jax.Array:
+        inputs = {
+            "img": noise,
+            "img_ids": autoencoder.image_ids(GRID),
+            "txt": txt,
+            "txt_ids": jnp.zeros((txt.shape[1], 3)),
+            "timesteps": jnp.ones(1),
+            "vec": vec,
+            "guidance": jnp.full(1, GUIDANCE) if part.config.guidance_embeds else None,
+        }
+        return bank.text_keys(flux, params, inputs | offsets | {"blocks": blocks})[:, 0]
+
+    def keys(encoded: PromptEncoding, composition: Composition | None) -> jax.Array:
+        if composition is None:
+            return compiled(part.params, encoded.txt, encoded.vec, "both")
+        offsets, blocks = (None if own is None else own[None] for own in composition[:2])
+        steered = {"offsets": offsets, "block_offsets": blocks}
+        return compiled(part.params, encoded.txt, encoded.vec, composition.blocks, **steered)
+
+    return keys

@@ -1,7 +1,8 @@
 """A run that learns the concepts of an image: config, encoded data, loop, pictures on the way, and the concept file."""
 
 import functools
-from collections.abc import Callable, Sequence
+import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -18,7 +19,7 @@ from runtime_jax.config import Duration
 from runtime_jax.data import center_crop
 from runtime_jax.flops import peak_flops
 from runtime_jax.pictures import image_grid
-from tokenverse_jax import model_folder
+from tokenverse_jax import text
 from tokenverse_jax.bank import ConceptFile
 from tokenverse_jax.compose import compose, place_stored
 from tokenverse_jax.concept_data import (
@@ -33,9 +34,10 @@ from tokenverse_jax.concept_data import (
     make_concepts,
     read_image,
 )
+from tokenverse_jax.fingerprint import fingerprint
 from tokenverse_jax.learn import LearnConfig, LearnState
 from tokenverse_jax.learner import Learner
-from tokenverse_jax.pipeline import PARTS, Pipeline, PromptEncoding
+from tokenverse_jax.pipeline import Loader, Pipeline, PromptEncoding
 from tokenverse_jax.pool import make_pool
 from tokenverse_jax.sampling import SamplingConfig
 from tokenverse_jax.text import Tokenizer, find_word
@@ -57,6 +59,8 @@ class LearnRunConfig:
     """A whole run; what configs/tokenverse_*.py return is built into this."""
 
     model: str  # a FLUX pipeline: folder, hub id, or the name of a shipped one
+    transformer: str | None = None  # its weights in FLUX's own file, instead of the folder's
+    vae: str | None = None  # the autoencoder's in FLUX's own file
     dtype: Literal["float32", "bfloat16"] = "float32"  # of the model's parameters
     compute: Compute = Compute()
     mesh: sharding.MeshConfig = sharding.MeshConfig(data=1, tensor=-1)  # batches are small: devices share the model
@@ -109,12 +113,17 @@ def learn(config: LearnRunConfig, workdir: str | Path) -> Learned:
     )
     workdir = check_workdir(workdir, loop_config.min_free_bytes)
     images = [read_image(image.path, config.size) for image in config.images]
-    folder = model_folder.fetch(config.model, PARTS)
-    model_folder.locate(folder, PARTS, {})
-    model_folder.read_config(folder, "vae", ()).token_grid(config.size, config.size)
     mesh = sharding.make_mesh(config.mesh)
-    load = functools.partial(Pipeline.from_pretrained, folder, dtype=config.dtype, mesh=mesh, compute=config.compute)
-    bare = load(parts=())
+    load = Loader(
+        config.model,
+        transformer=config.transformer,
+        vae=config.vae,
+        dtype=config.dtype,
+        mesh=mesh,
+        compute=config.compute,
+    )
+    load.check_size(config.size, config.size)
+    bare = load()
     captions = bind_captions(
         bare.tokenizer_2,
         bare.text_length,
@@ -123,7 +132,12 @@ def learn(config: LearnRunConfig, workdir: str | Path) -> Learned:
         config.learn.isolation,
     )
     shown = [_shown_words(bare.tokenizer_2, prompt, captions) for prompt in config.prompts]
-    resolved = config_lib.to_dict(config)
+    if config.prompts:
+        text.encode(bare.tokenizer_2, config.prompts, bare.text_length)
+    pixels = [hashlib.sha256(image.tobytes()).hexdigest() for image in images]
+    # The pool of the isolation loss is sampled by the model.
+    must_match = ("weights", "pixels", "images", "words", "size", "dtype", "learn", "seed")
+    must_match += ("sampling",) if config.learn.isolation else ()
 
     def variant(step: int) -> tuple[int, bool]:
         return config.learn.stage(step), is_isolated(config.learn, config.seed, step)
@@ -131,12 +145,13 @@ def learn(config: LearnRunConfig, workdir: str | Path) -> Learned:
     with jax.set_mesh(mesh):
         ready = _prepare(config, load, np.stack(images), captions)
         learner = Learner(ready.pipeline, config.learn, mesh)
+        resolved = config_lib.to_dict(config) | {"weights": ready.weights, "pixels": pixels}
         found = initial_state(
             workdir,
             learner.abstract_state,
             config=resolved,
             init=functools.partial(learner.init, config.seed),
-            must_match=("model", "images", "words", "size", "learn", "seed"),
+            must_match=must_match,
         )
         print(f"{config.learn.total_steps} steps, from step {found.step} ({found.origin})", flush=True)
         result = loop.run(
@@ -161,7 +176,7 @@ def learn(config: LearnRunConfig, workdir: str | Path) -> Learned:
                 concepts=make_concepts(params, ready.data, config.learn),
                 caption=captions.texts[0],
                 base=config.model,
-                base_hash=ready.pipeline.base_hash(),
+                base_hash=ready.weights["transformer"],
                 image=center_crop(images[0], min(config.size, KEPT_SIDE)),
                 params=params if config.keep_params else None,
             ).save(path)
@@ -186,22 +201,23 @@ class _Prepared(NamedTuple):
     """The model without its text encoders, and everything that they were needed for."""
 
     pipeline: Pipeline
+    weights: dict[str, str]  # fingerprints of all parts
     data: ConceptData
     prompts: PromptEncoding | None
     negative: PromptEncoding | None
 
 
-def _prepare(
-    config: LearnRunConfig, load: Callable[..., Pipeline], images: np.ndarray, captions: Captions
-) -> _Prepared:
+def _prepare(config: LearnRunConfig, load: Loader, images: np.ndarray, captions: Captions) -> _Prepared:
     isolation = config.learn.isolation
-    pipeline = load(parts=("vae", "clip", "t5"))
+    pipeline = load("vae", "clip", "t5")
     data = encode_concept(pipeline, config.learn, images, captions)
     prompts = encode_prompts(pipeline, config.prompts) if config.prompts else None
     negative = encode_prompts(pipeline, [""]) if config.sampling.cfg_scale != 1.0 else None
     pool_prompts = encode_prompts(pipeline, isolation.captions) if isolation else None
+    weights = {name: fingerprint(getattr(pipeline, name).params) for name in ("vae", "clip", "t5")}
     pipeline = replace(pipeline, clip=None, t5=None)
-    pipeline = replace(pipeline, transformer=load(parts=("transformer",)).transformer)
+    pipeline = replace(pipeline, transformer=load("transformer").transformer)
+    weights["transformer"] = pipeline.base_hash()
     if isolation:
         pool = make_pool(
             pipeline,
@@ -210,10 +226,11 @@ def _prepare(
             size=config.size,
             sampling=config.sampling,
             cache=Path(config.cache).expanduser(),
+            weights=weights,
             negative=negative,
         )
         data = replace(data, pool_latents=encode_images(pipeline, pool))
-    return _Prepared(pipeline, data, prompts, negative)
+    return _Prepared(pipeline, weights, data, prompts, negative)
 
 
 class _Previews:

@@ -20,7 +20,7 @@ from flax import traverse_util
 from jax.sharding import Mesh
 
 from runtime_jax import sharding
-from runtime_jax.config import to_dict
+from runtime_jax.config import build, to_dict
 from runtime_jax.files import write_json
 from runtime_jax.hub import local_path
 from runtime_jax.mapped import map_safetensors
@@ -31,12 +31,14 @@ from tokenverse_jax.convert.autoencoder import FLUX as FLUX_AUTOENCODER
 from tokenverse_jax.convert.autoencoder import diffusers_table
 from tokenverse_jax.convert.transformer import DIFFUSERS, convert_transformer
 from tokenverse_jax.pretrained import SHIPPED
+from tokenverse_jax.sampling import UsualSampling
 from tokenverse_jax.text_encoders import clip, t5
 
 Tensors = Mapping[str, np.ndarray]
 Params = dict[str, Any]
 INDEX = "model_index.json"
 SCHEDULE = "scheduler/scheduler_config.json"
+SAMPLING = "sampling.json"
 TOKENIZERS = ("tokenizer", "tokenizer_2")
 PIPELINE_CLASS = "FluxPipeline"
 
@@ -143,7 +145,8 @@ def fetch(source: str | os.PathLike, parts: Sequence[str]) -> Path:
     """
     if str(source) in SHIPPED:
         return SHIPPED[str(source)]
-    patterns = [INDEX, SCHEDULE, *(f"{folder}/*" for folder in TOKENIZERS), *(k.config_file for k in KINDS.values())]
+    patterns = [INDEX, SCHEDULE, SAMPLING]
+    patterns += [*(f"{folder}/*" for folder in TOKENIZERS), *(kind.config_file for kind in KINDS.values())]
     for part in parts:
         patterns += [f"{KINDS[part].folder}/{KINDS[part].weights}{end}" for end in ("*.safetensors", "*.index.json")]
     try:
@@ -246,8 +249,25 @@ def _place(params: Params, rules: Sequence[sharding.Rule], dtype: str, mesh: Mes
     return traverse_util.unflatten_dict(placed)
 
 
+def read_usual(folder: Path, *, distilled: bool) -> UsualSampling:
+    """How the folder's model is meant to be sampled; without a file about it as FLUX's are: dev if it is told the
+    strength of guidance (`distilled`), else schnell.
+
+    Raises:
+      ValueError: the file cannot be read or has other keys.
+    """
+    path = folder / SAMPLING
+    if path.is_file():
+        return build(UsualSampling, read_json(path), path=str(path))
+    return UsualSampling(num_steps=28 if distilled else 4)
+
+
 def write_folder(
-    folder: Path, parts: Mapping[str, Part], tokenizers: Mapping[str, Any], schedule: dict[str, Any]
+    folder: Path,
+    parts: Mapping[str, Part],
+    tokenizers: Mapping[str, Any],
+    schedule: dict[str, Any],
+    usual: UsualSampling,
 ) -> None:
     """Writes a pipeline that diffusers reads too; every file atomically, model_index.json last."""
     index: dict[str, Any] = {"_class_name": PIPELINE_CLASS}
@@ -262,6 +282,7 @@ def write_folder(
         _write_tokenizer(folder / name, tokenizer)
         index[name] = ("transformers", _tokenizer_class(tokenizer))
     write_json(folder / SCHEDULE, schedule)
+    write_json(folder / SAMPLING, to_dict(usual))
     index["scheduler"] = ("diffusers", schedule["_class_name"])
     write_json(folder / INDEX, index)
 

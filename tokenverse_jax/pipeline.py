@@ -24,6 +24,7 @@ from tokenverse_jax.autoencoder import Autoencoder
 from tokenverse_jax.fingerprint import fingerprint
 from tokenverse_jax.model import Flux, OffsetBlocks
 from tokenverse_jax.model_folder import KINDS, Params, Part
+from tokenverse_jax.sampling import UsualSampling
 from tokenverse_jax.schedule import ScheduleConfig
 from tokenverse_jax.text_encoders.clip import CLIPTextEncoder
 from tokenverse_jax.text_encoders.t5 import T5Encoder
@@ -57,6 +58,7 @@ class Pipeline:
     tokenizer_2: text.Tokenizer = field(repr=False)  # T5's
     schedule: ScheduleConfig
     text_length: int
+    usual: UsualSampling = UsualSampling()  # what the command line samples with
     compute: Compute = Compute()
     source: str = ""  # the folder or hub id that it comes from
 
@@ -84,7 +86,7 @@ class Pipeline:
           text_length: tokens of a T5 sequence; by default 512, or 256 without guidance_embeds, but at most what the
             folder's tokenizer_2 is made for (its model_max_length).
           transformer: a single file with this part's weights, in FLUX's own layout (flux1-dev.safetensors) or in
-            diffusers', instead of those in the folder. Its config is the folder's; without one, FLUX.1's.
+            diffusers', instead of those in the folder. Its config is the folder's; without one, FLUX.1's that fits.
           vae: the same for the autoencoder (ae.safetensors).
 
         Raises:
@@ -95,14 +97,13 @@ class Pipeline:
         unknown = [part for part in parts if part not in PARTS]
         if isinstance(parts, str) or unknown:
             raise ValueError(f"parts={parts!r}: a list of {', '.join(PARTS)} is needed")
-        if single.keys() - set(parts):
-            raise ValueError(f"{', '.join(sorted(single.keys() - set(parts)))}: a file, but not among parts={parts}")
         if dtype not in ("float32", "bfloat16"):
             raise ValueError(f"dtype={dtype!r}: float32 or bfloat16 is needed")
         folder = model_folder.fetch(source, [part for part in parts if part not in single])
         files = model_folder.locate(folder, parts, single)
         names = {"transformer": None, **dict.fromkeys(parts)}
-        configs = {part: model_folder.read_config(folder, part, files.get(part, ())) for part in names}
+        weights = {part: [path] for part, path in single.items()} | files
+        configs = {part: model_folder.read_config(folder, part, weights.get(part, ())) for part in names}
         noise = schedule.parse_config(model_folder.read_json(folder / model_folder.SCHEDULE))
         tokenizers = {name: text.load_tokenizer(folder / name) for name in model_folder.TOKENIZERS}
         if text_length is None:
@@ -111,7 +112,15 @@ class Pipeline:
         loaded: dict[str, Part | None] = dict.fromkeys(PARTS)
         for part in parts:
             loaded[part] = model_folder.read_part(part, configs[part], files[part], dtype=dtype, mesh=mesh)
-        return cls(**loaded, **tokenizers, schedule=noise, text_length=text_length, compute=compute, source=str(source))
+        return cls(
+            **loaded,
+            **tokenizers,
+            schedule=noise,
+            text_length=text_length,
+            usual=model_folder.read_usual(folder, distilled=configs["transformer"].guidance_embeds),
+            compute=compute,
+            source=str(source),
+        )
 
     def save_pretrained(self, path: str | os.PathLike) -> None:
         """Writes diffusers' layout, one weight file a part, in the parameters' dtype; every file atomically.
@@ -121,7 +130,7 @@ class Pipeline:
         """
         parts = {name: self._part(name) for name in PARTS}
         tokenizers = {name: getattr(self, name) for name in model_folder.TOKENIZERS}
-        model_folder.write_folder(Path(path), parts, tokenizers, schedule.config_fields(self.schedule))
+        model_folder.write_folder(Path(path), parts, tokenizers, schedule.config_fields(self.schedule), self.usual)
 
     def encode_prompts(self, prompts: Sequence[str]) -> PromptEncoding:
         """Prompts as T5's outputs and CLIP's pooled output. CLIP sees their first tokens only (77), as in FLUX.
@@ -236,6 +245,46 @@ class Pipeline:
         if part is None:
             raise ValueError(f"this needs the pipeline's {name}, which was not loaded or has been dropped")
         return part
+
+
+class Loader:
+    """Loads parts of a model that may be too large to be on a device as a whole.
+
+    >>> load = Loader("black-forest-labs/FLUX.1-dev", dtype="bfloat16")
+    >>> prompts = load("clip", "t5").encode_prompts(["a dog"])
+    >>> images = load("transformer", "vae").generate(prompts, height=512, width=512, num_steps=28)
+    """
+
+    def __init__(
+        self,
+        source: str | os.PathLike,
+        *,
+        transformer: str | os.PathLike | None = None,
+        vae: str | os.PathLike | None = None,
+        **options: Any,
+    ):
+        """Fetches everything, and loads nothing yet; arguments as of `Pipeline.from_pretrained`.
+
+        Raises:
+          ValueError: a model that is not there or not whole.
+        """
+        given = {"transformer": transformer, "vae": vae}
+        self._single = {name: Path(path) for name, path in given.items() if path is not None}
+        self._folder = model_folder.fetch(source, [part for part in PARTS if part not in self._single])
+        self._files = model_folder.locate(self._folder, PARTS, self._single)
+        self._options = options
+
+    def __call__(self, *parts: str) -> Pipeline:
+        """A pipeline with these parts only; without any, of tokenizers and configs."""
+        return Pipeline.from_pretrained(self._folder, parts=parts, **self._single, **self._options)
+
+    def check_size(self, height: int, width: int) -> None:
+        """Makes sure that images can have a size, in pixels.
+
+        Raises:
+          ValueError: they cannot.
+        """
+        model_folder.read_config(self._folder, "vae", self._files["vae"]).token_grid(height, width)
 
 
 @functools.partial(jax.jit, static_argnames="encoders")

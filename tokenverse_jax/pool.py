@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -23,24 +24,28 @@ def make_pool(
     size: int,
     sampling: SamplingConfig,
     cache: Path,
+    weights: Mapping[str, str],
     negative: PromptEncoding | None = None,
 ) -> UInt8[np.ndarray, "K H W 3"]:
     """The images of the pool, from the base model or, where they have been made before, from disk.
 
-    They are PNG files in a folder of `cache` that is named after the base model's weights and everything else that the
+    They are PNG files in a folder of `cache` that is named after the model's weights and everything else that the
     images depend on; one by one, so that nothing is lost if the program is stopped.
 
     Args:
       pipeline: with transformer and autoencoder.
       prompts: the encoded captions of the pool.
       size: side of an image, pixels.
+      weights: fingerprints of all parts of the model, the text encoders too.
       negative: for sampling.cfg_scale other than 1, see `Pipeline.generate`.
 
     Raises:
       ValueError: a file of the cache cannot be read, or the size is not possible.
     """
     settings = {
-        "base_hash": pipeline.base_hash(),
+        "weights": dict(sorted(weights.items())),
+        "schedule": to_dict(pipeline.schedule),
+        "dtype": pipeline.compute.dtype,
         "captions": config.captions,
         "size": size,
         "sampling": to_dict(sampling),

@@ -28,6 +28,16 @@ class SamplingConfig:
     cfg_scale: float = 1.0
 
 
+@dataclass(frozen=True, kw_only=True)
+class UsualSampling(SamplingConfig):
+    """How a model is meant to be sampled, unless told otherwise: `sampling.json` in its folder, which is our own file.
+
+    size: side of its images, pixels.
+    """
+
+    size: int = 1024
+
+
 def initial_noise(
     key: Key[Array, ""], indices: Int[Array, "B"] | Int[np.ndarray, "B"], shape: tuple[int, int]
 ) -> Float[Array, "B N D"]:

@@ -12,9 +12,10 @@ import numpy as np
 from jaxtyping import Float, UInt8
 
 from runtime_jax.pictures import heat_map, image_grid, save_png
-from tokenverse_jax.generate import SHOWN_SIDE, Sampling, sample
+from tokenverse_jax import text
+from tokenverse_jax.generate import SHOWN_SIDE, Sampling, encode, sample
 from tokenverse_jax.offsets import direction, place_on_tokens
-from tokenverse_jax.pipeline import Pipeline, PromptEncoding
+from tokenverse_jax.pipeline import Loader, PromptEncoding
 from tokenverse_jax.text import find_word
 
 
@@ -27,7 +28,7 @@ class Study(NamedTuple):
 
 
 def study(
-    pipeline: Pipeline,
+    load: Loader,
     prompt: str,
     word: str,
     *,
@@ -39,14 +40,18 @@ def study(
     """Adds the direction from the prompt `neutral` to the prompt `attribute`, as strongly as each of `strengths`.
 
     Args:
+      load: gives parts of the model.
       word: of `prompt`, that takes the direction in M+; "dog#2" is its second "dog".
 
     Raises:
       ValueError: the word is not in the prompt, or sizes that are not possible; before anything is compiled.
     """
-    pipeline.vae.config.token_grid(sampling.height, sampling.width)
-    places = find_word(pipeline.tokenizer_2, prompt, word)
-    encoded = pipeline.encode_prompts([prompt, attribute, neutral])
+    load.check_size(sampling.height, sampling.width)
+    bare = load()
+    places = find_word(bare.tokenizer_2, prompt, word)
+    text.encode(bare.tokenizer_2, [prompt, attribute, neutral], bare.text_length)
+    encoded, negative = encode(load, [prompt, attribute, neutral], sampling)
+    pipeline = load("transformer", "vae")
     flux = pipeline.transformer
     (step,) = np.asarray(direction(flux.config, flux.params, encoded.vec[1:2], encoded.vec[2:]))
     steps = np.asarray([0.0, *strengths], np.float32)[:, None] * step
@@ -57,6 +62,7 @@ def study(
         PromptEncoding(*(part[:1] for part in encoded)),
         sampling,
         np.zeros(1 + 2 * len(strengths), int),
+        negative_prompt=negative,
         global_offset=np.concatenate([steps, none[1:]]),
         offsets=np.asarray(place_on_tokens(jnp.asarray(on_word), places, 1 + max(places))),
     )

@@ -1,5 +1,6 @@
 """`mergevq compare`: generators side by side, from what `mergevq sample` wrote, as a table and a picture on disk."""
 
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,6 +18,7 @@ from runtime_jax.pictures import Points, image_grid, plot_lines, save_png
 from runtime_jax.sizes import table
 
 SHOWN = 12  # images of a row in the picture
+SETTINGS = ("generator", "merge_number", "sampling", "steps", "slots", "compute")  # of a protocol
 
 
 class Folder(NamedTuple):
@@ -32,7 +34,7 @@ class Row(NamedTuple):
     name: str
     quality: Quality
     sets: int
-    policy: str | None = None  # of a store that can be full
+    curve: str | None = None  # policy of a store that can be full, and all else but its slots
     slots: int | None = None
     cache_bytes: int | None = None  # keys and values for one image
     seconds: float | None = None  # for one image, in batches
@@ -49,17 +51,18 @@ def compare(
 ) -> None:
     """Prints a table; writes it as compare.md, and the first images of every row as compare.png.
 
-    Rows that differ in the slots of the store are also plotted, as trade_off.png.
+    Rows that differ in nothing but the slots of the store are also plotted, a line for each policy, as trade_off.png.
 
     The first rows are real: validation scenes against the test scenes that all are measured against, and, with a
     tokenizer, their reconstructions; no generator can be expected to do better.
 
     Args:
-      rows: name, and a folder for each seed.
+      rows: name, and a folder for each seed; nothing else may differ.
       tokenizer: shipped name, folder or hub id; with `keeps`, the numbers of kept tokens to reconstruct from.
 
     Raises:
-      ValueError: folders without samples or of different numbers of images, dataset or tokenizer missing.
+      ValueError: folders without samples or of different numbers of images, a row's folders of different settings,
+        dataset or tokenizer missing.
     """
     folders = {name: [read_samples(path) for path in paths] for name, paths in rows}
     shapes = {folder.samples.images.shape for group in folders.values() for folder in group}
@@ -132,24 +135,37 @@ def _row(
     if folders is None:
         return Row(name, quality, len(sets))
     protocols = [folder.protocol for folder in folders]
+    for protocol in protocols[1:]:
+        if differing := [key for key in SETTINGS if protocol[key] != protocols[0][key]]:
+            raise ValueError(f"{name}: its folders differ in {', '.join(differing)}, not in the seed alone")
     seconds = [value for value in map(seconds_per_image, protocols) if value is not None]
     return Row(
         name,
         quality,
         len(sets),
-        policy=protocols[0]["sampling"]["policy"] if protocols[0]["generator"]["kind"] != "random" else None,
+        curve=_curve(protocols[0]),
         slots=protocols[0]["slots"],
         cache_bytes=max(map(cache_bytes, protocols)),
         seconds=min(seconds, default=None),
     )
 
 
+def _curve(protocol: Mapping[str, Any]) -> str | None:
+    """Name of all settings of a MergeAR sampling but the store's size."""
+    if protocol["generator"]["kind"] != "merge":
+        return None
+    sampling = {name: value for name, value in protocol["sampling"].items() if name != "capacity"}
+    rest = json.dumps([protocol["generator"], sampling, protocol["compute"]], sort_keys=True)
+    digest = hashlib.sha256(rest.encode()).hexdigest()[:4]
+    return f"{sampling['policy']}, K = {protocol['merge_number']}, settings {digest}"
+
+
 def trade_off(rows: Sequence[Row]) -> dict[str, dict[str, Points]]:
-    """Panels of a plot: quality against slots, a line for each policy that has been drawn with several numbers."""
-    groups = {policy: [row for row in rows if row.policy == policy] for policy in {row.policy for row in rows} - {None}}
+    """Panels of a plot: quality against slots, a line for each curve that has been drawn with several numbers."""
+    groups = {curve: [row for row in rows if row.curve == curve] for curve in {row.curve for row in rows} - {None}}
     lines = {
-        policy: sorted(group, key=lambda row: row.slots)
-        for policy, group in sorted(groups.items())
+        curve: sorted(group, key=lambda row: row.slots)
+        for curve, group in sorted(groups.items())
         if len({row.slots for row in group}) > 1
     }
     measures = {
@@ -158,8 +174,8 @@ def trade_off(rows: Sequence[Row]) -> dict[str, dict[str, Points]]:
     }
     return {
         quantity: {
-            policy: Points([row.slots for row in group], *zip(*map(measure_of, group), strict=True))
-            for policy, group in lines.items()
+            curve: Points([row.slots for row in group], *zip(*map(measure_of, group), strict=True))
+            for curve, group in lines.items()
         }
         for quantity, measure_of in measures.items()
         if lines

@@ -110,6 +110,11 @@ def visible(cache: PositionCache, *, prefix: int, seen: int | Int[Array, ""]) ->
     return jnp.concatenate([there, cache.positions != EMPTY], axis=1)
 
 
+def kept(cache: PositionCache, length: int) -> Bool[Array, "B L"]:
+    """Which of `length` raster tokens are in the store."""
+    return jnp.any(cache.positions[:, :, None] == jnp.arange(length), axis=1)
+
+
 class Store(NamedTuple):
     """Keys and values of every layer. One array for each, since a slice of a stacked one would be a copy."""
 

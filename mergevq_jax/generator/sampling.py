@@ -28,6 +28,7 @@ class Samples(NamedTuple):
 
     indices: Int[Array, "B L"]  # codes in raster order
     first_occurrence: Bool[Array, "B L"]  # tokens that were no duplicate of one in the store
+    kept: Bool[Array, "B L"]  # tokens that are in the store at the end
     occupancy: Int[Array, "B L"]  # slots in use once a token is in the store, prefix included
     overflows: Int[Array, "B"]  # first occurrences that the store had no room for
 
@@ -101,6 +102,7 @@ def run(
     return Samples(
         indices=codes[real].T,
         first_occurrence=first[real].T,
+        kept=position_cache.kept(carry.cache, config.length),
         occupancy=occupancy[real].T,
         overflows=carry.cache.overflows,
     )

@@ -11,25 +11,22 @@ def main(argv: list[str] | None = None) -> int:
     """Runs one command."""
     line = CommandLine("python -m tokenverse_jax.base", __doc__)
     parser = line.command("evaluate", _evaluate, "Draw held-out captions, have the judge check the images, as a table.")
-    parser.add_argument(
-        "--model", default="tiny", help="the pipeline's folder (default: tiny, which is not shipped yet)"
-    )
+    parser.add_argument("--model", default="tiny", help="the pipeline's folder (default: the shipped one)")
     parser.add_argument("--num", type=int, default=256, help="captions")
-    parser.add_argument("--size", type=int, default=64, help="side of the images in pixels")
-    parser.add_argument("--num-steps", type=int, default=24)
-    parser.add_argument("--cfg-scale", type=float, default=2.5)
+    parser.add_argument("--cfg-scale", type=float, help="default: the model's own")
     parser.add_argument("--out", type=Path, default=Path("runs/base_report"), help="for follows.md and follows.png")
     return line.main(argv)
 
 
 def _evaluate(args: argparse.Namespace, _: list[str]) -> None:
+    from dataclasses import replace
+
     from tokenverse_jax.base.report import report
     from tokenverse_jax.pipeline import Pipeline
-    from tokenverse_jax.sampling import SamplingConfig
 
-    sampling = SamplingConfig(num_steps=args.num_steps, cfg_scale=args.cfg_scale)
     pipeline = Pipeline.from_pretrained(args.model)
-    print(report(pipeline, args.out, count=args.num, size=args.size, sampling=sampling), end="")
+    usual = pipeline.usual if args.cfg_scale is None else replace(pipeline.usual, cfg_scale=args.cfg_scale)
+    print(report(pipeline, args.out, count=args.num, sampling=usual), end="")
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from runtime_jax.pictures import image_grid, save_png
 from runtime_jax.prng import Stream, host_rng
 from tokenverse_jax.base.corpus import rows
 from tokenverse_jax.pipeline import Pipeline
-from tokenverse_jax.sampling import SamplingConfig
+from tokenverse_jax.sampling import UsualSampling
 
 BATCH_SIZE = 32
 SHOWN = 32  # images in the picture
@@ -36,20 +36,25 @@ def captioned_grid(
     )
 
 
-def report(pipeline: Pipeline, out: Path, *, count: int, size: int, sampling: SamplingConfig) -> str:
+def report(pipeline: Pipeline, out: Path, *, count: int, sampling: UsualSampling) -> str:
     """Draws `count` test captions, writes follows.md (the table that is returned) and follows.png into `out`."""
     from runtime_jax.judge import accuracies, follows
 
     captions = held_out_captions("test", count)
+    settings = vars(sampling) | {"height": sampling.size, "width": sampling.size}
+    del settings["size"]
     batches = []
     for start in range(0, count, BATCH_SIZE):
         # The last batch is filled up, so that all are one program.
         indices = np.minimum(np.arange(start, start + BATCH_SIZE), count - 1)
         prompts = [captions[i] for i in indices]
-        batches.append(pipeline.generate(prompts, height=size, width=size, indices=indices, **vars(sampling)))
+        batches.append(pipeline.generate(prompts, indices=indices, **settings))
     images = np.concatenate(batches)[:count]
     shares = accuracies(follows(captions, images))
-    lines = [f"| {kind} | {100 * share:.1f} % | {share.count} |" for kind, share in shares.items()]
+    lines = [
+        f"| {kind} | {100 * share.mean:.1f} ± {100 * share.half_width:.1f} % | {share.count} |"
+        for kind, share in shares.items()
+    ]
     table = "\n".join(["| what the caption names | in the image | cases |", "|---|---|---|", *lines]) + "\n"
     out.mkdir(parents=True, exist_ok=True)
     (out / "follows.md").write_text(table)

@@ -26,7 +26,7 @@ from tokenverse_jax.base.vae import VAEConfig
 from tokenverse_jax.fingerprint import fingerprint
 from tokenverse_jax.model_folder import Part
 from tokenverse_jax.pipeline import Pipeline
-from tokenverse_jax.sampling import SamplingConfig
+from tokenverse_jax.sampling import SamplingConfig, UsualSampling
 from tokenverse_jax.schedule import ScheduleConfig
 
 Params = Any
@@ -47,7 +47,7 @@ class BaseConfig:
     num_scenes: int = 20_000  # that the transformer learns from; the autoencoder sees new ones at every step
     text_to_image: TextToImageConfig
     schedule: ScheduleConfig = ScheduleConfig()  # of sampling
-    sampling: SamplingConfig = SamplingConfig(num_steps=24, cfg_scale=2.5)  # of previews
+    sampling: SamplingConfig = SamplingConfig(num_steps=24, cfg_scale=2.5)  # of previews; the usual one of the model
 
     def __post_init__(self):
         self.vae.model.token_grid(self.image_size, self.image_size)
@@ -95,7 +95,12 @@ def train(config: BaseConfig, workdir: str | Path) -> Trained:
         seed=config.seed,
     )
     pipeline = functools.partial(
-        text_to_image.make_pipeline, networks=networks, vae=part, tokenizers=tokenizers, schedule=config.schedule
+        text_to_image.make_pipeline,
+        networks=networks,
+        vae=part,
+        tokenizers=tokenizers,
+        schedule=config.schedule,
+        usual=UsualSampling(size=config.image_size, **vars(config.sampling)),
     )
     result = _train_text_to_image(config, workdir / "text_to_image", networks, data, pipeline)
     if result.stopped_by is None:

@@ -20,6 +20,7 @@ from tokenverse_jax.base.training import Metrics, TrainingConfig
 from tokenverse_jax.model import Flux, FluxConfig
 from tokenverse_jax.model_folder import Part
 from tokenverse_jax.pipeline import Pipeline
+from tokenverse_jax.sampling import UsualSampling
 from tokenverse_jax.schedule import ScheduleConfig, flow, logit_normal_times
 from tokenverse_jax.text_encoders.clip import CLIPTextConfig, CLIPTextEncoder
 from tokenverse_jax.text_encoders.t5 import T5Config, T5Encoder
@@ -102,7 +103,13 @@ def init_params(networks: Networks, seed: int) -> Params:
 
 
 def make_pipeline(
-    params: Params, *, networks: Networks, vae: Part, tokenizers: Tokenizers, schedule: ScheduleConfig
+    params: Params,
+    *,
+    networks: Networks,
+    vae: Part,
+    tokenizers: Tokenizers,
+    schedule: ScheduleConfig,
+    usual: UsualSampling,
 ) -> Pipeline:
     """What users load, of trained parts."""
     return Pipeline(
@@ -113,6 +120,7 @@ def make_pipeline(
         **tokenizers._asdict(),
         schedule=schedule,
         text_length=tokenizers.tokenizer_2.model_max_length,
+        usual=usual,
         compute=networks.compute,
     )
 

@@ -204,7 +204,7 @@ def _composition(rng: np.random.Generator, first: ConceptImage, second: ConceptI
         return [_objects_case(rng, [_bring(first, 0), _bring(second, 0)])]
     kind, light = second.scene.background.kind, second.scene.light
     item, use = _bring(first, 0)
-    scene = Scene(objects=(_put(item, 0.5, rng),), light=light, background=_background(rng, kind))
+    scene = Scene(objects=(_put(item, 0.5),), light=light, background=_background(rng, kind))
     prompt = f"{_a(item.shape)} {BACKGROUNDS[kind]}"
     uses = (replace(use, place=0), Use(look=look, target=noun, place=None, image=second.number, word=noun))
     return [Case(prompt=prompt, scene=scene, uses=uses)]
@@ -269,7 +269,7 @@ def _objects_case(rng: np.random.Generator, brought: Sequence[Brought]) -> Case:
     left, right = (brought[i] for i in rng.permutation(2))
     kind = str(rng.choice(tuple(BACKGROUNDS)))
     scene = Scene(
-        objects=(_put(left[0], 0.27, rng), _put(right[0], 0.73, rng)),
+        objects=(_put(left[0], 0.27), _put(right[0], 0.73)),
         light=NEUTRAL_LIGHT,
         background=_background(rng, kind),
     )
@@ -287,5 +287,5 @@ def _background(rng: np.random.Generator, kind: str) -> Background:
     return Background(kind=kind, horizon=0.48, tone=float(rng.uniform()), seed=int(rng.integers(2**31)))
 
 
-def _put(item: SceneObject, x: float, rng: np.random.Generator) -> SceneObject:
-    return replace(item, x=x + float(rng.uniform(-0.01, 0.01)), y=0.61, size=0.205, accent=accent_of(item.rgb))
+def _put(item: SceneObject, x: float) -> SceneObject:
+    return replace(item, x=x, y=0.61, size=0.205, accent=accent_of(item.rgb))

@@ -29,9 +29,10 @@ from tokenverse_jax.concept_data import (
     encode_prompts,
     make_concepts,
 )
+from tokenverse_jax.fingerprint import fingerprint
 from tokenverse_jax.learn import LearnConfig
 from tokenverse_jax.learner import Learner
-from tokenverse_jax.pipeline import Pipeline, PromptEncoding
+from tokenverse_jax.pipeline import PARTS, Pipeline, PromptEncoding
 from tokenverse_jax.pool import make_pool
 from tokenverse_jax.sampling import SamplingConfig
 
@@ -75,11 +76,15 @@ def bench(config: BenchConfig, workdir: str | Path) -> Path:
       ValueError: config, model or workdir that do not fit.
     """
     images = make_images(config.images, config.seed)
+    pipeline, judge = Pipeline.from_pretrained(config.model), Judge.load()
+    weights = {part: fingerprint(getattr(pipeline, part).params) for part in PARTS}
+    resolved = config_lib.to_dict(config) | {"weights": weights, "judge": fingerprint(judge.params)}
     this = _Bench(
         config=config,
-        files=Workdir(workdir, config_lib.to_dict(config)),
-        pipeline=Pipeline.from_pretrained(config.model),
-        judge=Judge.load(),
+        files=Workdir(workdir, resolved),
+        pipeline=pipeline,
+        weights=weights,
+        judge=judge,
         images=images,
         cases=make_cases(images, config.seed),
         rows=make_rows(config.learn, config.strengths),
@@ -98,6 +103,7 @@ class _Bench:
     config: BenchConfig
     files: Workdir
     pipeline: Pipeline
+    weights: dict[str, str]  # fingerprints of its parts
     judge: Judge
     images: Sequence[ConceptImage]
     cases: Sequence[Case]
@@ -139,6 +145,7 @@ class _Bench:
             size=self.config.size,
             sampling=self.config.sampling,
             cache=Path(self.config.cache).expanduser(),
+            weights=self.weights,
         )
         return encode_images(self.pipeline, pool)
 

@@ -29,7 +29,7 @@ class Workdir:
     """The files of one benchmark."""
 
     def __init__(self, path: str | Path, config: dict[str, Any]):
-        """Makes the folder, or finds one of the same config.
+        """Makes the folder, or finds one of the same config, which tells the weights too.
 
         Raises:
           ValueError: it is of another config.
@@ -38,7 +38,7 @@ class Workdir:
         self.path = check_workdir(path)
         file, text = self.path / "config.json", json.dumps(config, indent=2) + "\n"
         if file.exists() and file.read_text() != text:
-            raise ValueError(f"{file}: this workdir is of a benchmark with another config; take a new one")
+            raise ValueError(f"{file}: this workdir is of a benchmark with another config or weights; take a new one")
         file.write_text(text)
 
     def concept(self, row: str, number: int) -> Path:

@@ -141,34 +141,30 @@ def sample_scene(rng: np.random.Generator) -> Scene:
 
 # Radii that a row of so many objects can have, and the distance of its columns.
 _ROWS = {1: ((0.2, 0.3), 0.0), 2: ((0.205,), 0.46), 3: ((0.155,), 0.32)}
-_JITTER = 0.012  # of radius and place
 
 
 def in_a_row(scene: Scene, rng: np.random.Generator) -> Scene:
-    """The scene with its objects side by side and mostly upright: a world that a small model can learn to draw.
+    """The scene with its objects side by side in named poses: a world whose outlines a small model can learn to draw.
 
-    Classes, colours, textures, background, light and the order from left to right stay. Sizes and places depend on the
-    number of objects and hardly vary. Shapes with a named pose keep it half of the time, and all stand within 4 degrees
-    of it, or of upright.
+    Classes, colours, textures, the kind and details of the background, the light's warmth and the order from left to
+    right stay. The rest has a few values only: sizes and places follow from the number of objects, shapes with a named
+    pose stand in it exactly half of the time, all others upright, and light comes from the middle of its direction.
     """
     radii, distance = _ROWS[len(scene.objects)]
-    main = rng.choice(radii)
+    size = float(rng.choice(radii))
     columns = np.argsort(np.argsort([item.x for item in scene.objects])) - (len(scene.objects) - 1) / 2
     objects = []
     for column, item in zip(columns.tolist(), scene.objects, strict=True):
         keeps = words.SYMMETRY[item.shape] == 1 and rng.uniform() < 0.5
-        near = rng.uniform(-_JITTER, _JITTER, 3)
-        pose = words.POSES[item.pose][0] if keeps else 0.0
-        objects.append(
-            dataclasses.replace(
-                item,
-                size=main + (near[0] if not objects else min(near[0], objects[0].size - main)),
-                x=0.5 + column * distance + near[1],
-                y=0.61 + near[2],
-                rotation=(pose + rng.uniform(-4, 4) + 180) % 360 - 180,
-            )
-        )
-    return dataclasses.replace(scene, objects=tuple(objects))
+        rotation = (words.POSES[item.pose][0] + 180.0) % 360 - 180 if keeps else 0.0
+        objects.append(dataclasses.replace(item, size=size, x=0.5 + column * distance, y=0.61, rotation=rotation))
+    azimuth = sum(words.LIGHT_DIRECTIONS[scene.light.direction_name]) / 2
+    return dataclasses.replace(
+        scene,
+        objects=tuple(objects),
+        light=dataclasses.replace(scene.light, azimuth=azimuth, elevation=45.0),
+        background=dataclasses.replace(scene.background, horizon=0.48),
+    )
 
 
 def _pick(rng: np.random.Generator, options: tuple[str, ...]) -> str:
