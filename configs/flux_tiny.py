@@ -69,13 +69,14 @@ def get_config() -> ConfigDict:
                     "drop_clip": 0.1,
                     "pair_every": 8,
                     # Words are tied to what they mean several times sooner with one object and nothing left unsaid.
-                    "easy_steps": 3000,
+                    "easy_steps": 2000,
+                    "full_steps": 6000,
                     # Large objects teach shapes; three of them are small.
-                    "object_weights": [0.5, 0.42, 0.08],
+                    "object_weights": [0.4, 0.5, 0.1],
                 },
-                # Shapes, places and colours are settled at high noise.
-                "time_mean": 0.8,
-                "time_std": 1.1,
+                # Places and colours are settled at high noise, outlines and textures at half of it.
+                "time_mean": 0.4,
+                "time_std": 1.2,
                 "layout_weight": 0.3,
                 "training": {
                     "batch_size": 16,

@@ -133,7 +133,9 @@ def test_in_a_row(scenes):
         assert {item.size for item in row.objects} == {row.objects[0].size}
         for old, new in zip(scene.objects, row.objects, strict=True):
             assert (old.color, old.rgb, old.texture, old.accent) == (new.color, new.rgb, new.texture, new.accent)
-            assert new.rotation == 0 or (new.rotation in (-48, 48, -180) and SYMMETRY[new.shape] == 1 and new.pose == old.pose)
+            assert new.rotation == 0 or (
+                new.rotation in (-48, 48, -180) and SYMMETRY[new.shape] == 1 and new.pose == old.pose
+            )
             assert max(abs(new.x - 0.5), abs(new.y - 0.5)) + new.size < 0.52
         for left, right in itertools.combinations(sorted(row.objects, key=lambda item: item.x), 2):
             assert right.x - left.x > 0.8 * (left.size + right.size)

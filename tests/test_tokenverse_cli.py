@@ -238,6 +238,7 @@ BAD_GENERATE = [
     (["--concept", "dog=BANK/dog.safetensors:fox"], "no concept of 'fox' among .* there are: dog"),
     (["--concept", "dog=BANK/other.safetensors"], "learned on tiny with weights .* but the loaded model's are"),
     (["--width", "18"], "image size 12x18: positive multiples of 4 are needed"),
+    (["--width", "0"], "image size 12x0: positive multiples of 4 are needed"),
     (["--num-steps", "0"], "num_steps=0, batch_size=2: at least 1"),
     (["--num", "0"], "num=0: at least 1 image"),
     (["--batch-size", "0"], "num_steps=2, batch_size=0: at least 1"),

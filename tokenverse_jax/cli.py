@@ -129,16 +129,13 @@ def _sampler(args) -> Iterator[tuple[Any, Any]]:
     mesh = make_mesh(MeshConfig(data=1, tensor=args.tensor), devices=jax.devices()[: args.tensor])
     load = _loader(args, args.model, mesh)
     usual = load().usual
-    side = {name: getattr(args, name) or usual.size for name in ("width", "height")}
-    values = {
-        "num_steps": usual.num_steps,
-        "cfg_scale": usual.cfg_scale,
-        "guidance": usual.guidance,
-        "batch_size": max(1, PIXELS_AT_ONCE // max(1, side["width"] * side["height"])),
-    }
-    given = {name: getattr(args, name) for name in values if getattr(args, name) is not None}
+    names = ("width", "height", "num_steps", "guidance", "cfg_scale", "batch_size")
+    values = vars(usual) | {"width": usual.size, "height": usual.size}
+    values |= {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    values.setdefault("batch_size", max(1, PIXELS_AT_ONCE // max(1, values["width"] * values["height"])))
+    del values["size"]
     with jax.set_mesh(mesh):
-        yield load, Sampling(**side, **values | given, seed=args.seed)
+        yield load, Sampling(**values, seed=args.seed)
 
 
 def _generate(args, _) -> None:

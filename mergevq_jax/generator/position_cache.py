@@ -112,7 +112,7 @@ def visible(cache: PositionCache, *, prefix: int, seen: int | Int[Array, ""]) ->
 
 def kept(cache: PositionCache, length: int) -> Bool[Array, "B L"]:
     """Which of `length` raster tokens are in the store."""
-    return jnp.any(cache.positions[:, :, None] == jnp.arange(length), axis=1)
+    return jnp.any(cache.positions[:, :, None] == jnp.arange(length)[None, None], axis=1)
 
 
 class Store(NamedTuple):

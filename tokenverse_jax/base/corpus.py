@@ -71,7 +71,8 @@ class CaptionConfig:
     drop_t5: float = 0.1  # CLIP alone tells what there is to see, or T5 alone, so that both have something to say
     drop_clip: float = 0.1
     pair_every: int = 8  # one batch in so many is of pairs; 0: none
-    easy_steps: int = 0  # the first steps see one object at a time, and captions that name everything
+    easy_steps: int = 0  # the first steps see one object at a time
+    full_steps: int = 0  # and these captions that name everything
     object_weights: tuple[float, ...] = (1.0, 1.0, 1.0)  # later: how often scenes of one, two and three objects
 
     def __post_init__(self):
@@ -81,12 +82,12 @@ class CaptionConfig:
         weights = self.object_weights
         if len(weights) != MAX_OBJECTS or min(weights) < 0 or not sum(weights):
             raise ValueError(f"object_weights={weights}: shares of 1 to {MAX_OBJECTS} objects are needed, not all 0")
-        for name in ("pair_every", "easy_steps"):
+        for name in ("pair_every", "easy_steps", "full_steps"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}={getattr(self, name)}: a positive number is needed, or 0 for none")
 
     def is_easy_step(self, step: int) -> bool:
-        """Whether this step's scenes have one object, under captions that name everything."""
+        """Whether this step's scenes have one object."""
         return step < self.easy_steps
 
     def is_pair_step(self, step: int) -> bool:
@@ -121,7 +122,7 @@ class Corpus:
         places = np.array([self._place(number, weights) for number in numbers])
         places = places.reshape(-1, 2 if self.captions.is_pair_step(step) else 1)
         numbers = numbers[: len(places)]
-        describe = functools.partial(self._prompts, name_all=easy)
+        describe = functools.partial(self._prompts, name_all=step < self.captions.full_steps)
         t5, clip = zip(*map(describe, places, numbers), strict=True)
         wide = "b pictures h w c -> b h (pictures w) c"
         return {

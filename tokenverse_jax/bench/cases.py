@@ -269,7 +269,7 @@ def _objects_case(rng: np.random.Generator, brought: Sequence[Brought]) -> Case:
     left, right = (brought[i] for i in rng.permutation(2))
     kind = str(rng.choice(tuple(BACKGROUNDS)))
     scene = Scene(
-        objects=(_put(left[0], 0.27), _put(right[0], 0.73)),
+        objects=(_put(left[0], 0.25), _put(right[0], 0.75)),
         light=NEUTRAL_LIGHT,
         background=_background(rng, kind),
     )
@@ -288,4 +288,4 @@ def _background(rng: np.random.Generator, kind: str) -> Background:
 
 
 def _put(item: SceneObject, x: float) -> SceneObject:
-    return replace(item, x=x, y=0.61, size=0.205, accent=accent_of(item.rgb))
+    return replace(item, x=x, y=0.625, size=0.205, accent=accent_of(item.rgb))

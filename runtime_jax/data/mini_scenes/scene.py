@@ -139,8 +139,10 @@ def sample_scene(rng: np.random.Generator) -> Scene:
     return Scene(objects=objects, light=light, background=background)
 
 
-# Radii that a row of so many objects can have, and the distance of its columns.
-_ROWS = {1: ((0.2, 0.3), 0.0), 2: ((0.205,), 0.46), 3: ((0.155,), 0.32)}
+# Radii that a row of so many objects can have, and the distance of its columns. An object of a pair looks as one that
+# is alone does, a quarter of the side away: by whole tokens of a model that has a multiple of four of them in a row.
+_ROWS = {1: ((0.205, 0.205, 0.3), 0.0), 2: ((0.205,), 0.5), 3: ((0.15,), 0.34)}
+_ROW_HEIGHT = 0.625  # a multiple of an eighth, for the same reason
 
 
 def in_a_row(scene: Scene, rng: np.random.Generator) -> Scene:
@@ -157,7 +159,9 @@ def in_a_row(scene: Scene, rng: np.random.Generator) -> Scene:
     for column, item in zip(columns.tolist(), scene.objects, strict=True):
         keeps = words.SYMMETRY[item.shape] == 1 and rng.uniform() < 0.5
         rotation = (words.POSES[item.pose][0] + 180.0) % 360 - 180 if keeps else 0.0
-        objects.append(dataclasses.replace(item, size=size, x=0.5 + column * distance, y=0.61, rotation=rotation))
+        objects.append(
+            dataclasses.replace(item, size=size, x=0.5 + column * distance, y=_ROW_HEIGHT, rotation=rotation)
+        )
     azimuth = sum(words.LIGHT_DIRECTIONS[scene.light.direction_name]) / 2
     return dataclasses.replace(
         scene,
