@@ -12,7 +12,7 @@ STEPS = 5000
 
 
 def get_config() -> ConfigDict:
-    """What is to be shipped."""
+    """What is shipped."""
     return ConfigDict(
         {
             "seed": 0,

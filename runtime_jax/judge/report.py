@@ -68,7 +68,7 @@ def measure(scenes: Sequence[Scene], drawn: Sequence[Rendering], seen: Sequence[
     """
     values: dict[str, list[float]] = {}
 
-    def note(name: str, value: float) -> None:
+    def note(name: str, value: float | bool | np.ndarray | np.generic) -> None:
         values.setdefault(name, []).append(float(value))
 
     for scene, (_, mask), view in zip(scenes, drawn, seen, strict=True):

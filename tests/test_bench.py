@@ -1,0 +1,322 @@
+"""The benchmark: its questions, what its figures say of right, wrong and deceitful images, and a whole small run."""
+
+import dataclasses
+import json
+import re
+
+import numpy as np
+import pytest
+from tiny_pipeline import write_tiny_pipeline
+
+from runtime_jax.data.mini_scenes import TEXTURES, Scene, accent_of, render_scene
+from runtime_jax.judge import Judge, Seen, parse_caption
+from runtime_jax.optimizer import OptimizerConfig
+from tokenverse_jax.bench.appearance import Appearance, light_likeness, object_likeness
+from tokenverse_jax.bench.cases import NOUNS, Case, make_cases, make_images
+from tokenverse_jax.bench.metrics import View, measure
+from tokenverse_jax.bench.rows import FULL, PROMPT, RENDERED, make_rows
+from tokenverse_jax.bench.run import BenchConfig, bench
+from tokenverse_jax.bench.table import complete, markdown, summarize
+from tokenverse_jax.concept_mod import ConceptModConfig
+from tokenverse_jax.isolation import IsolationConfig
+from tokenverse_jax.learn import LearnConfig, StageConfig
+from tokenverse_jax.learner import Learner
+from tokenverse_jax.sampling import SamplingConfig
+
+SIZE = 64
+IMAGES = make_images(64, seed=0)
+CASES = make_cases(IMAGES, seed=0)
+TASKS = ("composition", "decomposition", "full", "single", "same word", "direction")
+
+
+def of_task(task: str) -> list[Case]:
+    return [case for case in CASES if case.task == task]
+
+
+def perfect_sight(scene: Scene) -> View:
+    """An image of a scene and what a judge without error sees in it."""
+    image, mask = render_scene(scene, SIZE)
+    masks = tuple(mask == i + 1 for i in range(len(scene.objects)))
+    textures = tuple(np.eye(len(TEXTURES))[TEXTURES.index(item.texture)] for item in scene.objects)
+    return View(image, Seen(scene, masks, textures))
+
+
+def repainted(case: Case, *places: int) -> Scene:
+    """The case's scene with other looks on some objects: the opposite colour, the next texture, upside down."""
+    scene = case.scene
+    for place in places:
+        item = scene.objects[place]
+        rgb = tuple(255 - channel for channel in item.rgb)
+        texture = TEXTURES[(TEXTURES.index(item.texture) + 1) % len(TEXTURES)]
+        turned = item.rotation + 180.0
+        scene = scene.with_object(place, rgb=rgb, accent=accent_of(rgb), texture=texture, rotation=turned)
+    return scene
+
+
+# The questions.
+
+
+def test_questions_are_a_pure_function_of_the_seed():
+    assert make_images(64, seed=0) == IMAGES and make_cases(IMAGES, seed=0) == CASES
+    assert make_images(64, seed=1) != IMAGES
+    assert [image.scene for image in make_images(32, seed=0)[:16]] == [image.scene for image in IMAGES[:16]]
+
+
+def test_every_task_has_its_cases():
+    counts = {task: len(of_task(task)) for task in TASKS}
+    assert counts["composition"] == 16 and counts["decomposition"] == 32 and counts["full"] == 32
+    assert counts["single"] == 24 and counts["direction"] == 32 and counts["same word"] >= 4
+    assert len({case.name for case in CASES}) == len(CASES)
+    assert sum(use.place is None for case in of_task("composition") for use in case.uses) == 8
+
+
+@pytest.mark.parametrize("count", [0, 2, 6])
+def test_images_come_in_pairs_of_either_kind(count):
+    with pytest.raises(ValueError, match="multiple of 4"):
+        make_images(count, seed=0)
+
+
+def test_captions_name_the_words_and_no_looks():
+    for image in IMAGES:
+        assert len(set(image.captions)) >= 3 * len(image.scene.objects)
+        for caption in image.captions:
+            wanted = parse_caption(caption)
+            assert {item.shape for item in wanted.objects} == {item.shape for item in image.scene.objects}
+            assert wanted.background == image.scene.background.kind
+            named = [getattr(item, kind) for item in wanted.objects for kind in ("color", "texture", "size", "pose")]
+            assert {*named, wanted.warmth, wanted.direction} == {None}
+            assert all(word in re.findall(r"\w+", caption) for word in image.words)
+
+
+def test_prompts_ask_for_what_the_true_scene_has_and_name_no_looks():
+    for case in CASES:
+        wanted = parse_caption(case.prompt)
+        assert [item.shape for item in wanted.objects] == [item.shape for item in case.scene.objects]
+        assert all(item.color is item.texture is item.size is item.pose is None for item in wanted.objects)
+        for use in case.uses:
+            assert use.target.split("#")[0] in case.prompt.split()
+            shape = NOUNS[wanted.background] if use.place is None else wanted.objects[use.place].shape
+            assert use.target.split("#")[0] == shape
+            assert use.image is None or IMAGES[use.image].words[use.word] == use.look
+
+
+def test_concepts_of_one_case_can_be_told_apart():
+    for case in CASES:
+        if case.task != "same word":
+            assert len({item.shape for item in case.scene.objects}) == len(case.scene.objects)
+            assert len({item.color for item in case.scene.objects}) == len(case.scene.objects)
+
+
+def test_units_of_a_task_share_no_image():
+    for task in TASKS[:5]:
+        owner: dict[int, int] = {}
+        for case in of_task(task):
+            for use in case.uses:
+                assert owner.setdefault(use.image, case.unit) == case.unit
+
+
+# The figures, with a judge that makes no error.
+
+
+def test_true_scenes_have_full_marks():
+    for case in CASES:
+        view = perfect_sight(case.scene)
+        result = measure(case, view, view)
+        assert (result.cp, result.pf, result.cp_pf) == (pytest.approx(1), 1, pytest.approx(1)), case
+        assert result.locality is None and result.bleeding in (None, 0.0)
+
+
+def test_other_looks_have_no_concept_preservation():
+    for case in of_task("full"):
+        view = perfect_sight(repainted(case, 0, 1))
+        result = measure(case, view, view)
+        assert result.cp < 0.3 and result.pf == 1
+
+
+def test_swapped_looks_have_neither_preservation_nor_separation():
+    """Each concept on the other's object: the failure that the paper's isolation loss is about."""
+    for case in of_task("full"):
+        first, second = case.scene.objects
+        looks = [{name: getattr(item, name) for name in ("rgb", "accent", "texture")} for item in (first, second)]
+        swapped = perfect_sight(case.scene.with_object(0, **looks[1]).with_object(1, **looks[0]))
+        plain = perfect_sight(repainted(case, 0, 1))
+        result = measure(case, swapped, plain)
+        assert result.cp < 0.85 and result.bleeding > 0.1
+
+
+def test_a_copy_of_the_concept_image_does_not_follow_the_prompt():
+    for case in of_task("single"):
+        source = IMAGES[case.uses[0].image].scene
+        view = perfect_sight(source)
+        result = measure(case, view, perfect_sight(case.scene))
+        assert result.cp == pytest.approx(1) and result.pf <= 0.6
+
+
+def test_a_missing_object_counts_nothing():
+    case = of_task("full")[0]
+    view = perfect_sight(dataclasses.replace(case.scene, objects=()))
+    result = measure(case, view, perfect_sight(case.scene))
+    assert result.cp == 0 and result.pf < 0.5 and result.bleeding is None
+
+
+def test_a_change_of_the_target_alone_is_local_and_does_not_bleed():
+    for case in of_task("single"):
+        (use,) = case.uses
+        result = measure(case, perfect_sight(case.scene), perfect_sight(repainted(case, use.place)))
+        assert result.inside > 5 and result.locality > 0.95 and abs(result.bleeding) < 1e-6
+
+
+def test_a_change_of_the_other_object_is_not_local_and_bleeds():
+    for case in of_task("single"):
+        (use,) = case.uses
+        item, other = case.scene.objects[use.place], 1 - use.place
+        spread = case.scene.with_object(other, rgb=item.rgb, accent=item.accent, texture=item.texture)
+        before = case.scene.with_object(other, rgb=repainted(case, use.place).objects[use.place].rgb, texture="none")
+        plain = perfect_sight(spread)
+        base = perfect_sight(before.with_object(other, texture=TEXTURES[TEXTURES.index(item.texture) - 1]))
+        result = measure(case, plain, base)
+        assert result.locality < 0.2 and result.bleeding > 0.5
+
+
+def test_a_change_everywhere_is_half_local_and_no_change_is_not_measured():
+    case = of_task("single")[0]
+    view = perfect_sight(case.scene)
+    darker = View((view.image * 0.8).astype(np.uint8), view.seen)
+    assert 0.3 < measure(case, darker, view).locality < 0.7
+    assert measure(case, view, view).locality is None
+
+
+def test_the_second_of_two_objects_of_one_class_is_the_right_one():
+    case = of_task("same word")[0]
+    assert [use.target.split("#")[1] for use in case.uses] == ["1", "2"]
+    scene = dataclasses.replace(case.scene, objects=case.scene.objects[::-1])
+    view = perfect_sight(scene)
+    assert measure(case, view, view).cp == pytest.approx(1)
+
+
+def test_likeness_of_looks():
+    item = IMAGES[0].scene.objects[0]
+    look = Appearance(rgb=item.rgb, texture="dotted", rotation=30.0)
+    heart = dataclasses.replace(item, shape="heart", rotation=75.0)
+    textures = np.array([0.1, 0.1, 0.7, 0.05, 0.05])
+    assert object_likeness(look, heart, textures) == pytest.approx({"color": 1.0, "texture": 0.7, "pose": 0.5})
+    assert "pose" not in object_likeness(look, dataclasses.replace(item, shape="circle"), textures)
+    light = dataclasses.replace(IMAGES[0].scene.light, azimuth=100.0, warmth=-0.5)
+    parts = light_likeness(Appearance(warmth=0.0, azimuth=55.0), light)
+    assert parts == pytest.approx({"warmth": 0.5, "direction": 0.5})
+
+
+# The figures, with the shipped judge.
+
+
+def test_the_judge_gives_true_scenes_high_marks_and_others_low_ones():
+    judge = Judge.load()
+    cases = [case for task in TASKS for case in of_task(task)[:8]]
+
+    def views(scenes):
+        images = np.stack([render_scene(scene, SIZE).image for scene in scenes])
+        return [View(*pair) for pair in zip(images, judge.look(images), strict=True)]
+
+    true = views([case.scene for case in cases])
+    wrong = views([repainted(case, *range(len(case.scene.objects))) for case in cases])
+    right = [measure(case, view, view) for case, view in zip(cases, true, strict=True)]
+    off = [measure(case, view, view) for case, view in zip(cases, wrong, strict=True)]
+    objects = [all(use.place is not None for use in case.uses) for case in cases]
+    assert np.mean([one.cp for one in right]) > 0.85
+    assert np.mean([one.pf for one in right]) > 0.93
+    assert np.mean([one.cp for one, about in zip(off, objects, strict=True) if about]) < 0.35
+
+
+# The table.
+
+
+def record(row: str, case: int, values: list[float], unit: int | None = None) -> dict:
+    def measured(value):
+        names = ("locality", "inside", "outside", "bleeding")
+        return {"cp": value, "pf": 1.0, "cp_pf": value, "parts": {"color": value}, **dict.fromkeys(names)}
+
+    unit = case if unit is None else unit
+    return {"row": row, "task": "full", "unit": unit, "case": case, "seeds": [measured(value) for value in values]}
+
+
+def test_a_unit_counts_once():
+    records = [record("a", 0, [0.0, 0.2], unit=0), record("a", 1, [0.4, 0.6], unit=0), record("a", 2, [0.5], unit=1)]
+    mean = summarize(records, "a")["full"]["a"].means["cp"]
+    assert mean.mean == pytest.approx(0.4) and mean.count == 2
+
+
+def test_rows_are_compared_pair_by_pair():
+    easy_and_hard = [0.9, 0.1, 0.5, 0.3]
+    records = [record("a", i, [value]) for i, value in enumerate(easy_and_hard)]
+    records += [record("b", i, [value + 0.05]) for i, value in enumerate(easy_and_hard)]
+    figures = summarize(records, "a")["full"]
+    assert figures["b"].against.mean == pytest.approx(0.05) and figures["b"].against.half_width < 1e-9
+    assert figures["a"].against is None and figures["b"].means["cp"].half_width > 0.3
+
+
+def test_only_cases_that_all_rows_have_are_compared():
+    records = [record("a", 0, [1.0]), record("a", 1, [0.0]), record("b", 0, [1.0])]
+    assert [(r["row"], r["case"]) for r in complete(records)] == [("a", 0), ("b", 0)]
+    assert "| a |" in (text := markdown(records, ["b", "a"], "a")) and text.index("| b |") < text.index("| a |")
+
+
+# A whole run.
+
+LEARN = LearnConfig(
+    concept_mod=ConceptModConfig(hidden=8, block_hidden=6),
+    stage_1=StageConfig(steps=1, high_share=0.9),
+    stage_2=StageConfig(steps=0, high_share=0.1),
+    flip=False,
+    optimizer=OptimizerConfig(learning_rate=1e-3),
+    isolation=IsolationConfig(captions=("a dog",), probability=1.0, template="two {left} beside {right}"),
+)
+CONFIG = BenchConfig(
+    model="", images=4, seeds=2, size=16, learn=LEARN, sampling=SamplingConfig(num_steps=1), batch_size=8
+)
+
+
+def test_rows_leave_parts_of_the_method_out():
+    rows = {row.name: row for row in make_rows(LEARN, (1.0,))}
+    learned = ["M", "text embeddings", "M+", "M+, per block", FULL]
+    assert list(rows) == [PROMPT, *learned, "M direction x 1", "M+ direction x 1"]
+    assert rows[FULL].learn == LEARN and rows["M+, per block"].learn == dataclasses.replace(LEARN, isolation=None)
+    assert rows["M+"].learn == dataclasses.replace(LEARN, isolation=None, per_block=False)
+    assert rows["M+"].takes("full") and not rows["M+"].takes("direction") and rows[PROMPT].takes("direction")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"learn": dataclasses.replace(LEARN, flip=True)}, "mirrored"),
+        ({"learn": dataclasses.replace(LEARN, isolation=None)}, "full method"),
+        ({"batch_size": 7}, "multiple of seeds"),
+    ],
+)
+def test_a_config_that_would_mislead_is_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(CONFIG, **changes)
+
+
+def test_a_whole_run_resumes_and_refuses_another_config(tmp_path, monkeypatch):
+    folder = write_tiny_pipeline(tmp_path / "model")
+    file = folder / "tokenizer_2" / "tokenizer_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"model_max_length": 200}))
+    config = dataclasses.replace(CONFIG, model=str(folder), cache=str(tmp_path / "pool"))
+    workdir = bench(config, tmp_path / "bench")
+    lines = [json.loads(line) for line in (workdir / "measurements.jsonl").read_text().splitlines()]
+    learned = {"M", "text embeddings", "M+", "M+, per block", FULL}
+    assert {line["row"] for line in lines if line["task"] == "full"} == learned | {PROMPT, RENDERED}
+    assert all(len(line["seeds"]) == 2 for line in lines)
+    assert all(m["bleeding"] in (None, 0) for line in lines if line["row"] == PROMPT for m in line["seeds"])
+    table, before = (workdir / "table.md").read_text(), (workdir / "measurements.jsonl").read_text()
+    assert all(f"### {task}" in table for task in ("composition", "decomposition", "full", "single", "direction"))
+    assert (workdir / "full.png").is_file() and len(list(workdir.glob("concepts/*/*.safetensors"))) == 4 * 5
+
+    # A line that was cut short is measured again, a picture that is missing drawn again; nothing is learned again.
+    monkeypatch.setattr(Learner, "learn", None)
+    (workdir / "measurements.jsonl").write_text(before[:-40])
+    next(workdir.glob("images/M/*.png")).unlink()
+    bench(config, workdir)
+    assert (workdir / "measurements.jsonl").read_text() == before and (workdir / "table.md").read_text() == table
+    with pytest.raises(ValueError, match="another config"):
+        bench(dataclasses.replace(config, seed=1), workdir)
