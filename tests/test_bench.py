@@ -171,10 +171,9 @@ def test_a_change_of_the_other_object_is_not_local_and_bleeds():
         (use,) = case.uses
         item, other = case.scene.objects[use.place], 1 - use.place
         spread = case.scene.with_object(other, rgb=item.rgb, accent=item.accent, texture=item.texture)
-        before = case.scene.with_object(other, rgb=repainted(case, use.place).objects[use.place].rgb, texture="none")
-        plain = perfect_sight(spread)
-        base = perfect_sight(before.with_object(other, texture=TEXTURES[TEXTURES.index(item.texture) - 1]))
-        result = measure(case, plain, base)
+        rgb = repainted(case, use.place).objects[use.place].rgb
+        before = case.scene.with_object(other, rgb=rgb, texture=TEXTURES[TEXTURES.index(item.texture) - 1])
+        result = measure(case, perfect_sight(spread), perfect_sight(before))
         assert result.locality < 0.2 and result.bleeding > 0.5
 
 

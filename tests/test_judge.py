@@ -173,8 +173,8 @@ def test_it_sees_what_is_in_held_out_scenes(judge, held_out, damage):
     # docs/judge.md has what 1000 scenes give; fewer are spread more widely.
     assert min(shares[name] for name in ("object class", "colour name", "background", "light's warmth")) > 0.88, shares
     assert min(shares[name] for name in ("texture", "pose", "right number of objects")) > 0.75, shares
-    assert shares["colour distance"] < 8 and shares["rotation error"] < 10, shares
-    assert shares["overlap of regions"] > 0.75, shares
+    assert shares["colour distance"] < 7.2 and shares["rotation error"] < 7.5, shares
+    assert shares["overlap of regions"] > 0.77, shares
 
 
 def test_images_follow_their_own_captions_and_not_those_of_others(judge, held_out):
@@ -182,7 +182,7 @@ def test_images_follow_their_own_captions_and_not_those_of_others(judge, held_ou
     images = np.stack([image for image, _ in drawn])
     texts = [caption(scene, np.random.default_rng(i)) for i, scene in enumerate(scenes)]
     own, other = follows(texts, images, judge), follows(texts, np.roll(images, 1, axis=0), judge)
-    assert accuracies(own)["all"].mean > 0.9 and accuracies(other)["all"].mean < 0.4
+    assert accuracies(own)["all"].mean > 0.9 and accuracies(other)["all"].mean < 0.2
 
 
 def test_what_is_seen_does_not_depend_on_the_batch(judge, held_out):

@@ -151,12 +151,13 @@ def generate(
     for request in requests:
         text.find_word(tokenizer, prompt, request.target)
     pipeline = load("transformer", "vae")
-    chosen, offsets = _choose(requests, pipeline.base_hash(), mode) if requests else [], {}
-    composed = _compose(chosen, tokenizer, prompt, None) if requests and mode == "stored" else None
+    chosen = _choose(requests, pipeline.base_hash(), mode) if requests else []
+    if mode == "stored" and requests:  # what does not fit is told before anything is compiled
+        _compose(chosen, tokenizer, prompt, None)
     encoded, negative = encode(load, [prompt], sampling)
-    if requests and mode == "recomputed":
-        composed = _compose(chosen, tokenizer, prompt, encoded.txt[0])
-    if composed is not None:
+    offsets: dict[str, Any] = {}
+    if requests:
+        composed = _compose(chosen, tokenizer, prompt, None if mode == "stored" else encoded.txt[0])
         offsets = {name: _for_all(value, num) for name, value in composed._asdict().items() if name != "blocks"}
         offsets["blocks"] = composed.blocks
     kinds = {"": sample(pipeline, encoded, sampling, np.arange(num), negative_prompt=negative, **offsets)}
