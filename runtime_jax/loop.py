@@ -74,7 +74,7 @@ def run(
 ) -> Result:
     """Trains from `start_step` to `total_steps`, writing checkpoints, metrics and pictures below `workdir`.
 
-    A run that is killed and started again (with `checkpoint.initial_state`) writes the same metrics, bit for bit, as
+    A run that is killed and started again (with `initial_state`) writes the same metrics, bit for bit, as
     one that was not, but for those named `time/...`. SIGTERM and SIGINT end it after the current step, with a
     checkpoint; a second signal ends it at once.
 
@@ -82,7 +82,7 @@ def run(
         config: intervals and limits.
         workdir: directory of the run.
         resolved_config: saved in every checkpoint, JSON-able.
-        state: from `checkpoint.initial_state`; donated to `train_step`.
+        state: from `initial_state`; donated to `train_step`.
         start_step: number of steps that `state` has seen.
         total_steps: number of steps at the end, `config.duration.to_steps(...)`.
         train_step: (state, batch, step) -> (state, metrics), jitted; `step` counts from 0. Metrics are (sum, count)

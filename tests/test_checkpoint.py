@@ -18,8 +18,8 @@ from runtime_jax.checkpoint import (
     DamagedCheckpointError,
     WorkdirError,
     check_workdir,
-    initial_state,
 )
+from runtime_jax.initial_state import initial_state
 from runtime_jax.sharding import MeshConfig, make_mesh, param_shardings
 
 # A read that fails leaves futures in Orbax that nobody waits for.

@@ -14,8 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from runtime_jax import checkpoint, loop
+from runtime_jax import loop
 from runtime_jax.config import Duration
+from runtime_jax.initial_state import initial_state
 from runtime_jax.prng import Stream, host_rng, stream_key
 from runtime_jax.sharding import Axis, MeshConfig, constrain, make_mesh, param_shardings, shard_batch
 
@@ -97,7 +98,7 @@ def train(workdir: Path, steps: int, stream: Callable[[int], Iterator] = batches
     intervals = {"log_every": 5, "checkpoint_every": 6, "eval_every": 7, "min_free_bytes": 0}
     intervals |= {field.name: options.pop(field.name) for field in fields(loop.LoopConfig) if field.name in options}
     with jax.set_mesh(mesh):
-        state, step, origin = checkpoint.initial_state(
+        state, step, origin = initial_state(
             workdir, abstract, config={"steps": steps}, init=jax.jit(init, out_shardings=shardings)
         )
         print("origin:", origin, flush=True)

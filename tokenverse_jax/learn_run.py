@@ -13,11 +13,12 @@ import numpy as np
 
 from runtime_jax import config as config_lib
 from runtime_jax import loop, sharding
-from runtime_jax.checkpoint import check_workdir, initial_state
+from runtime_jax.checkpoint import check_workdir
 from runtime_jax.compute import Compute
 from runtime_jax.config import Duration
 from runtime_jax.data import center_crop
 from runtime_jax.flops import peak_flops
+from runtime_jax.initial_state import initial_state
 from runtime_jax.pictures import image_grid
 from tokenverse_jax import text
 from tokenverse_jax.bank import ConceptFile

@@ -30,10 +30,11 @@ from mergevq_jax.tokenizer.merge_ratio import MergeRatioConfig, draw_keep
 from mergevq_jax.tokenizer.model import Tokenizer
 from runtime_jax import config as config_lib
 from runtime_jax import loop, sharding
-from runtime_jax.checkpoint import check_workdir, initial_state
+from runtime_jax.checkpoint import check_workdir
 from runtime_jax.compute import Compute
 from runtime_jax.data import DataConfig
 from runtime_jax.flops import peak_flops
+from runtime_jax.initial_state import initial_state
 from runtime_jax.optimizer import OptimizerConfig, make_optimizer, make_schedule
 from runtime_jax.pictures import image_grid
 from runtime_jax.program import Program

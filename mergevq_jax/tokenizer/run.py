@@ -20,10 +20,11 @@ from mergevq_jax.tokenizer.model import Tokenizer
 from mergevq_jax.tokenizer.perceptual import load_lpips
 from runtime_jax import config as config_lib
 from runtime_jax import loop, program, sharding
-from runtime_jax.checkpoint import check_workdir, initial_state
+from runtime_jax.checkpoint import check_workdir
 from runtime_jax.compute import Compute
 from runtime_jax.data import DataConfig, make_batches, num_examples, open_source
 from runtime_jax.flops import peak_flops
+from runtime_jax.initial_state import initial_state
 from runtime_jax.optimizer import OptimizerConfig, make_optimizer, make_schedule
 
 MODEL_FOLDER = "tokenizer"

@@ -9,7 +9,8 @@ import jax
 
 from runtime_jax import config as config_lib
 from runtime_jax import loop, sharding
-from runtime_jax.checkpoint import check_workdir, initial_state
+from runtime_jax.checkpoint import check_workdir
+from runtime_jax.initial_state import initial_state
 from runtime_jax.judge import lessons
 from runtime_jax.judge.judge import save_weights
 from runtime_jax.judge.model import JudgeConfig

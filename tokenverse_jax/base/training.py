@@ -14,7 +14,7 @@ import optax
 from jaxtyping import Array
 
 from runtime_jax import loop, sharding
-from runtime_jax.checkpoint import initial_state
+from runtime_jax.initial_state import initial_state
 from runtime_jax.optimizer import OptimizerConfig, ema_update, make_optimizer, make_schedule
 from runtime_jax.program import Program
 
