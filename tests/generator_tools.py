@@ -22,6 +22,20 @@ CONFIG = GeneratorConfig(
     merge_numbers=(4, 9, 12),
 )
 MODEL = Generator(CONFIG)
+# The paper's example of nine tokens (figure of the mask), counted from 1: what each one sees with a window of two.
+NINE = {
+    1: {1},
+    2: {1, 2},
+    3: {1, 2, 3},
+    4: {1, 2, 3, 4},
+    5: {1, 3, 4, 5},
+    6: {1, 3, 4, 5, 6},
+    7: {1, 3, 5, 6, 7},
+    8: {1, 3, 5, 6, 7, 8},
+    9: {1, 3, 5, 7, 8, 9},
+}
+FIRST_OF_NINE = np.asarray([[1, 1, 3, 3, 5, 5, 5, 8, 8]]) - 1
+CODES_OF_NINE = np.asarray([[4, 4, 0, 0, 9, 9, 9, 2, 2]], np.int32)
 
 
 def random_params(config=CONFIG, seed=0):

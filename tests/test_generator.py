@@ -10,7 +10,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from generator_tools import CONFIG, random_codes, random_params, relative_error, teacher_forced
+from generator_tools import (
+    CODES_OF_NINE,
+    CONFIG,
+    FIRST_OF_NINE,
+    NINE,
+    random_codes,
+    random_params,
+    relative_error,
+    teacher_forced,
+)
 from golden_tools import jit
 
 from mergevq_jax import convert
@@ -39,23 +48,10 @@ def params():
 
 # Masks.
 
-FIRST_OF_NINE = np.asarray([[1, 1, 3, 3, 5, 5, 5, 8, 8]]) - 1  # the paper's example, counted from 1
-
 
 def test_the_nine_token_example_row_by_row():
-    seen = {
-        1: {1},
-        2: {1, 2},
-        3: {1, 2, 3},
-        4: {1, 2, 3, 4},
-        5: {1, 3, 4, 5},
-        6: {1, 3, 4, 5, 6},
-        7: {1, 3, 5, 6, 7},
-        8: {1, 3, 5, 6, 7, 8},
-        9: {1, 3, 5, 7, 8, 9},
-    }
     mask = np.asarray(merge_mask(jnp.asarray(FIRST_OF_NINE, jnp.int32), window=2, prefix=2))[0]
-    for row, columns in seen.items():
+    for row, columns in NINE.items():
         assert set((np.flatnonzero(mask[row + 1, 2:]) + 1).tolist()) == columns
     assert mask[2:, :2].all()  # the prefix
     np.testing.assert_array_equal(mask[:2], np.eye(2, 11, dtype=bool) | np.eye(2, 11, -1, dtype=bool))
@@ -65,8 +61,7 @@ def test_first_members_of_groups_and_of_equal_codes():
     groups = random_codes(4, values=5)
     expected = [[row.index(value) for value in row] for row in groups.tolist()]
     np.testing.assert_array_equal(first_members(jnp.asarray(groups)), expected)
-    example = jnp.asarray([[4, 4, 0, 0, 9, 9, 9, 2, 2]], jnp.int32)
-    np.testing.assert_array_equal(first_members(example), FIRST_OF_NINE)
+    np.testing.assert_array_equal(first_members(jnp.asarray(CODES_OF_NINE)), FIRST_OF_NINE)
 
 
 # The transformer.

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from generator_tools import CONFIG, random_codes, random_params, relative_error
+from generator_tools import CODES_OF_NINE, CONFIG, FIRST_OF_NINE, NINE, random_codes, random_params, relative_error
 from golden_tools import jit
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -91,6 +91,13 @@ def test_an_evicted_code_is_new_again():
     assert first[:, 0].tolist() == [True, True, False, True, True, False]
 
 
+def test_the_nine_token_example_row_by_row():
+    held, _, _, first = jax.device_get(insert_all(jnp.asarray(CODES_OF_NINE), 2, 4, policy="full"))
+    for row, seen in NINE.items():
+        assert set((held[row - 1, 0] + 1).tolist()) - {position_cache.EMPTY + 1} == seen
+    assert (np.flatnonzero(first[:, 0]) == np.unique(FIRST_OF_NINE)).all()
+
+
 def test_visible_slots():
     visible = jit(lambda seen: position_cache.visible(position_cache.empty_cache(2, 3), prefix=2, seen=seen))
     for seen in (1, 2):
@@ -100,7 +107,8 @@ def test_visible_slots():
 # The central invariant.
 
 SPLITS = {
-    "2+3": CONFIG,
+    "6+12": dataclasses.replace(CONFIG, code_bits=(6, 12)),
+    "9+9": dataclasses.replace(CONFIG, code_bits=(9, 9)),
     "1+2+2, plain prefix": dataclasses.replace(CONFIG, code_bits=(1, 2, 2), merge_instruction=False),
 }
 
@@ -146,17 +154,18 @@ def decoded(params, indices, labels, merge, window, capacity, *, config):
     return apply(hidden.swapaxes(0, 1)[:, prefix - 1 :], indices, method=Generator.predict), cache.overflows
 
 
-def random_groups(seed, examples=3):
+def random_groups(seed, batch=3, config=CONFIG):
     """Groups [B, L] of any number and shape, and codes that are equal exactly in a group."""
     rng = np.random.default_rng(seed)
-    groups = np.stack([rng.integers(0, rng.integers(1, L + 1), L) for _ in range(examples)]).astype(np.int32)
-    names = np.stack([rng.permutation(2 ** sum(CONFIG.code_bits))[:L] for _ in range(examples)]).astype(np.int32)
+    groups = np.stack([rng.integers(0, rng.integers(1, L + 1), L) for _ in range(batch)]).astype(np.int32)
+    codes = 2 ** sum(config.code_bits)
+    names = np.stack([rng.choice(codes, L, replace=False) for _ in range(batch)]).astype(np.int32)
     return groups, np.take_along_axis(names, groups, axis=1)
 
 
 def both(config, indices, groups, window, capacity):
-    labels = np.asarray([0, 5, 3], np.int32)
-    merge = np.asarray([0, 2, 1], np.int32) if config.merge_instruction else None
+    labels = np.resize(np.asarray([0, 5, 3], np.int32), len(indices))
+    merge = np.resize(np.asarray([0, 2, 1], np.int32), len(indices)) if config.merge_instruction else None
     params = random_params(config)
     expected = attended(params, indices, labels, merge, groups, window, config=config)
     got, overflows = decoded(params, indices, labels, merge, window, capacity, config=config)
@@ -165,9 +174,9 @@ def both(config, indices, groups, window, capacity):
 
 @pytest.mark.parametrize("split", SPLITS)
 @settings(max_examples=25, deadline=None)
-@given(seed=st.integers(0, 9999), window=st.integers(1, L), spare=st.integers(0, L))
-def test_decoding_through_the_store_equals_masked_attention(split, seed, window, spare):
-    groups, indices = random_groups(seed)
+@given(seed=st.integers(0, 9999), batch=st.sampled_from([1, 4]), window=st.integers(1, L), spare=st.integers(0, L))
+def test_decoding_through_the_store_equals_masked_attention(split, seed, batch, window, spare):
+    groups, indices = random_groups(seed, batch, SPLITS[split])
     capacity = min(L, max(len(set(row)) for row in groups.tolist()) + spare)
     got, expected, overflows = both(SPLITS[split], indices, groups, window, capacity)
     assert relative_error(got, expected) < 1e-5
