@@ -12,7 +12,7 @@ from PIL import Image
 from mergevq_jax.generator.config import GeneratorConfig
 from mergevq_jax.generator.model import GeneratorInfo, GeneratorModel, TokenizerRef
 from mergevq_jax.generator.run import TrainConfig
-from mergevq_jax.tokenizer.config import TokenizerConfig
+from mergevq_jax.tokenizer.config import RecoveryConfig, TokenizerConfig
 from mergevq_jax.tokenizer.model import Tokenizer
 from mergevq_jax.tokenizer.model import param_shapes as tokenizer_shapes
 from runtime_jax.config import build, to_dict
@@ -30,6 +30,7 @@ TOKENIZER = TokenizerConfig(
     dist_head=None,
     recovery=None,
 )
+RECOVERING = dataclasses.replace(TOKENIZER, recovery=RecoveryConfig(rec_embed_dim=16, num_layers=1, num_heads=1))
 MODEL = GeneratorConfig(
     num_layers=1,
     dim=16,

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from generator_run_tools import MODEL, TOKENIZER, images_of, random_tokenizer, run_config, write_pictures
+from generator_run_tools import MODEL, RECOVERING, TOKENIZER, images_of, random_tokenizer, run_config, write_pictures
 from generator_tools import random_codes, random_params, relative_error
 from golden_tools import jit
 from safetensors.numpy import load_file
@@ -183,19 +183,27 @@ def test_a_published_step_traces():
     assert abs(sum(leaf.size for leaf in jax.tree.leaves(state.params)) / 343e6 - 1) < 0.01
 
 
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory):
+def trained_run(root, tokenizer=TOKENIZER, **changes):
     """A run of four steps from images, looked at only at the end: its config and its workdir."""
-    root = tmp_path_factory.mktemp("generator")
-    random_tokenizer().save_pretrained(root / "tokenizer")
-    config = run_config(root / "tokenizer", images_of(write_pictures(root / "pictures"), flip=True))
+    random_tokenizer(config=tokenizer).save_pretrained(root / "tokenizer")
+    config = run_config(root / "tokenizer", images_of(write_pictures(root / "pictures"), flip=True), **changes)
     looking = dataclasses.replace(config.loop, eval_every=4, preview_every=4)
     run_training(dataclasses.replace(config, loop=looking), root / "run")
     return config, root / "run"
 
 
-def test_a_run_goes_on_bit_equal(trained, tmp_path):
-    config, workdir = trained
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    return trained_run(tmp_path_factory.mktemp("generator"))
+
+
+@pytest.mark.parametrize("kind", ["merge", "random"])
+def test_a_run_goes_on_bit_equal(kind, request, tmp_path):
+    if kind == "merge":
+        config, workdir = request.getfixturevalue("trained")
+    else:
+        model = to_dict(dataclasses.replace(MODEL, position_instruction=True))
+        config, workdir = trained_run(tmp_path, RECOVERING, kind=kind, model=model)
     shutil.copytree(workdir, tmp_path / "again")
     shutil.rmtree(tmp_path / "again" / "checkpoints" / "4")
     done = run_training(config, tmp_path / "again")

@@ -6,7 +6,7 @@ import json
 import jax
 import numpy as np
 import pytest
-from generator_run_tools import MODEL, TOKENIZER, random_generator, random_tokenizer
+from generator_run_tools import MODEL, RECOVERING, random_generator, random_tokenizer
 from generator_tools import random_params
 from PIL import Image
 
@@ -20,7 +20,6 @@ from mergevq_jax.generator.model import (
     recovered_to_images,
 )
 from mergevq_jax.generator.plan import SamplingConfig
-from mergevq_jax.tokenizer.config import RecoveryConfig
 from runtime_jax.weights import export_weights
 
 
@@ -32,8 +31,7 @@ def root(tmp_path_factory):
     tokenizer.save_pretrained(root / "tokenizer")
     random_tokenizer(1).save_pretrained(root / "other")
     random_generator(tokenizer, str(root / "tokenizer")).save_pretrained(root / "generator")
-    recovery = RecoveryConfig(rec_embed_dim=16, num_layers=1, num_heads=1)
-    recovering = random_tokenizer(config=dataclasses.replace(TOKENIZER, recovery=recovery))
+    recovering = random_tokenizer(config=RECOVERING)
     recovering.save_pretrained(root / "recovering")
     for name, of in (("randar", recovering), ("lost", tokenizer)):
         where = root / ("recovering" if of is recovering else "tokenizer")
