@@ -31,6 +31,9 @@ class CommandLine:
         parser = self.command("scenes", _scenes, "Write the procedural dataset mini_scenes.")
         parser.add_argument("--data-dir", default="data")
         parser.add_argument("--size", type=int, default=64, help="side of the images in pixels")
+        parser.add_argument(
+            "--max-objects", type=int, default=3, help="in a scene; 1: mini_scenes/64_o1"
+        )
 
     def main(self, argv: Sequence[str] | None = None) -> int:
         """Runs one command; errors that a user can mend are one line and exit status 1."""
@@ -54,8 +57,9 @@ class CommandLine:
 
         if not isinstance(error, MissingDatasetError) or not error.name.startswith("mini_scenes"):
             return ""
-        _, _, size = error.name.partition("/")
-        return f"; or run: {self.prog} scenes --data-dir {error.data_dir} --size {size or 64}"
+        size, _, objects = error.name.partition("/")[2].partition("_o")
+        options = f"--data-dir {error.data_dir} --size {size or 64}" + (f" --max-objects {objects}" if objects else "")
+        return f"; or run: {self.prog} scenes {options}"
 
 
 def config_arguments(parser: argparse.ArgumentParser) -> None:
@@ -91,4 +95,4 @@ def _overrides(args: argparse.Namespace, rest: Sequence[str], command: str) -> l
 def _scenes(args: argparse.Namespace, _: list[str]) -> None:
     from runtime_jax.data import mini_scenes
 
-    print(f"{mini_scenes.prepare(args.data_dir, args.size)} is under {args.data_dir}")
+    print(f"{mini_scenes.prepare(args.data_dir, args.size, max_objects=args.max_objects)} is under {args.data_dir}")

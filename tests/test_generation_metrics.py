@@ -129,7 +129,7 @@ def test_a_protocol_says_what_an_image_costs():
 
 
 def test_a_table_and_a_picture(tmp_path, monkeypatch):
-    monkeypatch.setattr(comparison, "read_scenes", lambda size, count, data_dir, split: Labelled(IMAGES, LABELS))
+    monkeypatch.setattr(comparison, "read_scenes", lambda *_, **__: Labelled(IMAGES, LABELS))
     folders = [folder(tmp_path / "a"), folder(tmp_path / "b", IMAGES[::-1], LABELS)]
     compare([("ours", folders)], out=tmp_path / "out", data_dir="", judge=KnowingJudge())
     head, _, real, ours, *_ = (tmp_path / "out" / "compare.md").read_text().splitlines()
@@ -167,7 +167,7 @@ def test_folders_that_do_not_fit(tmp_path):
 
 
 def test_a_rows_folders_differ_in_the_seed_alone(tmp_path, monkeypatch):
-    monkeypatch.setattr(comparison, "read_scenes", lambda size, count, data_dir, split: Labelled(IMAGES, LABELS))
+    monkeypatch.setattr(comparison, "read_scenes", lambda *_, **__: Labelled(IMAGES, LABELS))
     folders = [folder(tmp_path / "a"), folder(tmp_path / "b")]
     (folders[1] / "protocol.json").write_text(json.dumps(PROTOCOL | {"slots": 11, "merge_number": 9}))
     with pytest.raises(ValueError, match="ours: its folders differ in merge_number, slots, not in the seed alone"):
@@ -175,7 +175,7 @@ def test_a_rows_folders_differ_in_the_seed_alone(tmp_path, monkeypatch):
 
 
 def test_lines_join_rows_that_differ_in_slots_alone(tmp_path, monkeypatch):
-    monkeypatch.setattr(comparison, "read_scenes", lambda size, count, data_dir, split: Labelled(IMAGES, LABELS))
+    monkeypatch.setattr(comparison, "read_scenes", lambda *_, **__: Labelled(IMAGES, LABELS))
     drawn: list[dict] = []
     monkeypatch.setattr(comparison, "plot_lines", lambda panels, path, x_label: drawn.append(panels))
     changes = {

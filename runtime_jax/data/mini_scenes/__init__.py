@@ -16,6 +16,7 @@ from runtime_jax.data.mini_scenes.captions import caption, full_caption
 from runtime_jax.data.mini_scenes.examples import SPLITS, example_scene
 from runtime_jax.data.mini_scenes.render import Rendering, render_scene
 from runtime_jax.data.mini_scenes.scene import (
+    MAX_OBJECTS,
     Background,
     Light,
     Scene,
@@ -44,6 +45,7 @@ __all__ = [
     "COLORS",
     "LIGHT_DIRECTIONS",
     "LIGHT_WARMTHS",
+    "MAX_OBJECTS",
     "MENTION_RATES",
     "POSES",
     "SIZES",

@@ -12,6 +12,7 @@ import tensorflow_datasets as tfds
 from runtime_jax.data.mini_scenes import vocabulary as words
 from runtime_jax.data.mini_scenes.examples import SPLITS, make_examples
 from runtime_jax.data.mini_scenes.render import MIN_SIZE
+from runtime_jax.data.mini_scenes.scene import MAX_OBJECTS
 
 NAME = "mini_scenes"
 # Starting a worker takes about two seconds, which pays off from a few thousand examples on.
@@ -21,20 +22,28 @@ MAX_WORKERS = 8
 
 @dataclasses.dataclass(kw_only=True)
 class MiniScenesConfig(tfds.core.BuilderConfig):
-    """Image side in pixels, examples per split, and the seed that every example is drawn from."""
+    """Image side in pixels, examples per split, the seed that every example is drawn from, and objects at most."""
 
     size: int = 64
     train: int = 20_000
     validation: int = 1_000
     test: int = 1_000
     seed: int = 0
+    max_objects: int = MAX_OBJECTS
 
 
-def make_config(size: int = 64, train: int = 20_000, validation: int = 1_000, test: int = 1_000, seed: int = 0):
-    """A config whose name tells its contents: "64" for the default counts and seed, else "64_n100_10_10_s0".
+def make_config(
+    size: int = 64,
+    train: int = 20_000,
+    validation: int = 1_000,
+    test: int = 1_000,
+    seed: int = 0,
+    max_objects: int = MAX_OBJECTS,
+) -> MiniScenesConfig:
+    """A config whose name tells its contents: "64" for the defaults, else "64_o1" with one object, "64_n100_10_10_s0".
 
     Raises:
-        ValueError: a size below 16 pixels, a negative seed or a split without examples.
+        ValueError: a size below 16 pixels, a negative seed, a split without examples, or no such number of objects.
     """
     if size < MIN_SIZE:
         raise ValueError(f"mini_scenes: size is {size}, it must be at least {MIN_SIZE} pixels")
@@ -43,9 +52,13 @@ def make_config(size: int = 64, train: int = 20_000, validation: int = 1_000, te
     for split, count in zip(SPLITS, (train, validation, test), strict=True):
         if count < 1:
             raise ValueError(f"mini_scenes: {split} is {count}, every split needs at least one example")
+    if not 1 <= max_objects <= MAX_OBJECTS:
+        raise ValueError(f"mini_scenes: max_objects is {max_objects}, allowed are 1 to {MAX_OBJECTS}")
     usual = (train, validation, test, seed) == (20_000, 1_000, 1_000, 0)
-    name = f"{size}" if usual else f"{size}_n{train}_{validation}_{test}_s{seed}"
-    return MiniScenesConfig(name=name, size=size, train=train, validation=validation, test=test, seed=seed)
+    name = f"{size}" if max_objects == MAX_OBJECTS else f"{size}_o{max_objects}"
+    name += "" if usual else f"_n{train}_{validation}_{test}_s{seed}"
+    counts = {"train": train, "validation": validation, "test": test}
+    return MiniScenesConfig(name=name, size=size, **counts, seed=seed, max_objects=max_objects)
 
 
 class MiniScenes(tfds.core.GeneratorBasedBuilder):
@@ -54,6 +67,7 @@ class MiniScenes(tfds.core.GeneratorBasedBuilder):
     VERSION = tfds.core.Version("1.0.0")
     BUILDER_CONFIGS = [  # noqa: RUF012  (TFDS declares it so)
         *(make_config(size) for size in (64, 32, 128, 256)),
+        make_config(max_objects=1),
         MiniScenesConfig(name="tiny", size=64, train=64, validation=16, test=16),
     ]
     # Nothing is downloaded; TFDS's own look-up of checksums needs a package that it does not declare.
@@ -103,7 +117,7 @@ class MiniScenes(tfds.core.GeneratorBasedBuilder):
         config = self.builder_config
         count = getattr(config, split)
         workers = min(os.cpu_count() or 1, MAX_WORKERS) if count >= PARALLEL_FROM else 0
-        yield from enumerate(make_examples(config.seed, split, count, config.size, workers))
+        yield from enumerate(make_examples(config.seed, split, count, config.size, workers, config.max_objects))
 
 
 def prepare(
@@ -114,6 +128,7 @@ def prepare(
     validation: int = 1_000,
     test: int = 1_000,
     seed: int = 0,
+    max_objects: int = MAX_OBJECTS,
 ) -> str:
     """Writes the dataset under `data_dir` unless it is there, and gives the TFDS name to read it by.
 
@@ -122,7 +137,7 @@ def prepare(
     Raises:
         ValueError: as `make_config`.
     """
-    config = make_config(size, train, validation, test, seed)
+    config = make_config(size, train, validation, test, seed, max_objects)
     known = config.name in MiniScenes.builder_configs
     builder = MiniScenes(data_dir=str(data_dir), config=config.name if known else config)
     # No look at Google's bucket, and no statistics, which would need TensorFlow.

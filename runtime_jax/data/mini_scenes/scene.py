@@ -119,7 +119,7 @@ def accent_of(rgb: RGB) -> RGB:
     return tuple(round(0.25 * channel + 0.75 * tint) for channel, tint in zip(rgb, (255, 248, 232), strict=True))
 
 
-def sample_scene(rng: np.random.Generator) -> Scene:
+def sample_scene(rng: np.random.Generator, max_objects: int = MAX_OBJECTS) -> Scene:
     """One to three objects of different classes and colours, arranged without much overlap, on a random background."""
     kind = _pick(rng, tuple(words.BACKGROUNDS))
     background = Background(
@@ -128,7 +128,7 @@ def sample_scene(rng: np.random.Generator) -> Scene:
     direction = words.LIGHT_DIRECTIONS[_pick(rng, tuple(words.LIGHT_DIRECTIONS))]
     warmth = words.LIGHT_WARMTHS[_pick(rng, tuple(words.LIGHT_WARMTHS))]
     light = Light(azimuth=rng.uniform(*direction), elevation=rng.uniform(35, 60), warmth=rng.uniform(*warmth))
-    count = int(rng.integers(1, MAX_OBJECTS + 1))
+    count = int(rng.integers(1, max_objects + 1))
     shapes = rng.permutation(words.CLASSES)[:count]
     colors = rng.permutation(tuple(words.COLORS))[:count]
     places = _arrange(rng, _sample_sizes(rng, count), background)
