@@ -21,7 +21,7 @@ VARIANTS = {
 
 
 def _data(split: str, batch_size: int, **changes) -> dict:
-    source = {"kind": "tfds", "name": "mini_scenes/64", "split": split}
+    source = {"kind": "tfds", "name": "mini_scenes/64_o1", "split": split}
     return {"image_size": 64, "batch_size": batch_size, "sources": [source], **changes}
 
 
