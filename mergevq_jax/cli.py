@@ -43,9 +43,7 @@ def _command_line() -> CommandLine:
     sub.add_argument("--keep", type=int, nargs="+", default=[64, 144, 256], help="kept tokens K of them")
     sub.add_argument("--judge", type=Path, help="weights of another judge than the shipped one")
     sub.add_argument("--data-dir", default="data")
-    sub.add_argument(
-        "--max-objects", type=int, default=3, help="of a real scene; 1: mini_scenes/64_o1"
-    )
+    sub.add_argument("--max-objects", type=int, default=3, help="of a real scene; 1: mini_scenes/64_o1")
     sub.add_argument("--out", type=Path, default=Path("runs/compare"))
 
     sub = line.command(

@@ -31,9 +31,7 @@ class CommandLine:
         parser = self.command("scenes", _scenes, "Write the procedural dataset mini_scenes.")
         parser.add_argument("--data-dir", default="data")
         parser.add_argument("--size", type=int, default=64, help="side of the images in pixels")
-        parser.add_argument(
-            "--max-objects", type=int, default=3, help="in a scene; 1: mini_scenes/64_o1"
-        )
+        parser.add_argument("--max-objects", type=int, default=3, help="in a scene; 1: mini_scenes/64_o1")
 
     def main(self, argv: Sequence[str] | None = None) -> int:
         """Runs one command; errors that a user can mend are one line and exit status 1."""

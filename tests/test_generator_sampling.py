@@ -95,6 +95,15 @@ def test_a_mesh_draws_the_same_codes(params):
     jax.tree.map(np.testing.assert_array_equal, got, expected)
 
 
+def test_bfloat16_draws_what_float32_finds_likeliest_or_nearly(params):
+    settings, half = SamplingConfig(greedy=True), Compute(dtype="bfloat16")
+    drawn = sample(params, LABELS, NUMBER, config=CONFIG, sampling=settings, seed=0, compute=half)
+    logits = masked_logits(params, drawn.indices, LABELS)
+    for scores, values in zip(logits, split_indices(drawn.indices, CONFIG.code_bits), strict=True):
+        chosen = np.take_along_axis(scores, np.asarray(values)[..., None], axis=-1)[..., 0]
+        assert (scores.max(-1) - chosen).max() < 0.03 * scores.std()
+
+
 def test_numbers_change_without_compiling(params):
     codes(params, cfg_scale=2.0)
     before = sampling.run._cache_size()

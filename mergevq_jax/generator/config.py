@@ -123,7 +123,7 @@ PRESETS: Mapping[str, GeneratorConfig] = MappingProxyType(
         "L": GeneratorConfig(),
         "XL": GeneratorConfig(num_layers=36, dim=1280, num_heads=20),
         "tiny": GeneratorConfig(  # for the codes of the tokenizer's tiny preset and the classes of mini_scenes
-            num_layers=6, dim=192, num_heads=6, head_layers=1, code_bits=(6, 6), num_classes=12
+            num_layers=4, dim=128, num_heads=4, ffn_dim=352, head_layers=1, code_bits=(6, 6), num_classes=12
         ),
     }
 )
