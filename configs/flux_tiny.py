@@ -69,10 +69,9 @@ def get_config() -> ConfigDict:
                     "drop_clip": 0.1,
                     "pair_every": 8,
                     # Words are tied to what they mean several times sooner with one object and nothing left unsaid.
-                    "easy_steps": 2000,
-                    "full_steps": 6000,
-                    # Large objects teach shapes; three of them are small.
-                    "object_weights": [0.4, 0.5, 0.1],
+                    "easy_steps": 1500,
+                    "full_steps": 5000,
+                    "object_weights": [0.4, 0.6],
                 },
                 # Places and colours are settled at high noise, outlines and textures at half of it.
                 "time_mean": 0.4,

@@ -78,10 +78,11 @@ def test_images_come_in_pairs_of_either_kind(count):
 
 def test_captions_name_the_words_and_no_looks():
     for image in IMAGES:
-        assert len(set(image.captions)) >= 3 * len(image.scene.objects)
+        assert len(set(image.captions)) >= 3
         for caption in image.captions:
             wanted = parse_caption(caption)
-            assert {item.shape for item in wanted.objects} == {item.shape for item in image.scene.objects}
+            from_left = sorted(image.scene.objects, key=lambda item: item.x)
+            assert [item.shape for item in wanted.objects] == [item.shape for item in from_left]
             assert wanted.background == image.scene.background.kind
             named = [getattr(item, kind) for item in wanted.objects for kind in ("color", "texture", "size", "pose")]
             assert {*named, wanted.warmth, wanted.direction} == {None}

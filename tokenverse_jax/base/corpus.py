@@ -13,8 +13,16 @@ import numpy as np
 from einops import rearrange
 from jaxtyping import Float, Float16, UInt8
 
-from runtime_jax.data.mini_scenes import SPLITS, Scene, caption, example_scene, full_caption, in_a_row, render_scene
-from runtime_jax.data.mini_scenes.scene import MAX_OBJECTS
+from runtime_jax.data.mini_scenes import (
+    MENTION_RATES,
+    SPLITS,
+    Scene,
+    caption,
+    example_scene,
+    in_a_row,
+    render_scene,
+)
+from runtime_jax.data.mini_scenes.scene import MAX_IN_A_ROW
 from runtime_jax.files import replacing
 from runtime_jax.prng import Stream, host_rng
 from tokenverse_jax.base.tokenizers import Tokenizers
@@ -36,6 +44,12 @@ def rows(seed: int, split: str, indices: Sequence[int]) -> Scenes:
     """The same scenes with their objects side by side (see `in_a_row`): what the transformer learns to draw."""
     found = zip(indices, scenes(seed, split, indices), strict=True)
     return tuple(in_a_row(scene, host_rng(seed, Stream.DATA, SPLITS.index(split), index)) for index, scene in found)
+
+
+def describe(scene: Scene, rng: np.random.Generator, *, name_all: bool = False) -> str:
+    """A caption from left to right, so that a pair of words stands for one picture and not for two."""
+    rates = dict.fromkeys(MENTION_RATES, 1.0) if name_all else MENTION_RATES
+    return caption(scene, rng, rates=rates, left_to_right=True)
 
 
 def draw(drawn: Sequence[Scene], size: int) -> Images:
@@ -73,15 +87,15 @@ class CaptionConfig:
     pair_every: int = 8  # one batch in so many is of pairs; 0: none
     easy_steps: int = 0  # the first steps see one object at a time
     full_steps: int = 0  # and these captions that name everything
-    object_weights: tuple[float, ...] = (1.0, 1.0, 1.0)  # later: how often scenes of one, two and three objects
+    object_weights: tuple[float, ...] = (1.0, 1.0)  # later: how often scenes of one object, and of two
 
     def __post_init__(self):
         shares = self.drop_both, self.drop_t5, self.drop_clip
         if min(shares) < 0 or sum(shares) > 1:
             raise ValueError(f"drop_both, drop_t5, drop_clip={shares}: shares whose sum is at most 1 are needed")
         weights = self.object_weights
-        if len(weights) != MAX_OBJECTS or min(weights) < 0 or not sum(weights):
-            raise ValueError(f"object_weights={weights}: shares of 1 to {MAX_OBJECTS} objects are needed, not all 0")
+        if len(weights) != MAX_IN_A_ROW or min(weights) < 0 or not sum(weights):
+            raise ValueError(f"object_weights={weights}: shares of 1 to {MAX_IN_A_ROW} objects are needed, not all 0")
         for name in ("pair_every", "easy_steps", "full_steps"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}={getattr(self, name)}: a positive number is needed, or 0 for none")
@@ -122,8 +136,8 @@ class Corpus:
         places = np.array([self._place(number, weights) for number in numbers])
         places = places.reshape(-1, 2 if self.captions.is_pair_step(step) else 1)
         numbers = numbers[: len(places)]
-        describe = functools.partial(self._prompts, name_all=step < self.captions.full_steps)
-        t5, clip = zip(*map(describe, places, numbers), strict=True)
+        prompts = functools.partial(self._prompts, name_all=step < self.captions.full_steps)
+        t5, clip = zip(*map(prompts, places, numbers), strict=True)
         wide = "b pictures h w c -> b h (pictures w) c"
         return {
             "latents": rearrange(self.latents[places], wide),
@@ -143,7 +157,7 @@ class Corpus:
     def _of_count(self) -> list[np.ndarray]:
         """Numbers of the scenes with 1, 2, ... objects."""
         counts = np.array([len(scene.objects) for scene in self.scenes])
-        return [np.flatnonzero(counts == count) for count in range(1, MAX_OBJECTS + 1)]
+        return [np.flatnonzero(counts == count) for count in range(1, MAX_IN_A_ROW + 1)]
 
     def _prompts(self, places: np.ndarray, number: int, *, name_all: bool) -> tuple[str, str]:
         """What T5 and CLIP are told of one scene, or of two side by side."""
@@ -151,7 +165,7 @@ class Corpus:
         drawn = rng.uniform()
         while True:  # until the text is short enough
             scenes = [self.scenes[place] for place in places]
-            texts = [full_caption(scene) if name_all else caption(scene, rng) for scene in scenes]
+            texts = [describe(scene, rng, name_all=name_all) for scene in scenes]
             text = texts[0] if len(texts) == 1 else PAIR.format(left=texts[0], right=texts[1])
             if len(self.tokenizers.tokenizer_2(text, verbose=False)["input_ids"]) <= config.text_length:
                 break

@@ -6,10 +6,9 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import UInt8
 
-from runtime_jax.data.mini_scenes import caption
 from runtime_jax.pictures import image_grid, save_png
 from runtime_jax.prng import Stream, host_rng
-from tokenverse_jax.base.corpus import rows
+from tokenverse_jax.base.corpus import describe, rows
 from tokenverse_jax.pipeline import Pipeline
 from tokenverse_jax.sampling import UsualSampling
 
@@ -20,7 +19,7 @@ SHOWN = 32  # images in the picture
 def held_out_captions(split: str, count: int) -> list[str]:
     """Captions of the first scenes of "validation" or "test"."""
     scenes = rows(0, split, range(count))
-    return [caption(scene, host_rng(0, Stream.EVAL, i)) for i, scene in enumerate(scenes)]
+    return [describe(scene, host_rng(0, Stream.EVAL, i)) for i, scene in enumerate(scenes)]
 
 
 def captioned_grid(

@@ -34,6 +34,7 @@ from runtime_jax.data.mini_scenes import (
     sample_color,
     sample_scene,
 )
+from runtime_jax.data.mini_scenes.scene import ROW_HEIGHT, ROW_HORIZON, ROW_SIZE
 from runtime_jax.prng import Stream, host_rng
 from tokenverse_jax.bench.appearance import Appearance
 
@@ -154,14 +155,13 @@ def _concept_image(number: int, scene: Scene) -> ConceptImage:
 
 
 def _captions(scene: Scene) -> tuple[str, ...]:
-    """All orders of the words, in the forms of mini_scenes that do not tell left from right."""
+    """The forms of mini_scenes, from left to right, as the base has learned to read."""
     place = BACKGROUNDS[scene.background.kind]
-    captions = []
-    for shapes in itertools.permutations([item.shape for item in scene.objects]):
-        subject = " and ".join(map(_a, shapes))
-        captions += [f"{subject} {place}", f"a picture of {subject} {place}", f"{place}, {subject}"]
-        if len(shapes) == 2:
-            captions.append(f"{' next to '.join(map(_a, shapes))} {place}")
+    shapes = [_a(item.shape) for item in sorted(scene.objects, key=lambda item: item.x)]
+    subject = " and ".join(shapes)
+    captions = [f"{subject} {place}", f"a picture of {subject} {place}", f"{place}, {subject}"]
+    if len(shapes) == 2:
+        captions += [f"{f' {side} '.join(shapes)} {place}" for side in ("next to", "to the left of")]
     return tuple(captions)
 
 
@@ -284,8 +284,8 @@ def _objects_case(rng: np.random.Generator, brought: Sequence[Brought]) -> Case:
 
 
 def _background(rng: np.random.Generator, kind: str) -> Background:
-    return Background(kind=kind, horizon=0.48, tone=float(rng.uniform()), seed=int(rng.integers(2**31)))
+    return Background(kind=kind, horizon=ROW_HORIZON, tone=float(rng.uniform()), seed=int(rng.integers(2**31)))
 
 
 def _put(item: SceneObject, x: float) -> SceneObject:
-    return replace(item, x=x, y=0.625, size=0.205, accent=accent_of(item.rgb))
+    return replace(item, x=x, y=ROW_HEIGHT, size=ROW_SIZE, accent=accent_of(item.rgb))

@@ -1,6 +1,6 @@
 """Captions: several word orders, each attribute named only some of the time, or everything at once."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import numpy as np
 
@@ -10,13 +10,24 @@ from runtime_jax.data.mini_scenes.vocabulary import BACKGROUNDS, MENTION_RATES
 Mention = Callable[[str], bool]
 
 
-def caption(scene: Scene, rng: np.random.Generator) -> str:
-    """A caption that always names the shapes and each other attribute with the probability of MENTION_RATES."""
+def caption(
+    scene: Scene,
+    rng: np.random.Generator,
+    *,
+    rates: Mapping[str, float] = MENTION_RATES,
+    left_to_right: bool = False,
+) -> str:
+    """A caption that always names the shapes, and each other attribute with the probability of `rates`.
+
+    Objects come in random order, or from left to right.
+    """
 
     def mention(attribute: str) -> bool:
-        return bool(rng.uniform() < MENTION_RATES[attribute])
+        return bool(rng.uniform() < rates[attribute])
 
     order = rng.permutation(len(scene.objects))
+    if left_to_right:
+        order = np.argsort([item.x for item in scene.objects])
     phrases = [_object_phrase(scene.objects[i], mention, int(rng.integers(3))) for i in order]
     subject = _join([scene.objects[i] for i in order], phrases, int(rng.integers(3)))
     return _compose(subject, _surroundings(scene, mention), int(rng.integers(4)))

@@ -139,35 +139,38 @@ def sample_scene(rng: np.random.Generator, max_objects: int = MAX_OBJECTS) -> Sc
     return Scene(objects=objects, light=light, background=background)
 
 
-# Radii that a row of so many objects can have, and the distance of its columns. An object of a pair looks as one that
-# is alone does, a quarter of the side away: by whole tokens of a model that has a multiple of four of them in a row.
-_ROWS = {1: ((0.205, 0.205, 0.3), 0.0), 2: ((0.205,), 0.5), 3: ((0.15,), 0.34)}
-_ROW_HEIGHT = 0.625  # a multiple of an eighth, for the same reason
+# The world of `in_a_row`.
+MAX_IN_A_ROW = 2
+ROW_SIZE = 0.23  # the largest that leaves a gap
+# An object of a pair looks as one that is alone does, a quarter of the side away: by whole tokens of a model that has a
+# multiple of four of them in a row.
+ROW_DISTANCE = 0.5
+ROW_HEIGHT = 0.625  # a multiple of an eighth, for the same reason
+ROW_HORIZON = 0.48
 
 
 def in_a_row(scene: Scene, rng: np.random.Generator) -> Scene:
-    """The scene with its objects side by side in named poses: a world whose outlines a small model can learn to draw.
+    """The scene with its first two objects side by side, of one size: a world that a small model can learn to draw.
 
     Classes, colours, textures, the kind and details of the background, the light's warmth and the order from left to
-    right stay. The rest has a few values only: sizes and places follow from the number of objects, shapes with a named
-    pose stand in it exactly half of the time, all others upright, and light comes from the middle of its direction.
+    right stay. The rest has a few values only: shapes with a named pose stand in it exactly half of the time, all
+    others upright, and light comes from the middle of its direction.
     """
-    radii, distance = _ROWS[len(scene.objects)]
-    size = float(rng.choice(radii))
-    columns = np.argsort(np.argsort([item.x for item in scene.objects])) - (len(scene.objects) - 1) / 2
+    kept = scene.objects[:MAX_IN_A_ROW]
+    columns = np.argsort(np.argsort([item.x for item in kept])) - (len(kept) - 1) / 2
     objects = []
-    for column, item in zip(columns.tolist(), scene.objects, strict=True):
+    for column, item in zip(columns.tolist(), kept, strict=True):
         keeps = words.SYMMETRY[item.shape] == 1 and rng.uniform() < 0.5
         rotation = (words.POSES[item.pose][0] + 180.0) % 360 - 180 if keeps else 0.0
         objects.append(
-            dataclasses.replace(item, size=size, x=0.5 + column * distance, y=_ROW_HEIGHT, rotation=rotation)
+            dataclasses.replace(item, size=ROW_SIZE, x=0.5 + column * ROW_DISTANCE, y=ROW_HEIGHT, rotation=rotation)
         )
     azimuth = sum(words.LIGHT_DIRECTIONS[scene.light.direction_name]) / 2
     return dataclasses.replace(
         scene,
         objects=tuple(objects),
         light=dataclasses.replace(scene.light, azimuth=azimuth, elevation=45.0),
-        background=dataclasses.replace(scene.background, horizon=0.48),
+        background=dataclasses.replace(scene.background, horizon=ROW_HORIZON),
     )
 
 
