@@ -70,7 +70,7 @@ def get_config() -> ConfigDict:
                     "pair_every": 8,
                     # Words are tied to what they mean several times sooner with one object and nothing left unsaid.
                     "easy_steps": 1500,
-                    "full_steps": 5000,
+                    "full_steps": 6500,
                     "object_weights": [0.4, 0.6],
                 },
                 # Places and colours are settled at high noise, outlines and textures at half of it.
@@ -87,7 +87,7 @@ def get_config() -> ConfigDict:
                     ),
                     "ema_decay": 0.999,
                     "loop": {
-                        "duration": {"steps": 10_000},
+                        "duration": {"steps": 12_000},
                         "log_every": 50,
                         "checkpoint_every": 500,
                         "preview_every": 1000,

@@ -14,11 +14,11 @@ from einops import rearrange
 from jaxtyping import Float, Float16, UInt8
 
 from runtime_jax.data.mini_scenes import (
-    MENTION_RATES,
     SPLITS,
     Scene,
     caption,
     example_scene,
+    full_caption,
     in_a_row,
     render_scene,
 )
@@ -46,10 +46,9 @@ def rows(seed: int, split: str, indices: Sequence[int]) -> Scenes:
     return tuple(in_a_row(scene, host_rng(seed, Stream.DATA, SPLITS.index(split), index)) for index, scene in found)
 
 
-def describe(scene: Scene, rng: np.random.Generator, *, name_all: bool = False) -> str:
+def describe(scene: Scene, rng: np.random.Generator) -> str:
     """A caption from left to right, so that a pair of words stands for one picture and not for two."""
-    rates = dict.fromkeys(MENTION_RATES, 1.0) if name_all else MENTION_RATES
-    return caption(scene, rng, rates=rates, left_to_right=True)
+    return caption(scene, rng, left_to_right=True)
 
 
 def draw(drawn: Sequence[Scene], size: int) -> Images:
@@ -86,7 +85,7 @@ class CaptionConfig:
     drop_clip: float = 0.1
     pair_every: int = 8  # one batch in so many is of pairs; 0: none
     easy_steps: int = 0  # the first steps see one object at a time
-    full_steps: int = 0  # and these captions that name everything
+    full_steps: int = 0  # and these captions that name everything in one fixed form
     object_weights: tuple[float, ...] = (1.0, 1.0)  # later: how often scenes of one object, and of two
 
     def __post_init__(self):
@@ -165,7 +164,7 @@ class Corpus:
         drawn = rng.uniform()
         while True:  # until the text is short enough
             scenes = [self.scenes[place] for place in places]
-            texts = [describe(scene, rng, name_all=name_all) for scene in scenes]
+            texts = [full_caption(scene) if name_all else describe(scene, rng) for scene in scenes]
             text = texts[0] if len(texts) == 1 else PAIR.format(left=texts[0], right=texts[1])
             if len(self.tokenizers.tokenizer_2(text, verbose=False)["input_ids"]) <= config.text_length:
                 break

@@ -1,6 +1,6 @@
 """Captions: several word orders, each attribute named only some of the time, or everything at once."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 
 import numpy as np
 
@@ -10,20 +10,14 @@ from runtime_jax.data.mini_scenes.vocabulary import BACKGROUNDS, MENTION_RATES
 Mention = Callable[[str], bool]
 
 
-def caption(
-    scene: Scene,
-    rng: np.random.Generator,
-    *,
-    rates: Mapping[str, float] = MENTION_RATES,
-    left_to_right: bool = False,
-) -> str:
-    """A caption that always names the shapes, and each other attribute with the probability of `rates`.
+def caption(scene: Scene, rng: np.random.Generator, *, left_to_right: bool = False) -> str:
+    """A caption that always names the shapes, and each other attribute with the probability of MENTION_RATES.
 
     Objects come in random order, or from left to right.
     """
 
     def mention(attribute: str) -> bool:
-        return bool(rng.uniform() < rates[attribute])
+        return bool(rng.uniform() < MENTION_RATES[attribute])
 
     order = rng.permutation(len(scene.objects))
     if left_to_right:
