@@ -64,7 +64,7 @@ def train_step(state: TrainState, batch: Mapping[str, Array], *, config: StepCon
         return sum(WEIGHTS[name] * value for name, value in losses.items()), losses
 
     (loss, losses), gradient = jax.value_and_grad(objective, has_aux=True)(state.params)
-    norm = optax.global_norm(gradient)
+    norm = optax.tree.norm(gradient)
     finite = jnp.isfinite(loss) & jnp.isfinite(norm)
     updates, opt_state = config.optimizer.update(gradient, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
