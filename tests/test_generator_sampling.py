@@ -101,7 +101,7 @@ def test_bfloat16_draws_what_float32_finds_likeliest_or_nearly(params):
     logits = masked_logits(params, drawn.indices, LABELS)
     for scores, values in zip(logits, split_indices(drawn.indices, CONFIG.code_bits), strict=True):
         chosen = np.take_along_axis(scores, np.asarray(values)[..., None], axis=-1)[..., 0]
-        assert (scores.max(-1) - chosen).max() < 0.03 * scores.std()
+        assert (scores.max(-1) - chosen).max() < 0.01 * scores.std()  # measured: 0
 
 
 def test_numbers_change_without_compiling(params):

@@ -120,24 +120,20 @@ class MiniScenes(tfds.core.GeneratorBasedBuilder):
         yield from enumerate(make_examples(config.seed, split, count, config.size, workers, config.max_objects))
 
 
-def prepare(
-    data_dir: str | Path = "data",
-    size: int = 64,
-    *,
-    train: int = 20_000,
-    validation: int = 1_000,
-    test: int = 1_000,
-    seed: int = 0,
-    max_objects: int = MAX_OBJECTS,
-) -> str:
+def prepare(data_dir: str | Path = "data", size: int = 64, **contents: int) -> str:
     """Writes the dataset under `data_dir` unless it is there, and gives the TFDS name to read it by.
 
     The files appear under their final name only when complete, so an interrupted call leaves nothing half-made behind.
 
+    Args:
+        data_dir: where the dataset goes.
+        size: side of the images, pixels.
+        contents: train, validation, test, seed, max_objects, see `make_config`.
+
     Raises:
         ValueError: as `make_config`.
     """
-    config = make_config(size, train, validation, test, seed, max_objects)
+    config = make_config(size, **contents)
     known = config.name in MiniScenes.builder_configs
     builder = MiniScenes(data_dir=str(data_dir), config=config.name if known else config)
     # No look at Google's bucket, and no statistics, which would need TensorFlow.
