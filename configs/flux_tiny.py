@@ -69,14 +69,15 @@ def get_config() -> ConfigDict:
                     "drop_clip": 0.1,
                     "pair_every": 8,
                     # Words are tied to what they mean several times sooner with one object and nothing left unsaid.
-                    "easy_steps": 1500,
-                    "full_steps": 6500,
-                    "object_weights": [0.4, 0.6],
+                    "easy_steps": 1000,
+                    "full_steps": 4500,
+                    "object_weights": [0.3, 0.7],
                 },
                 # Places and colours are settled at high noise, outlines and textures at half of it.
                 "time_mean": 0.4,
                 "time_std": 1.2,
                 "layout_weight": 0.3,
+                "words_weight": 0.3,
                 "training": {
                     "batch_size": 16,
                     "optimizer": _optimizer(
@@ -87,7 +88,7 @@ def get_config() -> ConfigDict:
                     ),
                     "ema_decay": 0.999,
                     "loop": {
-                        "duration": {"steps": 12_000},
+                        "duration": {"steps": 9000},
                         "log_every": 50,
                         "checkpoint_every": 500,
                         "preview_every": 1000,

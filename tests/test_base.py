@@ -19,6 +19,7 @@ from tokenverse_jax.base.corpus import CaptionConfig, Corpus, describe
 from tokenverse_jax.base.layout import COVERS, FEATURES, layout, layout_loss
 from tokenverse_jax.base.tokenizers import make_tokenizers, scene_words
 from tokenverse_jax.base.training import fit
+from tokenverse_jax.base.words import UNSAID, VALUES, words, words_loss
 from tokenverse_jax.pipeline import Pipeline
 from tokenverse_jax.text import find_word
 
@@ -128,6 +129,45 @@ def test_a_layout_tells_what_covers_each_token():
     assert found[..., :COVERS].sum() == cover.sum() and (found[0] == 0).all() and (found[1, 1] == 0).all()
     dotted = [float(name == "dotted") for name in TEXTURES]
     np.testing.assert_allclose(found[1, 0, COVERS:], [*dotted, 1, 0, 1, -1, -1, 1, 0, 0, 1], atol=1e-6)
+
+
+def test_every_word_of_an_object_tells_what_the_caption_says_of_it(tokenizers):
+    text = "a picture of a star that is dotted and a red ring upside down to the left of a plain heart on the beach"
+    (said,) = words(tokenizers.tokenizer_2, [text], 40)
+
+    def numbers(*named):
+        return [UNSAID if name is None else values.index(name) for values, name in zip(VALUES, named, strict=True)]
+
+    nothing = numbers(None, None, None, None, None)
+    expected = [nothing] * 3 + [numbers("star", None, "dotted", None, 0)] * 5 + [nothing]
+    expected += [numbers("ring", "red", None, "upside down", 1)] * 5 + [nothing] * 4
+    expected += [numbers("heart", None, "plain", None, 2)] * 3
+    np.testing.assert_array_equal(said, expected + [nothing] * (40 - len(expected)))
+
+
+def test_words_agree_with_the_scenes(tokenizers, scenes):
+    some = [describe(scene, np.random.default_rng(number)) for number, scene in enumerate(scenes)]
+    for named, texts in ((True, [full_caption(scene) for scene in scenes]), (False, some)):
+        for scene, said in zip(scenes, words(tokenizers.tokenizer_2, texts, 40), strict=True):
+            objects = sorted(scene.objects, key=lambda item: item.x)
+            assert set(said[:, -1]) == {UNSAID, *range(len(objects))}
+            for order, item in enumerate(objects):
+                (numbers,) = np.unique(said[said[:, -1] == order], axis=0)
+                true = item.shape, item.color, item.texture, item.pose
+                read = [None if n == UNSAID else values[n] for values, n in zip(VALUES, numbers[:-1], strict=False)]
+                assert read[0] == item.shape
+                assert all(r == t or (r is None and not named) for r, t in zip(read, true, strict=True))
+
+
+def test_the_words_loss_is_the_cross_entropy_of_what_is_said():
+    nothing = jnp.full((2, 3, 5), UNSAID)
+    truth = nothing.at[0, 1, :2].set(jnp.array([3, 7]))
+    sizes = [len(values) for values in VALUES]
+    assert words_loss(jnp.zeros((2, 3, sum(sizes))), truth) == pytest.approx(np.log([12, 10]).mean())
+    assert words_loss(jnp.zeros((2, 3, sum(sizes))), nothing) == 0
+    right = np.zeros((2, 3, sum(sizes)))
+    right[0, 1, [3, 12 + 7]] = 50.0
+    assert words_loss(jnp.asarray(right), truth) < 1e-6
 
 
 def test_the_layout_loss_counts_owners_only_where_there_is_one(scenes):

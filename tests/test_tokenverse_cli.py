@@ -85,17 +85,22 @@ def base(model) -> list[np.ndarray]:
 def test_generate_draws_concepts_and_the_base_beside_them(model, bank, base, tmp_path, capsys):
     dog, cat = (f"{word}={bank / word}.safetensors" for word in ("dog", "cat"))
     arguments = ["--prompt", PROMPT, "--num", "3"]
-    both = ["--concept", dog, "--concept", cat, "--compare", "--out", str(tmp_path / "a")]
+    both = ["--concept", dog, "--concept", cat, "--compare", "each", "--out", str(tmp_path / "a")]
     assert run("generate", model, *arguments, *both) == 0
     assert "overview.png" in capsys.readouterr().out
-    names = {f"{i:04}{kind}.png" for i in range(3) for kind in ("", "_base")} | {"overview.png"}
-    assert {path.name for path in (tmp_path / "a").iterdir()} == names
+    names = {f"{i:04}{kind}.png" for i in range(3) for kind in ("", "_only_1", "_only_2", "_base")}
+    assert {path.name for path in (tmp_path / "a").iterdir()} == names | {"overview.png"}
     overview = picture(tmp_path / "a" / "overview.png")
     assert all((overview == 100 + seed).all(axis=-1).sum() >= 16 * 16 for seed in (1, 2))  # what they were learned from
     for i in range(3):
         with_concepts, without = (picture(tmp_path / "a" / f"{i:04}{kind}.png") for kind in ("", "_base"))
         assert with_concepts.shape == (12, 16, 3) and np.any(with_concepts != without)
         np.testing.assert_allclose(without.astype(int), base[i], atol=1)
+    assert run("generate", model, *arguments, "--concept", cat, "--out", str(tmp_path / "cat")) == 0
+    for i in range(3):
+        np.testing.assert_array_equal(
+            picture(tmp_path / "a" / f"{i:04}_only_2.png"), picture(tmp_path / "cat" / f"{i:04}.png")
+        )
     none = ["--concept", f"{dog}@0", "--concept", f"{cat}@0", "--out", str(tmp_path / "b")]
     assert run("generate", model, *arguments, *none) == 0
     for i in range(3):

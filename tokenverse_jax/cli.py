@@ -41,7 +41,13 @@ def _command_line() -> CommandLine:
         default="stored",
         help="directions as they are in the files, or made anew from the prompt (default: stored)",
     )
-    sub.add_argument("--compare", action="store_true", help="also the same images without concepts")
+    sub.add_argument(
+        "--compare",
+        nargs="?",
+        choices=("base", "each"),
+        const="base",
+        help="also the same images without concepts, or (each) also with each concept alone",
+    )
     sub.add_argument("--num", type=int, default=4, help="images (default: 4)")
     _sampling_arguments(sub)
     sub.add_argument("--out", type=Path, default=Path("runs/generate"))

@@ -23,6 +23,7 @@ from tokenverse_jax.pipeline import Loader, Pipeline, PromptEncoding
 from tokenverse_jax.sampling import SamplingConfig
 
 Mode = Literal["stored", "recomputed"]
+Compare = Literal["base", "each"]
 COLUMNS = 4  # images in a row of the overview
 SHOWN_SIDE = 256  # smaller images are drawn larger
 
@@ -120,7 +121,7 @@ def generate(
     *,
     num: int,
     mode: Mode = "stored",
-    compare: bool = False,
+    compare: Compare | None = None,
     out: Path,
 ) -> None:
     """Writes `out/0000.png` and so on, and `out/overview.png`: what the concepts are from, and the images below.
@@ -133,7 +134,8 @@ def generate(
       num: of images.
       mode: "stored" takes directions from the files as they are, "recomputed" makes them anew from the prompt by the
         Concept-Mod in the files.
-      compare: also the base model's images from the same noise, as `out/0000_base.png`.
+      compare: "base": also the base model's images from the same noise, as `out/0000_base.png`; "each": also those with
+        each concept alone, as `out/0000_only_1.png` for the first.
 
     Raises:
       ValueError: what is not possible, before anything is compiled: sizes; a prompt that is too long; a file that
@@ -155,18 +157,24 @@ def generate(
     if mode == "stored" and requests:  # what does not fit is told before anything is compiled
         _compose(chosen, tokenizer, prompt, None)
     encoded, negative = encode(load, [prompt], sampling)
-    offsets: dict[str, Any] = {}
-    if requests:
-        composed = _compose(chosen, tokenizer, prompt, None if mode == "stored" else encoded.txt[0])
-        offsets = {name: _for_all(value, num) for name, value in composed._asdict().items() if name != "blocks"}
-        offsets["blocks"] = composed.blocks
-    kinds = {"": sample(pipeline, encoded, sampling, np.arange(num), negative_prompt=negative, **offsets)}
-    if compare:
-        kinds["_base"] = sample(pipeline, encoded, sampling, np.arange(num), negative_prompt=negative)
+    chosen_of = {"": chosen}
+    if compare == "each" and len(chosen) > 1:
+        chosen_of |= {f"_only_{number}": [one] for number, one in enumerate(chosen, start=1)}
+    if compare is not None:
+        chosen_of["_base"] = []
+    kinds = {}
+    for kind, some in chosen_of.items():
+        offsets: dict[str, Any] = {}
+        if some:
+            composed = _compose(some, tokenizer, prompt, None if mode == "stored" else encoded.txt[0])
+            offsets = {name: _for_all(value, num) for name, value in composed._asdict().items() if name != "blocks"}
+            offsets["blocks"] = composed.blocks
+        kinds[kind] = sample(pipeline, encoded, sampling, np.arange(num), negative_prompt=negative, **offsets)
     for kind, images in kinds.items():
         for i, image in enumerate(images):
             save_png(out / f"{i:04}{kind}.png", image)
-    save_png(out / "overview.png", _overview(kinds, prompt, requests))
+    notes = {kind: ", ".join(one.request.target for one in some) or "without" for kind, some in chosen_of.items()}
+    save_png(out / "overview.png", _overview(kinds, notes, prompt, requests))
 
 
 def _for_all(offset: Any, num: int) -> np.ndarray | None:
@@ -174,10 +182,11 @@ def _for_all(offset: Any, num: int) -> np.ndarray | None:
     return None if offset is None else np.broadcast_to(np.asarray(offset), (num, *offset.shape))
 
 
-def _overview(kinds: dict[str, np.ndarray], prompt: str, requests: Sequence[ConceptRequest]) -> np.ndarray:
+def _overview(
+    kinds: dict[str, np.ndarray], notes: dict[str, str], prompt: str, requests: Sequence[ConceptRequest]
+) -> np.ndarray:
     """The images that the concepts were learned from, then those of each kind in turn, with the prompt below."""
     num, side = len(kinds[""]), max(kinds[""].shape[1:3])
-    notes = {"": ", ".join(request.target for request in requests), "_base": "without"}
     starts = range(0, num, COLUMNS)
     rows = [list(images[i : i + COLUMNS]) for i in starts for images in kinds.values()]
     captions = [[prompt] * len(row) for row in rows]
@@ -186,9 +195,7 @@ def _overview(kinds: dict[str, np.ndarray], prompt: str, requests: Sequence[Conc
     for i in reversed(range(0, len(sources), COLUMNS)):
         images, texts = zip(*sources[i : i + COLUMNS], strict=True)
         rows, captions, labels = [list(images), *rows], [list(texts), *captions], ["learned from", *labels]
-    return image_grid(
-        rows, row_labels=labels if len(labels) > 1 else (), captions=captions, scale=max(1, SHOWN_SIDE // side)
-    )
+    return image_grid(rows, row_labels=labels if requests else (), captions=captions, scale=max(1, SHOWN_SIDE // side))
 
 
 def _sources(requests: Sequence[ConceptRequest]) -> list[tuple[np.ndarray, str]]:

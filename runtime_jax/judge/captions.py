@@ -5,7 +5,7 @@ circle" may be red.
 """
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -103,6 +103,12 @@ def parse_caption(text: str) -> Wanted:
         warmth=warmths[0][1] if warmths else None,
         direction=directions[0][1] if directions else None,
     )
+
+
+def objects_in(text: str) -> Iterator[tuple[slice, WantedObject]]:
+    """The objects that a text names in mini_scenes' words, and where in the text it speaks of each."""
+    for match in _OBJECT.finditer(text.lower()):
+        yield slice(*match.span()), _wanted_object(match)
 
 
 def _wanted_object(match: re.Match) -> WantedObject:

@@ -1,6 +1,7 @@
 """What both stages read: mini_scenes drawn as they are needed, their latents, and a new caption for every visit.
 
-Axes: N scenes, B batch, T text tokens, H W image, h w grid of latents, C latent channels, F features of a layout.
+Axes: N scenes, B batch, T text tokens, H W image, h w grid of latents, C latent channels, F features of a layout,
+A attributes.
 """
 
 import functools
@@ -26,6 +27,7 @@ from runtime_jax.data.mini_scenes.scene import MAX_IN_A_ROW
 from runtime_jax.files import replacing
 from runtime_jax.prng import Stream, host_rng
 from tokenverse_jax.base.tokenizers import Tokenizers
+from tokenverse_jax.base.words import words
 from tokenverse_jax.isolation import IsolationConfig
 from tokenverse_jax.text import encode
 
@@ -125,7 +127,7 @@ class Corpus:
         return map(self.batch, itertools.count(start_step))
 
     def batch(self, step: int) -> dict[str, np.ndarray]:
-        """latents [B, h, w, C], layouts [B, rows, columns, F], t5_ids and clip_ids int32 [B, T], index int64 [B].
+        """latents [B, h, w, C], layouts [B, rows, columns, F], t5_ids and clip_ids [B, T], words [B, T, A], index [B].
 
         A batch of pairs has half as many examples, of twice the width.
         """
@@ -143,6 +145,7 @@ class Corpus:
             "layouts": rearrange(self.layouts[places], wide),
             "t5_ids": encode(self.tokenizers.tokenizer_2, t5, self.captions.text_length),
             "clip_ids": encode(self.tokenizers.tokenizer, clip, self.captions.text_length, truncate=True),
+            "words": words(self.tokenizers.tokenizer_2, t5, self.captions.text_length),
             "index": np.array(numbers),
         }
 

@@ -17,6 +17,7 @@ from tokenverse_jax.base.corpus import CaptionConfig
 from tokenverse_jax.base.layout import LayoutHead, layout_loss
 from tokenverse_jax.base.tokenizers import Tokenizers
 from tokenverse_jax.base.training import Metrics, TrainingConfig
+from tokenverse_jax.base.words import WordsHead, words_loss
 from tokenverse_jax.model import Flux, FluxConfig
 from tokenverse_jax.model_folder import Part
 from tokenverse_jax.pipeline import Pipeline
@@ -39,6 +40,7 @@ class TextToImageConfig:
     time_mean: float = 0.0  # of the normal variable whose sigmoid is the time, 1 being noise
     time_std: float = 1.0
     layout_weight: float = 0.3  # of what the middle single block is taught beside the velocity, see `layout`
+    words_weight: float = 0.3  # of what T5 is taught beside it, see `words`
     training: TrainingConfig
 
     def __post_init__(self):
@@ -46,10 +48,11 @@ class TextToImageConfig:
             raise ValueError(
                 "text_to_image.flux.guidance_embeds: only a distilled model knows guidance; set it to False"
             )
-        if self.flux.num_single_layers < 1 or self.layout_weight < 0:
+        weights = self.layout_weight, self.words_weight
+        if self.flux.num_single_layers < 1 or min(weights) < 0:
             raise ValueError(
                 f"text_to_image.flux.num_single_layers={self.flux.num_single_layers}: at least 1 is needed; "
-                f"text_to_image.layout_weight={self.layout_weight} is not negative"
+                f"text_to_image.layout_weight, words_weight={weights} are not negative"
             )
         for name in ("joint_attention_dim", "pooled_projection_dim"):
             if getattr(self.flux, name) % self.text_heads:
@@ -91,14 +94,15 @@ def make_networks(config: TextToImageConfig, tokenizers: Tokenizers, compute: Co
 
 
 def init_params(networks: Networks, seed: int) -> Params:
-    """Random parameters {"transformer", "clip", "t5", "layout_head"}, float32."""
-    keys = jax.random.split(stream_key(seed, Stream.PARAMS), 4)
+    """Random parameters {"transformer", "clip", "t5", "layout_head", "words_head"}, float32."""
+    keys = jax.random.split(stream_key(seed, Stream.PARAMS), 5)
     ids = jnp.zeros((1, 1), jnp.int32)
     return {
         "transformer": model.init_params(networks.transformer, keys[0]),
         "clip": CLIPTextEncoder(networks.clip).init(keys[1], ids)["params"],
         "t5": T5Encoder(networks.t5).init(keys[2], ids)["params"],
         "layout_head": LayoutHead().init(keys[3], jnp.zeros((1, 1, networks.transformer.width)))["params"],
+        "words_head": WordsHead().init(keys[4], jnp.zeros((1, 1, networks.t5.d_model)))["params"],
     }
 
 
@@ -128,11 +132,11 @@ def make_pipeline(
 def loss(
     params: Params, batch: dict[str, Array], step: Array, *, config: TextToImageConfig, networks: Networks, seed: int
 ) -> tuple[Array, Metrics]:
-    """Mean square error of the velocity, and the weighted loss of the layout.
+    """Mean square error of the velocity, and the weighted losses of the layout and of the words.
 
     Args:
-      batch: "latents" [B, h, w, C], "layouts" [B, h / 2, w / 2, F], "t5_ids" and "clip_ids" int [B, T], "index" int [B]
-        that time and noise depend on.
+      batch: "latents" [B, h, w, C], "layouts" [B, h / 2, w / 2, F], "t5_ids" and "clip_ids" int [B, T], "words" int
+        [B, T, A], "index" int [B] that time and noise depend on.
     """
     compute = networks.compute
     txt = T5Encoder(networks.t5, compute).apply({"params": params["t5"]}, batch["t5_ids"])
@@ -159,10 +163,12 @@ def loss(
     ((blocks, _),) = seen["intermediates"]["single_blocks"]["__call__"]
     middle = blocks[(len(blocks) - 1) // 2, :, txt.shape[1] :]
     off_layout = layout_loss(LayoutHead().apply({"params": params["layout_head"]}, middle), batch["layouts"])
+    off_words = words_loss(WordsHead().apply({"params": params["words_head"]}, txt), batch["words"])
     high = times > 0.8
     metrics = {
         "velocity": jnp.mean(error),
         "velocity/high_noise": jnp.sum(error * high) / jnp.maximum(jnp.sum(high), 1),
         "layout": off_layout,
+        "words": off_words,
     }
-    return jnp.mean(error) + config.layout_weight * off_layout, metrics
+    return jnp.mean(error) + config.layout_weight * off_layout + config.words_weight * off_words, metrics
