@@ -14,7 +14,13 @@ demo: $(VENV)/.installed
 	$(FAST_COMPILE) $(BIN)/mergevq train --config configs/mergevq_tiny.py:demo --workdir $(RUN)
 	$(FAST_COMPILE) $(BIN)/mergevq evaluate --tokenizer tiny --tokenizer $(RUN)/tokenizer \
 		--metrics $(RUN)/metrics.jsonl --out $(RUN)/report
-	@echo "Look at $(RUN)/report/reconstructions.png, loss.png and summary.md"
+	for word in star heart; do \
+		$(FAST_COMPILE) $(BIN)/tokenverse learn --config configs/tokenverse_tiny.py:$$word --workdir $(RUN)/$$word \
+			--config.cache=$(RUN)/pool || exit 1; \
+	done
+	$(FAST_COMPILE) $(BIN)/tokenverse generate --prompt "a star and a heart on the beach" --compare each \
+		--concept star=$(RUN)/star/concept.safetensors --concept heart=$(RUN)/heart/concept.safetensors --out $(RUN)/tokenverse
+	@echo "Look at $(RUN)/report/reconstructions.png, loss.png and summary.md, and at $(RUN)/tokenverse/overview.png"
 
 # One worker a core, up to four: a worker needs some gigabytes. Neighbours share what they compile: work moves only to idle workers.
 test: $(VENV)/.installed

@@ -159,6 +159,17 @@ def test_words_agree_with_the_scenes(tokenizers, scenes):
                 assert all(r == t or (r is None and not named) for r, t in zip(read, true, strict=True))
 
 
+def test_t5_reads_captions_of_one_scene_or_two_whole_or_not(tokenizers, scenes):
+    captions = CaptionConfig(text_length=60)
+    batches = list(itertools.islice(corpus.texts(scenes, tokenizers, captions, 16, seed=0, start_step=0), 3))
+    jax.tree.map(np.testing.assert_array_equal, batches[2], next(corpus.texts(scenes, tokenizers, captions, 16, 0, 2)))
+    told = tokenizers.tokenizer_2.batch_decode(batches[1]["t5_ids"], skip_special_tokens=True)
+    assert [text.startswith("two pictures") for text in told] == [number % 8 == 0 for number in range(16)]
+    whole = {full_caption(scene) for scene in scenes}
+    assert set(told[1::2]) <= whole and not set(told[2::2]) <= whole
+    np.testing.assert_array_equal(batches[1]["words"], words(tokenizers.tokenizer_2, told, 60))
+
+
 def test_the_words_loss_is_the_cross_entropy_of_what_is_said():
     nothing = jnp.full((2, 3, 5), UNSAID)
     truth = nothing.at[0, 1, :2].set(jnp.array([3, 7]))
@@ -196,12 +207,12 @@ def test_captions_are_kept_from_one_encoder_or_both(tokenizers, scenes, shares, 
 
 
 def _config(**changes) -> run.BaseConfig:
-    """Both stages at 16 px, two steps each, of few pictures."""
+    """All stages at 16 px, two steps each, of few pictures."""
 
-    def training(batch_size: int) -> dict:
+    def training(batch_size: int, learning_rate: float = 1e-3) -> dict:
         return {
             "batch_size": batch_size,
-            "optimizer": {"learning_rate": 1e-3},
+            "optimizer": {"learning_rate": learning_rate},
             "loop": {"duration": {"steps": 2}, "log_every": 1, "preview_every": 2, "min_free_bytes": 0},
         }
 
@@ -221,7 +232,12 @@ def _config(**changes) -> run.BaseConfig:
         "image_size": SIZE,
         "num_scenes": 8,
         "vae": {"model": model, "training": training(2)},
-        "text_to_image": {"flux": flux, "captions": {"pair_every": 1}, "training": training(4)},
+        "text_to_image": {
+            "flux": flux,
+            "captions": {"pair_every": 1},
+            "reading": training(4, learning_rate=0.5),
+            "training": training(4),
+        },
         "sampling": {"num_steps": 2, "cfg_scale": 2.0},
     }
     return config_lib.build(run.BaseConfig, values | changes)
@@ -328,6 +344,10 @@ def test_a_run_leaves_a_pipeline_and_goes_on_where_it_was(tmp_path, monkeypatch)
     assert pipeline.text_length == 40
     tokens = pipeline.encode_images(corpus.draw(corpus.rows(0, "train", range(8)), SIZE))
     np.testing.assert_allclose([tokens.mean(), tokens.std()], [0, 1], atol=2e-2)  # what scaling and shift are for
+    networks = text_to_image.make_networks(config.text_to_image, make_tokenizers(scene_words(), 40), Compute())
+    before = text_to_image.init_params(networks, 0)["t5"]["shared"]["embedding"]
+    after = np.asarray(pipeline.t5.params["shared"]["embedding"], np.float32)
+    assert np.abs(after - before).max() > 0.5  # T5 has read, at the higher learning rate
     written = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*.npy")}
     assert len(written) == 2 and list(tmp_path.glob("text_to_image/**/*.png"))
     again = run.train(config, tmp_path)

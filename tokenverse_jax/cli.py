@@ -11,7 +11,7 @@ from typing import Any
 
 from runtime_jax.cli import CommandLine, config_arguments, report_end
 
-TINY = "tiny"  # names the model for a CPU, to be shipped with the package: train-base makes one
+TINY = "tiny"  # names the shipped model for a CPU
 PIXELS_AT_ONCE = 256**2  # of images that are sampled together unless told otherwise
 CONCEPTS = """\
 A concept is given as TARGET=FILE[:WORD][@STRENGTH]:
@@ -101,7 +101,7 @@ def _sampling_arguments(parser: argparse.ArgumentParser) -> None:
     _model_arguments(
         parser,
         default=TINY,
-        help="folder in diffusers' layout or hub id (default: tiny, which is not shipped yet: train-base makes one)",
+        help="folder in diffusers' layout, hub id, or tiny, a shipped model for a CPU (default: tiny)",
     )
     parser.add_argument("--width", type=int, help="pixels (default: the model's own; 1024 for FLUX.1)")
     parser.add_argument("--height", type=int, help="as --width")

@@ -11,9 +11,7 @@ def main(argv: list[str] | None = None) -> int:
     """Runs one command."""
     line = CommandLine("python -m tokenverse_jax.base", __doc__)
     parser = line.command("evaluate", _evaluate, "Draw held-out captions, have the judge check the images, as a table.")
-    parser.add_argument(
-        "--model", default="tiny", help="the pipeline's folder (default: tiny, which is not shipped yet)"
-    )
+    parser.add_argument("--model", default="tiny", help="the pipeline's folder (default: the shipped one, tiny)")
     parser.add_argument("--num", type=int, default=256, help="captions")
     parser.add_argument("--cfg-scale", type=float, help="default: the model's own")
     parser.add_argument("--out", type=Path, default=Path("runs/base_report"), help="for follows.md and follows.png")

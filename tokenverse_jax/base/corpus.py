@@ -165,12 +165,37 @@ class Corpus:
         """What T5 and CLIP are told of one scene, or of two side by side."""
         config, rng = self.captions, host_rng(self.seed, Stream.AUGMENT, number)
         drawn = rng.uniform()
-        while True:  # until the text is short enough
-            scenes = [self.scenes[place] for place in places]
-            texts = [full_caption(scene) if name_all else describe(scene, rng) for scene in scenes]
-            text = texts[0] if len(texts) == 1 else PAIR.format(left=texts[0], right=texts[1])
-            if len(self.tokenizers.tokenizer_2(text, verbose=False)["input_ids"]) <= config.text_length:
-                break
-            name_all = False
+        text = _tell([self.scenes[place] for place in places], rng, self.tokenizers, config, name_all=name_all)
         neither, only_clip, only_t5 = np.cumsum((config.drop_both, config.drop_t5, config.drop_clip))
         return ("" if drawn < only_clip else text), ("" if drawn < neither or only_clip <= drawn < only_t5 else text)
+
+
+def _tell(
+    scenes: Sequence[Scene], rng: np.random.Generator, tokenizers: Tokenizers, config: CaptionConfig, *, name_all: bool
+) -> str:
+    """A caption of one scene, or of two side by side, that is short enough."""
+    while True:
+        texts = [full_caption(scene) if name_all else describe(scene, rng) for scene in scenes]
+        text = texts[0] if len(texts) == 1 else PAIR.format(left=texts[0], right=texts[1])
+        if len(tokenizers.tokenizer_2(text, verbose=False)["input_ids"]) <= config.text_length:
+            return text
+        name_all = False
+
+
+def texts(
+    scenes: Scenes, tokenizers: Tokenizers, captions: CaptionConfig, batch_size: int, seed: int, start_step: int
+) -> Iterator[dict[str, np.ndarray]]:
+    """Batches for T5 to read before it sees pictures, without end: "t5_ids" int32 [B, T], "words" int32 [B, T, A].
+
+    Half of the captions name everything; one in eight is of two scenes side by side.
+    """
+    for step in itertools.count(start_step):
+        told = []
+        for number in range(step * batch_size, (step + 1) * batch_size):
+            rng = host_rng(seed, Stream.AUGMENT, number)
+            some = [scenes[place] for place in rng.integers(len(scenes), size=1 + (number % 8 == 0))]
+            told.append(_tell(some, rng, tokenizers, captions, name_all=number % 2 == 1))
+        yield {
+            "t5_ids": encode(tokenizers.tokenizer_2, told, captions.text_length),
+            "words": words(tokenizers.tokenizer_2, told, captions.text_length),
+        }

@@ -1,4 +1,5 @@
-"""A whole training of the tiny base: autoencoder, latents of the corpus, transformer with text encoders, the folder."""
+"""A whole training of the tiny base: autoencoder, T5's reading, latents of the corpus, transformer with text encoders,
+the folder."""
 
 import functools
 from collections.abc import Callable
@@ -20,7 +21,7 @@ from tokenverse_jax.base.corpus import Corpus
 from tokenverse_jax.base.layout import layout
 from tokenverse_jax.base.report import captioned_grid, held_out_captions
 from tokenverse_jax.base.text_to_image import Networks, TextToImageConfig
-from tokenverse_jax.base.tokenizers import make_tokenizers, scene_words
+from tokenverse_jax.base.tokenizers import Tokenizers, make_tokenizers, scene_words
 from tokenverse_jax.base.training import fit
 from tokenverse_jax.base.vae import VAEConfig
 from tokenverse_jax.fingerprint import fingerprint
@@ -37,7 +38,7 @@ PREVIEWS = 24  # captions that are drawn on the way
 
 @dataclass(frozen=True, kw_only=True)
 class BaseConfig:
-    """Both trainings; what configs/flux_tiny.py returns is built into this."""
+    """All trainings; what configs/flux_tiny.py returns is built into this."""
 
     task: Literal["base"] = "base"
     seed: int = 0
@@ -68,7 +69,7 @@ class Trained(NamedTuple):
 
 
 def train(config: BaseConfig, workdir: str | Path) -> Trained:
-    """Trains both stages, or goes on with them, in `workdir`, and writes the pipeline's folder there.
+    """Trains all stages, or goes on with them, in `workdir`, and writes the pipeline's folder there.
 
     Raises:
       ValueError: a checkpoint of another config.
@@ -80,11 +81,16 @@ def train(config: BaseConfig, workdir: str | Path) -> Trained:
     result = _train_vae(config, workdir / "vae")
     if result.stopped_by is not None:
         return Trained(folder, result.step, result.stopped_by)
+    vae_params = jax.device_get(result.state.ema)
     stage = config.text_to_image
     tokenizers = make_tokenizers(scene_words(), stage.captions.text_length)
     networks = text_to_image.make_networks(stage, tokenizers, config.compute)
     scenes = corpus.rows(config.seed, "train", range(config.num_scenes))
-    part, latents = _encode(config, jax.device_get(result.state.ema), scenes, workdir)
+    result = _train_reading(config, workdir / "reading", networks, scenes, tokenizers)
+    if result.stopped_by is not None:
+        return Trained(folder, result.step, result.stopped_by)
+    reads = jax.device_get(result.state.params)
+    part, latents = _encode(config, vae_params, scenes, workdir)
     data = Corpus(
         latents=latents,
         layouts=_layouts(config, scenes, workdir),
@@ -102,7 +108,7 @@ def train(config: BaseConfig, workdir: str | Path) -> Trained:
         schedule=config.schedule,
         usual=UsualSampling(size=config.image_size, **vars(config.sampling)),
     )
-    result = _train_text_to_image(config, workdir / "text_to_image", networks, data, pipeline)
+    result = _train_text_to_image(config, workdir / "text_to_image", networks, reads, data, pipeline)
     if result.stopped_by is None:
         pipeline(jax.tree.map(lambda leaf: np.asarray(leaf, jnp.bfloat16), result.state.ema)).save_pretrained(folder)
     return Trained(folder, result.step, result.stopped_by)
@@ -133,6 +139,28 @@ def _train_vae(config: BaseConfig, workdir: Path) -> loop.Result:
     )
 
 
+def _train_reading(
+    config: BaseConfig, workdir: Path, networks: Networks, scenes: corpus.Scenes, tokenizers: Tokenizers
+) -> loop.Result:
+    stage = config.text_to_image
+
+    def init() -> Params:
+        params = text_to_image.init_params(networks, config.seed)
+        return {name: params[name] for name in ("t5", "words_head")}
+
+    return fit(
+        stage.reading,
+        workdir,
+        resolved_config=config_lib.to_dict(config),
+        must_match=("seed", "num_scenes", "text_to_image"),
+        init=init,
+        loss=functools.partial(text_to_image.reading_loss, networks=networks),
+        batches=functools.partial(
+            corpus.texts, scenes, tokenizers, stage.captions, stage.reading.batch_size, config.seed
+        ),
+    )
+
+
 def _encode(config: BaseConfig, params: Params, scenes: corpus.Scenes, workdir: Path) -> tuple[Part, np.ndarray]:
     """The autoencoder, which now scales latents to mean 0 and variance 1, and the scenes' latents [N, h, w, C]."""
     encode = functools.partial(vae.encode, params, model=config.vae.model, compute=config.compute)
@@ -152,7 +180,12 @@ def _layouts(config: BaseConfig, scenes: corpus.Scenes, workdir: Path) -> np.nda
 
 
 def _train_text_to_image(
-    config: BaseConfig, workdir: Path, networks: Networks, data: Corpus, pipeline: Callable[[Params], Pipeline]
+    config: BaseConfig,
+    workdir: Path,
+    networks: Networks,
+    reads: Params,
+    data: Corpus,
+    pipeline: Callable[[Params], Pipeline],
 ) -> loop.Result:
     captions = held_out_captions("validation", PREVIEWS)
 
@@ -167,7 +200,7 @@ def _train_text_to_image(
         workdir,
         resolved_config=config_lib.to_dict(config),
         must_match=("seed", "image_size", "num_scenes", "vae", "text_to_image"),
-        init=lambda: text_to_image.init_params(networks, config.seed),
+        init=lambda: text_to_image.init_params(networks, config.seed) | jax.tree.map(jnp.asarray, reads),
         loss=functools.partial(text_to_image.loss, config=stage, networks=networks, seed=config.seed),
         batches=data.batches,
         preview=preview,

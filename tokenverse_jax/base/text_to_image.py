@@ -41,6 +41,7 @@ class TextToImageConfig:
     time_std: float = 1.0
     layout_weight: float = 0.3  # of what the middle single block is taught beside the velocity, see `layout`
     words_weight: float = 0.3  # of what T5 is taught beside it, see `words`
+    reading: TrainingConfig  # of T5 alone, by `words`, before the rest
     training: TrainingConfig
 
     def __post_init__(self):
@@ -127,6 +128,12 @@ def make_pipeline(
         usual=usual,
         compute=networks.compute,
     )
+
+
+def reading_loss(params: Params, batch: dict[str, Array], step: Array, *, networks: Networks) -> tuple[Array, Metrics]:
+    """What T5 alone, {"t5", "words_head"} of the parameters, is taught by "t5_ids" int [B, T] and "words" [B, T, A]."""
+    txt = T5Encoder(networks.t5, networks.compute).apply({"params": params["t5"]}, batch["t5_ids"])
+    return words_loss(WordsHead().apply({"params": params["words_head"]}, txt), batch["words"]), {}
 
 
 def loss(

@@ -1,4 +1,4 @@
-"""What the trainings of both stages share: the state, one update of it, and the run."""
+"""What the trainings of all stages share: the state, one update of it, and the run."""
 
 import functools
 from collections.abc import Callable, Hashable, Iterator, Mapping
@@ -100,7 +100,7 @@ def fit(
     init: Callable[[], Params],
     loss: Loss,
     batches: Callable[[int], Iterator[Mapping[str, np.ndarray]]],
-    preview: Callable[[Params, int], Mapping[str, np.ndarray]],
+    preview: Callable[[Params, int], Mapping[str, np.ndarray]] | None = None,
     evaluate: Callable[[Params, int], Mapping[str, float]] | None = None,
     variant: Callable[[int], Hashable] = lambda step: None,
 ) -> loop.Result:
@@ -140,7 +140,7 @@ def fit(
             train_step=lambda state, batch, number: program.step(state, batch, variant(number)),
             batches=batches,
             shard=lambda batch: sharding.shard_batch(batch, mesh),
-            preview=lambda state, number: preview(state.ema, number),
+            preview=preview and (lambda state, number: preview(state.ema, number)),
             evaluate=evaluate and (lambda state, number: evaluate(state.ema, number)),
             variant=variant,
             flops_per_step=lambda number: program.flops(variant(number)),

@@ -1,8 +1,7 @@
-"""What captions say of each object, which T5's tokens are taught beside the velocity.
+"""What captions say of each object, which T5 learns to read before it sees pictures, and is taught beside the velocity.
 
-FLUX's T5 knows which adjective belongs to which noun before it meets a picture. This one learns from pictures alone,
-and as soon as there are two objects most of a training goes by before it does. The head that is compared with what is
-said is trained with T5 and then left behind.
+FLUX's T5 knows which adjective belongs to which noun before it meets a picture. Without this, ours takes most of a
+training to find out as soon as there are two objects. The head that is compared with what is said is left behind.
 
 Axes: B batch, T text tokens, A attributes, F features (all values of all attributes).
 """
