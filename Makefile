@@ -19,7 +19,8 @@ demo: $(VENV)/.installed
 			--config.cache=$(RUN)/pool || exit 1; \
 	done
 	$(FAST_COMPILE) $(BIN)/tokenverse generate --prompt "a star and a heart on the beach" --compare each \
-		--concept star=$(RUN)/star/concept.safetensors --concept heart=$(RUN)/heart/concept.safetensors --out $(RUN)/tokenverse
+		--concept "a star=$(RUN)/star/concept.safetensors" --concept "a heart=$(RUN)/heart/concept.safetensors" \
+		--out $(RUN)/tokenverse
 	@echo "Look at $(RUN)/report/reconstructions.png, loss.png and summary.md, and at $(RUN)/tokenverse/overview.png"
 
 # One worker a core, up to four: a worker needs some gigabytes. Neighbours share what they compile: work moves only to idle workers.

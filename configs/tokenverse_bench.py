@@ -1,4 +1,4 @@
-"""The benchmark of concepts on mini_scenes, with the tiny pipeline (not run yet: it and the judge are to be trained).
+"""The benchmark of concepts on mini_scenes, with the shipped tiny pipeline and judge (not run at full size yet).
 
 tokenverse bench --config configs/tokenverse_bench.py --workdir runs/bench            # 64 images, 4 seeds
 tokenverse bench --config configs/tokenverse_bench.py:demo --workdir runs/bench_demo  # a small one to look at
@@ -14,7 +14,7 @@ VARIANTS = {"full": {"images": 64, "seeds": 4}, "demo": {"images": 8, "seeds": 2
 
 
 def get_config(arg: str = "full") -> ConfigDict:
-    """Learns as configs/tokenverse_tiny.py does, but for flips: a mirrored image has another pose and light."""
+    """Learns as configs/tokenverse_tiny.py does."""
     if arg not in VARIANTS:
         raise ValueError(f"no variant {arg!r}; there are {', '.join(VARIANTS)}")
     tiny = load(str(Path(__file__).with_name("tokenverse_tiny.py"))).to_dict()
@@ -23,7 +23,7 @@ def get_config(arg: str = "full") -> ConfigDict:
             "model": tiny["model"],
             "size": tiny["size"],
             **VARIANTS[arg],
-            "learn": {**tiny["learn"], "flip": False},
+            "learn": tiny["learn"],
             "strengths": [1.0, 2.0],
             "sampling": tiny["sampling"],
             "batch_size": 32,

@@ -1,9 +1,9 @@
-"""Concepts of an image on the tiny FLUX model of configs/flux_tiny.py (not tuned yet).
+"""Concepts of an image on the shipped tiny FLUX model, whose text encoder spreads a thing over its article and noun.
 
     tokenverse learn --config configs/tokenverse_tiny.py:star --workdir runs/star     # of docs/concepts/star.png
     tokenverse learn --config configs/tokenverse_tiny.py --workdir runs/mine \
         --config.images="[{'path': 'mine.png', 'captions': ['a star on the grass', 'on the grass, a star']}]" \
-        --config.words="['star']" --config.prompts="['a star and a ring on the beach']"
+        --config.words="['a star']" --config.prompts="['a star and a ring on the beach']"
 """
 
 from pathlib import Path
@@ -12,16 +12,21 @@ from ml_collections import ConfigDict
 
 from runtime_jax.data.mini_scenes import BACKGROUNDS, CLASSES
 
-EXAMPLES = {"star": "in the snow", "heart": "on the grass"}  # pictures in docs/concepts, and where the thing is
+# Pictures in docs/concepts: the two things in each from left to right, and where they are.
+EXAMPLES = {"star": (("a star", "a drop"), "in the snow"), "heart": (("a ring", "a heart"), "on the grass")}
 
 
 def _example(name: str) -> dict:
-    """The image, captions that do not tell what the thing looks like, and prompts to draw on the way."""
-    place = EXAMPLES[name]
-    captions = [f"a {name} {place}", f"a picture of a {name} {place}", f"{place}, a {name}"]
+    """The image, captions that do not tell what the things look like, and prompts to draw on the way."""
+    (left, right), place = EXAMPLES[name]
+    captions = [
+        f"{left} and {right} {place}",
+        f"a picture of {left} next to {right} {place}",
+        f"{place}, {left} to the left of {right}",
+    ]
     path = Path(__file__).parents[1] / "docs" / "concepts" / f"{name}.png"
-    prompts = [f"a {name} and a ring on the beach", f"a {name} against a plain wall"]
-    return {"images": [{"path": str(path), "captions": captions}], "words": [name], "prompts": prompts}
+    prompts = [f"{left} and a circle on the beach", f"a circle and {right} against a plain wall"]
+    return {"images": [{"path": str(path), "captions": captions}], "words": [left, right], "prompts": prompts}
 
 
 def _pool() -> list[str]:
@@ -42,11 +47,19 @@ def get_config(arg: str = "") -> ConfigDict:
             **learned,
             "size": 64,
             "learn": {
+                "tokens": "words",
                 "concept_mod": {"hidden": 256, "block_hidden": 128},
-                "stage_1": {"steps": 240, "high_share": 0.92},
-                "stage_2": {"steps": 180, "high_share": 0.08},
-                "batch_size": 8,
-                "optimizer": {"learning_rate": 1e-3, "warmup": {"steps": 10}, "clip_norm": 1.0},
+                "stage_1": {"steps": 200, "high_share": 0.92},
+                "stage_2": {"steps": 80, "high_share": 0.08},
+                "batch_size": 4,
+                "optimizer": {
+                    "learning_rate": 3e-3,
+                    "schedule": "cosine",
+                    "final_fraction": 0.1,
+                    "warmup": {"steps": 10},
+                    "clip_norm": 1.0,
+                },
+                "flip": False,  # light comes from a side
                 "isolation": {"captions": _pool()},
             },
             "sampling": {"num_steps": 24, "cfg_scale": 2.5},

@@ -175,7 +175,8 @@ def encode_concept(
     rows = min(ROWS * math.ceil((last + 1) / ROWS), length - captions.left_place)
     mask = np.zeros((len(captions.texts), rows), bool)
     for i, places in enumerate(captions.tokens):
-        if config.space == "modulation_all":  # directions of other tokens would move the image, and be lost
+        # In the space of all tokens, directions of other tokens would move the image, and be lost.
+        if config.tokens == "words" or config.space == "modulation_all":
             places = [place for found in captions.words.values() for place in found[i]]
         mask[i, list(places)] = True
     data = ConceptData(

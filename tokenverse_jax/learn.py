@@ -30,6 +30,9 @@ from tokenverse_jax.schedule import flow
 # What a direction is added to: the modulation of its own token (M+, the method); that of all tokens, image and text
 # (M); its token of T5's output (like textual inversion). The last two are what the method is measured against.
 Space = Literal["modulation", "modulation_all", "text"]
+# The tokens that have a direction while learning: all of the caption, as in the paper, or those of the words alone, so
+# that nothing of a concept goes to a token that is not stored.
+Tokens = Literal["caption", "words"]
 Metrics = dict[str, tuple[Array, Array]]
 
 
@@ -50,6 +53,7 @@ class LearnConfig:
     """How concepts are learned. Steps, times and flips are the paper's, which leaves the rest open."""
 
     space: Space = "modulation"
+    tokens: Tokens = "caption"  # that have a direction
     blocks: OffsetBlocks = "both"  # that take the directions
     per_block: bool = True  # whether the second stage has a head for each block
     concept_mod: ConceptModConfig = ConceptModConfig()
