@@ -1,6 +1,7 @@
 """A concept's captions bound to tokens, its images, and what is drawn for each step."""
 
 import dataclasses
+import itertools
 
 import numpy as np
 import pytest
@@ -140,8 +141,11 @@ def test_everything_is_encoded_once(pipeline, data, images, captions):
     np.testing.assert_allclose(data.pair_vec[2, 1], one.vec[0], atol=1e-5)
     assert data.mask.shape[1] % 16 == 0
     assert [tuple(np.flatnonzero(row)) for row in data.mask] == list(captions.tokens)
-    plain = encode_concept(pipeline, dataclasses.replace(CONFIG, flip=False), images, captions)
+    plain = encode_concept(pipeline, dataclasses.replace(CONFIG, flip=False, tokens="words"), images, captions)
     assert plain.latents.shape == (2, 1, 6, 16)
+    words = zip(*captions.words.values(), strict=True)
+    assert [set(np.flatnonzero(row)) for row in plain.mask] == [set(itertools.chain(*found)) for found in words]
+    assert plain.mask.sum() < data.mask.sum()
 
 
 def test_any_number_of_prompts_is_encoded(pipeline):
