@@ -143,7 +143,9 @@ def test_remat_gives_the_same_values_and_gradients(encoder):
     (_, plain), gradient = run(Compute())
     (_, again), same = run(Compute(remat=True))
     np.testing.assert_allclose(again, plain, atol=1e-5)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-3 * np.abs(b).max() + 1e-6), same, gradient)
+    # Gradients that are zero but for rounding (of biases of keys) go by the largest one.
+    rounding = 1e-6 * max(np.abs(leaf).max() for leaf in jax.tree.leaves(gradient))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-3 * np.abs(b).max() + rounding), same, gradient)
 
 
 def test_bfloat16_computes_near_float32(encoder):
