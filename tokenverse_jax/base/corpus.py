@@ -1,4 +1,4 @@
-"""What both stages read: mini_scenes drawn as they are needed, their latents, and a new caption for every visit.
+"""What all stages read: mini_scenes drawn as they are needed, their latents, and a new caption for every visit.
 
 Axes: N scenes, B batch, T text tokens, H W image, h w grid of latents, C latent channels, F features of a layout,
 A attributes.
