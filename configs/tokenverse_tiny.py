@@ -2,8 +2,8 @@
 
     tokenverse learn --config configs/tokenverse_tiny.py:star --workdir runs/star     # of docs/concepts/star.png
     tokenverse learn --config configs/tokenverse_tiny.py --workdir runs/mine \
-        --config.images="[{'path': 'mine.png', 'captions': ['a star on the grass', 'on the grass, a star']}]" \
-        --config.words="['a star']" --config.prompts="['a star and a ring on the beach']"
+        --config.images="[{'path': 'mine.png', 'captions': ['a star and a drop in the snow']}]" \
+        --config.words="['a star', 'a drop']" --config.prompts="['a star and a ring on the beach']"
 """
 
 from pathlib import Path

@@ -154,7 +154,7 @@ def test_words_agree_with_the_scenes(tokenizers, scenes):
             for order, item in enumerate(objects):
                 (numbers,) = np.unique(said[said[:, -1] == order], axis=0)
                 true = item.shape, item.color, item.texture, item.pose
-                read = [None if n == UNSAID else values[n] for values, n in zip(VALUES, numbers[:-1], strict=False)]
+                read = [None if n == UNSAID else values[n] for values, n in zip(VALUES[:-1], numbers[:-1], strict=True)]
                 assert read[0] == item.shape
                 assert all(r == t or (r is None and not named) for r, t in zip(read, true, strict=True))
 
