@@ -31,6 +31,6 @@ def test_it_draws_what_captions_name(pipeline):
     captions = held_out_captions("validation", 32)
     images = pipeline.generate(captions, height=64, width=64, num_steps=12, cfg_scale=pipeline.usual.cfg_scale)
     shares = accuracies(follows(captions, np.asarray(images)))
-    assert shares["background"].mean > 0.9
-    assert shares["class"].mean > 0.7
-    assert shares["color"].mean > 0.7
+    # Seen: 1, 0.979, 0.955, 0.815, 0.938; another rounding may change a picture or two.
+    for kind, bound in {"background": 0.93, "class": 0.93, "color": 0.86, "texture": 0.74, "count": 0.87}.items():
+        assert shares[kind].mean > bound, kind
