@@ -1,13 +1,13 @@
 """What the benchmark asks: concept images whose captions name no looks, and prompts that use the concepts.
 
-Every other concept image has a single concept, the rest have two objects, each of which is one. Images come in pairs
-whose objects differ in class and colour, so that one look can be told from the other. Tasks, as in the paper's section
-4.2, and three of our own:
+Every image has two objects and a place, as the tiny base model knows them best. All three are learned, each on its
+phrase ("a circle", "on the grass"), over which that model's text encoder spreads it: an object is a look, a place is
+its light. Images come in pairs whose objects differ in class and colour, so that one look can be told from the other.
+Tasks, as in the paper's section 4.2, and three of our own:
 
-    composition    the concepts of both images of a pair of single-concept ones; in every second pair the second one is
-                   the light, learned and asked for on the word of the place ("grass")
+    composition    one concept of each image of a pair: two objects, in every second pair an object and the light
     decomposition  both objects of one image, in another arrangement and place
-    full           one object of each image of a pair
+    full           of other pairs: the first object of one image beside the second of the other, and the other way round
     single         one concept beside an object that is to stay as it is: what locality and bleeding are about
     same word      two concepts of the same class: "a circle to the left of a circle"
     direction      no learning: a colour or texture named in a pair of prompts, added on an object
@@ -38,18 +38,6 @@ from runtime_jax.data.mini_scenes.scene import ROW_HEIGHT, ROW_HORIZON, ROW_SIZE
 from runtime_jax.prng import Stream, host_rng
 from tokenverse_jax.bench.appearance import Appearance
 
-# The word of a place that its light is learned on.
-NOUNS = {
-    "wall": "wall",
-    "brick": "wall",
-    "grass": "grass",
-    "beach": "beach",
-    "snow": "snow",
-    "night": "sky",
-    "sunset": "sunset",
-    "floor": "floor",
-    "tiles": "floor",
-}
 NEUTRAL_LIGHT = Light(azimuth=90.0, elevation=45.0, warmth=0.0)
 
 
@@ -116,21 +104,22 @@ class Case:
 
 
 def make_images(count: int, seed: int) -> list[ConceptImage]:
-    """`count` concept images: the first half with one concept each, the rest with two.
+    """`count` concept images.
 
     Raises:
       ValueError: not a multiple of four.
     """
     if count < 4 or count % 4:
-        raise ValueError(f"images={count}: a positive multiple of 4 is needed, half of them in pairs of each kind")
+        raise ValueError(
+            f"images={count}: a positive multiple of 4 is needed: pairs for composition, and as many for full"
+        )
     images: list[ConceptImage] = []
     for number in range(count):
         rng = host_rng(seed, Stream.EVAL, 0, number)
-        objects = 1 if number < count // 2 else 2
         partner = images[-1].scene.objects if number % 2 else ()
         while True:
             scene = _scene(rng)
-            if len(scene.objects) == objects and _differ(scene, partner):
+            if len(scene.objects) == 2 and _differ(scene, partner):
                 break
         images.append(_concept_image(number, scene))
     return images
@@ -147,10 +136,8 @@ def _differ(scene: Scene, others: Sequence[SceneObject]) -> bool:
 
 
 def _concept_image(number: int, scene: Scene) -> ConceptImage:
-    if number % 4 == 3 and len(scene.objects) == 1:
-        words = {NOUNS[scene.background.kind]: Appearance.of_light(scene.light)}
-    else:
-        words = {item.shape: Appearance.of_object(item) for item in scene.objects}
+    words = {_a(item.shape): Appearance.of_object(item) for item in scene.objects}
+    words[BACKGROUNDS[scene.background.kind]] = Appearance.of_light(scene.light)
     return ConceptImage(number=number, scene=scene, captions=_captions(scene), words=words)
 
 
@@ -171,15 +158,14 @@ def _a(phrase: str) -> str:
 
 def make_cases(images: Sequence[ConceptImage], seed: int) -> list[Case]:
     """The cases of all tasks, numbered in each."""
-    singles, doubles = images[: len(images) // 2], images[len(images) // 2 :]
-    objects = [image for image in singles if image.scene.objects[0].shape in image.words]
-    of_class = [[image for image in objects if image.scene.objects[0].shape == shape] for shape in CLASSES]
+    first, second = images[: len(images) // 2], images[len(images) // 2 :]
+    of_class = [[image for image in images if image.scene.objects[0].shape == shape] for shape in CLASSES]
     twins = [pair for group in of_class for pair in zip(group[::2], group[1::2], strict=False)]
     makers = {
-        "composition": (_composition(rng, *pair) for rng, pair in _each(seed, 1, _pairs(singles))),
-        "decomposition": (_decomposition(rng, image) for rng, image in _each(seed, 2, doubles)),
-        "full": (_full(rng, *pair) for rng, pair in _each(seed, 3, _pairs(doubles))),
-        "single": (_single(rng, image) for rng, image in _each(seed, 4, objects)),
+        "composition": (_composition(rng, *pair) for rng, pair in _each(seed, 1, _pairs(first))),
+        "decomposition": (_decomposition(rng, image) for rng, image in _each(seed, 2, second)),
+        "full": (_full(rng, *pair) for rng, pair in _each(seed, 3, _pairs(second))),
+        "single": (_single(rng, image) for rng, image in _each(seed, 4, first)),
         "same word": (_same_word(rng, *pair) for rng, pair in _each(seed, 5, twins)),
         "direction": (_direction(rng) for rng, _ in _each(seed, 6, range(len(images) // 2))),
     }
@@ -199,15 +185,14 @@ def _pairs(images: Sequence[ConceptImage]) -> list[tuple[ConceptImage, ConceptIm
 
 
 def _composition(rng: np.random.Generator, first: ConceptImage, second: ConceptImage) -> list[Case]:
-    ((noun, look),) = second.words.items()
-    if noun == second.scene.objects[0].shape:
+    if second.number % 4 == 1:
         return [_objects_case(rng, [_bring(first, 0), _bring(second, 0)])]
-    kind, light = second.scene.background.kind, second.scene.light
     item, use = _bring(first, 0)
-    scene = Scene(objects=(_put(item, 0.5),), light=light, background=_background(rng, kind))
-    prompt = f"{_a(item.shape)} {BACKGROUNDS[kind]}"
-    uses = (replace(use, place=0), Use(look=look, target=noun, place=None, image=second.number, word=noun))
-    return [Case(prompt=prompt, scene=scene, uses=uses)]
+    kind, light = second.scene.background.kind, second.scene.light
+    case = _objects_case(rng, [(item, use), (_bystander(rng, item), None)], kind)
+    word = BACKGROUNDS[kind]
+    lit = Use(look=second.words[word], target=word, place=None, image=second.number, word=word)
+    return [replace(case, scene=replace(case.scene, light=light), uses=(*case.uses, lit))]
 
 
 def _decomposition(rng: np.random.Generator, image: ConceptImage) -> list[Case]:
@@ -223,8 +208,7 @@ def _same_word(rng: np.random.Generator, first: ConceptImage, second: ConceptIma
 
 
 def _single(rng: np.random.Generator, image: ConceptImage) -> list[Case]:
-    item, use = _bring(image, 0)
-    return [_objects_case(rng, [(item, use), (_bystander(rng, item), None)])]
+    return [_objects_case(rng, [_bring(image, 0), (_bystander(rng, *image.scene.objects), None)])]
 
 
 def _direction(rng: np.random.Generator) -> list[Case]:
@@ -235,7 +219,7 @@ def _direction(rng: np.random.Generator) -> list[Case]:
     else:
         item = replace(item, texture=str(rng.choice(TEXTURES[1:])))
         attribute, look = item.texture, Appearance(texture=item.texture)
-    use = Use(look=look, target=item.shape, place=0)
+    use = Use(look=look, target=_a(item.shape), place=0)
     case = _objects_case(rng, [(item, use), (_bystander(rng, item), None)])
     return [replace(case, attribute=_a(f"{attribute} {item.shape}"), neutral=_a(item.shape))]
 
@@ -252,22 +236,23 @@ Brought = tuple[SceneObject, Use | None]
 
 def _bring(image: ConceptImage, index: int) -> tuple[SceneObject, Use]:
     item = image.scene.objects[index]
-    use = Use(look=image.words[item.shape], target=item.shape, place=None, image=image.number, word=item.shape)
+    word = _a(item.shape)
+    use = Use(look=image.words[word], target=word, place=None, image=image.number, word=word)
     return item, use
 
 
-def _bystander(rng: np.random.Generator, item: SceneObject) -> SceneObject:
-    """An object of another class and colour."""
+def _bystander(rng: np.random.Generator, *items: SceneObject) -> SceneObject:
+    """An object of another class and colour than all of these."""
     while True:
         other = _scene(rng).objects[0]
-        if other.shape != item.shape and other.color != item.color:
+        if all(other.shape != item.shape and other.color != item.color for item in items):
             return other
 
 
-def _objects_case(rng: np.random.Generator, brought: Sequence[Brought]) -> Case:
-    """Two objects side by side, in either order, in any place."""
+def _objects_case(rng: np.random.Generator, brought: Sequence[Brought], kind: str | None = None) -> Case:
+    """Two objects side by side, in either order, in the place of a kind, or in any."""
     left, right = (brought[i] for i in rng.permutation(2))
-    kind = str(rng.choice(tuple(BACKGROUNDS)))
+    kind = kind or str(rng.choice(tuple(BACKGROUNDS)))
     scene = Scene(
         objects=(_put(left[0], 0.25), _put(right[0], 0.75)),
         light=NEUTRAL_LIGHT,
