@@ -1,9 +1,12 @@
 """The tiny generators on the codes of the tiny tokenizer: mini_scenes, 64 px, 256 raw tokens, 12 classes.
 
-mergevq train --config configs/mergear_tiny.py:merge --workdir runs/mergear         # MergeAR
-mergevq train --config configs/mergear_tiny.py:plain --workdir runs/plain           # autoregression over all tokens
-mergevq train --config configs/mergear_tiny.py:random --workdir runs/randar         # RandAR over the distinct tokens
-mergevq train --config configs/mergear_tiny.py:demo --workdir runs/mergear-demo     # MergeAR for a few minutes
+mergevq scenes --max-objects 1
+for split in train validation; do for keep in 144 256; do
+    mergevq tokenize --tfds mini_scenes/64_o1 --split $split --keep $keep --out data/codes/$split/$keep
+done; done
+mergevq train --config configs/mergear_tiny.py:merge --workdir runs/mergear     # MergeAR
+mergevq train --config configs/mergear_tiny.py:plain --workdir runs/plain       # autoregression over all tokens
+mergevq train --config configs/mergear_tiny.py:random --workdir runs/randar     # RandAR over the distinct tokens
 """
 
 from ml_collections import ConfigDict
@@ -11,39 +14,36 @@ from ml_collections import ConfigDict
 from mergevq_jax.generator.config import preset
 from runtime_jax.config import to_dict
 
-# Variant: kind, K that are drawn with their weights, steps.
-VARIANTS = {
-    "merge": ("merge", {64: 0.3, 144: 0.35, 256: 0.35}, 8000),
-    "plain": ("plain", {256: 1.0}, 8000),
-    "random": ("random", {64: 0.3, 144: 0.35, 256: 0.35}, 8000),
-    "demo": ("merge", {144: 1.0}, 300),
-}
+STEPS = 5000
+KEEPS = (144, 256)
+# Variant: the K that are drawn, with equal weights.
+VARIANTS = {"merge": KEEPS, "plain": (256,), "random": KEEPS}
 
 
-def _data(split: str, batch_size: int, **changes) -> dict:
-    source = {"kind": "tfds", "name": "mini_scenes/64_o1", "split": split}
-    return {"image_size": 64, "batch_size": batch_size, "sources": [source], **changes}
+def _codes(split: str, keeps: tuple[int, ...], **changes) -> dict:
+    return {"folders": [f"data/codes/{split}/{keep}" for keep in keeps], "batch_size": 16, **changes}
 
 
 def get_config(arg: str = "merge") -> ConfigDict:
-    """`arg`: merge, plain, random or demo."""
+    """`arg`: merge, plain or random."""
     if arg not in VARIANTS:
         raise ValueError(f"no variant {arg!r}; there are {', '.join(VARIANTS)}")
-    kind, keeps, steps = VARIANTS[arg]
-    switches = {"merge_instruction": kind != "plain", "position_instruction": kind == "random"}
-    model = preset("tiny", merge_numbers=(64, 144, 256), **switches)
+    keeps = VARIANTS[arg]
+    model = preset("tiny", merge_numbers=KEEPS, merge_instruction=arg != "plain", position_instruction=arg == "random")
     return ConfigDict(
         {
             "task": "generator",
             "seed": 0,
-            "kind": kind,
+            "kind": arg,
             "model": to_dict(model),
             "tokenizer": "tiny",
-            "merge_ratio": {"keeps": list(keeps), "weights": list(keeps.values())},
+            "merge_ratio": {"keeps": keeps, "weights": [1.0] * len(keeps)},
             "optimizer": {
-                "learning_rate": 1e-3,
+                "learning_rate": 2e-3,
+                "muon_learning_rate": 0.01,
+                "adam_kernels": ["head_"],
                 "schedule": "cosine",
-                "warmup": {"steps": steps // 30},
+                "warmup": {"steps": 100},
                 "final_fraction": 0.02,
                 "b1": 0.9,
                 "b2": 0.95,
@@ -51,18 +51,19 @@ def get_config(arg: str = "merge") -> ConfigDict:
                 "clip_norm": 1.0,
             },
             "ema_decay": 0.998,
-            "data": _data("train", 16, flip=True),
+            "data": _codes("train", keeps),
             "evaluation": {
-                "data": _data("validation", 16, shuffle=False, random_crop=False),
-                "batches": 8,
+                "data": _codes("validation", keeps, shuffle=False),
+                "batches": 16,
                 "sampling": {"cfg_scale": 2.0},
             },
             "loop": {
-                "duration": {"steps": steps},
-                "log_every": 20,
+                "duration": {"steps": STEPS},
+                "log_every": 50,
                 "checkpoint_every": 500,
                 "eval_every": 1000,
                 "preview_every": 1000,
+                "keep_checkpoints": 1,
             },
         }
     )

@@ -256,7 +256,7 @@ def test_configs_that_cannot_be(tmp_path, changes, message):
         run_config(tmp_path, images_of(tmp_path), **changes)
 
 
-@pytest.mark.parametrize("arg", ["merge", "plain", "random", "demo"])
+@pytest.mark.parametrize("arg", ["merge", "plain", "random"])
 def test_tiny_configs_build(arg):
     config = build(TrainConfig, load(f"configs/mergear_tiny.py:{arg}"))
     assert config.model.merge_instruction == (config.kind != "plain")

@@ -11,6 +11,7 @@ import optax
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from mergevq_jax.generator.config import GeneratorConfig
+from mergevq_jax.generator.merged_attention import MergedKeys
 from mergevq_jax.generator.transformer import Generator, Params
 from mergevq_jax.tokenizer.lfq import split_indices
 from runtime_jax.compute import Compute
@@ -27,7 +28,7 @@ def next_code_loss(
     config: GeneratorConfig,
     compute: Compute,
     keep: int,
-    mask: Bool[Array, "B N N"] | None,
+    seen: Bool[Array, "B N N"] | MergedKeys | None,
 ) -> tuple[Float[Array, ""], Means]:
     """Teacher forcing in raster order.
 
@@ -35,10 +36,10 @@ def next_code_loss(
       batch: "indices" int32 [B, L], "label" and "index" int [B].
       key: of the class dropout; None: no dropout.
       keep: the merge instruction of all examples, where the generator has one.
-      mask: of `merge_mask`; None: plain autoregression.
+      seen: of `merge_mask` or `merged_keys`; None: plain autoregression.
     """
     labels, merge = conditions(batch, key, config, keep)
-    logits = Generator(config, compute).apply({"params": params}, batch["indices"], labels, merge, mask)
+    logits = Generator(config, compute).apply({"params": params}, batch["indices"], labels, merge, seen)
     return code_loss(logits, batch["indices"], config)
 
 

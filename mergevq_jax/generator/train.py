@@ -2,9 +2,10 @@
 
 The codes come with the batch, or the step tokenizes the batch's images. What is learned is one entry of `LOSSES`.
 
-Memory: a mask is [B, 1, N, N] bool. Attention on the backend "xla" holds the logits [B, H, N, N] of one layer at a
-time where `compute.remat` is on, of all layers otherwise; "cudnn" never holds them, and takes the mask as a bias
-[B, 1, N, N] in bfloat16. "tpu_flash" does not hold them either, but its kernel wants that bias for every head.
+Memory: on the backend "xla" attention holds logits of one layer at a time where `compute.remat` is on, of all layers
+otherwise: [B, H, N, N], for MergeAR [B, H, N, P + K + window + 1] (see `merged_attention`). "cudnn" never holds them,
+and takes the mask [B, 1, N, N] as a bias in bfloat16; "tpu_flash" does not hold them either, but its kernel wants that
+bias for every head.
 
 Axes: B batch, A micro-batches of an update, L raster tokens, P prefix tokens, N = P + L, S sub-tokens, V values.
 """
@@ -24,6 +25,7 @@ from jaxtyping import Array, Key
 from mergevq_jax.generator.config import GeneratorConfig
 from mergevq_jax.generator.losses import Means, next_code_loss
 from mergevq_jax.generator.mask import first_members, merge_mask
+from mergevq_jax.generator.merged_attention import merged_keys
 from mergevq_jax.generator.plan import WINDOW
 from mergevq_jax.generator.randar import randar_loss
 from mergevq_jax.generator.transformer import Params, init_params
@@ -177,15 +179,19 @@ def merge_loss(
       config, keep: static.
     """
     groups = batch["source_map"] if config.groups == "source_map" else batch["indices"]
-    mask = merge_mask(first_members(groups), window=config.window, prefix=config.model.prefix)
-    return next_code_loss(params, batch, key, config=config.model, compute=config.compute, keep=keep, mask=mask)
+    first, model, near = first_members(groups), config.model, {"window": config.window, "prefix": config.model.prefix}
+    if config.compute.attention == "xla" and keep + config.window < model.length:
+        seen = merged_keys(first, keep, **near)
+    else:
+        seen = merge_mask(first, **near)
+    return next_code_loss(params, batch, key, config=model, compute=config.compute, keep=keep, seen=seen)
 
 
 def plain_loss(
     params: Params, batch: Mapping[str, Array], key: Key[Array, ""] | None, *, config: StepConfig, keep: int
 ) -> tuple[Array, Means]:
     """Plain autoregression: a position sees all before it; arguments as in `merge_loss`."""
-    return next_code_loss(params, batch, key, config=config.model, compute=config.compute, keep=keep, mask=None)
+    return next_code_loss(params, batch, key, config=config.model, compute=config.compute, keep=keep, seen=None)
 
 
 def random_loss(

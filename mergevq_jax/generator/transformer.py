@@ -20,6 +20,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from mergevq_jax.generator.config import GeneratorConfig
 from mergevq_jax.generator.mask import causal_mask
+from mergevq_jax.generator.merged_attention import MergedKeys, merged_attention
 from mergevq_jax.generator.position_cache import attend, write
 from mergevq_jax.tokenizer.layers import linear_normal
 from mergevq_jax.tokenizer.lfq import split_indices
@@ -29,6 +30,7 @@ from runtime_jax.rotary import apply_rope
 from runtime_jax.sharding import Axis, Rule, constrain
 
 Params = dict[str, Any]
+Seen = Bool[Array, "#B n n"] | MergedKeys  # which positions a position sees
 
 
 def rope_table(config: GeneratorConfig) -> Float[np.ndarray, "2 N pairs"]:
@@ -78,10 +80,13 @@ class Attention(nn.Module):
         self.wo = _dense(self.config.dim, self.compute)
 
     def __call__(
-        self, x: Float[Array, "B n D"], rope: Float[Array, "2 *places n pairs"], mask: Bool[Array, "#B n n"]
+        self, x: Float[Array, "B n D"], rope: Float[Array, "2 *places n pairs"], seen: Seen
     ) -> Float[Array, "B n D"]:
         query, key, value = self._project(x, rope)
-        x = attention(query, key, value, mask=mask, backend=self.compute.attention)
+        if isinstance(seen, MergedKeys):
+            x = merged_attention(query, key, value, seen)
+        else:
+            x = attention(query, key, value, mask=seen, backend=self.compute.attention)
         return constrain(self.wo(rearrange(x, "b n h d -> b n (h d)")), Axis.BATCH, None, None)
 
     def step(
@@ -133,10 +138,10 @@ class Block(nn.Module):
         self.feed_forward = FeedForward(self.config, self.compute)
 
     def __call__(
-        self, x: Float[Array, "B n D"], rope: Float[Array, "2 *places n pairs"], mask: Bool[Array, "#B n n"]
+        self, x: Float[Array, "B n D"], rope: Float[Array, "2 *places n pairs"], seen: Seen
     ) -> tuple[Float[Array, "B n D"], None]:
         """As `nn.scan` wants it: the second output is nothing."""
-        x = x + self.attention(self.attention_norm(x), rope, mask)
+        x = x + self.attention(self.attention_norm(x), rope, seen)
         return constrain(x + self.feed_forward(self.ffn_norm(x)), Axis.BATCH, None, None), None
 
     def step(self, x, rope, keys, values, slots, visible):
@@ -186,7 +191,7 @@ class Generator(nn.Module):
         indices: Int[Array, "B L"],
         labels: Int[Array, "B"],
         merge: Int[Array, "B"] | None = None,
-        mask: Bool[Array, "#B N N"] | None = None,
+        seen: Bool[Array, "#B N N"] | MergedKeys | None = None,
     ) -> tuple[Float[Array, "B L values"], ...]:
         """Logits of every sub-token of every code under teacher forcing: [B, L, values] for each sub-token, float32.
 
@@ -194,7 +199,7 @@ class Generator(nn.Module):
           indices: codes in raster order.
           labels: classes, or the null class.
           merge: place in `merge_numbers`; None for a model without merge instruction.
-          mask: of `merge_mask`; None: plain autoregression.
+          seen: of `merge_mask` or `merged_keys`; None: plain autoregression.
 
         Raises:
           ValueError: a sequence of another length than the config's grid; a merge instruction missing or not known.
@@ -207,8 +212,11 @@ class Generator(nn.Module):
         prefix = self.embed_prefix(labels, merge)
         x = jnp.concatenate([prefix, self.embed_codes(indices[:, :-1])], axis=1)  # the last code predicts nothing
         length = x.shape[1]
-        mask = causal_mask(length) if mask is None else mask[:, :length, :length]
-        hidden = self.trunk(x, jnp.asarray(rope_table(config)[:, :length]), mask)
+        if seen is None:
+            seen = causal_mask(length)
+        elif not isinstance(seen, MergedKeys):
+            seen = seen[:, :length, :length]
+        hidden = self.trunk(x, jnp.asarray(rope_table(config)[:, :length]), seen)
         return self.predict(hidden[:, config.prefix - 1 :], indices)
 
     def embed_codes(self, indices: Int[Array, "B n"]) -> Float[Array, "B n D"]:
@@ -238,10 +246,10 @@ class Generator(nn.Module):
         return constrain(x, Axis.BATCH, None, None)
 
     def trunk(
-        self, x: Float[Array, "B n D"], rope: Float[Array, "2 *places n pairs"], mask: Bool[Array, "#B n n"]
+        self, x: Float[Array, "B n D"], rope: Float[Array, "2 *places n pairs"], seen: Seen
     ) -> Float[Array, "B n D"]:
         """The blocks over positions: embedded inputs to hidden states."""
-        return self.spatial_blocks(constrain(x, Axis.BATCH, None, None), rope, mask)[0]
+        return self.spatial_blocks(constrain(x, Axis.BATCH, None, None), rope, seen)[0]
 
     def predict(
         self, hidden: Float[Array, "B n D"], indices: Int[Array, "B n"]

@@ -1,0 +1,75 @@
+"""MergeAR's attention while it is trained, over the keys that some position can see, instead of over all pairs.
+
+Beyond its window a position sees the prefix and the first token of each group, P + K keys of N = P + L. So the logits
+are [N, P + K] for these and [N, window + 1] for the window, where a mask of all pairs needs [N, N]: K / L of the FLOPs
+and of the memory. What is hidden is data, so a kernel that skips blocks of a mask would find few to skip: the columns
+that stay lie everywhere.
+
+Axes: B batch, L raster tokens, P prefix tokens, N positions (the last one may be missing), S = P + K keys, H heads.
+"""
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from mergevq_jax.generator.position_cache import HIDDEN
+
+
+@flax.struct.dataclass
+class MergedKeys:
+    """The positions that are seen from beyond the window.
+
+    Attributes:
+      positions: rising; where an image has fewer groups than K, the last ones are beyond all positions.
+      window: tokens before a position that it always sees.
+    """
+
+    positions: Int[Array, "B S"]
+    window: int = flax.struct.field(pytree_node=False)
+
+
+def merged_keys(first: Int[Array, "B L"], keep: int, *, window: int, prefix: int) -> MergedKeys:
+    """What `mask.merge_mask` says, as positions.
+
+    Args:
+      first: of `mask.first_members`, with at most `keep` groups in an image.
+      keep: K.
+      window: recent tokens that are always seen.
+      prefix: tokens in front of the raster.
+    """
+    batch, length = first.shape
+    place = jnp.arange(length)[None]
+    kept = jnp.sort(jnp.where(first == place, place, length), axis=1)[:, :keep]
+    always = jnp.broadcast_to(jnp.arange(prefix)[None], (batch, prefix))
+    return MergedKeys(jnp.concatenate([always, prefix + kept], axis=1), window)
+
+
+def merged_attention(
+    query: Float[Array, "B N H D"], key: Float[Array, "B N H D"], value: Float[Array, "B N H D"], keys: MergedKeys
+) -> Float[Array, "B N H D"]:
+    """`attention` under the mask that `keys` stands for; logits and softmax in float32."""
+    length, scale = query.shape[1], query.shape[-1] ** -0.5
+    places, offsets = jnp.arange(length), range(keys.window + 1)
+    chosen = jnp.minimum(keys.positions, length - 1)[:, :, None, None]
+    old_key, old_value = (jnp.take_along_axis(x, chosen, axis=1) for x in (key, value))
+    old = jnp.einsum("bnhd,bshd->bhns", query, old_key, preferred_element_type=jnp.float32)
+    beyond = keys.positions[:, None, :] < (places - keys.window)[None, :, None]
+    old = jnp.where(beyond[:, None], scale * old, HIDDEN)
+
+    near = [jnp.einsum("bnhd,bnhd->bhn", query, _later(key, by), preferred_element_type=jnp.float32) for by in offsets]
+    near = [
+        jnp.where(places[None, None] >= by, scale * logits, HIDDEN) for by, logits in zip(offsets, near, strict=True)
+    ]
+
+    weights = jax.nn.softmax(jnp.concatenate([old, jnp.stack(near, axis=-1)], axis=-1), axis=-1).astype(value.dtype)
+    seen = old.shape[-1]
+    result = jnp.einsum("bhns,bshd->bnhd", weights[..., :seen], old_value, preferred_element_type=jnp.float32)
+    for by in offsets:
+        result += jnp.moveaxis(weights[..., seen + by], 1, 2)[..., None] * _later(value, by)
+    return result.astype(value.dtype)
+
+
+def _later(x: Float[Array, "B N H D"], by: int) -> Float[Array, "B N H D"]:
+    """Every position's value at the position `by` later; zeros at the first ones."""
+    return jnp.pad(x, ((0, 0), (by, 0), (0, 0), (0, 0)))[:, : x.shape[1]]
