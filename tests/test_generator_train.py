@@ -26,8 +26,9 @@ from mergevq_jax.tokenizer.config import PRESETS
 from mergevq_jax.tokenizer.lfq import split_indices
 from mergevq_jax.tokenizer.model import param_shapes as tokenizer_shapes
 from runtime_jax.config import build, load, to_dict
+from runtime_jax.optimizer import make_optimizer, make_schedule
 from runtime_jax.program import Program
-from runtime_jax.sharding import MeshConfig, make_mesh, place, shard_batch
+from runtime_jax.sharding import MeshConfig, make_mesh, param_shardings, place, shard_batch
 
 CONFIG = train.StepConfig(model=MODEL, tokenizer=TOKENIZER)
 SGD = train.Optimizer(optax.sgd(1.0), lambda step: jnp.ones(()))  # the change of a parameter is its gradient
@@ -165,9 +166,13 @@ def test_imagenet_configs_build(size):
     assert build(TrainConfig, to_dict(config)) == config
 
 
-def test_a_published_step_traces():
+@pytest.mark.parametrize(
+    ("size", "kind", "count"), [("L", "merge", 344e6), ("XL", "merge", 784e6), ("L", "random", 344e6)]
+)
+def test_a_published_step_traces(size, kind, count):
     """Whole, from images through the tokenizer, by shapes alone."""
-    config = build(TrainConfig, load("configs/mergear_imagenet.py:L"))
+    changes = [f"kind={kind}", f"model.position_instruction={kind == 'random'}"]
+    config = build(TrainConfig, load(f"configs/mergear_imagenet.py:{size}", changes))
     tokenizer = PRESETS["gr-d64"]
     step_config = dataclasses.replace(config.step_config(None), tokenizer=tokenizer, accumulate=2)
     state = jax.eval_shape(functools.partial(train.init_state, step_config, SGD))
@@ -180,7 +185,7 @@ def test_a_published_step_traces():
     new, metrics = jax.eval_shape(step, state, tokenizer_shapes(tokenizer), batch)
     assert jax.tree.map(lambda x: (x.shape, x.dtype), new) == jax.tree.map(lambda x: (x.shape, x.dtype), state)
     assert {"loss", "loss/0", "accuracy/1", "grad_norm", "lr", "nonfinite"} <= set(metrics)
-    assert abs(sum(leaf.size for leaf in jax.tree.leaves(state.params)) / 343e6 - 1) < 0.01
+    assert abs(sum(leaf.size for leaf in jax.tree.leaves(state.params)) / count - 1) < 0.01
 
 
 def trained_run(root, tokenizer=TOKENIZER, **changes):
@@ -262,3 +267,13 @@ def test_tiny_configs_build(arg):
     assert config.model.merge_instruction == (config.kind != "plain")
     assert config.model.position_instruction == (config.kind == "random")
     assert build(TrainConfig, to_dict(config)) == config
+
+
+def test_every_part_of_the_tiny_config_s_state_has_a_sharding():
+    """Muon's too."""
+    config = build(TrainConfig, load("configs/mergear_tiny.py:random"))
+    schedule = make_schedule(config.optimizer, total_steps=1000, batch_size=16, num_examples=None)
+    optimizer = train.Optimizer(make_optimizer(config.optimizer, schedule), schedule)
+    state = jax.eval_shape(functools.partial(train.init_state, config.step_config(None), optimizer))
+    shardings = param_shardings(state, SHARDING_RULES, make_mesh(MeshConfig()))
+    assert jax.tree.structure(shardings) == jax.tree.structure(state)
