@@ -21,7 +21,9 @@ from tokenverse_jax.pipeline import GUIDANCE, Pipeline, PromptEncoding
 from tokenverse_jax.text import find_word
 
 GRID = (8, 8)  # of the noise that the keys are looked at with
-PARALLEL = 0.9  # mean cosine of the keys of two words that are likely to blend
+# Mean cosine of the keys of two words that are likely to blend. Of the benchmark's pairs, on the tiny model, the fifth
+# above it had lost a third of CP (docs/benchmark.md); other models have not been measured.
+PARALLEL = 0.47
 
 
 class Pair(NamedTuple):
@@ -101,7 +103,7 @@ def key_similarities(pipeline: Pipeline, files: dict[Path, ConceptFile], base_ha
     if pipeline.base_hash() != base_hash:
         raise ValueError(f"{pipeline.source}: not the model that the concepts were learned on ({base_hash})")
     words = [(path, concept) for path, file in files.items() for concept in file.concepts]
-    keys = _compiled_keys(pipeline)
+    keys = compiled_keys(pipeline)
     pairs = []
     for (path, first), (other, second) in itertools.combinations(words, 2):
         if path != other:
@@ -110,13 +112,30 @@ def key_similarities(pipeline: Pipeline, files: dict[Path, ConceptFile], base_ha
             prompt, targets = f"a {name} and a {twin}", (f"{name}#1", f"{twin}#{1 + len(before)}")
             where = [find_word(pipeline.tokenizer_2, prompt, target) for target in targets]
             placed = [PlacedConcept(first, where[0]), PlacedConcept(second, where[1])]
-            encoded, composed = pipeline.encode_prompts([prompt]), compose(placed, pipeline.text_length)
-            plain, steered = (float(bank.key_similarity(keys(encoded, each), *where)) for each in (None, composed))
-            pairs.append(Pair(f"{path.stem}:{first.word}", f"{other.stem}:{second.word}", plain, steered))
+            cosines = cosine_in_prompt(pipeline, keys, prompt, placed)
+            pairs.append(Pair(f"{path.stem}:{first.word}", f"{other.stem}:{second.word}", *cosines))
     return pairs
 
 
-def _compiled_keys(pipeline: Pipeline) -> Callable[[PromptEncoding, Composition | None], jax.Array]:
+Keys = Callable[[PromptEncoding, Composition | None], jax.Array]
+
+
+def cosine_in_prompt(
+    pipeline: Pipeline, keys: Keys, prompt: str, placed: Sequence[PlacedConcept]
+) -> tuple[float, float]:
+    """The similarity of the keys of two words of a prompt, without and with the concepts on them.
+
+    Args:
+      keys: of `compiled_keys`.
+      placed: two concepts.
+    """
+    encoded, composed = pipeline.encode_prompts([prompt]), compose(placed, pipeline.text_length)
+    where = [item.places for item in placed]
+    plain, steered = (float(bank.key_similarity(keys(encoded, each), *where)) for each in (None, composed))
+    return plain, steered
+
+
+def compiled_keys(pipeline: Pipeline) -> Keys:
     """(prompt, concepts on it) -> attention keys [blocks, T, H, head] of its tokens."""
     part = pipeline.transformer
     flux = Flux(part.config, pipeline.compute)

@@ -166,7 +166,7 @@ def make_cases(images: Sequence[ConceptImage], seed: int) -> list[Case]:
         "decomposition": (_decomposition(rng, image) for rng, image in _each(seed, 2, second)),
         "full": (_full(rng, *pair) for rng, pair in _each(seed, 3, _pairs(second))),
         "single": (_single(rng, image) for rng, image in _each(seed, 4, first)),
-        "same word": (_same_word(rng, *pair) for rng, pair in _each(seed, 5, twins)),
+        "same word": ([make_pair(rng, *pair)] for rng, pair in _each(seed, 5, twins)),
         "direction": (_direction(rng) for rng, _ in _each(seed, 6, range(len(images) // 2))),
     }
     cases = []
@@ -186,7 +186,7 @@ def _pairs(images: Sequence[ConceptImage]) -> list[tuple[ConceptImage, ConceptIm
 
 def _composition(rng: np.random.Generator, first: ConceptImage, second: ConceptImage) -> list[Case]:
     if second.number % 4 == 1:
-        return [_objects_case(rng, [_bring(first, 0), _bring(second, 0)])]
+        return [make_pair(rng, first, second)]
     item, use = _bring(first, 0)
     kind, light = second.scene.background.kind, second.scene.light
     case = _objects_case(rng, [(item, use), (_bystander(rng, item), None)], kind)
@@ -203,8 +203,9 @@ def _full(rng: np.random.Generator, first: ConceptImage, second: ConceptImage) -
     return [_objects_case(rng, [_bring(first, i), _bring(second, 1 - i)]) for i in (0, 1)]
 
 
-def _same_word(rng: np.random.Generator, first: ConceptImage, second: ConceptImage) -> list[Case]:
-    return [_objects_case(rng, [_bring(first, 0), _bring(second, 0)])]
+def make_pair(rng: np.random.Generator, first: ConceptImage, second: ConceptImage) -> Case:
+    """The first objects of two images side by side."""
+    return _objects_case(rng, [_bring(first, 0), _bring(second, 0)])
 
 
 def _single(rng: np.random.Generator, image: ConceptImage) -> list[Case]:
