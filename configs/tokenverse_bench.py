@@ -1,4 +1,4 @@
-"""The benchmark of concepts on mini_scenes, with the shipped tiny pipeline and judge (not run at full size yet).
+"""The benchmark of concepts on mini_scenes, with the shipped tiny pipeline and judge.
 
 tokenverse bench --config configs/tokenverse_bench.py --workdir runs/bench            # 64 images, 4 seeds
 tokenverse bench --config configs/tokenverse_bench.py:demo --workdir runs/bench_demo  # a small one to look at
