@@ -207,7 +207,7 @@ def test_concepts_inspect_shows_a_bank_and_warns_of_what_would_blend(model, bank
     text = capsys.readouterr().out
     assert re.search(r"\| dog \| dog.safetensors \| \d \| both \| 1.0 \| [\d.]+ \| [\d.]+ \|", text)
     assert f"tiny ({loaded.base_hash()[:8]})" in text
-    assert "warning: cat:cat and twin:cat have nearly parallel attention keys" in text
+    assert "warning: cat:cat and twin:cat have similar attention keys" in text
     assert "warning: dog:dog" not in text
     # As many words as there are: each pair is looked at by itself.
     many = [str(write_concept(tmp_path / f"{i}.safetensors", loaded, "dog", seed=i)) for i in range(7)]

@@ -88,8 +88,8 @@ def _similarity_lines(pairs: Sequence[Pair]) -> list[str]:
     for pair in pairs:
         if pair.with_concepts > PARALLEL:
             lines.append(
-                f"warning: {pair.first} and {pair.second} have nearly parallel attention keys "
-                f"({pair.with_concepts:.3f} > {PARALLEL}): in one picture they would blend"
+                f"warning: {pair.first} and {pair.second} have similar attention keys "
+                f"({pair.with_concepts:.3f} > {PARALLEL}): in one picture they tend to blend"
             )
     return lines
 
