@@ -5,13 +5,13 @@ python benchmarks/merged_attention.py
 
 import argparse
 import functools
-import time
 from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from mergear import best
 
 from mergevq_jax.generator.mask import first_members, merge_mask
 from mergevq_jax.generator.merged_attention import merged_attention, merged_keys
@@ -37,15 +37,10 @@ def measure(attend: Callable, inputs: list[jax.Array], repeats: int) -> Measured
     gradients = jax.grad(lambda *x: jnp.square(attend(*x)).sum(), argnums=(0, 1, 2))
     traced = jax.jit(gradients).trace(*inputs)
     compiled = traced.lower().compile()
-    seconds = []
-    for _ in range(repeats + 1):  # the first run also pages memory in
-        start = time.perf_counter()
-        found = jax.block_until_ready(compiled(*inputs))
-        seconds.append(time.perf_counter() - start)
+    seconds = best(lambda: jax.block_until_ready(compiled(*inputs)), repeats)
+    found = [np.asarray(part) for part in compiled(*inputs)]
     temporary = compiled.memory_analysis().temp_size_in_bytes
-    return Measured(
-        [np.asarray(part) for part in found], count_flops(traced.jaxpr.jaxpr) / 1e9, min(seconds[1:]), temporary
-    )
+    return Measured(found, count_flops(traced.jaxpr.jaxpr) / 1e9, seconds, temporary)
 
 
 def compare(length: int, keep: int, shape: tuple[int, int, int], repeats: int) -> list[tuple[str, ...]]:

@@ -347,7 +347,7 @@ def test_a_run_leaves_a_pipeline_and_goes_on_where_it_was(tmp_path, monkeypatch)
     networks = text_to_image.make_networks(config.text_to_image, make_tokenizers(scene_words(), 40), Compute())
     before = text_to_image.init_params(networks, 0)["t5"]["shared"]["embedding"]
     after = np.asarray(pipeline.t5.params["shared"]["embedding"], np.float32)
-    assert np.abs(after - before).max() > 0.1  # T5 has read, at the higher learning rate
+    assert np.abs(after - before).max() > 0.3  # T5 has read, at the higher learning rate
     written = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*.npy")}
     assert len(written) == 2 and list(tmp_path.glob("text_to_image/**/*.png"))
     again = run.train(config, tmp_path)
