@@ -3,7 +3,9 @@
 python benchmarks/concepts.py --bench runs/bench --out runs/concepts
 
 four at once    four concepts of four images in one prompt of two pictures side by side, which the tiny base knows from
-                the isolation loss's kind of captions; each half is measured as a case of the benchmark.
+                the isolation loss's kind of captions; each half is measured as a case of the benchmark. The concepts
+                are those of the benchmark, learned from images alone, and others learned on either side of a picture
+                that the base model made (`IsolationConfig.sides` and `own_weight`), a quarter of a minute each.
 parallel keys   whether the cosine that `tokenverse concepts inspect` gives of two concepts tells how they get on.
 """
 
@@ -16,43 +18,50 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 from scipy.stats import spearmanr
+from tqdm import tqdm
 
 from runtime_jax.config import build
 from runtime_jax.data.mini_scenes import render_scene
 from runtime_jax.estimate import estimate
-from runtime_jax.judge import Judge
 from runtime_jax.pictures import image_grid, save_png
 from runtime_jax.prng import Stream, host_rng
 from runtime_jax.sizes import table
 from tokenverse_jax.bank import Concept, load
 from tokenverse_jax.base.corpus import PAIR
-from tokenverse_jax.bench.cases import Case, ConceptImage, Use, make_cases, make_images, make_pair
+from tokenverse_jax.bench.cases import Case, ConceptImage, Use, make_pair
 from tokenverse_jax.bench.metrics import View, measure
 from tokenverse_jax.bench.rows import FULL
-from tokenverse_jax.bench.run import BenchConfig
-from tokenverse_jax.bench.workdir import Workdir
+from tokenverse_jax.bench.run import Bench, BenchConfig
 from tokenverse_jax.compose import compose, place_stored
 from tokenverse_jax.concept_data import encode_prompts
 from tokenverse_jax.inspect_bank import compiled_keys, cosine_in_prompt
-from tokenverse_jax.pipeline import Pipeline, PromptEncoding
+from tokenverse_jax.pipeline import PromptEncoding
 
 
-class Bench:
-    """What a finished benchmark left, and what it was made with."""
+class Study:
+    """A finished benchmark, and the same concepts learned on either side of other pictures as well.
 
-    def __init__(self, folder: Path):
+    Attributes:
+      alone: the benchmark; its concepts are learned from images alone, with the paper's isolation loss.
+      beside: the other ones. The isolation loss has them on either side, and learns their own half.
+    """
+
+    def __init__(self, folder: Path, out: Path):
         record = json.loads((folder / "config.json").read_text())
-        self.config = build(BenchConfig, {key: record[key] for key in record if key not in ("weights", "judge")})
-        self.files = Workdir(folder, record)
-        self.images = make_images(self.config.images, self.config.seed)
-        self.cases = make_cases(self.images, self.config.seed)
-        self.pipeline, self.judge = Pipeline.from_pretrained(self.config.model), Judge.load()
+        config = build(BenchConfig, {key: record[key] for key in record if key not in ("weights", "judge")})
+        isolation = dataclasses.replace(config.learn.isolation, sides=("left", "right"), own_weight=1.0)
+        changed = dataclasses.replace(config, learn=dataclasses.replace(config.learn, isolation=isolation))
+        self.config, self.alone, self.beside = config, Bench.open(config, folder), Bench.open(changed, out / "beside")
+        full = [row for row in self.beside.rows if row.name == FULL]
+        self.beside = dataclasses.replace(self.beside, rows=full)
+        self.pipeline, self.judge = self.alone.pipeline, self.alone.judge
+        self.base_hash = self.pipeline.base_hash()
 
-    def concept(self, image: int, word: str) -> Concept:
+    def concept(self, bench: Bench, image: int, word: str) -> Concept:
         """A word of an image, learned with the full method."""
-        return load(self.files.concept(FULL, image), base_hash=self.pipeline.base_hash()).concept(word)
+        return load(bench.files.concept(FULL, image), base_hash=self.base_hash).concept(word)
 
-    def draw(self, prompt: str, number: int, uses: list[Use], strength: float) -> np.ndarray:
+    def draw(self, bench: Bench, prompt: str, number: int, uses: list[Use], strength: float) -> np.ndarray:
         """Images of two pictures side by side, [seeds, size, 2 size, 3], with concepts in the order of the prompt."""
         config, pipe = self.config, self.pipeline
         seen: dict[str, int] = {}
@@ -60,7 +69,7 @@ class Bench:
         for use in uses:
             word = use.target.split("#")[0]
             seen[word] = seen.get(word, 0) + 1
-            concept, target = self.concept(use.image, use.word), f"{word}#{seen[word]}"
+            concept, target = self.concept(bench, use.image, use.word), f"{word}#{seen[word]}"
             placed.append(place_stored(concept, pipe.tokenizer_2, prompt, target, strength))
         composed = compose(placed, pipe.text_length)
         repeat = lambda array: jnp.asarray(np.repeat(np.asarray(array), config.seeds, axis=0))  # noqa: E731
@@ -77,25 +86,30 @@ class Bench:
         )
         return np.asarray(images)
 
+    def views(self, images: np.ndarray) -> list[list[View]]:
+        """What the judge sees in the left and in the right picture."""
+        parts = [np.ascontiguousarray(part) for part in np.split(images, 2, axis=2)]
+        return [[View(*pair) for pair in zip(part, self.judge.look(part), strict=True)] for part in parts]
 
-def four_at_once(bench: Bench, out: Path) -> Iterator[str]:
+
+def four_at_once(study: Study, out: Path) -> Iterator[str]:
     """A table of CP, PF and CP·PF with and without the four; writes a picture of the first seed of every prompt."""
-    rows: dict[str, list[list[float]]] = {"without": [], "with four": []}
-    size, columns = bench.config.size, []
-    for number in range(0, len(bench.images) // 2, 4):
-        group = bench.images[len(bench.images) // 2 + number :][:4]
+    rows: dict[str, list[list[float]]] = {"without": [], "learned alone": [], "learned beside others": []}
+    images, size, columns = study.alone.images, study.config.size, []
+    for number in range(0, len(images) // 2, 4):
+        group = images[len(images) // 2 + number :][:4]
+        for image in tqdm(group, desc=f"images {group[0].number} to {group[-1].number}", disable=None):
+            study.beside.learn(image)
         halves = _halves(group, number)
         prompt = PAIR.format(left=halves[0].prompt, right=halves[1].prompt)
         uses = [use for half in halves for use in half.uses]
-        drawn = {name: bench.draw(prompt, number, uses, float(name != "without")) for name in rows}
-        for name, images in drawn.items():
+        ways = zip(rows, (study.alone, study.alone, study.beside), (0.0, 1.0, 1.0), strict=True)
+        drawn = {name: study.draw(bench, prompt, number, uses, strength) for name, bench, strength in ways}
+        views = {name: study.views(images) for name, images in drawn.items()}
+        for name in rows:
             measured = []
-            for place, half in enumerate(halves):
-                views, base = (
-                    [View(*pair) for pair in zip(part, bench.judge.look(part), strict=True)]
-                    for part in (each[:, :, place * size :][:, :, :size].copy() for each in (images, drawn["without"]))
-                )
-                found = [measure(half, *pair) for pair in zip(views, base, strict=True)]
+            for half, own, base in zip(halves, views[name], views["without"], strict=True):
+                found = [measure(half, *pair) for pair in zip(own, base, strict=True)]
                 measured.append([np.mean([getattr(m, field) for m in found]) for field in ("cp", "pf", "cp_pf")])
             rows[name].append([*np.mean(measured, axis=0), measured[0][0], measured[1][0]])
         sources = [render_scene(image.scene, size).image for image in group]
@@ -113,18 +127,20 @@ def _halves(group: list[ConceptImage], number: int) -> list[Case]:
     return [dataclasses.replace(half, prompt=half.prompt.replace(" to the left of ", " and ")) for half in halves]
 
 
-def parallel_keys(bench: Bench) -> Iterator[str]:
+def parallel_keys(study: Study) -> Iterator[str]:
     """Tables by fifths of the cosine, of all cases with two objects that have a concept."""
-    measured = {(r["task"], r["case"]): r["seeds"] for r in bench.files.records() if r["row"] == FULL}
-    keys, found = compiled_keys(bench.pipeline), []
-    for case in bench.cases:
+    measured = {(r["task"], r["case"]): r["seeds"] for r in study.alone.files.records() if r["row"] == FULL}
+    keys, found = compiled_keys(study.pipeline), []
+    for case in study.alone.cases:
         if len(case.uses) != 2 or any(use.place is None for use in case.uses):
             continue
         placed = [
-            place_stored(bench.concept(use.image, use.word), bench.pipeline.tokenizer_2, case.prompt, use.target)
+            place_stored(
+                study.concept(study.alone, use.image, use.word), study.pipeline.tokenizer_2, case.prompt, use.target
+            )
             for use in case.uses
         ]
-        _, cosine = cosine_in_prompt(bench.pipeline, keys, case.prompt, placed)
+        _, cosine = cosine_in_prompt(study.pipeline, keys, case.prompt, placed)
         seeds = measured[case.task, case.number]
         bleeding = [one["bleeding"] for one in seeds if one["bleeding"] is not None]
         if bleeding:
@@ -146,8 +162,8 @@ def main() -> None:
     parser.add_argument("--bench", type=Path, default=Path("runs/bench"), help="workdir of a finished benchmark")
     parser.add_argument("--out", type=Path, default=Path("runs/concepts"))
     args = parser.parse_args()
-    bench = Bench(args.bench)
-    print("\n".join([*four_at_once(bench, args.out), "", *parallel_keys(bench)]))
+    study = Study(args.bench, args.out)
+    print("\n".join([*four_at_once(study, args.out), "", *parallel_keys(study)]))
 
 
 if __name__ == "__main__":

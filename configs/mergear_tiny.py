@@ -7,6 +7,9 @@ done; done
 mergevq train --config configs/mergear_tiny.py:merge --workdir runs/mergear     # MergeAR
 mergevq train --config configs/mergear_tiny.py:plain --workdir runs/plain       # autoregression over all tokens
 mergevq train --config configs/mergear_tiny.py:random --workdir runs/randar     # RandAR over the distinct tokens
+
+On a CPU of two cores a step of :merge takes 0.7 s with XLA_FLAGS=--xla_force_host_platform_device_count=2, which makes
+a mesh of two devices of it, and 0.8 s without; without remat, which writes less memory, 1.3 s.
 """
 
 from ml_collections import ConfigDict
@@ -14,7 +17,7 @@ from ml_collections import ConfigDict
 from mergevq_jax.generator.config import preset
 from runtime_jax.config import to_dict
 
-STEPS = 5000
+STEPS = 2500
 KEEPS = (144, 256)
 # Variant: the K that are drawn, with equal weights.
 VARIANTS = {"merge": KEEPS, "plain": (256,), "random": KEEPS}
@@ -36,6 +39,7 @@ def get_config(arg: str = "merge") -> ConfigDict:
             "seed": 0,
             "kind": arg,
             "model": to_dict(model),
+            "compute": {"remat": True},
             "tokenizer": "tiny",
             "merge_ratio": {"keeps": keeps, "weights": [1.0] * len(keeps)},
             "optimizer": {
@@ -61,7 +65,7 @@ def get_config(arg: str = "merge") -> ConfigDict:
                 "duration": {"steps": STEPS},
                 "log_every": 50,
                 "checkpoint_every": 500,
-                "eval_every": 1000,
+                "eval_every": 500,
                 "preview_every": 1000,
                 "keep_checkpoints": 1,
             },

@@ -22,7 +22,9 @@ from tokenverse_jax.isolation import IsolationConfig
 from tokenverse_jax.learn import LearnConfig, StageConfig
 
 CAPTIONS = [["a red ball on the beach", "the beach and a ball"], ["a blue ball"]]
-ISOLATION = IsolationConfig(captions=("a dog", "a cat", "a hat"), template="two {left} beside {right}")
+ISOLATION = IsolationConfig(
+    captions=("a dog", "a cat and a hat", "a hat"), template="two {left} beside {right}", sides=("left", "right")
+)
 CONFIG = LearnConfig(
     stage_1=StageConfig(steps=5000, high_share=0.92),
     stage_2=StageConfig(steps=5000, high_share=0.08),
@@ -73,11 +75,10 @@ def test_words_and_captions_are_bound_to_tokens(tokenizer, captions):
         assert pieces(tokenizer, text, captions.words["ball"][i]) == "ball"
         assert pieces(tokenizer, text, captions.tokens[i]) == text.replace(" ", "")
         assert tokenizer.eos_token_id not in np.asarray(tokenizer(text)["input_ids"])[list(captions.tokens[i])]
-        for both, other in zip(captions.merged[i], ISOLATION.captions, strict=True):
-            assert both == f"two {text} beside {other}"
-            assert pieces(
-                tokenizer, both, [captions.left_place + place for place in captions.tokens[i]]
-            ) == text.replace(" ", "")
+        expected = [f"two {text} beside {other}" for other in ISOLATION.captions]
+        assert captions.merged[i] == (*expected, *(f"two {other} beside {text}" for other in ISOLATION.captions))
+        for both, moved in zip(captions.merged[i], captions.merged_places[i], strict=True):
+            assert pieces(tokenizer, both, [moved + place for place in captions.tokens[i]]) == text.replace(" ", "")
     ids = tokenizer(captions.texts[0])["input_ids"]
     assert captions.word_ids == {word: tuple(ids[i] for i in places[0]) for word, places in captions.words.items()}
 
@@ -177,13 +178,27 @@ def test_rows_of_a_batch_belong_together(data):
             (view,) = [i for i in range(2) if np.array_equal(batch["latents"][row], views[i])]
             np.testing.assert_array_equal(batch["mask"][row], data.mask[caption])
             np.testing.assert_array_equal(batch["vec"][row], data.vec[caption])
-            other = None
+            merged = None
             if "pair_txt" in batch:
                 (other,) = [i for i in range(3) if np.array_equal(batch["pool_latents"][row], data.pool_latents[i])]
-                np.testing.assert_array_equal(batch["pair_txt"][row], data.pair_txt[caption, other])
-                np.testing.assert_array_equal(batch["pair_vec"][row], data.pair_vec[caption, other])
-            seen.add((caption, view, other))
-    assert len(seen) == 3 * 2 * 4
+                merged = other + 3 * int(batch["on_right"][row])
+                np.testing.assert_array_equal(batch["pair_txt"][row], data.pair_txt[caption, merged])
+                np.testing.assert_array_equal(batch["pair_vec"][row], data.pair_vec[caption, merged])
+                np.testing.assert_array_equal(batch["pair_rows"][row], data.pair_rows[caption, merged])
+            seen.add((caption, view, merged))
+    assert len(seen) == 3 * 2 * (1 + 2 * 3)
+
+
+def test_every_token_of_a_merged_caption_knows_its_row(pipeline, data):
+    tokenizer, rows = pipeline.tokenizer_2, data.mask.shape[1]
+    for i, caption in enumerate(data.captions.texts):
+        ids = tokenizer(caption)["input_ids"]
+        for merged, both in enumerate(data.captions.merged[i]):
+            whole = tokenizer(both)["input_ids"]
+            own = data.pair_rows[i, merged]
+            found = {place: row for place, row in enumerate(own) if row < rows and data.mask[i, row]}
+            assert sorted(found.values()) == list(np.flatnonzero(data.mask[i]))
+            assert all(whole[place] == ids[row] for place, row in found.items())
 
 
 def test_times_and_isolation_have_their_shares():

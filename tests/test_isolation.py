@@ -9,7 +9,7 @@ from tiny_pipeline import SIDE, tiny_pipeline
 
 from tokenverse_jax.autoencoder import image_ids
 from tokenverse_jax.concept_data import encode_prompts
-from tokenverse_jax.isolation import IsolationConfig, isolation_loss, right_half, side_by_side
+from tokenverse_jax.isolation import IsolationConfig, halves, isolation_loss, side_by_side
 from tokenverse_jax.pipeline import Pipeline
 from tokenverse_jax.pool import make_pool
 from tokenverse_jax.sampling import SamplingConfig
@@ -24,25 +24,34 @@ def test_side_by_side_is_one_image_of_twice_the_width():
     pair = side_by_side(jnp.asarray(left), jnp.asarray(right), GRID)
     rows = [half.reshape(2, *GRID, 4) for half in (left, right)]
     np.testing.assert_array_equal(pair, np.concatenate(rows, axis=2).reshape(2, 12, 4))
-    np.testing.assert_array_equal(right_half(pair, GRID), right)
+    own, other = halves(pair, GRID, jnp.asarray([False, True]))
+    np.testing.assert_array_equal(own, [left[0], right[1]])
+    np.testing.assert_array_equal(other, [right[0], left[1]])
     columns = image_ids((2, 6))[None, :, 2:]
-    assert right_half(columns, GRID).min() == 3  # those on the right, as the model is told
+    left, right = halves(columns, GRID, jnp.asarray([False]))
+    assert left.max() == 2 and right.min() == 3  # as the model is told
 
 
-def test_only_the_right_half_counts():
+def test_only_the_other_half_counts():
     rng = np.random.default_rng(0)
     base = jnp.asarray(rng.normal(size=(2, 12, 4)), jnp.float32)
     left_only = side_by_side(jnp.ones((2, 6, 4)), jnp.zeros((2, 6, 4)), GRID)
     right_only = side_by_side(jnp.zeros((2, 6, 4)), jnp.full((2, 6, 4), 3.0), GRID)
-    assert isolation_loss(base + left_only, base, GRID) == 0
-    assert isolation_loss(base + right_only, base, GRID) == pytest.approx(9, rel=1e-5)
+    for own_on_right, own, other, square in ((False, left_only, right_only, 9), (True, right_only, left_only, 1)):
+        on_right = jnp.full(2, own_on_right)
+        assert isolation_loss(base + own, base, GRID, on_right) == 0
+        assert isolation_loss(base + other, base, GRID, on_right) == pytest.approx(square, rel=1e-5)
 
 
 def test_the_merged_caption():
     config = dataclasses.replace(POOL, template="left: {left} right: {right}")
-    merged = config.merge("a {right} dog", "a cat")
-    assert merged == "left: a {right} dog right: a cat"
-    assert merged[config.left_start :].startswith("a {right} dog")
+    for side, expected in (
+        ("left", "left: a {right} dog right: a cat {left}"),
+        ("right", "left: a cat {left} right: a {right} dog"),
+    ):
+        merged, start = config.merge("a {right} dog", "a cat {left}", side)
+        assert merged == expected
+        assert merged[start:].startswith("a {right} dog")
 
 
 @pytest.mark.parametrize(
@@ -51,8 +60,12 @@ def test_the_merged_caption():
         ({"captions": ()}, "at least one image is needed in the pool"),
         ({"template": "{right} and {left}"}, r"\{left\} and after it \{right\} are needed"),
         ({"template": "{left}"}, r"\{left\} and after it \{right\} are needed"),
+        ({"template": "{left} {left} {right}"}, r"\{left\} and after it \{right\} are needed, each once"),
         ({"probability": 0.0}, "isolation=None leaves the loss out"),
         ({"weight": -1.0}, "weight=-1.0 positive"),
+        ({"own_weight": -1.0}, "own_weight=-1.0 not negative"),
+        ({"sides": ()}, r"sides=\(\): one or both of left, right"),
+        ({"sides": ("left", "left")}, "one or both of left, right"),
     ],
 )
 def test_configs_that_are_not_possible(changes, message):

@@ -14,6 +14,7 @@ from runtime_jax.config import Duration
 from runtime_jax.optimizer import OptimizerConfig
 from runtime_jax.sharding import MeshConfig, make_mesh, param_shardings, place, shard_batch
 from tokenverse_jax import model
+from tokenverse_jax.autoencoder import image_ids
 from tokenverse_jax.concept_data import bind_captions, draw, encode_concept, encode_images, make_concepts
 from tokenverse_jax.concept_mod import ConceptModConfig
 from tokenverse_jax.isolation import IsolationConfig
@@ -125,6 +126,34 @@ def test_tokens_without_a_direction_have_none(learner, data, one_step):
     batch = draw(data, CONFIG, SEED, 0)
     _, metrics = one_step(learner.init(SEED), batch | {"mask": np.zeros_like(batch["mask"])}, 1)
     assert value(metrics, "grad_norm") == 0
+
+
+def test_a_concept_on_either_side_learns_its_own_half_too(pipeline):
+    isolation = dataclasses.replace(CONFIG.isolation, sides=("left", "right"), own_weight=1.0)
+    config = dataclasses.replace(CONFIG, isolation=isolation)
+    data, learner = encoded(pipeline, config), Learner(pipeline, config)
+    batch = next(
+        b for b in (draw(data, config, SEED, step) for step in range(99)) if set(b["on_right"]) == {False, True}
+    )
+    state, metrics = learner.step(learner.init(SEED), batch, 0, data)
+    part, grid = pipeline.transformer, data.grid
+    squares = []
+    for row, on_right in enumerate(batch["on_right"]):
+        both = [batch[name][row].reshape(*grid, -1) for name in ("latents", "pool_latents")]
+        clean = np.concatenate(both[::-1] if on_right else both, axis=1).reshape(1, 2 * len(data.latents[0, 0]), -1)
+        noise, time = batch["pair_noise"][row : row + 1], batch["times"][row : row + 1]
+        txt, vec = batch["pair_txt"][row : row + 1], batch["pair_vec"][row : row + 1]
+        ids = image_ids((grid[0], 2 * grid[1])), jnp.zeros((txt.shape[1], 3))
+        x = (1 - time) * clean + time * noise
+        guidance = jnp.ones(1) if part.config.guidance_embeds else None
+        inputs = map(jnp.asarray, (x, ids[0], txt, ids[1], time, vec))
+        velocity = Flux(part.config).apply({"params": part.params}, *inputs, guidance)
+        off = np.asarray(velocity - (noise - clean)).reshape(grid[0], 2, grid[1], -1)
+        squares.append(np.mean(np.square(off[:, int(on_right)])))
+    assert value(metrics, "own_half") == pytest.approx(np.mean(squares), rel=1e-4)
+    assert value(metrics, "isolation") < 1e-12
+    _, metrics = learner.step(state, draw(data, config, SEED, 1), 1, data)
+    assert value(metrics, "isolation") > 0
 
 
 def test_an_update_that_is_not_finite_is_skipped(learner, data, one_step):
@@ -244,6 +273,8 @@ def test_the_step_of_flux_dev_traces():
     }
     batch = {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in shapes.items()}
     batch["mask"] = jax.ShapeDtypeStruct((1, 32), jnp.bool_)
+    batch["on_right"] = jax.ShapeDtypeStruct((1,), jnp.bool_)
+    batch["pair_rows"] = jax.ShapeDtypeStruct((1, 64), jnp.int32)
     step = functools.partial(
         learn_step,
         config=config,
@@ -251,7 +282,6 @@ def test_the_step_of_flux_dev_traces():
         optimizer=make_optimizers(config)[1],
         stage=2,
         grid=(32, 32),
-        left_place=9,
     )
     after, metrics = jax.eval_shape(step, state, frozen, batch)
     assert jax.tree.map(lambda x: (x.shape, x.dtype), after) == jax.tree.map(lambda x: (x.shape, x.dtype), state)

@@ -1,7 +1,8 @@
 """A concept's images and captions: words bound to tokens, everything encoded once, and the batch of every step.
 
-Axes: I images, F an image and its mirror image, V captions of all images, K images of the pool, B batch, N image
-tokens, C channels of an image token, T text tokens, R first text tokens, J and P widths of the text encoders.
+Axes: I images, F an image and its mirror image, V captions of all images, K images of the pool, S sides on which a
+concept's image may stand beside one of these, B batch, N image tokens, C channels of an image token, T text tokens, R
+first text tokens of a caption and M of a merged one, J and P widths of the text encoders.
 """
 
 import math
@@ -12,7 +13,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Bool, Float, UInt8
+from jaxtyping import Bool, Float, Int, UInt8
 
 from runtime_jax.data import center_crop, decode_image
 from runtime_jax.prng import Stream, host_rng
@@ -24,7 +25,7 @@ from tokenverse_jax.learn import LearnConfig
 from tokenverse_jax.pipeline import Pipeline, PromptEncoding
 
 MAX_ASPECT = 2.0  # an image is cut to a square; of one longer than that, more than half would go
-ROWS = 16  # R is a multiple of it, so that runs with captions of about the same length share a program
+ROWS = 16  # R and M are multiples of it, so that runs with captions of about the same length share a program
 ENCODED_AT_ONCE = 8  # prompts
 
 Places = tuple[int, ...]
@@ -40,8 +41,8 @@ class Captions:
       tokens: places of all tokens of each, the end token left out: it belongs to no word.
       words: by word, its places in each caption.
       word_ids: by word, T5's ids of its tokens in the first caption.
-      merged: each caption with each of the pool's, see `isolation`; nothing without isolation.
-      left_place: how many tokens a merged caption has before the concept's own.
+      merged: S K captions for each, all of the pool's on one side first; nothing without isolation.
+      merged_places: how many tokens each of these has before the concept's own.
     """
 
     texts: tuple[str, ...]
@@ -50,7 +51,7 @@ class Captions:
     words: Mapping[str, tuple[Places, ...]]
     word_ids: Mapping[str, tuple[int, ...]]
     merged: tuple[tuple[str, ...], ...] = ()
-    left_place: int = 0
+    merged_places: tuple[Places, ...] = ()
 
 
 def bind_captions(
@@ -91,29 +92,28 @@ def bind_captions(
     )
     if isolation is None:
         return bound
-    merged = tuple(tuple(isolation.merge(caption, other) for other in isolation.captions) for caption in texts)
-    text.encode(tokenizer, [caption for row in merged for caption in row], text_length)
-    return replace(bound, merged=merged, left_place=_left_place(tokenizer, bound, merged, isolation))
+    merged, merged_places = [], []
+    for caption, places in zip(texts, bound.tokens, strict=True):
+        both = [isolation.merge(caption, other, side) for side in isolation.sides for other in isolation.captions]
+        merged.append(tuple(whole for whole, _ in both))
+        text.encode(tokenizer, merged[-1], text_length)
+        merged_places.append(tuple(_moved_by(tokenizer, caption, places, *each) for each in both))
+    return replace(bound, merged=tuple(merged), merged_places=tuple(merged_places))
 
 
-def _left_place(
-    tokenizer: text.Tokenizer, captions: Captions, merged: Sequence[Sequence[str]], isolation: IsolationConfig
-) -> int:
-    """By how many places the captions' tokens are moved in the merged captions."""
-    start, shifts = isolation.left_start, set()
-    for caption, places, row in zip(captions.texts, captions.tokens, merged, strict=True):
-        ids = np.asarray(tokenizer(caption, verbose=False)["input_ids"])[list(places)]
-        for both in row:
-            moved = text.find_span(tokenizer, both, start, start + len(caption))
-            left = np.asarray(tokenizer(both, verbose=False)["input_ids"])[list(moved)]
-            shifts |= set(np.subtract(moved, places)) if np.array_equal(ids, left) else {None}
-            if len(shifts) > 1 or None in shifts:
-                raise ValueError(
-                    f"isolation.template: the caption {caption!r} has other tokens in {both!r} than by itself: put "
-                    "spaces, or nothing, before and after {left}"
-                )
-    (shift,) = shifts
-    return int(shift)
+def _moved_by(tokenizer: text.Tokenizer, caption: str, places: Places, both: str, start: int) -> int:
+    """By how many places a caption's tokens are moved in a merged one, where it starts at letter `start`."""
+    moved = text.find_span(tokenizer, both, start, start + len(caption))
+    own, found = (
+        np.asarray(tokenizer(whole, verbose=False)["input_ids"])[list(at)]
+        for whole, at in ((caption, places), (both, moved))
+    )
+    if not np.array_equal(own, found):
+        raise ValueError(
+            f"isolation.template: the caption {caption!r} has other tokens in {both!r} than by itself: put spaces, or "
+            "nothing, before and after {left} and {right}"
+        )
+    return moved[0] - places[0]
 
 
 def read_image(path: str | Path, size: int) -> UInt8[np.ndarray, "{size} {size} 3"]:
@@ -149,7 +149,8 @@ class ConceptData:
       txt, vec: T5's outputs and CLIP's pooled output for each caption.
       mask: tokens that have a direction.
       pool_latents: of the pool's images.
-      pair_txt, pair_vec: like txt and vec, for each caption merged with each of the pool's.
+      pair_txt, pair_vec: like txt and vec, for each caption merged with each of the pool's on each side.
+      pair_rows: which of the R rows belongs to each of their first M tokens, R for none.
     """
 
     captions: Captions
@@ -159,8 +160,9 @@ class ConceptData:
     vec: Float[np.ndarray, "V P"]
     mask: Bool[np.ndarray, "V R"]
     pool_latents: Float[np.ndarray, "K N C"] | None = None
-    pair_txt: Float[np.ndarray, "V K T J"] | None = None
-    pair_vec: Float[np.ndarray, "V K P"] | None = None
+    pair_txt: Float[np.ndarray, "V merged T J"] | None = None
+    pair_vec: Float[np.ndarray, "V merged P"] | None = None
+    pair_rows: Int[np.ndarray, "V merged M"] | None = None
 
 
 def encode_concept(
@@ -172,7 +174,7 @@ def encode_concept(
     encoded = encode_prompts(pipeline, captions.texts)
     length = encoded.txt.shape[1]
     last = max(place for places in captions.tokens for place in places)
-    rows = min(ROWS * math.ceil((last + 1) / ROWS), length - captions.left_place)
+    rows = _rows(last + 1, length)
     mask = np.zeros((len(captions.texts), rows), bool)
     for i, places in enumerate(captions.tokens):
         # In the space of all tokens, directions of other tokens would move the image, and be lost.
@@ -191,7 +193,14 @@ def encode_concept(
         return data
     pairs = encode_prompts(pipeline, [caption for row in captions.merged for caption in row])
     txt, vec = (array.reshape(len(captions.merged), -1, *array.shape[1:]) for array in (pairs.txt, pairs.vec))
-    return replace(data, pair_txt=txt, pair_vec=vec)
+    places = np.asarray(captions.merged_places)[..., None]
+    own = np.arange(_rows(last + 1 + int(places.max()), length)) - places
+    own = np.where((own >= 0) & (own < rows), own, rows).astype(np.int32)
+    return replace(data, pair_txt=txt, pair_vec=vec, pair_rows=own)
+
+
+def _rows(tokens: int, length: int) -> int:
+    return min(ROWS * math.ceil(tokens / ROWS), length)
 
 
 def encode_prompts(pipeline: Pipeline, prompts: Sequence[str]) -> PromptEncoding:
@@ -247,13 +256,16 @@ def draw(data: ConceptData, config: LearnConfig, seed: int, step: int) -> dict[s
         "mask": data.mask[caption],
     }
     if is_isolated(config, seed, step):
-        other = rng.integers(len(data.pool_latents), size=config.batch_size)
+        merged = rng.integers(data.pair_txt.shape[1], size=config.batch_size)
+        side, other = np.divmod(merged, len(data.pool_latents))
         size, tokens, channels = latents.shape
         batch |= {
             "pool_latents": data.pool_latents[other],
+            "on_right": np.asarray(config.isolation.sides)[side] == "right",
             "pair_noise": noise.standard_normal((size, 2 * tokens, channels), np.float32),
-            "pair_txt": data.pair_txt[caption, other],
-            "pair_vec": data.pair_vec[caption, other],
+            "pair_txt": data.pair_txt[caption, merged],
+            "pair_vec": data.pair_vec[caption, merged],
+            "pair_rows": data.pair_rows[caption, merged],
         }
     return batch
 

@@ -25,6 +25,7 @@ from tokenverse_jax.text_encoders.t5 import T5_XXL, T5Encoder
 Grid = tuple[int, int]
 WORD_TOKENS = (1, 2, 5)  # of the words whose size in a concept file is shown
 CAPTION_TOKENS = 2 * ROWS  # that can have a direction: a caption beside another one's
+PAIR_TOKENS = 4 * ROWS  # the same in a merged caption
 DTYPE = jnp.bfloat16  # of weights and matmuls
 STEP_COLUMNS = (
     "image tokens",
@@ -143,7 +144,6 @@ def _step_flops(
         optimizer=make_optimizers(learn)[-1],
         stage=2,
         grid=grid,
-        left_place=0,
     )
     return count_flops(jax.make_jaxpr(step)(state, _transformer_shapes(flux), _batch(images, learn)).jaxpr)
 
@@ -183,7 +183,11 @@ def _batch(images: Sequence[dict[str, Any]], learn: LearnConfig) -> dict[str, ja
     if len(images) == 1:
         return batch
     pair = {"pair_noise": "img", "pair_txt": "txt", "pair_vec": "vec"}
-    return batch | {name: images[1][source] for name, source in pair.items()} | {"pool_latents": batch["latents"]}
+    batch |= {name: images[1][source] for name, source in pair.items()} | {"pool_latents": batch["latents"]}
+    return batch | {
+        "on_right": jax.ShapeDtypeStruct((learn.batch_size,), jnp.bool_),
+        "pair_rows": jax.ShapeDtypeStruct((learn.batch_size, PAIR_TOKENS), jnp.int32),
+    }
 
 
 def kept_bytes(flux: FluxConfig, inputs: dict[str, Any], *, remat: bool) -> int:

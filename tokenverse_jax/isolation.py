@@ -1,47 +1,59 @@
 """The concept isolation loss: what is learned from one image leaves other images alone (TokenVerse, section 3.3).
 
 The concept's image is put beside one that the base model made, left and right, under a caption that gives both. With
-the concept's directions on its own caption's tokens, the right half is to be predicted as without them.
+the concept's directions on its own caption's tokens, the other image's half is to be predicted as without them.
+
+Ours: the concept's image may be on either side, and its own half may be learned too. A concept of images alone is
+learned where their captions begin, on the left of a picture, and may not carry over to the right of a wider one.
 
 Axes: B batch, h w grid of an image's tokens, N = h w, C channels of an image token.
 """
 
+import re
 from dataclasses import dataclass
+from typing import Literal, get_args
 
 import jax.numpy as jnp
 from einops import rearrange
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
+
+Side = Literal["left", "right"]
+PARTS = r"\{left\}|\{right\}"  # of a template, for `re`
 
 
 @dataclass(frozen=True, kw_only=True)
 class IsolationConfig:
-    """The pool of base-model images, and how much they count; the paper has 25 of them, and a probability of 0.5."""
+    """The pool of base-model images, and how much they count; the paper has 25 of them, and a probability of 0.5.
+
+    Sides of the concept's image are equally likely; the paper's figure has it on the left.
+    """
 
     captions: tuple[str, ...]  # one image is made for each
     template: str = "Two pictures side by side: on the left {left}, on the right {right}."
     probability: float = 0.5  # share of the steps that have the loss, in addition to their own
     weight: float = 10.0  # the paper has none; this is XVerse's
+    sides: tuple[Side, ...] = ("left",)  # where the concept's image stands
+    own_weight: float = 0.0  # of the flow matching loss in the concept's own half; the paper's method has none
 
     def __post_init__(self):
         if not self.captions:
             raise ValueError("captions: at least one image is needed in the pool")
-        left, right = (self.template.find(part) for part in ("{left}", "{right}"))
-        if not 0 <= left < right:
-            raise ValueError(f"template={self.template!r}: {{left}} and after it {{right}} are needed")
-        if not 0 < self.probability <= 1 or self.weight <= 0:
+        if re.findall(PARTS, self.template) != ["{left}", "{right}"]:
+            raise ValueError(f"template={self.template!r}: {{left}} and after it {{right}} are needed, each once")
+        if not 0 < self.probability <= 1 or self.weight <= 0 or self.own_weight < 0:
             raise ValueError(
-                f"probability={self.probability} is in (0, 1] and weight={self.weight} positive; "
-                "isolation=None leaves the loss out"
+                f"probability={self.probability} is in (0, 1], weight={self.weight} positive and "
+                f"own_weight={self.own_weight} not negative; isolation=None leaves the loss out"
             )
+        if not self.sides or len(set(self.sides)) < len(self.sides):
+            raise ValueError(f"sides={self.sides}: one or both of {', '.join(get_args(Side))}")
 
-    def merge(self, left: str, right: str) -> str:
-        """The caption of two images side by side; the left one's begins at `left_start`."""
-        return self.template.replace("{right}", right).replace("{left}", left)
-
-    @property
-    def left_start(self) -> int:
-        """Place of the left caption's first letter in a merged one."""
-        return self.template.index("{left}")
+    def merge(self, own: str, other: str, side: Side) -> tuple[str, int]:
+        """The caption of two images side by side, and the place of the concept's own caption in it, in letters."""
+        before, between, after = re.split(PARTS, self.template)
+        left, right = (own, other) if side == "left" else (other, own)
+        start = len(before) if side == "left" else len(before + left + between)
+        return before + left + between + right + after, start
 
 
 def side_by_side(
@@ -53,13 +65,20 @@ def side_by_side(
     return rearrange(jnp.concatenate(halves, axis=2), "b h w c -> b (h w) c")
 
 
-def right_half(pair: Float[Array, "B both C"], grid: tuple[int, int]) -> Float[Array, "B N C"]:
-    """The right image's tokens."""
-    return rearrange(pair, "b (h two w) c -> two b (h w) c", h=grid[0], two=2)[1]
+def halves(
+    pair: Float[Array, "B both C"], grid: tuple[int, int], on_right: Bool[Array, " B"]
+) -> tuple[Float[Array, "B N C"], Float[Array, "B N C"]]:
+    """Tokens of the concept's own image and of the other one; the own one is on the right where `on_right`."""
+    left, right = rearrange(pair, "b (h two w) c -> two b (h w) c", h=grid[0], two=2)
+    on_right = on_right[:, None, None]
+    return jnp.where(on_right, right, left), jnp.where(on_right, left, right)
 
 
 def isolation_loss(
-    steered: Float[Array, "B both C"], base: Float[Array, "B both C"], grid: tuple[int, int]
+    steered: Float[Array, "B both C"],
+    base: Float[Array, "B both C"],
+    grid: tuple[int, int],
+    on_right: Bool[Array, " B"],
 ) -> Float[Array, ""]:
-    """Mean square of what directions change in the right half of a predicted velocity."""
-    return jnp.mean(jnp.square(right_half(steered - base, grid)))
+    """Mean square of what directions change in the other image's half of a predicted velocity."""
+    return jnp.mean(jnp.square(halves(steered - base, grid, on_right)[1]))

@@ -23,7 +23,7 @@ from runtime_jax.config import Duration
 from runtime_jax.optimizer import OptimizerConfig, make_optimizer, make_schedule
 from tokenverse_jax.autoencoder import image_ids
 from tokenverse_jax.concept_mod import ConceptModConfig, Params, directions, init_params
-from tokenverse_jax.isolation import IsolationConfig, isolation_loss, side_by_side
+from tokenverse_jax.isolation import IsolationConfig, halves, isolation_loss, side_by_side
 from tokenverse_jax.model import Flux, FluxConfig, OffsetBlocks
 from tokenverse_jax.schedule import flow
 
@@ -151,7 +151,6 @@ def learn_step(
     optimizer: Optimizer,
     stage: int,
     grid: tuple[int, int],
-    left_place: int,
 ) -> tuple[LearnState, Metrics]:
     """One update of Concept-Mod. A batch holds everything random, see `concept_data.draw`, so there are no keys.
 
@@ -159,10 +158,11 @@ def learn_step(
       state: donated by the caller's jit.
       frozen: parameters of `flux`, never donated.
       batch: latents and noise [B, N, C], times [B], txt [B, T, J], vec [B, P], mask [B, R] of the tokens that have a
-        direction. Where the step has an isolation loss also pool_latents [B, N, C], pair_noise [B, 2 N, C], and txt
-        and vec of the merged captions: pair_txt, pair_vec. So steps with and without it are two programs.
-      config, flux, optimizer, stage, grid, left_place: static; the last is how many tokens a merged caption has before
-        the concept's own.
+        direction. Where the step has an isolation loss also pool_latents [B, N, C], pair_noise [B, 2 N, C], on_right
+        [B], the side of the concept's image, txt and vec of the merged captions as pair_txt and pair_vec, and
+        pair_rows [B, M], which of the R rows belongs to each of their first M tokens, R for none. So steps with and
+        without it are two programs.
+      config, flux, optimizer, stage, grid: static.
 
     Returns:
       The new state and metrics as (sum, count). Where the loss or a gradient is not finite, everything but the step's
@@ -173,7 +173,7 @@ def learn_step(
     opt_state = jax.tree.map(functools.partial(jnp.where, state.step == first), fresh, state.opt_state)
     state = state.replace(opt_state=opt_state)
     (loss, metrics), gradients = jax.value_and_grad(_losses, has_aux=True)(
-        state.params, frozen, batch, config, flux, stage, grid, left_place
+        state.params, frozen, batch, config, flux, stage, grid
     )
     norm = optax.tree.norm(gradients)
     updates, opt_state = optimizer.transformation.update(gradients, state.opt_state, state.params)
@@ -194,9 +194,8 @@ def _losses(
     flux: Flux,
     stage: int,
     grid: tuple[int, int],
-    left_place: int,
 ) -> tuple[Array, dict[str, Array]]:
-    """Sum of the flow matching loss and the weighted isolation loss, and both."""
+    """Sum of the flow matching loss and the weighted losses of isolation, and each of them."""
     times = batch["times"]
     guidance = jnp.full_like(times, config.guidance) if flux.config.guidance_embeds else None
 
@@ -214,15 +213,19 @@ def _losses(
     if "pair_noise" not in batch:
         return loss, {"loss": loss}
 
-    pair = side_by_side(batch["latents"], batch["pool_latents"], grid)
-    x, _ = flow(pair, batch["pair_noise"], times)
+    own, other, on_right = batch["latents"], batch["pool_latents"], batch["on_right"]
+    pair = jnp.where(on_right[:, None, None], side_by_side(other, own, grid), side_by_side(own, other, grid))
+    x, target = flow(pair, batch["pair_noise"], times)
     txt, vec = batch["pair_txt"], batch["pair_vec"]
     base = velocity(x, 2 * grid[1], txt, vec)
-    # The concept's caption stands further back in the merged one.
-    moved = [
-        None if given is None else jnp.pad(given, [(0, 0)] * (given.ndim - 2) + [(left_place, 0), (0, 0)])
-        for given in (offsets, block_offsets)
-    ]
+    # The concept's caption stands further back in the merged one; what is no token of its takes no direction.
+    move = jax.vmap(functools.partial(jnp.take, axis=-2, mode="fill", fill_value=0))
+    moved = [None if given is None else move(given, batch["pair_rows"]) for given in (offsets, block_offsets)]
     txt, arguments = steer(config.space, txt, *moved)
-    isolation = isolation_loss(velocity(x, 2 * grid[1], txt, vec, **arguments), base, grid)
-    return loss + config.isolation.weight * isolation, {"loss": loss, "isolation": isolation}
+    steered = velocity(x, 2 * grid[1], txt, vec, **arguments)
+    metrics = {"loss": loss, "isolation": isolation_loss(steered, base, grid, on_right)}
+    loss += config.isolation.weight * metrics["isolation"]
+    if config.isolation.own_weight:
+        metrics["own_half"] = jnp.mean(jnp.square(halves(steered - target, grid, on_right)[0]))
+        loss += config.isolation.own_weight * metrics["own_half"]
+    return loss, metrics

@@ -43,7 +43,7 @@ class Learner:
         self._steps = [
             jax.jit(
                 functools.partial(learn_step, config=config, flux=flux, optimizer=optimizer, stage=stage),
-                static_argnames=("grid", "left_place"),
+                static_argnames="grid",
                 donate_argnums=0,
                 out_shardings=None if mesh is None else (self._shardings, replicated(mesh)),
             )
@@ -61,11 +61,10 @@ class Learner:
         """One update with a batch of `concept_data.draw`; `state` is donated."""
         stage = self._config.stage(step)
         arguments = (state, self._frozen, dict(batch))
-        static = {"grid": data.grid, "left_place": data.captions.left_place}
         variant = (stage, "pair_noise" in batch)
         if variant not in self.flops:
-            self.flops[variant] = count_flops(self._steps[stage - 1].trace(*arguments, **static).jaxpr.jaxpr)
-        return self._steps[stage - 1](*arguments, **static)
+            self.flops[variant] = count_flops(self._steps[stage - 1].trace(*arguments, grid=data.grid).jaxpr.jaxpr)
+        return self._steps[stage - 1](*arguments, grid=data.grid)
 
     def learn(self, data: ConceptData, seed: int) -> Params:
         """All steps of both stages, without a run's files: Concept-Mod's parameters.

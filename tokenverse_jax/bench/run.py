@@ -75,20 +75,7 @@ def bench(config: BenchConfig, workdir: str | Path) -> Path:
     Raises:
       ValueError: config, model or workdir that do not fit.
     """
-    images = make_images(config.images, config.seed)
-    pipeline, judge = Pipeline.from_pretrained(config.model), Judge.load()
-    weights = {part: fingerprint(getattr(pipeline, part).params) for part in PARTS}
-    resolved = config_lib.to_dict(config) | {"weights": weights, "judge": fingerprint(judge.params)}
-    this = _Bench(
-        config=config,
-        files=Workdir(workdir, resolved),
-        pipeline=pipeline,
-        weights=weights,
-        judge=judge,
-        images=images,
-        cases=make_cases(images, config.seed),
-        rows=make_rows(config.learn, config.strengths),
-    )
+    this = Bench.open(config, workdir)
     this.draw([case for case in this.cases if not case.images])
     for stop in range(AT_ONCE, config.images + 1, AT_ONCE):
         for image in tqdm(images[stop - AT_ONCE : stop], desc=f"images to {stop} of {config.images}", disable=None):
@@ -99,7 +86,9 @@ def bench(config: BenchConfig, workdir: str | Path) -> Path:
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class _Bench:
+class Bench:
+    """What a benchmark is made of; `bench` runs it."""
+
     config: BenchConfig
     files: Workdir
     pipeline: Pipeline
@@ -109,6 +98,28 @@ class _Bench:
     cases: Sequence[Case]
     rows: Sequence[Row]
     learners: dict[str, Learner] = field(default_factory=dict)  # by name of the row
+
+    @classmethod
+    def open(cls, config: BenchConfig, workdir: str | Path) -> "Bench":
+        """A new one, or that of a workdir.
+
+        Raises:
+          ValueError: config, model or workdir that do not fit.
+        """
+        images = make_images(config.images, config.seed)
+        pipeline, judge = Pipeline.from_pretrained(config.model), Judge.load()
+        weights = {part: fingerprint(getattr(pipeline, part).params) for part in PARTS}
+        resolved = config_lib.to_dict(config) | {"weights": weights, "judge": fingerprint(judge.params)}
+        return cls(
+            config=config,
+            files=Workdir(workdir, resolved),
+            pipeline=pipeline,
+            weights=weights,
+            judge=judge,
+            images=images,
+            cases=make_cases(images, config.seed),
+            rows=make_rows(config.learn, config.strengths),
+        )
 
     # Learning.
 
