@@ -78,7 +78,8 @@ def bench(config: BenchConfig, workdir: str | Path) -> Path:
     this = Bench.open(config, workdir)
     this.draw([case for case in this.cases if not case.images])
     for stop in range(AT_ONCE, config.images + 1, AT_ONCE):
-        for image in tqdm(images[stop - AT_ONCE : stop], desc=f"images to {stop} of {config.images}", disable=None):
+        some = this.images[stop - AT_ONCE : stop]
+        for image in tqdm(some, desc=f"images to {stop} of {config.images}", disable=None):
             this.learn(image)
         this.draw([case for case in this.cases if case.images and max(case.images) < stop])
         this.measure()
