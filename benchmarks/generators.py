@@ -1,0 +1,112 @@
+"""The shipped generators side by side: plain autoregression, MergeAR, RandAR, and MergeAR with too small a store.
+
+python benchmarks/generators.py --out runs/generators          # goes on where it was stopped
+
+Draws sets of images as `mergevq sample` does, a folder for each row and seed, and hands them to `mergevq compare`:
+class accuracy, a Fréchet distance in the judge's features, bytes of the store, seconds an image, and a plot of quality
+against the slots of the store.
+"""
+
+import argparse
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from mergevq_jax.evaluate.compare import compare
+from mergevq_jax.generator.plan import SamplingConfig
+from mergevq_jax.sample import Request, sample
+from runtime_jax.judge import Judge
+
+KEEPS = (144, 256)
+CAPACITIES = (16, 32, 64, 96)  # below the smaller K
+STEPS = (8, 16, 32, 64)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """A shipped generator, and how it draws."""
+
+    name: str
+    model: str
+    merge_number: int | None = None
+    steps: int | None = None
+    sampling: SamplingConfig
+
+    @property
+    def folder(self) -> str:
+        """Its folder's name."""
+        return self.name.replace(", ", "_").replace(" ", "").replace("=", "")
+
+
+def make_rows(scale: float) -> list[Row]:
+    """All rows; every generator is guided alike, RandAR with its linear schedule."""
+    plain, linear = SamplingConfig(cfg_scale=scale), SamplingConfig(cfg_scale=2 * scale - 1, cfg_schedule="linear")
+    merged = [
+        Row(name=f"MergeAR, K = {keep}", model="tiny-mergear", merge_number=keep, sampling=plain) for keep in KEEPS
+    ]
+    small = [
+        replace(
+            merged[0],
+            name=f"MergeAR, K = {KEEPS[0]}, {capacity} slots, {policy}",
+            sampling=replace(plain, capacity=capacity, policy=policy),
+        )
+        for policy in ("evict-oldest", "full")
+        for capacity in CAPACITIES
+    ]
+    random = [
+        Row(
+            name=f"RandAR, K = {keep}, {steps} steps",
+            model="tiny-randar",
+            merge_number=keep,
+            steps=steps,
+            sampling=linear,
+        )
+        for keep in KEEPS
+        for steps in STEPS
+    ]
+    return [
+        Row(name="plain", model="tiny-plain", sampling=replace(plain, cfg_scale=1.0)),
+        Row(name="plain, guided", model="tiny-plain", sampling=plain),
+        *merged,
+        *random,
+        *small,
+    ]
+
+
+def main() -> None:
+    """Draws what is missing, then compares."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("runs/generators"))
+    parser.add_argument("--num", type=int, default=192, help="images of a row and seed")
+    parser.add_argument("--batch-size", type=int, default=64)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--cfg-scale", type=float, default=2.0)
+    parser.add_argument("--data-dir", default="data")
+    args = parser.parse_args()
+    folders = {}
+    for row in make_rows(args.cfg_scale):
+        folders[row.name] = [args.out / row.folder / str(seed) for seed in range(args.seeds)]
+        for seed, folder in enumerate(folders[row.name]):
+            if (folder / "protocol.json").exists():  # written last but for the pictures
+                continue
+            request = Request(
+                num=args.num,
+                merge_number=row.merge_number,
+                sampling=row.sampling,
+                steps=row.steps,
+                seed=seed,
+                batch_size=args.batch_size,
+            )
+            print(sample(row.model, request, out=folder))
+    compare(
+        list(folders.items()),
+        out=args.out,
+        data_dir=args.data_dir,
+        judge=Judge.load(),
+        tokenizer="tiny",
+        keeps=KEEPS,
+        max_objects=1,
+    )
+
+
+if __name__ == "__main__":
+    main()
