@@ -104,7 +104,7 @@ def main() -> None:
         judge=Judge.load(),
         tokenizer="tiny",
         keeps=KEEPS,
-        max_objects=1,
+        single=True,
     )
 
 

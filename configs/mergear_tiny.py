@@ -1,8 +1,8 @@
 """The tiny generators on the codes of the tiny tokenizer: mini_scenes, 64 px, 256 raw tokens, 12 classes.
 
-mergevq scenes --max-objects 1
+mergevq scenes --single
 for split in train validation; do for keep in 144 256; do
-    mergevq tokenize --tfds mini_scenes/64_o1 --split $split --keep $keep --out data/codes/$split/$keep
+    mergevq tokenize --tfds mini_scenes/64_single --split $split --keep $keep --out data/codes/$split/$keep
 done; done
 mergevq train --config configs/mergear_tiny.py:merge --workdir runs/mergear     # MergeAR
 mergevq train --config configs/mergear_tiny.py:plain --workdir runs/plain       # autoregression over all tokens

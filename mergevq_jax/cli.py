@@ -43,7 +43,7 @@ def _command_line() -> CommandLine:
     sub.add_argument("--keep", type=int, nargs="+", default=[64, 144, 256], help="kept tokens K of them")
     sub.add_argument("--judge", type=Path, help="weights of another judge than the shipped one")
     sub.add_argument("--data-dir", default="data")
-    sub.add_argument("--max-objects", type=int, default=3, help="of a real scene; 1: mini_scenes/64_o1")
+    sub.add_argument("--single", action="store_true", help="real scenes with one object: mini_scenes/64_single")
     sub.add_argument("--out", type=Path, default=Path("runs/compare"))
 
     sub = line.command(
@@ -162,7 +162,7 @@ def _compare(args, _) -> None:
         raise ValueError(f"--row {short[0]}: a name and at least one folder are needed")
     rows = [(name, [Path(folder) for folder in folders]) for name, *folders in args.row]
     judge = Judge.load(args.judge) if args.judge else Judge.load()
-    scenes = {"data_dir": args.data_dir, "max_objects": args.max_objects}
+    scenes = {"data_dir": args.data_dir, "single": args.single}
     compare(rows, out=args.out, **scenes, judge=judge, tokenizer=args.tokenizer, keeps=args.keep)
 
 

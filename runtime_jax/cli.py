@@ -31,7 +31,7 @@ class CommandLine:
         parser = self.command("scenes", _scenes, "Write the procedural dataset mini_scenes.")
         parser.add_argument("--data-dir", default="data")
         parser.add_argument("--size", type=int, default=64, help="side of the images in pixels")
-        parser.add_argument("--max-objects", type=int, default=3, help="in a scene; 1: mini_scenes/64_o1")
+        parser.add_argument("--single", action="store_true", help="one object in every scene: mini_scenes/64_single")
 
     def main(self, argv: Sequence[str] | None = None) -> int:
         """Runs one command; errors that a user can mend are one line and exit status 1."""
@@ -55,8 +55,8 @@ class CommandLine:
 
         if not isinstance(error, MissingDatasetError) or not error.name.startswith("mini_scenes"):
             return ""
-        size, _, objects = error.name.partition("/")[2].partition("_o")
-        options = f"--data-dir {error.data_dir} --size {size or 64}" + (f" --max-objects {objects}" if objects else "")
+        size, single, _ = error.name.partition("/")[2].partition("_single")
+        options = f"--data-dir {error.data_dir} --size {size or 64}" + (" --single" if single else "")
         return f"; or run: {self.prog} scenes {options}"
 
 
@@ -93,4 +93,4 @@ def _overrides(args: argparse.Namespace, rest: Sequence[str], command: str) -> l
 def _scenes(args: argparse.Namespace, _: list[str]) -> None:
     from runtime_jax.data import mini_scenes
 
-    print(f"{mini_scenes.prepare(args.data_dir, args.size, max_objects=args.max_objects)} is under {args.data_dir}")
+    print(f"{mini_scenes.prepare(args.data_dir, args.size, single=args.single)} is under {args.data_dir}")

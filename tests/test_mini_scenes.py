@@ -299,8 +299,8 @@ def test_an_interrupted_build_leaves_no_dataset(tmp_path, monkeypatch):
 
 
 def test_workers_make_the_same_examples():
-    alone = list(make_examples(1, "test", 5, 32, 0, max_objects=1))
-    shared = list(make_examples(1, "test", 5, 32, 2, max_objects=1))
+    alone = list(make_examples(1, "test", 5, 32, 0, single=True))
+    shared = list(make_examples(1, "test", 5, 32, 2, single=True))
     assert all(len(Scene.from_json(e["scene"]).objects) == 1 for e in alone)
     assert [e["image"] for e in alone] == [e["image"] for e in shared]
     assert [e["caption"] for e in alone] == [e["caption"] for e in shared]
@@ -334,7 +334,6 @@ assert not {{"tensorflow", "torch"}} & set(sys.modules), "TensorFlow or torch wa
         ({"size": 8}, "size is 8"),
         ({"train": 0}, "train is 0"),
         ({"seed": -1}, "seed is -1"),
-        ({"max_objects": 0}, "max_objects is 0, allowed are 1 to 3"),
     ],
 )
 def test_bad_config(arguments, message):

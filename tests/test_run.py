@@ -264,7 +264,7 @@ def test_a_workdir_that_cannot_be_written(folder, capsys):
         (["reconstruct", "PICTURE", "--tokenizer", "/no/where"], "/no/where"),
         (["evaluate", "--data-dir", "/no/where"], "run: mergevq scenes --data-dir /no/where --size 64"),
         (["tokenize", "--folder", "/no/where", "--out", "x"], "/no/where"),
-        (["tokenize", "--tfds", "mini_scenes/64_o1", "--data-dir", "/no", "--out", "x"], "64 --max-objects 1"),
+        (["tokenize", "--tfds", "mini_scenes/64_single", "--data-dir", "/no", "--out", "x"], "64 --single"),
         (["tokenize", "--out", "x"], "exactly one of --folder and --tfds"),
         (["inspect", "--preset", "huge"], "no preset 'huge'"),
         (["inspect"], "exactly one of --config and --preset"),

@@ -14,7 +14,6 @@ from mergevq_jax.evaluate.generation import Gaussian, Labelled, Quality, gaussia
 from mergevq_jax.evaluate.held_out import BATCH_SIZE, read_scenes
 from mergevq_jax.pretrained import load_tokenizer
 from mergevq_jax.tokenizer.model import Tokenizer
-from runtime_jax.data.mini_scenes import MAX_OBJECTS
 from runtime_jax.judge import Judge
 from runtime_jax.pictures import Points, image_grid, plot_lines, save_png
 from runtime_jax.sizes import table
@@ -50,7 +49,7 @@ def compare(
     judge: Judge,
     tokenizer: str | None = None,
     keeps: Sequence[int] = (),
-    max_objects: int = MAX_OBJECTS,
+    single: bool = False,
 ) -> None:
     """Prints a table; writes it as compare.md, and the first images of every row as compare.png.
 
@@ -62,7 +61,7 @@ def compare(
     Args:
       rows: name, and a folder for each seed; nothing else may differ.
       tokenizer: shipped name, folder or hub id; with `keeps`, the numbers of kept tokens to reconstruct from.
-      max_objects: of the real scenes, those that the generators have learned from.
+      single: whether real scenes are those with one object, as the generators have learned from.
 
     Raises:
       ValueError: folders without samples or of different numbers of images, a row's folders of different settings,
@@ -73,7 +72,7 @@ def compare(
     if len(shapes) != 1:
         raise ValueError(f"equal numbers of images of one size are needed, there are {sorted(shapes)}")
     count, size = shapes.pop()[:2]
-    scenes = functools.partial(read_scenes, size, count, data_dir, max_objects=max_objects)
+    scenes = functools.partial(read_scenes, size, count, data_dir, single=single)
     reference = gaussian(judge.features(scenes(split="test").images))
     real = scenes(split="validation")
     sets = {"held-out scenes": [real]}

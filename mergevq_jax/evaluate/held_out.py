@@ -9,7 +9,7 @@ from mergevq_jax.evaluate import report
 from mergevq_jax.evaluate.generation import Labelled
 from mergevq_jax.pretrained import load_tokenizer
 from runtime_jax.data import DataConfig, SourceConfig, make_batches, open_source
-from runtime_jax.data.mini_scenes import MAX_OBJECTS, make_config
+from runtime_jax.data.mini_scenes import make_config
 from runtime_jax.pictures import image_grid, loss_curve, save_png
 
 BATCH_SIZE = 32  # any number of images is measured in batches of this many
@@ -26,13 +26,13 @@ def held_out_scenes(size: int, count: int, data_dir: str) -> np.ndarray:
     return read_scenes(size, count, data_dir, split="test").images
 
 
-def read_scenes(size: int, count: int, data_dir: str, *, split: str, max_objects: int = MAX_OBJECTS) -> Labelled:
+def read_scenes(size: int, count: int, data_dir: str, *, split: str, single: bool = False) -> Labelled:
     """The first `count` scenes of a split, and their classes.
 
     Raises:
       ValueError: mini_scenes of this size is not under data_dir, or the split has fewer scenes.
     """
-    name = make_config(size, max_objects=max_objects).name
+    name = make_config(size, single=single).name
     source = SourceConfig(kind="tfds", name=f"mini_scenes/{name}", split=split, data_dir=data_dir)
     if count > (there := len(open_source(source))):
         raise ValueError(f"{count} images: mini_scenes has {there} scenes in its {split} split")

@@ -12,7 +12,6 @@ import tensorflow_datasets as tfds
 from runtime_jax.data.mini_scenes import vocabulary as words
 from runtime_jax.data.mini_scenes.examples import SPLITS, make_examples
 from runtime_jax.data.mini_scenes.render import MIN_SIZE
-from runtime_jax.data.mini_scenes.scene import MAX_OBJECTS
 
 NAME = "mini_scenes"
 # Starting a worker takes about two seconds, which pays off from a few thousand examples on.
@@ -22,14 +21,14 @@ MAX_WORKERS = 8
 
 @dataclasses.dataclass(kw_only=True)
 class MiniScenesConfig(tfds.core.BuilderConfig):
-    """Image side in pixels, examples per split, the seed that every example is drawn from, and objects at most."""
+    """Image side in pixels, examples per split, the seed that every example is drawn from, and the kind of scenes."""
 
     size: int = 64
     train: int = 20_000
     validation: int = 1_000
     test: int = 1_000
     seed: int = 0
-    max_objects: int = MAX_OBJECTS
+    single: bool = False
 
 
 def make_config(
@@ -38,12 +37,12 @@ def make_config(
     validation: int = 1_000,
     test: int = 1_000,
     seed: int = 0,
-    max_objects: int = MAX_OBJECTS,
+    single: bool = False,
 ) -> MiniScenesConfig:
-    """A config whose name tells its contents: "64" for the defaults, else "64_o1" with one object, "64_n100_10_10_s0".
+    """A config whose name tells its contents: "64" for the defaults, "64_single" with one object, "64_n100_10_10_s0".
 
     Raises:
-        ValueError: a size below 16 pixels, a negative seed, a split without examples, or no such number of objects.
+        ValueError: a size below 16 pixels, a negative seed, or a split without examples.
     """
     if size < MIN_SIZE:
         raise ValueError(f"mini_scenes: size is {size}, it must be at least {MIN_SIZE} pixels")
@@ -52,22 +51,20 @@ def make_config(
     for split, count in zip(SPLITS, (train, validation, test), strict=True):
         if count < 1:
             raise ValueError(f"mini_scenes: {split} is {count}, every split needs at least one example")
-    if not 1 <= max_objects <= MAX_OBJECTS:
-        raise ValueError(f"mini_scenes: max_objects is {max_objects}, allowed are 1 to {MAX_OBJECTS}")
     usual = (train, validation, test, seed) == (20_000, 1_000, 1_000, 0)
-    name = f"{size}" if max_objects == MAX_OBJECTS else f"{size}_o{max_objects}"
+    name = f"{size}_single" if single else f"{size}"
     name += "" if usual else f"_n{train}_{validation}_{test}_s{seed}"
     counts = {"train": train, "validation": validation, "test": test}
-    return MiniScenesConfig(name=name, size=size, **counts, seed=seed, max_objects=max_objects)
+    return MiniScenesConfig(name=name, size=size, **counts, seed=seed, single=single)
 
 
 class MiniScenes(tfds.core.GeneratorBasedBuilder):
-    """One to three textured objects on varied backgrounds; the label is the class of the largest object."""
+    """One to three textured objects on varied backgrounds, or one alone; the label is the class of the largest."""
 
     VERSION = tfds.core.Version("1.0.0")
     BUILDER_CONFIGS = [  # noqa: RUF012  (TFDS declares it so)
         *(make_config(size) for size in (64, 32, 128, 256)),
-        make_config(max_objects=1),
+        make_config(single=True),
         MiniScenesConfig(name="tiny", size=64, train=64, validation=16, test=16),
     ]
     # Nothing is downloaded; TFDS's own look-up of checksums needs a package that it does not declare.
@@ -117,10 +114,10 @@ class MiniScenes(tfds.core.GeneratorBasedBuilder):
         config = self.builder_config
         count = getattr(config, split)
         workers = min(os.cpu_count() or 1, MAX_WORKERS) if count >= PARALLEL_FROM else 0
-        yield from enumerate(make_examples(config.seed, split, count, config.size, workers, config.max_objects))
+        yield from enumerate(make_examples(config.seed, split, count, config.size, workers, config.single))
 
 
-def prepare(data_dir: str | Path = "data", size: int = 64, **contents: int) -> str:
+def prepare(data_dir: str | Path = "data", size: int = 64, **contents: int | bool) -> str:
     """Writes the dataset under `data_dir` unless it is there, and gives the TFDS name to read it by.
 
     The files appear under their final name only when complete, so an interrupted call leaves nothing half-made behind.
@@ -128,7 +125,7 @@ def prepare(data_dir: str | Path = "data", size: int = 64, **contents: int) -> s
     Args:
         data_dir: where the dataset goes.
         size: side of the images, pixels.
-        contents: train, validation, test, seed, max_objects, see `make_config`.
+        contents: train, validation, test, seed, single, see `make_config`.
 
     Raises:
         ValueError: as `make_config`.

@@ -13,21 +13,23 @@ from PIL import Image
 
 from runtime_jax.data.mini_scenes.captions import caption, full_caption
 from runtime_jax.data.mini_scenes.render import render_scene
-from runtime_jax.data.mini_scenes.scene import MAX_OBJECTS, Scene, SceneObject, sample_scene
+from runtime_jax.data.mini_scenes.scene import Scene, SceneObject, alone, sample_scene
 
 SPLITS = ("train", "validation", "test")
 
 
-def example_scene(seed: int, split: str, index: int, max_objects: int = MAX_OBJECTS) -> tuple[Scene, str]:
-    """Scene and caption number `index` of a split: a pure function of the arguments."""
+def example_scene(seed: int, split: str, index: int, single: bool = False) -> tuple[Scene, str]:
+    """Scene and caption number `index` of a split: a pure function of the arguments. `single`: see `scene.alone`."""
     scene_rng, caption_rng = (np.random.default_rng([seed, SPLITS.index(split), index, part]) for part in (0, 1))
-    scene = sample_scene(scene_rng, max_objects)
+    scene = sample_scene(scene_rng)
+    if single:
+        scene = alone(scene, scene_rng)
     return scene, caption(scene, caption_rng)
 
 
-def make_example(seed: int, split: str, index: int, size: int, max_objects: int = MAX_OBJECTS) -> dict[str, Any]:
+def make_example(seed: int, split: str, index: int, size: int, single: bool = False) -> dict[str, Any]:
     """One record as the TFDS features want it; image and mask are encoded PNG files."""
-    scene, text = example_scene(seed, split, index, max_objects)
+    scene, text = example_scene(seed, split, index, single)
     image, mask = render_scene(scene, size)
     return {
         "image": _png(image),
@@ -43,7 +45,7 @@ def make_example(seed: int, split: str, index: int, size: int, max_objects: int 
 
 
 def make_examples(
-    seed: int, split: str, count: int, size: int, num_workers: int, max_objects: int = MAX_OBJECTS
+    seed: int, split: str, count: int, size: int, num_workers: int, single: bool = False
 ) -> Iterator[dict[str, Any]]:
     """Examples 0 to count - 1 in order; worker k of n makes numbers k, k + n, k + 2n, ...
 
@@ -51,11 +53,11 @@ def make_examples(
         RuntimeError: a worker died.
     """
     if num_workers < 2:
-        yield from (make_example(seed, split, index, size, max_objects) for index in range(count))
+        yield from (make_example(seed, split, index, size, single) for index in range(count))
         return
     # Programs of their own rather than multiprocessing: forking is unsafe once JAX has started its threads, and
     # spawning would run the caller's script a second time.
-    workers = [_start(seed, split, first, count, num_workers, size, max_objects) for first in range(num_workers)]
+    workers = [_start(seed, split, first, count, num_workers, size, single) for first in range(num_workers)]
     try:
         for index in range(count):
             yield _receive(workers[index % num_workers])
@@ -79,10 +81,10 @@ def _receive(worker: subprocess.Popen) -> dict[str, Any]:
         raise RuntimeError(f"a mini_scenes worker ended early with exit code {worker.wait()}") from error
 
 
-def write_examples(seed: int, split: str, first: int, count: int, step: int, size: int, max_objects: int) -> None:
+def write_examples(seed: int, split: str, first: int, count: int, step: int, size: int, single: bool) -> None:
     """A worker's whole life: pickles examples first, first + step, ... to standard output."""
     for index in range(first, count, step):
-        pickle.dump(make_example(seed, split, index, size, max_objects), sys.stdout.buffer)
+        pickle.dump(make_example(seed, split, index, size, single), sys.stdout.buffer)
     sys.stdout.buffer.flush()
 
 

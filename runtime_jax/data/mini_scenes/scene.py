@@ -119,7 +119,7 @@ def accent_of(rgb: RGB) -> RGB:
     return tuple(round(0.25 * channel + 0.75 * tint) for channel, tint in zip(rgb, (255, 248, 232), strict=True))
 
 
-def sample_scene(rng: np.random.Generator, max_objects: int = MAX_OBJECTS) -> Scene:
+def sample_scene(rng: np.random.Generator) -> Scene:
     """One to three objects of different classes and colours, arranged without much overlap, on a random background."""
     kind = _pick(rng, tuple(words.BACKGROUNDS))
     background = Background(
@@ -128,7 +128,7 @@ def sample_scene(rng: np.random.Generator, max_objects: int = MAX_OBJECTS) -> Sc
     direction = words.LIGHT_DIRECTIONS[_pick(rng, tuple(words.LIGHT_DIRECTIONS))]
     warmth = words.LIGHT_WARMTHS[_pick(rng, tuple(words.LIGHT_WARMTHS))]
     light = Light(azimuth=rng.uniform(*direction), elevation=rng.uniform(35, 60), warmth=rng.uniform(*warmth))
-    count = int(rng.integers(1, max_objects + 1))
+    count = int(rng.integers(1, MAX_OBJECTS + 1))
     shapes = rng.permutation(words.CLASSES)[:count]
     colors = rng.permutation(tuple(words.COLORS))[:count]
     places = _arrange(rng, _sample_sizes(rng, count), background)
@@ -147,9 +147,10 @@ ROW_SIZE = 0.23  # the largest that leaves a gap
 ROW_DISTANCE = 0.5
 ROW_HEIGHT = 0.625  # a multiple of an eighth, for the same reason
 ROW_HORIZON = 0.48
+ALONE_SIZE = 0.32  # the largest that leaves room below it
 
 
-def in_a_row(scene: Scene, rng: np.random.Generator) -> Scene:
+def in_a_row(scene: Scene, rng: np.random.Generator, size: float = ROW_SIZE) -> Scene:
     """The scene with its first two objects side by side, of one size: a world that a small model can learn to draw.
 
     Classes, colours, textures, the kind and details of the background, the light's warmth and the order from left to
@@ -163,7 +164,7 @@ def in_a_row(scene: Scene, rng: np.random.Generator) -> Scene:
         keeps = words.SYMMETRY[item.shape] == 1 and rng.uniform() < 0.5
         rotation = (words.POSES[item.pose][0] + 180.0) % 360 - 180 if keeps else 0.0
         objects.append(
-            dataclasses.replace(item, size=ROW_SIZE, x=0.5 + column * ROW_DISTANCE, y=ROW_HEIGHT, rotation=rotation)
+            dataclasses.replace(item, size=size, x=0.5 + column * ROW_DISTANCE, y=ROW_HEIGHT, rotation=rotation)
         )
     azimuth = sum(words.LIGHT_DIRECTIONS[scene.light.direction_name]) / 2
     return dataclasses.replace(
@@ -172,6 +173,11 @@ def in_a_row(scene: Scene, rng: np.random.Generator) -> Scene:
         light=dataclasses.replace(scene.light, azimuth=azimuth, elevation=45.0),
         background=dataclasses.replace(scene.background, horizon=ROW_HORIZON),
     )
+
+
+def alone(scene: Scene, rng: np.random.Generator) -> Scene:
+    """The scene with its first object alone in the middle, as large as fits there; all else as `in_a_row`."""
+    return in_a_row(dataclasses.replace(scene, objects=scene.objects[:1]), rng, size=ALONE_SIZE)
 
 
 def _pick(rng: np.random.Generator, options: tuple[str, ...]) -> str:
