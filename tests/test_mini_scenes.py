@@ -21,6 +21,7 @@ from runtime_jax.data.mini_scenes import (
     Scene,
     SceneObject,
     accent_of,
+    alone,
     caption,
     example_scene,
     full_caption,
@@ -117,6 +118,18 @@ def test_objects_hide_little_of_each_other(scenes):
         for number, item in enumerate(scene.objects, 1):
             alone = render_scene(dataclasses.replace(scene, objects=(item,)), 64).mask
             assert (together == number).sum() > 0.8 * alone.sum()
+
+
+def test_alone(scenes):
+    for number, scene in enumerate(scenes[:40]):
+        found = alone(scene, np.random.default_rng([1, number]))
+        (item,), main = found.objects, scene.objects[0]
+        assert found.label == scene.label and (item.shape, item.rgb, item.texture) == (
+            main.shape,
+            main.rgb,
+            main.texture,
+        )
+        assert item.x == 0.5 and item.y + item.size < 0.95 and item.size > 0.3
 
 
 def test_in_a_row(scenes):
