@@ -9,7 +9,7 @@ from ml_collections import ConfigDict
 from mergevq_jax.tokenizer.config import PRESETS
 from runtime_jax.config import to_dict
 
-STEPS = {"full": 4000, "demo": 180}
+STEPS = {"full": 4000, "demo": 150}
 
 
 def _sources(scenes: str, photos: str) -> list[dict]:
