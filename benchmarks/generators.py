@@ -1,6 +1,7 @@
-"""The shipped generators side by side: plain autoregression, MergeAR, RandAR, and MergeAR with too small a store.
+"""Trained generators side by side: plain autoregression, MergeAR, RandAR, and MergeAR with too small a store.
 
-python benchmarks/generators.py --out runs/generators          # goes on where it was stopped
+python benchmarks/generators.py --plain runs/plain/generator --merge runs/mergear/generator \\
+    --random runs/randar/generator --out runs/generators          # goes on where it was stopped
 
 Draws sets of images as `mergevq sample` does, a folder for each row and seed, and hands them to `mergevq compare`:
 class accuracy, a Fréchet distance in the judge's features, bytes of the store, seconds an image, and a plot of quality
@@ -23,7 +24,7 @@ STEPS = (8, 16, 32, 64)
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """A shipped generator, and how it draws."""
+    """A generator, and how it draws."""
 
     name: str
     model: str
@@ -37,12 +38,10 @@ class Row:
         return self.name.replace(", ", "_").replace(" ", "").replace("=", "")
 
 
-def make_rows(scale: float) -> list[Row]:
+def make_rows(scale: float, *, plain_model: str, merge_model: str, random_model: str) -> list[Row]:
     """All rows; every generator is guided alike, RandAR with its linear schedule."""
     plain, linear = SamplingConfig(cfg_scale=scale), SamplingConfig(cfg_scale=2 * scale - 1, cfg_schedule="linear")
-    merged = [
-        Row(name=f"MergeAR, K = {keep}", model="tiny-mergear", merge_number=keep, sampling=plain) for keep in KEEPS
-    ]
+    merged = [Row(name=f"MergeAR, K = {keep}", model=merge_model, merge_number=keep, sampling=plain) for keep in KEEPS]
     small = [
         replace(
             merged[0],
@@ -55,7 +54,7 @@ def make_rows(scale: float) -> list[Row]:
     random = [
         Row(
             name=f"RandAR, K = {keep}, {steps} steps",
-            model="tiny-randar",
+            model=random_model,
             merge_number=keep,
             steps=steps,
             sampling=linear,
@@ -64,8 +63,8 @@ def make_rows(scale: float) -> list[Row]:
         for steps in STEPS
     ]
     return [
-        Row(name="plain", model="tiny-plain", sampling=replace(plain, cfg_scale=1.0)),
-        Row(name="plain, guided", model="tiny-plain", sampling=plain),
+        Row(name="plain", model=plain_model, sampling=replace(plain, cfg_scale=1.0)),
+        Row(name="plain, guided", model=plain_model, sampling=plain),
         *merged,
         *random,
         *small,
@@ -75,6 +74,8 @@ def make_rows(scale: float) -> list[Row]:
 def main() -> None:
     """Draws what is missing, then compares."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for kind in ("plain", "merge", "random"):
+        parser.add_argument(f"--{kind}", required=True, help="shipped name, folder or hub id")
     parser.add_argument("--out", type=Path, default=Path("runs/generators"))
     parser.add_argument("--num", type=int, default=192, help="images of a row and seed")
     parser.add_argument("--batch-size", type=int, default=64)
@@ -83,7 +84,8 @@ def main() -> None:
     parser.add_argument("--data-dir", default="data")
     args = parser.parse_args()
     folders = {}
-    for row in make_rows(args.cfg_scale):
+    models = {"plain_model": args.plain, "merge_model": args.merge, "random_model": args.random}
+    for row in make_rows(args.cfg_scale, **models):
         folders[row.name] = [args.out / row.folder / str(seed) for seed in range(args.seeds)]
         for seed, folder in enumerate(folders[row.name]):
             if (folder / "protocol.json").exists():  # written last but for the pictures
