@@ -12,7 +12,7 @@ import argparse
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from mergevq_jax.evaluate.compare import compare
+from mergevq_jax.evaluate.compare import compare, read_samples
 from mergevq_jax.generator.plan import SamplingConfig
 from mergevq_jax.sample import Request, sample
 from runtime_jax.judge import Judge
@@ -89,6 +89,10 @@ def main() -> None:
         folders[row.name] = [args.out / row.folder / str(seed) for seed in range(args.seeds)]
         for seed, folder in enumerate(folders[row.name]):
             if (folder / "protocol.json").exists():  # written last but for the pictures
+                there = read_samples(folder).protocol
+                found = there["model"], there["num"], there["sampling"]["cfg_scale"]
+                if found != (wanted := (row.model, args.num, row.sampling.cfg_scale)):
+                    raise ValueError(f"{folder}: model, images and scale are {found}, not {wanted}; take another --out")
                 continue
             request = Request(
                 num=args.num,
