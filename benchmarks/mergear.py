@@ -15,6 +15,7 @@ import argparse
 import dataclasses
 import functools
 import importlib.util
+import itertools
 import json
 import math
 import os
@@ -51,14 +52,15 @@ class Rates(NamedTuple):
     bytes: float  # read or written a second
 
 
-class Measured(NamedTuple):
-    """One sampler at one length and batch."""
+class Contender(NamedTuple):
+    """One sampler at one length and batch, ready to run."""
 
     length: int
     batch: int
     name: str
     slots: int
-    seconds: float  # of one step
+    draw: Callable[[], object]
+    steps: int  # of one draw
     flops: float = math.nan  # of one step
     bytes: float = math.nan  # that one step reads
 
@@ -74,10 +76,10 @@ def samplers(config: GeneratorConfig, length: int, ratios: list[float]) -> Itera
         yield f"MergeAR, K = {kept}", merged, {"window": 2, "capacity": kept}
 
 
-def measure(
-    name: str, config: GeneratorConfig, store: dict, *, batch: int, cfg_scale: float, compute: Compute, repeats: int
-) -> Measured:
-    """Compiles a sampler and times whole batches of images."""
+def sampler(
+    name: str, config: GeneratorConfig, store: dict, *, batch: int, cfg_scale: float, compute: Compute
+) -> Contender:
+    """Compiles a sampler; it draws whole images."""
     merge_number = config.merge_numbers[0] if config.merge_instruction else None
     settings = SamplingConfig(cfg_scale=cfg_scale, **store)
     plan, knobs = make_plan(config, settings, merge_number, compute)
@@ -89,19 +91,33 @@ def measure(
     arguments = params, labels, merge, stream_key(0, Stream.SAMPLE), numbers, knobs
     traced = run.trace(*arguments, plan=plan)
     program, steps = traced.lower().compile(), config.prefix + config.length - 1
-    seconds = best(lambda: jax.block_until_ready(program(*arguments)), repeats)
+
+    def draw() -> None:
+        jax.block_until_ready(program(*arguments))
+
     flops = count_flops(traced.jaxpr.jaxpr) / steps
-    return Measured(config.length, batch, name, plan.slots, seconds / steps, flops, bytes_read(params, plan, batch))
+    return Contender(config.length, batch, name, plan.slots, draw, steps, flops, bytes_read(params, plan, batch))
+
+
+def seconds_a_step(contenders: list[Contender], repeats: int) -> list[float]:
+    """Of the fastest draw of each. They take turns, so that whatever slows the machine down slows all of them."""
+    for contender in contenders:
+        contender.draw()
+    rounds = [[timed(contender.draw) / contender.steps for contender in contenders] for _ in range(repeats)]
+    return np.min(rounds, axis=0).tolist()
+
+
+def timed(call: Callable[[], object]) -> float:
+    """Seconds of one call."""
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
 
 
 def best(call: Callable[[], object], repeats: int) -> float:
     """Seconds of the fastest of `repeats` calls, after one to warm up."""
-    seconds = []
-    for _ in range(repeats + 1):
-        start = time.perf_counter()
-        call()
-        seconds.append(time.perf_counter() - start)
-    return min(seconds[1:])
+    call()
+    return min(timed(call) for _ in range(repeats))
 
 
 def bytes_read(params: Params, plan: Plan, batch: int) -> float:
@@ -122,10 +138,10 @@ def copy_rate(repeats: int) -> float:
     return max(rates)
 
 
-def measure_peer(
-    config: GeneratorConfig, length: int, *, batch: int, rows: int, dtype: str, compiled: bool, steps: int, repeats: int
-) -> Measured:
-    """Times steps of a Llama in PyTorch; with a static cache all of them cost the same."""
+def peer(
+    config: GeneratorConfig, length: int, *, batch: int, rows: int, dtype: str, compiled: bool, steps: int
+) -> Contender:
+    """Some steps of a Llama in PyTorch; with a static cache all of them cost the same."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM, StaticCache
 
@@ -154,40 +170,27 @@ def measure_peer(
         if device == "cuda":
             torch.cuda.synchronize()
 
-    return Measured(length, batch, "Llama, PyTorch", length + 1, best(draw, repeats) / steps)
+    return Contender(length, batch, "Llama, PyTorch", length + 1, draw, steps)
 
 
-def line(row: Measured, rates: Rates, peer: Measured | None) -> list[str]:
+def line(row: Contender, seconds: float, peer_seconds: float | None, rates: Rates) -> list[str]:
     """Cells of one line of the table."""
     computing, reading = row.flops / rates.flops, row.bytes / rates.bytes
     floor = max(computing, reading)
-    cells = [row.length, row.batch, row.name, row.slots, f"{1e3 * row.seconds:.2f}", f"{row.batch / row.seconds:.0f}"]
-    bound = [f"{1e3 * floor:.2f}", "FLOPs" if computing > reading else "bytes", f"{row.seconds / floor:.1f}x"]
+    cells = [row.length, row.batch, row.name, row.slots, f"{1e3 * seconds:.2f}", f"{row.batch / seconds:.0f}"]
+    bound = [f"{1e3 * floor:.2f}", "FLOPs" if computing > reading else "bytes", f"{seconds / floor:.1f}x"]
     cells += [""] * 3 if math.isnan(floor) else bound
-    return [*map(str, cells), "" if peer is None else f"{peer.seconds / row.seconds:.2f}x"]
+    return [*map(str, cells), "" if peer_seconds is None else f"{peer_seconds / seconds:.2f}x"]
 
 
-def measurements(args: argparse.Namespace, compute: Compute) -> Iterator[tuple[Measured, Measured | None]]:
-    """Every sampler, each with its peer of the same length and batch."""
+def contenders(args: argparse.Namespace, length: int, batch: int, compute: Compute) -> Iterator[Contender]:
+    """The peer, if there is one, and every sampler."""
     config = PRESETS[args.preset] if args.preset else SMALL
-    for length in args.lengths:
-        for batch in args.batches:
-            peer = None
-            if args.peer_steps:
-                peer = measure_peer(
-                    config,
-                    length,
-                    batch=batch,
-                    rows=1 + (args.cfg_scale != 1),
-                    dtype=args.dtype,
-                    compiled=args.torch_compile,
-                    steps=min(args.peer_steps, length),
-                    repeats=args.repeats,
-                )
-                yield peer, peer
-            for name, model, store in samplers(config, length, args.ratios):
-                options = {"batch": batch, "cfg_scale": args.cfg_scale, "repeats": args.repeats}
-                yield measure(name, model, store, compute=compute, **options), peer
+    if args.peer_steps:
+        options = {"dtype": args.dtype, "compiled": args.torch_compile, "steps": min(args.peer_steps, length)}
+        yield peer(config, length, batch=batch, rows=1 + (args.cfg_scale != 1), **options)
+    for name, model, store in samplers(config, length, args.ratios):
+        yield sampler(name, model, store, batch=batch, cfg_scale=args.cfg_scale, compute=compute)
 
 
 def main() -> None:
@@ -199,7 +202,7 @@ def main() -> None:
     parser.add_argument("--ratios", type=float, nargs="+", default=[1.0, 0.56, 0.25], help="K / L")
     parser.add_argument("--cfg-scale", type=float, default=1.0, help="other than 1: two rows of the network an image")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
-    parser.add_argument("--repeats", type=int, default=3, help="timed runs; the best counts")
+    parser.add_argument("--repeats", type=int, default=3, help="timed draws of each; the best counts")
     parser.add_argument("--peer-steps", type=int, default=64, help="steps of the peer's run; 0: no peer")
     parser.add_argument("--torch-compile", action="store_true")
     args = parser.parse_args()
@@ -210,10 +213,19 @@ def main() -> None:
         args.peer_steps = 0
     compute, device = Compute(dtype=args.dtype), jax.devices()[0]
     rates = Rates(matmul_rates(args.dtype, args.repeats)[0], copy_rate(args.repeats))
-    rows = list(measurements(args, compute))
+    lines, records = [], []
+    for length, batch in itertools.product(args.lengths, args.batches):
+        rows = list(contenders(args, length, batch, compute))
+        seconds = seconds_a_step(rows, args.repeats)
+        for row, of_step in zip(rows, seconds, strict=True):
+            lines.append(line(row, of_step, seconds[0] if args.peer_steps else None, rates))
+            figures = row._asdict()
+            del figures["draw"]
+            records.append({"seconds": of_step, **figures})
+            print(" | ".join(lines[-1]), flush=True, file=sys.stderr)
     print(f"{args.preset or 'small'}, {args.dtype}, {device.device_kind} ({device.platform}), jax {jax.__version__}")
     print(f"matmul: {rates.flops / 1e9:.1f} GFLOP/s, copy: {rates.bytes / 1e9:.1f} GB/s, both measured\n")
-    print("\n".join(table(HEAD, [line(row, rates, peer) for row, peer in rows])))
+    print("\n".join(table(HEAD, lines)))
     record = {
         "command": shlex.join([os.path.basename(sys.executable), *sys.argv]),
         "device": device.device_kind,
@@ -221,7 +233,7 @@ def main() -> None:
         "python": platform.python_version(),
         "jax": jax.__version__,
         "rates": rates._asdict(),
-        "rows": [row._asdict() for row, _ in rows],
+        "rows": records,
     }
     print(f"\n{json.dumps(record)}")
 

@@ -7,9 +7,10 @@ Axes: R rows, n positions, D width, C slots.
 """
 
 import operator
-from typing import Any
+from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from mergevq_jax.generator.config import GeneratorConfig
@@ -18,10 +19,18 @@ from mergevq_jax.generator.transformer import Block, Params
 from runtime_jax.compute import Compute
 
 
-def unstacked(blocks: Params) -> list[Any]:
-    """Parameters of each block from those that are stacked along the first axis; to be called outside the loop."""
-    layers = len(jax.tree.leaves(blocks)[0])
-    return [jax.tree.map(operator.itemgetter(layer), blocks) for layer in range(layers)]
+class Layer(NamedTuple):
+    """Parameters of one block."""
+
+    params: Params
+    w13: Float[Array, "D 2 hidden"]  # the kernels of w1 and w3, for one product instead of two
+
+
+def unstacked(blocks: Params) -> list[Layer]:
+    """Each block by itself, from blocks that are stacked along the first axis; to be called outside the loop."""
+    gate, up = (blocks["feed_forward"][name]["kernel"] for name in ("w1", "w3"))
+    stacked = Layer(blocks, jnp.stack([gate, up], axis=-2))
+    return [jax.tree.map(operator.itemgetter(layer), stacked) for layer in range(len(gate))]
 
 
 def new_store(config: GeneratorConfig, compute: Compute, *, layers: int, rows: int, slots: int) -> Store:
@@ -30,7 +39,7 @@ def new_store(config: GeneratorConfig, compute: Compute, *, layers: int, rows: i
 
 
 def step(
-    layers: list[Any],
+    layers: list[Layer],
     store: Store,
     x: Float[Array, "R n D"],
     rope: Float[Array, "2 *places n pairs"],
@@ -55,9 +64,9 @@ def step(
     """
     block = Block(config, compute)
     keys, values = [], []
-    for params, layer_keys, layer_values in zip(layers, store.keys, store.values, strict=True):
+    for (params, w13), layer_keys, layer_values in zip(layers, store.keys, store.values, strict=True):
         x, layer_keys, layer_values = block.apply(
-            {"params": params}, x, rope, layer_keys, layer_values, slots, visible, method=Block.step
+            {"params": params}, x, rope, layer_keys, layer_values, slots, visible, w13, method=Block.step
         )
         keys.append(layer_keys)
         values.append(layer_values)

@@ -147,7 +147,9 @@ def attend(
     visible: Bool[Array, "#R n C"],
 ) -> Float[Array, "R n H head"]:
     """Attention of each token over the slots visible to it; logits and softmax in float32."""
-    logits = jnp.einsum("rnhd,rhcd->rhnc", query, keys, preferred_element_type=jnp.float32)
+    query = jnp.swapaxes(query, 1, 2)  # the few tokens are turned, so that no compiler turns the store
+    logits = jnp.einsum("rhnd,rhcd->rhnc", query, keys, preferred_element_type=jnp.float32)
     logits = jnp.where(visible[:, None], logits * query.shape[-1] ** -0.5, HIDDEN)
     weights = jax.nn.softmax(logits, axis=-1).astype(values.dtype)
-    return jnp.einsum("rhnc,rhcd->rnhd", weights, values, preferred_element_type=jnp.float32).astype(values.dtype)
+    attended = jnp.einsum("rhnc,rhcd->rhnd", weights, values, preferred_element_type=jnp.float32)
+    return jnp.swapaxes(attended, 1, 2).astype(values.dtype)
