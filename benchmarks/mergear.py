@@ -1,14 +1,15 @@
 """Speed of drawing codes: MergeAR at several K, plain autoregression, and a Llama of transformers in PyTorch.
 
-python benchmarks/mergear.py                                                   # a small model on CPU; hours
+python benchmarks/mergear.py                                                   # a small model on CPU
 python benchmarks/mergear.py --lengths 256 --batches 1                         # its smallest case
 python benchmarks/mergear.py --preset L --dtype bfloat16 --torch-compile       # GPU
 
-A step draws one code for every image of the batch. Its floor is the larger of two times: the FLOPs of its matmuls at
-the rate of the fastest square matmul in the same run, and the bytes that it must read (weights and store, once) at the
-rate of the fastest large copy. The peer, if PyTorch is installed, is a Llama with as many blocks (those of the head
-included), as wide, and with as many logits; it has a static cache of all L tokens, and draws by multinomial.
-Parameters are random, so the codes are noise: what a step costs does not depend on them.
+A step draws one code for every image of the batch. All steps cost the same, whatever the codes are and the store holds,
+so that a draw here is of `--steps` codes with the store of L of them, and the parameters are random. A step's floor is
+the larger of two times: the FLOPs of its matmuls at the rate of the fastest square matmul, and the bytes that it must
+read (weights and store, once) at the rate of the fastest large copy, both measured beside it. The peer, if PyTorch is
+installed, is a Llama with as many blocks (those of the head included), as wide, and with as many logits; it has a
+static cache of all L tokens, and draws by multinomial.
 """
 
 import argparse
@@ -45,6 +46,18 @@ COPY_BYTES = 2**28
 HEAD = ("L", "batch", "sampler", "slots", "ms a step", "tokens/s", "floor, ms", "bound by", "of floor", "of peer")
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LongPlan(Plan):
+    """The plan of a few codes, with the store of more."""
+
+    whole: Plan
+
+    @property
+    def slots(self) -> int:
+        """Those of the whole image."""
+        return self.whole.slots
+
+
 class Rates(NamedTuple):
     """What this device reaches."""
 
@@ -77,12 +90,16 @@ def samplers(config: GeneratorConfig, length: int, ratios: list[float]) -> Itera
 
 
 def sampler(
-    name: str, config: GeneratorConfig, store: dict, *, batch: int, cfg_scale: float, compute: Compute
+    name: str, config: GeneratorConfig, store: dict, *, steps: int, batch: int, cfg_scale: float, compute: Compute
 ) -> Contender:
-    """Compiles a sampler; it draws whole images."""
-    merge_number = config.merge_numbers[0] if config.merge_instruction else None
-    settings = SamplingConfig(cfg_scale=cfg_scale, **store)
-    plan, knobs = make_plan(config, settings, merge_number, compute)
+    """Compiles a sampler."""
+    length, settings = config.length, SamplingConfig(cfg_scale=cfg_scale)
+    kept = config.merge_numbers[0] if config.merge_instruction else None
+    whole, _ = make_plan(config, dataclasses.replace(settings, **store), kept, compute)
+    merge_number = kept and min(kept, steps)
+    config = dataclasses.replace(config, grid=(1, steps), merge_numbers=(merge_number or 1,))
+    short, knobs = make_plan(config, settings, merge_number, compute)
+    plan = LongPlan(**vars(short), whole=whole)
     params = random_like(np.random.default_rng(0), param_shapes(config))
     params = jax.tree.map(lambda leaf: leaf.astype(compute.jax_dtype), params)
     numbers = jnp.arange(batch, dtype=jnp.int32)
@@ -90,13 +107,13 @@ def sampler(
     merge = None if merge_number is None else jnp.zeros_like(labels)
     arguments = params, labels, merge, stream_key(0, Stream.SAMPLE), numbers, knobs
     traced = run.trace(*arguments, plan=plan)
-    program, steps = traced.lower().compile(), config.prefix + config.length - 1
+    program, steps = traced.lower().compile(), config.prefix + steps - 1
 
     def draw() -> None:
         jax.block_until_ready(program(*arguments))
 
     flops = count_flops(traced.jaxpr.jaxpr) / steps
-    return Contender(config.length, batch, name, plan.slots, draw, steps, flops, bytes_read(params, plan, batch))
+    return Contender(length, batch, name, plan.slots, draw, steps, flops, bytes_read(params, plan, batch))
 
 
 def seconds_a_step(contenders: list[Contender], repeats: int) -> list[float]:
@@ -186,11 +203,12 @@ def line(row: Contender, seconds: float, peer_seconds: float | None, rates: Rate
 def contenders(args: argparse.Namespace, length: int, batch: int, compute: Compute) -> Iterator[Contender]:
     """The peer, if there is one, and every sampler."""
     config = PRESETS[args.preset] if args.preset else SMALL
-    if args.peer_steps:
-        options = {"dtype": args.dtype, "compiled": args.torch_compile, "steps": min(args.peer_steps, length)}
-        yield peer(config, length, batch=batch, rows=1 + (args.cfg_scale != 1), **options)
+    sizes = {"batch": batch, "steps": min(args.steps, length)}
+    if args.peer:
+        options = {"dtype": args.dtype, "compiled": args.torch_compile, "rows": 1 + (args.cfg_scale != 1)}
+        yield peer(config, length, **sizes, **options)
     for name, model, store in samplers(config, length, args.ratios):
-        yield sampler(name, model, store, batch=batch, cfg_scale=args.cfg_scale, compute=compute)
+        yield sampler(name, model, store, **sizes, cfg_scale=args.cfg_scale, compute=compute)
 
 
 def main() -> None:
@@ -203,28 +221,32 @@ def main() -> None:
     parser.add_argument("--cfg-scale", type=float, default=1.0, help="other than 1: two rows of the network an image")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--repeats", type=int, default=3, help="timed draws of each; the best counts")
-    parser.add_argument("--peer-steps", type=int, default=64, help="steps of the peer's run; 0: no peer")
+    parser.add_argument("--steps", type=int, default=64, help="of a draw")
+    parser.add_argument("--no-peer", dest="peer", action="store_false")
     parser.add_argument("--torch-compile", action="store_true")
     args = parser.parse_args()
     if wrong := [length for length in args.lengths if math.isqrt(length) ** 2 != length]:
         parser.error(f"--lengths {wrong}: squares are needed")
-    if args.peer_steps and importlib.util.find_spec("torch") is None:
+    if args.peer and importlib.util.find_spec("torch") is None:
         print("PyTorch is not installed: no peer\n")
-        args.peer_steps = 0
+        args.peer = False
     compute, device = Compute(dtype=args.dtype), jax.devices()[0]
-    rates = Rates(matmul_rates(args.dtype, args.repeats)[0], copy_rate(args.repeats))
-    lines, records = [], []
+    lines, records, seen = [], [], []
     for length, batch in itertools.product(args.lengths, args.batches):
         rows = list(contenders(args, length, batch, compute))
+        rates = Rates(matmul_rates(args.dtype, args.repeats)[0], copy_rate(args.repeats))
+        seen.append(rates)
         seconds = seconds_a_step(rows, args.repeats)
         for row, of_step in zip(rows, seconds, strict=True):
-            lines.append(line(row, of_step, seconds[0] if args.peer_steps else None, rates))
+            lines.append(line(row, of_step, seconds[0] if args.peer else None, rates))
             figures = row._asdict()
             del figures["draw"]
-            records.append({"seconds": of_step, **figures})
+            records.append({"seconds": of_step, "rates": rates._asdict(), **figures})
             print(" | ".join(lines[-1]), flush=True, file=sys.stderr)
     print(f"{args.preset or 'small'}, {args.dtype}, {device.device_kind} ({device.platform}), jax {jax.__version__}")
-    print(f"matmul: {rates.flops / 1e9:.1f} GFLOP/s, copy: {rates.bytes / 1e9:.1f} GB/s, both measured\n")
+    low, high = (Rates(*np.divide(limit(seen, axis=0), 1e9)) for limit in (np.min, np.max))
+    print(f"measured beside each case: matmul {low.flops:.0f} to {high.flops:.0f} GFLOP/s", end=", ")
+    print(f"copy {low.bytes:.0f} to {high.bytes:.0f} GB/s\n")
     print("\n".join(table(HEAD, lines)))
     record = {
         "command": shlex.join([os.path.basename(sys.executable), *sys.argv]),
@@ -232,7 +254,6 @@ def main() -> None:
         "cpus": os.cpu_count(),
         "python": platform.python_version(),
         "jax": jax.__version__,
-        "rates": rates._asdict(),
         "rows": records,
     }
     print(f"\n{json.dumps(record)}")
