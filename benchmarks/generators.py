@@ -20,6 +20,7 @@ from runtime_jax.judge import Judge
 KEEPS = (144, 256)
 CAPACITIES = (16, 32, 64, 96)  # below the smaller K
 STEPS = (8, 16, 32, 64)
+DRAWN_BY = ("cfg_scale", "temperature")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,9 +39,10 @@ class Row:
         return self.name.replace(", ", "_").replace(" ", "").replace("=", "")
 
 
-def make_rows(scale: float, *, plain_model: str, merge_model: str, random_model: str) -> list[Row]:
-    """All rows; every generator is guided alike, RandAR with its linear schedule."""
-    plain, linear = SamplingConfig(cfg_scale=scale), SamplingConfig(cfg_scale=2 * scale - 1, cfg_schedule="linear")
+def make_rows(scale: float, temperature: float, *, plain_model: str, merge_model: str, random_model: str) -> list[Row]:
+    """All rows; every generator is guided alike, RandAR with its linear schedule, and drawn at the same temperature."""
+    plain = SamplingConfig(cfg_scale=scale, temperature=temperature)
+    linear = replace(plain, cfg_scale=2 * scale - 1, cfg_schedule="linear")
     merged = [Row(name=f"MergeAR, K = {keep}", model=merge_model, merge_number=keep, sampling=plain) for keep in KEEPS]
     small = [
         replace(
@@ -63,7 +65,7 @@ def make_rows(scale: float, *, plain_model: str, merge_model: str, random_model:
         for steps in STEPS
     ]
     return [
-        Row(name="plain", model=plain_model, sampling=replace(plain, cfg_scale=1.0)),
+        Row(name="plain", model=plain_model, sampling=SamplingConfig()),
         Row(name="plain, guided", model=plain_model, sampling=plain),
         *merged,
         *random,
@@ -80,19 +82,22 @@ def main() -> None:
     parser.add_argument("--num", type=int, default=192, help="images of a row and seed")
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--cfg-scale", type=float, default=2.0)
+    parser.add_argument("--cfg-scale", type=float, default=3.5)
+    parser.add_argument("--temperature", type=float, default=0.6, help="of all but the row without guidance")
     parser.add_argument("--data-dir", default="data")
     args = parser.parse_args()
     folders = {}
     models = {"plain_model": args.plain, "merge_model": args.merge, "random_model": args.random}
-    for row in make_rows(args.cfg_scale, **models):
+    for row in make_rows(args.cfg_scale, args.temperature, **models):
         folders[row.name] = [args.out / row.folder / str(seed) for seed in range(args.seeds)]
         for seed, folder in enumerate(folders[row.name]):
             if (folder / "protocol.json").exists():  # written last but for the pictures
                 there = read_samples(folder).protocol
-                found = there["model"], there["num"], there["sampling"]["cfg_scale"]
-                if found != (wanted := (row.model, args.num, row.sampling.cfg_scale)):
-                    raise ValueError(f"{folder}: model, images and scale are {found}, not {wanted}; take another --out")
+                found = there["model"], there["num"], *(there["sampling"][name] for name in DRAWN_BY)
+                wanted = row.model, args.num, *(getattr(row.sampling, name) for name in DRAWN_BY)
+                if found != wanted:
+                    names = ", ".join(("model", "num", *DRAWN_BY))
+                    raise ValueError(f"{folder}: {names} are {found}, not {wanted}; take another --out")
                 continue
             request = Request(
                 num=args.num,

@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 from mergevq_jax.generator.config import preset
 from runtime_jax.config import to_dict
 
-STEPS = 4000
+STEPS = 10_000
 KEEPS = (144, 256)
 # Variant: the K that are drawn, with equal weights.
 VARIANTS = {"merge": KEEPS, "plain": (256,), "random": KEEPS}

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from runtime_jax.cli import CommandLine, config_arguments, report_end
 
-TINY = "tiny"  # names the tokenizer that is shipped with the package
+TINY, TINY_GENERATOR = "tiny", "tiny-mergear"  # names of what is shipped with the package
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -90,7 +90,7 @@ def _command_line() -> CommandLine:
 
 def _sample_command(line: CommandLine) -> None:
     sub = line.command("sample", _sample, "Draw images of classes with a trained generator.")
-    sub.add_argument("--model", default=TINY, help="shipped name, folder or hub id of a generator")
+    sub.add_argument("--model", default=TINY_GENERATOR, help="shipped name, folder or hub id of a generator")
     sub.add_argument("--tokenizer", help="where its tokenizer is now (default: where it was in training)")
     sub.add_argument("--num", type=int, default=64)
     sub.add_argument("--class", dest="classes", action="append", help="name or number; several take turns (all)")
@@ -112,6 +112,9 @@ def _sample_command(line: CommandLine) -> None:
     sub.add_argument("--seed", type=int, default=0)
     sub.add_argument("--batch-size", type=int, default=64, help="images drawn together; no result depends on it")
     sub.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
+    sub.add_argument(
+        "--tensor", type=int, default=1, help="devices that share each weight (1); batches split over the rest"
+    )
     sub.add_argument("--show-cache", action="store_true", help="also draw what the store kept, and how full it was")
     sub.add_argument("--out", type=Path, default=Path("runs/sample"))
 
@@ -193,6 +196,7 @@ def _sample(args, _) -> None:
     from mergevq_jax.generator.plan import SamplingConfig
     from mergevq_jax.sample import Request, sample
     from runtime_jax.compute import Compute
+    from runtime_jax.sharding import MeshConfig
 
     names = ("cfg_scale", "temperature", "top_k", "top_p")
     parts = {name: values[0] if len(values := getattr(args, name)) == 1 else tuple(values) for name in names}
@@ -214,9 +218,16 @@ def _sample(args, _) -> None:
         seed=args.seed,
         batch_size=min(args.batch_size, args.num),
     )
-    compute = Compute(dtype=args.dtype)
     print(
-        sample(args.model, request, out=args.out, tokenizer=args.tokenizer, compute=compute, show_cache=args.show_cache)
+        sample(
+            args.model,
+            request,
+            out=args.out,
+            tokenizer=args.tokenizer,
+            compute=Compute(dtype=args.dtype),
+            mesh=MeshConfig(tensor=args.tensor),
+            show_cache=args.show_cache,
+        )
     )
 
 

@@ -22,6 +22,7 @@ from runtime_jax import config as config_lib
 from runtime_jax.compute import Compute
 from runtime_jax.files import replacing, write_json
 from runtime_jax.pictures import dim_tokens, image_grid, loss_curve, save_png
+from runtime_jax.sharding import MeshConfig, make_mesh
 
 COLUMNS = 8
 MAX_SHOWN = 64  # images in a picture
@@ -70,19 +71,25 @@ def sample(
     out: Path,
     tokenizer: str | None = None,
     compute: Compute = Compute(),
+    mesh: MeshConfig = MeshConfig(),
     show_cache: bool = False,
 ) -> str:
     """Writes samples.png, samples.npz and protocol.json, with `show_cache` cache.png and occupancy.png; a summary line.
 
     samples.npz is in ADM's layout: arr_0 uint8 [N, H, W, 3], and arr_1 int [N], the labels.
 
+    Args:
+      mesh: over all devices; a batch is split over as many of its data axis as divide it.
+
     Raises:
       ValueError: no such generator, tokenizer or class, or settings that are not possible; before anything is compiled.
     """
+    devices = make_mesh(mesh)
     model = load_generator(source, compute=compute)
     loaded = model.load_tokenizer(tokenizer)
     plan = _plan(model, loaded, request, show_cache=show_cache)
-    drawn = draw(model, loaded, request)
+    with jax.set_mesh(devices):
+        drawn = draw(model.place(devices), loaded, request)
     names = [_class_name(model, label) for label in drawn.labels.tolist()]
 
     with replacing(out / "samples.npz") as new:
@@ -101,6 +108,7 @@ def sample(
         "slots": plan.slots,
         "measured": _measured(drawn),
         "device": jax.devices()[0].device_kind,
+        "mesh": dict(devices.shape),
         "jax": jax.__version__,
     }
     write_json(out / "protocol.json", protocol)

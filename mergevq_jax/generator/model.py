@@ -10,6 +10,7 @@ from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from jaxtyping import Array, Int, UInt8
 
 from mergevq_jax import convert, model_folder
@@ -20,10 +21,11 @@ from mergevq_jax.generator.randar import Codes, pinned
 from mergevq_jax.generator.randar_sampling import randar_sample
 from mergevq_jax.generator.sampling import Samples, sample
 from mergevq_jax.generator.train import Kind
-from mergevq_jax.generator.transformer import Params, param_shapes
+from mergevq_jax.generator.transformer import SHARDING_RULES, Params, param_shapes
 from mergevq_jax.pretrained import GENERATORS, load_tokenizer
 from mergevq_jax.tokenizer.model import Tokenizer, Tokens
 from runtime_jax.compute import Compute
+from runtime_jax.sharding import param_shardings, place
 from runtime_jax.weights import import_weights
 
 MODEL_TYPE = "mergevq_generator"
@@ -89,6 +91,10 @@ class GeneratorModel:
         """Writes config.json and model.safetensors (released state-dict names); each file atomically."""
         table = convert.generator_table(self.config)
         model_folder.write_folder(Path(path), MODEL_TYPE, self.info, table, self.params)
+
+    def place(self, mesh: Mesh) -> "GeneratorModel":
+        """With its weights on a mesh, split as in training; to be used under `jax.set_mesh(mesh)`."""
+        return replace(self, params=place(self.params, param_shardings(self.params, SHARDING_RULES, mesh)))
 
     def load_tokenizer(self, source: str | os.PathLike | None = None) -> Tokenizer:
         """The tokenizer of its codes.
