@@ -17,6 +17,8 @@ demo: $(VENV)/.installed
 	$(FAST) $(BIN)/mergevq train --config configs/mergevq_tiny.py:demo --workdir $(RUN)
 	$(FAST) $(BIN)/mergevq evaluate --tokenizer tiny --tokenizer $(RUN)/tokenizer \
 		--metrics $(RUN)/metrics.jsonl --out $(RUN)/report
+	$(FAST) $(BIN)/mergevq sample --model tiny-mergear --num 48 --batch-size 48 --merge-number 144 --cfg-scale 3.5 \
+		--show-cache --out $(RUN)/samples
 	for word in star heart; do \
 		$(FAST) $(BIN)/tokenverse learn --config configs/tokenverse_tiny.py:$$word --workdir $(RUN)/$$word \
 			--config.cache=$(RUN)/pool || exit 1; \
@@ -24,7 +26,8 @@ demo: $(VENV)/.installed
 	$(FAST) $(BIN)/tokenverse generate --prompt "a star and a heart on the beach" --compare each \
 		--concept "a star=$(RUN)/star/concept.safetensors" --concept "a heart=$(RUN)/heart/concept.safetensors" \
 		--out $(RUN)/tokenverse
-	@echo "Look at $(RUN)/report/reconstructions.png, loss.png and summary.md, and at $(RUN)/tokenverse/overview.png"
+	@echo "Look at reconstructions.png, loss.png and summary.md in $(RUN)/report, at samples.png and cache.png in $(RUN)/samples,"
+	@echo "and at $(RUN)/tokenverse/overview.png"
 
 # One worker a core, up to four: a worker needs some gigabytes. Neighbours share what they compile: work moves only to idle workers.
 test: $(VENV)/.installed

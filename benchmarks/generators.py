@@ -83,7 +83,7 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--cfg-scale", type=float, default=3.5)
-    parser.add_argument("--temperature", type=float, default=0.6, help="of all but the row without guidance")
+    parser.add_argument("--temperature", type=float, default=1.0, help="of all but the row without guidance")
     parser.add_argument("--data-dir", default="data")
     args = parser.parse_args()
     folders = {}

@@ -12,7 +12,7 @@ from runtime_jax.data.mini_scenes import CLASSES
 from runtime_jax.judge import Judge
 
 # Right class of 48 guided images, well below what docs/generators.md has.
-BOUNDS = {"tiny-mergear": 0.7}
+BOUNDS = {"tiny-mergear": 0.8}
 
 
 def test_all_are_known():
@@ -24,7 +24,7 @@ def test_it_draws_the_classes_that_it_is_asked_for(name):
     model = load_generator(name)
     assert model.info.classes == CLASSES and model.info.tokenizer.name == "tiny"
     assert sum(path.stat().st_size for path in GENERATORS[name].iterdir()) < 6e6
-    request = Request(num=48, batch_size=48, sampling=SamplingConfig(cfg_scale=3.5, temperature=0.6))
+    request = Request(num=48, batch_size=48, sampling=SamplingConfig(cfg_scale=3.5))
     drawn = draw(model, model.load_tokenizer(), request)
     images = Labelled(drawn.images, np.asarray(drawn.labels))
     judge = Judge.load()
