@@ -13,14 +13,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from mergevq_jax.evaluate.compare import compare, read_samples
+from mergevq_jax.generator.model import load_generator
 from mergevq_jax.generator.plan import SamplingConfig
 from mergevq_jax.sample import Request, sample
+from runtime_jax.config import to_dict
 from runtime_jax.judge import Judge
 
 KEEPS = (144, 256)
 CAPACITIES = (16, 32, 64, 96)  # below the smaller K
 STEPS = (8, 16, 32, 64)
-DRAWN_BY = ("cfg_scale", "temperature")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +48,7 @@ def make_rows(scale: float, temperature: float, *, plain_model: str, merge_model
     small = [
         replace(
             merged[0],
-            name=f"MergeAR, K = {KEEPS[0]}, {capacity} slots, {policy}",
+            name=f"MergeAR, K = {KEEPS[0]}, capacity {capacity}, {policy}",
             sampling=replace(plain, capacity=capacity, policy=policy),
         )
         for policy in ("evict-oldest", "full")
@@ -92,12 +93,16 @@ def main() -> None:
         folders[row.name] = [args.out / row.folder / str(seed) for seed in range(args.seeds)]
         for seed, folder in enumerate(folders[row.name]):
             if (folder / "protocol.json").exists():  # written last but for the pictures
-                there = read_samples(folder).protocol
-                found = there["model"], there["num"], *(there["sampling"][name] for name in DRAWN_BY)
-                wanted = row.model, args.num, *(getattr(row.sampling, name) for name in DRAWN_BY)
-                if found != wanted:
-                    names = ", ".join(("model", "num", *DRAWN_BY))
-                    raise ValueError(f"{folder}: {names} are {found}, not {wanted}; take another --out")
+                model, there = load_generator(row.model), read_samples(folder).protocol
+                wanted = {
+                    "fingerprint": model.fingerprint(),
+                    "num": args.num,
+                    "merge_number": row.merge_number,
+                    "sampling": to_dict(row.sampling if row.steps else model.info.sampling(row.sampling)),
+                    "batch_size": args.batch_size,
+                }
+                if differing := [name for name, value in wanted.items() if there[name] != value]:
+                    raise ValueError(f"{folder}: its {', '.join(differing)} differ; take another --out")
                 continue
             request = Request(
                 num=args.num,

@@ -39,7 +39,7 @@ from mergevq_jax.generator.transformer import Params, param_shapes
 from runtime_jax.compute import Compute
 from runtime_jax.flops import count_flops
 from runtime_jax.prng import Stream, stream_key
-from runtime_jax.sizes import size_of, table
+from runtime_jax.sizes import table
 
 SMALL = GeneratorConfig(num_layers=6, dim=384, num_heads=6, head_layers=1)  # where overhead rules
 COPY_BYTES = 2**28
@@ -101,7 +101,6 @@ def sampler(
     short, knobs = make_plan(config, settings, merge_number, compute)
     plan = LongPlan(**vars(short), whole=whole)
     params = random_like(np.random.default_rng(0), param_shapes(config))
-    params = jax.tree.map(lambda leaf: leaf.astype(compute.jax_dtype), params)
     numbers = jnp.arange(batch, dtype=jnp.int32)
     labels = numbers % config.num_classes
     merge = None if merge_number is None else jnp.zeros_like(labels)
@@ -140,9 +139,9 @@ def best(call: Callable[[], object], repeats: int) -> float:
 def bytes_read(params: Params, plan: Plan, batch: int) -> float:
     """Bytes that a step must read: every weight that is multiplied, and the keys and values of every slot."""
     config = plan.config
-    weights = size_of({name: leaf for name, leaf in params.items() if "emb" not in name})
-    width = jnp.dtype(plan.compute.jax_dtype).itemsize
-    return weights + 2 * config.num_layers * batch * plan.rows * plan.slots * config.dim * width
+    weights = sum(leaf.size for name, part in params.items() if "emb" not in name for leaf in jax.tree.leaves(part))
+    stored = 2 * config.num_layers * batch * plan.rows * plan.slots * config.dim
+    return (weights + stored) * jnp.dtype(plan.compute.jax_dtype).itemsize
 
 
 def copy_rate(repeats: int) -> float:

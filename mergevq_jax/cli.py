@@ -94,7 +94,7 @@ def _sample_command(line: CommandLine) -> None:
     sub.add_argument("--tokenizer", help="where its tokenizer is now (default: where it was in training)")
     sub.add_argument("--num", type=int, default=64)
     sub.add_argument("--class", dest="classes", action="append", help="name or number; several take turns (all)")
-    sub.add_argument("--merge-number", type=int, help="distinct tokens that the generator is asked for")
+    sub.add_argument("--merge-number", type=int, help="distinct tokens asked for (middle one)")
     part = {"nargs": "+", "metavar": "VALUE"}  # one value, or one for each sub-token
     sub.add_argument("--cfg-scale", type=float, default=[1.0], help="guidance; 1 is none", **part)
     sub.add_argument("--cfg-schedule", default="constant", help="constant, linear or interval")

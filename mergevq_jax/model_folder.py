@@ -1,5 +1,6 @@
 """A model's folder: config.json, which says what it is, and model.safetensors under the released state-dict names."""
 
+import hashlib
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -8,6 +9,7 @@ from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from runtime_jax import config as config_lib
 from runtime_jax.files import write_json
@@ -75,3 +77,11 @@ def write_folder(folder: Path, model_type: str, config: Any, table: Sequence[Rul
     tensors = export_weights(table, params)
     write_safetensors(folder / WEIGHTS_NAME, tensors, {"format": "pt", "model_type": model_type})
     write_json(folder / CONFIG_NAME, {"model_type": model_type, **config_lib.to_dict(config)})
+
+
+def fingerprint(config: Any, table: Sequence[Rule], params: Any) -> str:
+    """SHA-256 over a model's record and its parameters under the released names."""
+    digest = hashlib.sha256(json.dumps(config_lib.to_dict(config), sort_keys=True).encode())
+    for name, array in sorted(export_weights(table, params).items()):
+        digest.update(name.encode() + np.ascontiguousarray(array).tobytes())
+    return digest.hexdigest()

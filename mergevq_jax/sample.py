@@ -34,7 +34,7 @@ class Request:
 
     num: int = 64
     classes: tuple[str, ...] = ()  # names or numbers, in turn; none: all
-    merge_number: int | None = None  # None: the middle one that the generator knows
+    merge_number: int | None = None  # None: GeneratorConfig.usual_merge_number
     sampling: SamplingConfig = SamplingConfig()
     steps: int | None = None  # calls of the network by a generator in random order; None: 32
     seed: int = 0
@@ -92,10 +92,13 @@ def sample(
         drawn = draw(model.place(devices), loaded, request)
     names = [_class_name(model, label) for label in drawn.labels.tolist()]
 
+    (out / "protocol.json").unlink(missing_ok=True)  # it says that the images beside it are its own
     with replacing(out / "samples.npz") as new:
         np.savez(new, drawn.images, drawn.labels)
     protocol = {
         "model": source,
+        "fingerprint": model.fingerprint(),
+        "tokenizer": model.info.tokenizer.name if tokenizer is None else tokenizer,
         "generator": config_lib.to_dict(model.info),
         "num": request.num,
         "labels": drawn.labels.tolist(),
@@ -177,10 +180,7 @@ def _settings(model: GeneratorModel, request: Request) -> SamplingConfig:
 
 
 def _merge_number(model: GeneratorModel, request: Request) -> int | None:
-    known = model.config.merge_numbers
-    if request.merge_number is None and model.config.merge_instruction:
-        return known[len(known) // 2]
-    return request.merge_number
+    return model.config.usual_merge_number if request.merge_number is None else request.merge_number
 
 
 def _class_name(model: GeneratorModel, label: int) -> str:

@@ -1,6 +1,7 @@
 """The measures of generation: distances of known Gaussians, classes that a judge sees, the table of a comparison."""
 
 import dataclasses
+import functools
 import json
 
 import numpy as np
@@ -102,6 +103,10 @@ def test_sets_that_cannot_be_judged(sets, message):
 # The comparison.
 
 PROTOCOL = {
+    "fingerprint": "00ff",
+    "seed": 0,
+    "device": "cpu",
+    "mesh": {"data": 1, "fsdp": 1, "tensor": 1},
     "num": COUNT,
     "merge_number": 4,
     "steps": 16,
@@ -109,15 +114,15 @@ PROTOCOL = {
     "slots": 10,
     "compute": {"dtype": "bfloat16"},
     "sampling": {"cfg_scale": [1.0, 2.0], "policy": "full"},
-    "generator": {"kind": "merge", "architecture": {"num_layers": 3, "dim": 8}},
+    "generator": {"kind": "merge", "architecture": {"num_layers": 3, "dim": 8}, "classes": list(CLASSES)},
     "measured": {"seconds_of_other_batches": 1.0},
 }
 
 
-def folder(path, images=IMAGES, labels=LABELS):
+def folder(path, images=IMAGES, labels=LABELS, **changes):
     path.mkdir()
     np.savez(path / "samples.npz", images, labels)
-    (path / "protocol.json").write_text(json.dumps(PROTOCOL))
+    (path / "protocol.json").write_text(json.dumps(PROTOCOL | changes))
     return path
 
 
@@ -130,7 +135,7 @@ def test_a_protocol_says_what_an_image_costs():
 
 def test_a_table_and_a_picture(tmp_path, monkeypatch):
     monkeypatch.setattr(comparison, "read_scenes", lambda *_, **__: Labelled(IMAGES, LABELS))
-    folders = [folder(tmp_path / "a"), folder(tmp_path / "b", IMAGES[::-1], LABELS)]
+    folders = [folder(tmp_path / "a"), folder(tmp_path / "b", IMAGES[::-1], seed=1)]
     compare([("ours", folders)], out=tmp_path / "out", data_dir="", judge=KnowingJudge())
     head, _, real, ours, *_ = (tmp_path / "out" / "compare.md").read_text().splitlines()
     assert head.count("|") == ours.count("|") == 7
@@ -166,12 +171,32 @@ def test_folders_that_do_not_fit(tmp_path):
         compare(rows, out=tmp_path, data_dir="", judge=KnowingJudge())
 
 
-def test_a_rows_folders_differ_in_the_seed_alone(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"slots": 11, "merge_number": 9}, "ours: its folders differ in merge_number, slots, not in the seed alone"),
+        ({"fingerprint": "01"}, "ours: its folders differ in fingerprint"),
+        ({"seed": 0}, r"ours: seeds \[0, 0\]: every folder needs its own"),
+    ],
+)
+def test_a_rows_folders_differ_in_the_seed_alone(tmp_path, monkeypatch, changes, message):
     monkeypatch.setattr(comparison, "read_scenes", lambda *_, **__: Labelled(IMAGES, LABELS))
-    folders = [folder(tmp_path / "a"), folder(tmp_path / "b")]
-    (folders[1] / "protocol.json").write_text(json.dumps(PROTOCOL | {"slots": 11, "merge_number": 9}))
-    with pytest.raises(ValueError, match="ours: its folders differ in merge_number, slots, not in the seed alone"):
+    folders = [folder(tmp_path / "a"), folder(tmp_path / "b", **{"seed": 1} | changes)]
+    with pytest.raises(ValueError, match=message):
         compare([("ours", folders)], out=tmp_path / "out", data_dir="", judge=KnowingJudge())
+
+
+def test_rows_that_cannot_be_told_apart_or_judged(tmp_path, monkeypatch):
+    monkeypatch.setattr(comparison, "read_scenes", lambda *_, **__: Labelled(IMAGES, LABELS))
+    run = functools.partial(compare, out=tmp_path / "out", data_dir="", judge=KnowingJudge())
+    one = [folder(tmp_path / "a")]
+    with pytest.raises(ValueError, match="rows ours, ours: every name once"):
+        run([("ours", one), ("ours", one)])
+    with pytest.raises(ValueError, match="rows held-out scenes: these names are those of real scenes"):
+        run([("held-out scenes", one)])
+    other = PROTOCOL["generator"] | {"classes": ["cat", "dog"]}
+    with pytest.raises(ValueError, match=r"its generator's classes are \['cat', 'dog'\], not"):
+        run([("ours", [folder(tmp_path / "b", generator=other)])])
 
 
 def test_lines_join_rows_that_differ_in_slots_alone(tmp_path, monkeypatch):
@@ -181,13 +206,11 @@ def test_lines_join_rows_that_differ_in_slots_alone(tmp_path, monkeypatch):
     changes = {
         "a": {"slots": 5},
         "b": {},
-        "plain": {"generator": PROTOCOL["generator"] | {"kind": "plain"}, "slots": 20},
+        "plain": {"generator": PROTOCOL["generator"] | {"kind": "plain"}, "slots": 20, "fingerprint": "01"},
         "other K": {"merge_number": 9, "slots": 7},
         "hotter": {"sampling": PROTOCOL["sampling"] | {"temperature": 2.0}, "slots": 8},
     }
-    rows = [(name, [folder(tmp_path / name)]) for name in changes]
-    for name, change in changes.items():
-        (tmp_path / name / "protocol.json").write_text(json.dumps(PROTOCOL | change))
+    rows = [(name, [folder(tmp_path / name, **change)]) for name, change in changes.items()]
     compare(rows, out=tmp_path / "out", data_dir="", judge=KnowingJudge())
     ((name, points),) = drawn[0]["right class, %"].items()
     assert name.startswith("full, K = 4, ") and list(points.x) == [5, 10]

@@ -18,7 +18,7 @@ from mergevq_jax.generator.draw import draw, guidance_scales, keep_likely
 from mergevq_jax.generator.mask import first_members, merge_mask
 from mergevq_jax.generator.plan import SamplingConfig, make_plan
 from mergevq_jax.generator.sampling import sample
-from mergevq_jax.generator.transformer import SHARDING_RULES, param_shapes
+from mergevq_jax.generator.transformer import SHARDING_RULES, Generator, param_shapes
 from mergevq_jax.tokenizer.lfq import split_indices
 from runtime_jax.compute import Compute
 from runtime_jax.prng import Stream, example_keys, stream_key
@@ -62,6 +62,21 @@ def test_greedy_codes_are_the_likeliest_under_teacher_forcing(scales, params):
         np.testing.assert_array_equal(mixed.argmax(-1), values)
 
 
+def test_temperature_top_k_and_top_p_are_those_of_each_sub_token(params):
+    """Each makes a draw the likeliest value in its own way, for the sub-tokens that it is said of and no other."""
+    likeliest = codes(params, greedy=True).indices
+    for settings in ({"temperature": 1e-5}, {"top_k": 1}, {"top_p": 1e-6}):
+        np.testing.assert_array_equal(codes(params, **settings).indices, likeliest)
+    free, first, second = codes(params), codes(params, top_k=(1, 0)), codes(params, top_p=(1.0, 1e-6))
+    parts = [split_indices(jnp.asarray(drawn.indices[:, 0]), CONFIG.code_bits) for drawn in (free, first, second)]
+    best = split_indices(jnp.asarray(likeliest[:, 0]), CONFIG.code_bits)
+    np.testing.assert_array_equal(parts[1][0], best[0])
+    np.testing.assert_array_equal(parts[2][0], parts[0][0])
+    assert (parts[0][0] != best[0]).any() and (parts[1][1] != best[1]).any()
+    hot = codes(params, temperature=100.0).indices
+    assert len(np.unique(hot)) > len(np.unique(likeliest))
+
+
 @pytest.mark.parametrize("policy", ["evict-oldest", "full"])
 def test_a_report_of_what_the_store_held(policy, params):
     """With room for two tokens the store overflows, as a list of tokens does."""
@@ -99,6 +114,10 @@ def test_bfloat16_draws_what_float32_finds_likeliest_or_nearly(params):
     settings, half = SamplingConfig(greedy=True), Compute(dtype="bfloat16")
     drawn = sample(params, LABELS, NUMBER, config=CONFIG, sampling=settings, seed=0, compute=half)
     logits = masked_logits(params, drawn.indices, LABELS)
+    merge = np.full(len(LABELS), CONFIG.merge_numbers.index(NUMBER), np.int32)
+    for part in teacher_forced(params, drawn.indices, LABELS, merge, module=Generator(CONFIG, half)):
+        # Summed in float32: few values would be bfloat16's by chance.
+        assert part.dtype == jnp.float32 and (part.astype(jnp.bfloat16).astype(jnp.float32) == part).mean() < 0.1
     for scores, values in zip(logits, split_indices(drawn.indices, CONFIG.code_bits), strict=True):
         chosen = np.take_along_axis(scores, np.asarray(values)[..., None], axis=-1)[..., 0]
         assert (scores.max(-1) - chosen).max() < 0.01 * scores.std()  # measured: 0
@@ -198,7 +217,8 @@ def test_draws_follow_the_probabilities():
         ({"temperature": (1.0, 1.0, 1.0)}, "one value, or one for each of 2 sub-tokens"),
         ({"cfg_scale": -1.0}, "cfg_scale=-1.0: finite numbers from 0"),
         ({"cfg_schedule": "cosine"}, "cfg_schedule='cosine': allowed are constant, linear, interval"),
-        ({"cfg_interval": (0.5, 0.5)}, "the start before the end"),
+        ({"cfg_interval": (0.5, 0.5), "cfg_schedule": "interval"}, "the start before the end"),
+        ({"cfg_interval": (0.2, 0.8)}, "only with cfg_schedule='interval'"),
         ({"policy": "lru"}, "policy='lru': allowed are evict-oldest, full"),
         ({"window": 0}, "window=0, capacity=9: needed is 1 <= window <= capacity <= 12"),
         ({"capacity": 0}, "window=2, capacity=0: needed is 1 <= window <= capacity <= 12"),

@@ -16,10 +16,11 @@ from safetensors.numpy import load_file
 
 from mergevq_jax.generator import train
 from mergevq_jax.generator.config import preset
+from mergevq_jax.generator.data import TokensConfig
 from mergevq_jax.generator.losses import conditions
 from mergevq_jax.generator.mask import first_members, merge_mask
 from mergevq_jax.generator.model import GeneratorModel
-from mergevq_jax.generator.run import TrainConfig
+from mergevq_jax.generator.run import EvaluationConfig, TrainConfig
 from mergevq_jax.generator.run import train as run_training
 from mergevq_jax.generator.transformer import SHARDING_RULES, Generator
 from mergevq_jax.tokenizer.config import PRESETS
@@ -157,6 +158,7 @@ def test_an_update_that_is_not_finite_is_skipped(state, codes):
     new, metrics = step_of(CONFIG)(state.replace(params=params), None, codes)
     assert new.step == state.step + 1 and metrics["nonfinite"][0] == 1 and metrics["loss"] == (0.0, 0.0)
     jax.tree.map(np.testing.assert_array_equal, new.ema, state.ema)
+    jax.tree.map(np.testing.assert_array_equal, new.params, params)
 
 
 @pytest.mark.parametrize("size", ["B", "L", "XL"])
@@ -259,6 +261,21 @@ def test_a_run_that_does_not_fit_is_refused(trained, changes, message):
 def test_configs_that_cannot_be(tmp_path, changes, message):
     with pytest.raises(ValueError, match=message):
         run_config(tmp_path, images_of(tmp_path), **changes)
+
+
+@pytest.mark.parametrize("name", ["batches", "preview_classes", "preview_images"])
+def test_evaluations_of_nothing(name):
+    data = TokensConfig(folders=("codes",), batch_size=1)
+    with pytest.raises(ValueError, match=f"evaluation: {name}=0: at least 1"):
+        EvaluationConfig(data=data, **{name: 0})
+    with pytest.raises(ValueError, match="batch_size=0"):
+        dataclasses.replace(data, batch_size=0)
+
+
+def test_randar_without_instruction_draws_all_codes(tmp_path):
+    model = dataclasses.replace(MODEL, merge_instruction=False, position_instruction=True)
+    with pytest.raises(ValueError, match=r"K = .*: without model.merge_instruction RandAR draws 16 codes"):
+        run_config(tmp_path, images_of(tmp_path), kind="random", model=model)
 
 
 @pytest.mark.parametrize("arg", ["merge", "plain", "random"])

@@ -231,6 +231,7 @@ def test_codes_depend_on_seed_and_example_alone(params):
         ({"steps": 0}, "0 steps: allowed are 1 to 9"),
         ({"steps": K + 1}, "10 steps: allowed are 1 to 9, the number of codes"),
         ({"capacity": 9, "top_k": 5}, "sampling: top_k=5: .*; capacity=9: for raster order"),
+        ({"policy": "full"}, "policy=full: for raster order"),
         ({"labels": np.asarray([0, 6])}, "classes are 0 to 4"),
         ({"positions": np.zeros((3, 8), np.int32)}, r"positions \[3, 8\]: one for each code of each .* \[3, 9\]"),
         ({"positions": np.zeros((3, 9), np.int32)}, "positions: different numbers from 0 to 11"),

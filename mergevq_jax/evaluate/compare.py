@@ -14,12 +14,14 @@ from mergevq_jax.evaluate.generation import Gaussian, Labelled, Quality, gaussia
 from mergevq_jax.evaluate.held_out import BATCH_SIZE, read_scenes
 from mergevq_jax.pretrained import load_tokenizer
 from mergevq_jax.tokenizer.model import Tokenizer
+from runtime_jax.data.mini_scenes import CLASSES
 from runtime_jax.judge import Judge
 from runtime_jax.pictures import Points, image_grid, plot_lines, save_png
 from runtime_jax.sizes import table
 
 SHOWN = 12  # images of a row in the picture
-SETTINGS = ("generator", "merge_number", "sampling", "steps", "slots", "compute")  # of a protocol
+# What the folders of a row share; of a protocol.
+SETTINGS = ("fingerprint", "merge_number", "sampling", "steps", "slots", "compute", "batch_size", "device", "mesh")
 
 
 class Folder(NamedTuple):
@@ -38,7 +40,7 @@ class Row(NamedTuple):
     curve: str | None = None  # policy of a store that can be full, and all else but its slots
     slots: int | None = None
     cache_bytes: int | None = None  # keys and values for one image
-    seconds: float | None = None  # for one image, in batches
+    seconds: float | None = None  # for one image, in batches, of the fastest set
 
 
 def compare(
@@ -68,6 +70,8 @@ def compare(
         dataset or tokenizer missing.
     """
     folders = {name: [read_samples(path) for path in paths] for name, paths in rows}
+    if len(folders) < len(rows):
+        raise ValueError(f"rows {', '.join(name for name, _ in rows)}: every name once")
     shapes = {folder.samples.images.shape for group in folders.values() for folder in group}
     if len(shapes) != 1:
         raise ValueError(f"equal numbers of images of one size are needed, there are {sorted(shapes)}")
@@ -79,6 +83,8 @@ def compare(
     if tokenizer is not None:
         loaded = load_tokenizer(tokenizer)
         sets |= {f"reconstructed, K = {keep}": [_reconstructed(loaded, real, keep)] for keep in keeps}
+    if taken := sets.keys() & folders.keys():
+        raise ValueError(f"rows {', '.join(taken)}: these names are those of real scenes")
     sets |= {name: [folder.samples for folder in group] for name, group in folders.items()}
     measured = [_row(name, group, folders.get(name), judge, reference) for name, group in sets.items()]
     text = render(measured, count)
@@ -142,6 +148,10 @@ def _row(
     for protocol in protocols[1:]:
         if differing := [key for key in SETTINGS if protocol[key] != protocols[0][key]]:
             raise ValueError(f"{name}: its folders differ in {', '.join(differing)}, not in the seed alone")
+    if len(seeds := [protocol["seed"] for protocol in protocols]) > len(set(seeds)):
+        raise ValueError(f"{name}: seeds {seeds}: every folder needs its own")
+    if (classes := protocols[0]["generator"]["classes"]) != list(CLASSES):
+        raise ValueError(f"{name}: its generator's classes are {classes}, not those of mini_scenes")
     seconds = [value for value in map(seconds_per_image, protocols) if value is not None]
     return Row(
         name,
@@ -159,7 +169,7 @@ def _curve(protocol: Mapping[str, Any]) -> str | None:
     if protocol["generator"]["kind"] != "merge":
         return None
     sampling = {name: value for name, value in protocol["sampling"].items() if name != "capacity"}
-    rest = json.dumps([protocol["generator"], sampling, protocol["compute"]], sort_keys=True)
+    rest = json.dumps([protocol["fingerprint"], sampling, protocol["compute"]], sort_keys=True)
     digest = hashlib.sha256(rest.encode()).hexdigest()[:4]
     return f"{sampling['policy']}, K = {protocol['merge_number']}, settings {digest}"
 

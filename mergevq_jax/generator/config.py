@@ -85,6 +85,11 @@ class GeneratorConfig:
         """The label that stands for no class; None: the model has none."""
         return self.num_classes if self.class_dropout else None
 
+    @property
+    def usual_merge_number(self) -> int | None:
+        """What is asked for where nothing is said: the middle one of `merge_numbers`, of two the smaller."""
+        return self.merge_numbers[(len(self.merge_numbers) - 1) // 2] if self.merge_instruction else None
+
     def merge_index(self, merge_number: int | None) -> int | None:
         """Place of a number of kept tokens in `merge_numbers`; None for a model without merge instruction.
 

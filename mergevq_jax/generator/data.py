@@ -36,6 +36,10 @@ class TokensConfig:
     shuffle: bool = True
     num_workers: int = 0
 
+    def __post_init__(self):
+        if self.batch_size < 1 or self.num_workers < 0:
+            raise ValueError(f"codes: batch_size={self.batch_size} (from 1), num_workers={self.num_workers} (from 0)")
+
 
 def num_examples(config: DataConfig | TokensConfig) -> int:
     """Examples in one epoch."""

@@ -7,7 +7,7 @@ Axes: R rows, n positions, D width, C slots.
 """
 
 import operator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +17,15 @@ from mergevq_jax.generator.config import GeneratorConfig
 from mergevq_jax.generator.position_cache import Store, empty_store
 from mergevq_jax.generator.transformer import Block, Params
 from runtime_jax.compute import Compute
+
+
+def cast(params: Params, compute: Compute) -> Params:
+    """Kernels and embeddings in the dtype that they are used in, once and not at every step."""
+
+    def leaf(path: tuple[Any, ...], value: Array) -> Array:
+        return value.astype(compute.jax_dtype) if path[-1].key in ("kernel", "embedding") else value
+
+    return jax.tree_util.tree_map_with_path(leaf, params)
 
 
 class Layer(NamedTuple):

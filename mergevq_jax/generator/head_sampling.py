@@ -31,6 +31,8 @@ class HeadSampler:
 
     def __init__(self, params: Params, plan: DrawPlan, knobs: Knobs):
         self.plan, self.config, self.knobs = plan, plan.config, knobs
+        params = decode.cast(params, plan.compute)
+        self.blocks = decode.unstacked(params["spatial_blocks"])
         self.head_blocks = decode.unstacked(params["factorized_blocks"])
         self.apply = functools.partial(Generator(plan.config, plan.compute).apply, {"params": params})
         self.step_blocks = functools.partial(decode.step, config=plan.config, compute=plan.compute)

@@ -92,6 +92,10 @@ class GeneratorModel:
         table = convert.generator_table(self.config)
         model_folder.write_folder(Path(path), MODEL_TYPE, self.info, table, self.params)
 
+    def fingerprint(self) -> str:
+        """SHA-256 over config and parameters."""
+        return model_folder.fingerprint(self.info, convert.generator_table(self.config), self.params)
+
     def place(self, mesh: Mesh) -> "GeneratorModel":
         """With its weights on a mesh, split as in training; to be used under `jax.set_mesh(mesh)`."""
         return replace(self, params=place(self.params, param_shardings(self.params, SHARDING_RULES, mesh)))

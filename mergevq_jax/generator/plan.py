@@ -167,6 +167,8 @@ def _settings(config: GeneratorConfig, sampling: SamplingConfig) -> tuple[dict[s
     for name, choices in (("cfg_schedule", CfgSchedule), ("policy", CachePolicy)):
         if getattr(sampling, name) not in get_args(choices):
             problems.append(f"{name}={getattr(sampling, name)!r}: allowed are {', '.join(get_args(choices))}")
+    if sampling.cfg_schedule != "interval" and tuple(sampling.cfg_interval) != (0.0, 1.0):
+        problems.append(f"cfg_interval={sampling.cfg_interval}: only with cfg_schedule='interval'")
     if not 0 <= sampling.cfg_interval[0] < sampling.cfg_interval[1] <= 1:
         problems.append(f"cfg_interval={sampling.cfg_interval}: fractions of the sequence, the start before the end")
     return values, problems

@@ -94,8 +94,8 @@ def make_randar_plan(
     codes = merge_number or config.length
     problems = [
         f"{name}={getattr(sampling, name)}: for raster order; in random order every code is kept"
-        for name in ("window", "capacity")
-        if getattr(sampling, name) is not None
+        for name in ("window", "capacity", "policy")
+        if getattr(sampling, name) != getattr(SamplingConfig(), name)
     ]
     draws, knobs = draw_plan(config, sampling, compute, codes, problems)
     return RandarPlan(**draws, counts=cosine_counts(codes, min(STEPS, codes) if steps is None else steps)), knobs
@@ -185,10 +185,6 @@ class RandarSampler(HeadSampler):
     """The parts of one step, with what all steps share."""
 
     plan: RandarPlan
-
-    def __init__(self, params: Params, plan: RandarPlan, knobs: Knobs):
-        super().__init__(params, plan, knobs)
-        self.blocks = decode.unstacked(params["spatial_blocks"])
 
     def start(self, labels: Int[Array, "B"], merge: Int[Array, "B"] | None) -> Carry:
         """Nothing is stored, and the prefix is known."""

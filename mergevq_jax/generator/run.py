@@ -20,6 +20,7 @@ from mergevq_jax.generator.model import (
     GeneratorModel,
     TokenizerRef,
     codes_to_images,
+    load_generator,
     recovered_to_images,
 )
 from mergevq_jax.generator.plan import WINDOW, SamplingConfig, make_plan
@@ -55,6 +56,11 @@ class EvaluationConfig:
     sampling: SamplingConfig = SamplingConfig()
     sampling_steps: int | None = None  # calls of the network for a picture, kind "random" only; None: 32
 
+    def __post_init__(self):
+        sizes = ("batches", "preview_classes", "preview_images")
+        if bad := [f"{name}={getattr(self, name)}" for name in sizes if getattr(self, name) < 1]:
+            raise ValueError(f"evaluation: {', '.join(bad)}: at least 1")
+
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
@@ -77,13 +83,17 @@ class TrainConfig:
     evaluation: EvaluationConfig
     mesh: sharding.MeshConfig = sharding.MeshConfig()
     loop: loop.LoopConfig
-    init_from: str | None = None  # a generator's folder or hub id
+    init_from: str | None = None  # a generator: shipped name, folder or hub id
     resume_from: str | None = None  # another run's workdir or checkpoint
 
     def __post_init__(self):
         known = self.model.merge_numbers
         if self.model.merge_instruction and (unknown := sorted(set(self.all_keeps) - set(known))):
             raise ValueError(f"K = {unknown} in merge_ratio or evaluation.keeps: model.merge_numbers has only {known}")
+        if self.kind == "random" and not self.model.merge_instruction and self.all_keeps != (self.model.length,):
+            raise ValueError(
+                f"K = {self.all_keeps}: without model.merge_instruction RandAR draws {self.model.length} codes"
+            )
         if self.data.batch_size % self.accumulate:
             raise ValueError(f"data.batch_size={self.data.batch_size} does not divide by accumulate={self.accumulate}")
         self.step_config(None)
@@ -139,9 +149,11 @@ def train(config: TrainConfig, workdir: str | Path) -> Trained:
     workdir = check_workdir(workdir, config.loop.min_free_bytes)
     tokenizer = load_tokenizer(config.tokenizer, compute=config.tokenizer_compute)
     info = check(config, tokenizer)
-    start = GeneratorModel.from_pretrained(config.init_from) if config.init_from else None
+    start = load_generator(config.init_from) if config.init_from else None
     if start and start.config != config.model:
         raise ValueError(f"init_from {config.init_from}: its architecture is {start.config}, not {config.model}")
+    if start and start.info.tokenizer.fingerprint != info.tokenizer.fingerprint:
+        raise ValueError(f"init_from {config.init_from}: its codes are not those of the tokenizer {config.tokenizer}")
     examples, batch_size = generator_data.num_examples(config.data), config.data.batch_size
     total_steps = config.loop.duration.to_steps(batch_size, examples)
     schedule = make_schedule(config.optimizer, total_steps=total_steps, batch_size=batch_size, num_examples=examples)

@@ -114,7 +114,6 @@ class _Sampler(HeadSampler):
     def __init__(self, params: Params, plan: Plan, knobs: Knobs, keys: Key[Array, "L S B"]):
         super().__init__(params, plan, knobs)
         self.keys = keys
-        self.blocks = decode.unstacked(params["spatial_blocks"])
 
     def step(self, prefix: Float[Array, "R P D"], carry: _Carry, time: Int[Array, ""]):
         """Looks at one position, draws the next code, and makes room for it."""

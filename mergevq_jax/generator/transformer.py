@@ -57,8 +57,15 @@ def head_rope_table(config: GeneratorConfig) -> Float[np.ndarray, "2 S pairs"]:
     return table[:, : len(config.code_bits)]
 
 
-def _dense(features: int, compute: Compute, name: str | None = None, kernel_init: Any = linear_normal) -> nn.Dense:
-    return nn.Dense(features, use_bias=False, dtype=compute.jax_dtype, kernel_init=kernel_init, name=name)
+def _dense(features: int, compute: Compute) -> nn.Dense:
+    return nn.Dense(features, use_bias=False, dtype=compute.jax_dtype, kernel_init=linear_normal)
+
+
+def _head(values: int, compute: Compute) -> nn.Dense:
+    """Sums in float32 whatever its inputs are: rounded to bfloat16, the likeliest values would often be equal."""
+    product = functools.partial(jax.lax.dot_general, preferred_element_type=jnp.float32)
+    zeros = nn.initializers.zeros
+    return nn.Dense(values, use_bias=False, dtype=compute.jax_dtype, kernel_init=zeros, dot_general=product)
 
 
 def _norm(config: GeneratorConfig, compute: Compute) -> nn.RMSNorm:
@@ -127,7 +134,7 @@ class FeedForward(nn.Module):
 
     def step(self, x: Float[Array, "B n D"], w13: Float[Array, "D 2 hidden"]) -> Float[Array, "B n D"]:
         """The same with the kernels of w1 and w3 side by side: one product that reads both."""
-        gate, up = jnp.moveaxis(jnp.einsum("bnd,dtf->bntf", x, w13.astype(x.dtype)), 2, 0)
+        gate, up = jnp.moveaxis(jnp.einsum("bnd,dtf->bntf", x, w13), 2, 0)
         return self._gated(gate, up)
 
     def _gated(self, gate: Float[Array, "B n hidden"], up: Float[Array, "B n hidden"]) -> Float[Array, "B n D"]:
@@ -183,7 +190,7 @@ class Generator(nn.Module):
         self.spatial_blocks = self._stack(config.num_layers)
         self.factorized_blocks = self._stack(config.head_layers)
         self.norm = _norm(config, compute)
-        self.head = [_dense(size, compute, kernel_init=nn.initializers.zeros) for size in config.vocab_sizes]
+        self.head = [_head(size, compute) for size in config.vocab_sizes]
 
     def _stack(self, length: int) -> nn.Module:
         block = nn.remat(Block, prevent_cse=False) if self.compute.remat else Block
@@ -274,7 +281,7 @@ class Generator(nn.Module):
 
     def logits(self, index: int, x: Float[Array, "B n D"]) -> Float[Array, "B n values"]:
         """Logits of sub-token `index` from output `index` of the head's blocks, float32."""
-        return constrain(self.head[index](self.norm(x)).astype(jnp.float32), Axis.BATCH, None, None)
+        return constrain(self.head[index](self.norm(x)), Axis.BATCH, None, None)
 
     def _split(self, indices) -> Sequence[Array]:
         return split_indices(indices, self.config.code_bits)

@@ -4,8 +4,6 @@ Axes: B batch, H W image, h w grid of raw tokens, L = h w, K kept tokens, C bits
 """
 
 import functools
-import hashlib
-import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,10 +22,8 @@ from mergevq_jax.tokenizer.config import TokenizerConfig, ratio_keep
 from mergevq_jax.tokenizer.decoder import Decoder
 from mergevq_jax.tokenizer.encoder import Encoded, Encoder
 from mergevq_jax.tokenizer.recovery import SourceRecovery, recovered_source_map
-from runtime_jax import config as config_lib
 from runtime_jax.compute import Compute
 from runtime_jax.sharding import constrain
-from runtime_jax.weights import export_weights
 
 Params = dict[str, Any]
 MODEL_TYPE = "mergevq_tokenizer"
@@ -159,10 +155,7 @@ class Tokenizer:
 
     def fingerprint(self) -> str:
         """SHA-256 over config and parameters: codes of one tokenizer mean nothing to another."""
-        digest = hashlib.sha256(json.dumps(config_lib.to_dict(self.config), sort_keys=True).encode())
-        for name, array in sorted(export_weights(convert.tokenizer_table(self.config), self.params).items()):
-            digest.update(name.encode() + np.ascontiguousarray(array).tobytes())
-        return digest.hexdigest()
+        return model_folder.fingerprint(self.config, convert.tokenizer_table(self.config), self.params)
 
     def encode(
         self, images: UInt8[np.ndarray, "B H W 3"] | UInt8[Array, "B H W 3"], *, keep: int | None = None
