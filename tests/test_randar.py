@@ -216,6 +216,8 @@ def test_codes_depend_on_seed_and_example_alone(params):
     whole = draw(params, cfg_scale=2.0)
     part = draw(params, LABELS[1:], examples=np.arange(1, 3), cfg_scale=2.0)
     jax.tree.map(np.testing.assert_array_equal, part, jax.tree.map(lambda x: x[1:], whole))
+    one, all_of_them = draw(params, LABELS[:1]), draw(params)
+    jax.tree.map(np.testing.assert_array_equal, one, jax.tree.map(lambda x: x[:1], all_of_them))
     other = draw(params, cfg_scale=2.0, seed=1)
     assert (other.indices != whole.indices).any(axis=1).all()
     given = draw(params, cfg_scale=2.0, positions=whole.positions)

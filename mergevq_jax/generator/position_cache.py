@@ -116,40 +116,58 @@ def kept(cache: PositionCache, length: int) -> Bool[Array, "B L"]:
 
 
 class Store(NamedTuple):
-    """Keys and values of every layer. One array for each, since a slice of a stacked one would be a copy."""
+    """Keys and values of every layer. One array for each, since a slice of a stacked one would be a copy.
 
-    keys: tuple[Float[Array, "R H C head"], ...]
-    values: tuple[Float[Array, "R H C head"], ...]
+    A single row has no axis R: with one of size 1, XLA copies each array several times a step.
+    """
+
+    keys: tuple[Float[Array, "*R H C head"], ...]
+    values: tuple[Float[Array, "*R H C head"], ...]
 
 
 def empty_store(layers: int, rows: int, heads: int, slots: int, head_dim: int, dtype: DTypeLike) -> Store:
     """A store of zeros, which nothing may see."""
+    shape = (heads, slots, head_dim) if rows == 1 else (rows, heads, slots, head_dim)
 
     def arrays():
-        zeros = jnp.zeros((rows, heads, slots, head_dim), dtype)
-        return tuple(constrain(zeros, Axis.BATCH, Axis.HEADS, None, None) for _ in range(layers))
+        return tuple(_constrain(jnp.zeros(shape, dtype)) for _ in range(layers))
 
     return Store(keys=arrays(), values=arrays())
 
 
 def write(
-    array: Float[Array, "R H C head"], tokens: Float[Array, "R n H head"], slots: Int[Array, "R n"]
-) -> Float[Array, "R H C head"]:
+    array: Float[Array, "*R H C head"], tokens: Float[Array, "R n H head"], slots: Int[Array, "R n"]
+) -> Float[Array, "*R H C head"]:
     """One layer's keys or values with those of new tokens in their slots; in place where the argument is done with."""
-    put = jax.vmap(lambda row, new, place: row.at[:, place].set(new, mode="promise_in_bounds", unique_indices=True))
-    return constrain(put(array, jnp.swapaxes(tokens, 1, 2), slots), Axis.BATCH, Axis.HEADS, None, None)
+    tokens = jnp.swapaxes(tokens, 1, 2)
+    if array.ndim == 4:
+        return _constrain(jax.vmap(_put)(array, tokens, slots))
+    if slots.size == 1:  # a scatter of one token is a choice between the old array and the new one: a copy
+        return _constrain(jax.lax.dynamic_update_slice_in_dim(array, tokens[0], slots[0, 0], axis=1))
+    return _constrain(_put(array, tokens[0], slots[0]))
+
+
+def _put(
+    row: Float[Array, "H C head"], tokens: Float[Array, "H n head"], slots: Int[Array, "n"]
+) -> Float[Array, "H C head"]:
+    return row.at[:, slots].set(tokens, mode="promise_in_bounds", unique_indices=True)
+
+
+def _constrain(array: Float[Array, "*R H C head"]) -> Float[Array, "*R H C head"]:
+    return constrain(array, *(Axis.BATCH, Axis.HEADS, None, None)[4 - array.ndim :])
 
 
 def attend(
     query: Float[Array, "R n H head"],
-    keys: Float[Array, "R H C head"],
-    values: Float[Array, "R H C head"],
+    keys: Float[Array, "*R H C head"],
+    values: Float[Array, "*R H C head"],
     visible: Bool[Array, "#R n C"],
 ) -> Float[Array, "R n H head"]:
     """Attention of each token over the slots visible to it; logits and softmax in float32."""
     query = jnp.swapaxes(query, 1, 2)  # the few tokens are turned, so that no compiler turns the store
-    logits = jnp.einsum("rhnd,rhcd->rhnc", query, keys, preferred_element_type=jnp.float32)
+    store = "rhcd"[4 - keys.ndim :]
+    logits = jnp.einsum(f"rhnd,{store}->rhnc", query, keys, preferred_element_type=jnp.float32)
     logits = jnp.where(visible[:, None], logits * query.shape[-1] ** -0.5, HIDDEN)
     weights = jax.nn.softmax(logits, axis=-1).astype(values.dtype)
-    attended = jnp.einsum("rhnc,rhcd->rhnd", weights, values, preferred_element_type=jnp.float32)
+    attended = jnp.einsum(f"rhnc,{store}->rhnd", weights, values, preferred_element_type=jnp.float32)
     return jnp.swapaxes(attended, 1, 2).astype(values.dtype)

@@ -100,11 +100,11 @@ class Attention(nn.Module):
         self,
         x: Float[Array, "B n D"],
         rope: Float[Array, "2 *places n pairs"],
-        keys: Float[Array, "B H C head"],
-        values: Float[Array, "B H C head"],
+        keys: Float[Array, "*B H C head"],
+        values: Float[Array, "*B H C head"],
         slots: Int[Array, "B n"],
         visible: Bool[Array, "#B n C"],
-    ) -> tuple[Float[Array, "B n D"], Float[Array, "B H C head"], Float[Array, "B H C head"]]:
+    ) -> tuple[Float[Array, "B n D"], Float[Array, "*B H C head"], Float[Array, "*B H C head"]]:
         """New positions, which are written to their slots and then see every slot visible to them."""
         query, key, value = self._project(x, rope)
         keys, values = write(keys, key, slots), write(values, value, slots)
