@@ -101,7 +101,7 @@ def main() -> None:
                     "sampling": to_dict(row.sampling if row.steps else model.info.sampling(row.sampling)),
                     "batch_size": args.batch_size,
                 }
-                if differing := [name for name, value in wanted.items() if there[name] != value]:
+                if differing := [name for name, value in wanted.items() if there.get(name) != value]:
                     raise ValueError(f"{folder}: its {', '.join(differing)} differ; take another --out")
                 continue
             request = Request(

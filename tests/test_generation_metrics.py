@@ -194,6 +194,10 @@ def test_rows_that_cannot_be_told_apart_or_judged(tmp_path, monkeypatch):
         run([("ours", one), ("ours", one)])
     with pytest.raises(ValueError, match="rows held-out scenes: these names are those of real scenes"):
         run([("held-out scenes", one)])
+    with pytest.raises(ValueError, match="old: a protocol without fingerprint, of another version"):
+        old = folder(tmp_path / "old")
+        (old / "protocol.json").write_text(json.dumps({k: v for k, v in PROTOCOL.items() if k != "fingerprint"}))
+        run([("old", [old])])
     other = PROTOCOL["generator"] | {"classes": ["cat", "dog"]}
     with pytest.raises(ValueError, match=r"its generator's classes are \['cat', 'dog'\], not"):
         run([("ours", [folder(tmp_path / "b", generator=other)])])

@@ -9,7 +9,16 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from generator_run_tools import MODEL, RECOVERING, TOKENIZER, images_of, random_tokenizer, run_config, write_pictures
+from generator_run_tools import (
+    MODEL,
+    RECOVERING,
+    TOKENIZER,
+    images_of,
+    random_generator,
+    random_tokenizer,
+    run_config,
+    write_pictures,
+)
 from generator_tools import random_codes, random_params, relative_error
 from golden_tools import jit
 from safetensors.numpy import load_file
@@ -246,6 +255,13 @@ def test_a_run_that_does_not_fit_is_refused(trained, changes, message):
     config, workdir = trained
     with pytest.raises(ValueError, match=message):
         run_training(dataclasses.replace(config, **changes), workdir)
+
+
+def test_it_does_not_start_from_a_generator_of_other_codes(trained, tmp_path):
+    config, _ = trained
+    random_generator(random_tokenizer(1), "elsewhere").save_pretrained(tmp_path / "other")
+    with pytest.raises(ValueError, match="its codes are not those of the tokenizer"):
+        run_training(dataclasses.replace(config, init_from=str(tmp_path / "other")), tmp_path / "run")
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,7 @@ from runtime_jax.judge import Judge
 from runtime_jax.pictures import Points, image_grid, plot_lines, save_png
 from runtime_jax.sizes import table
 
+REAL = "held-out scenes"
 SHOWN = 12  # images of a row in the picture
 # What the folders of a row share; of a protocol.
 SETTINGS = ("fingerprint", "merge_number", "sampling", "steps", "slots", "compute", "batch_size", "device", "mesh")
@@ -72,6 +73,11 @@ def compare(
     folders = {name: [read_samples(path) for path in paths] for name, paths in rows}
     if len(folders) < len(rows):
         raise ValueError(f"rows {', '.join(name for name, _ in rows)}: every name once")
+    for name, group in folders.items():
+        _check_row(name, [folder.protocol for folder in group])
+    reconstructed = {f"reconstructed, K = {keep}": keep for keep in keeps if tokenizer is not None}
+    if taken := {REAL, *reconstructed} & folders.keys():
+        raise ValueError(f"rows {', '.join(sorted(taken))}: these names are those of real scenes")
     shapes = {folder.samples.images.shape for group in folders.values() for folder in group}
     if len(shapes) != 1:
         raise ValueError(f"equal numbers of images of one size are needed, there are {sorted(shapes)}")
@@ -79,12 +85,10 @@ def compare(
     scenes = functools.partial(read_scenes, size, count, data_dir, single=single)
     reference = gaussian(judge.features(scenes(split="test").images))
     real = scenes(split="validation")
-    sets = {"held-out scenes": [real]}
+    sets = {REAL: [real]}
     if tokenizer is not None:
         loaded = load_tokenizer(tokenizer)
-        sets |= {f"reconstructed, K = {keep}": [_reconstructed(loaded, real, keep)] for keep in keeps}
-    if taken := sets.keys() & folders.keys():
-        raise ValueError(f"rows {', '.join(taken)}: these names are those of real scenes")
+        sets |= {name: [_reconstructed(loaded, real, keep)] for name, keep in reconstructed.items()}
     sets |= {name: [folder.samples for folder in group] for name, group in folders.items()}
     measured = [_row(name, group, folders.get(name), judge, reference) for name, group in sets.items()]
     text = render(measured, count)
@@ -138,6 +142,19 @@ def _reconstructed(tokenizer: Tokenizer, real: Labelled, keep: int) -> Labelled:
     return Labelled(np.concatenate([np.asarray(tokenizer.reconstruct(part, keep=keep)) for part in parts]), real.labels)
 
 
+def _check_row(name: str, protocols: Sequence[Mapping[str, Any]]) -> None:
+    """Whether the folders of a row differ in the seed, in nothing else, and can be judged."""
+    for protocol in protocols:
+        if missing := [key for key in (*SETTINGS, "seed", "generator") if key not in protocol]:
+            raise ValueError(f"{name}: a protocol without {', '.join(missing)}, of another version; draw again")
+        if differing := [key for key in SETTINGS if protocol[key] != protocols[0][key]]:
+            raise ValueError(f"{name}: its folders differ in {', '.join(differing)}, not in the seed alone")
+    if len(seeds := [protocol["seed"] for protocol in protocols]) > len(set(seeds)):
+        raise ValueError(f"{name}: seeds {seeds}: every folder needs its own")
+    if (classes := protocols[0]["generator"]["classes"]) != list(CLASSES):
+        raise ValueError(f"{name}: its generator's classes are {classes}, not those of mini_scenes")
+
+
 def _row(
     name: str, sets: Sequence[Labelled], folders: Sequence[Folder] | None, judge: Judge, reference: Gaussian
 ) -> Row:
@@ -145,13 +162,6 @@ def _row(
     if folders is None:
         return Row(name, quality, len(sets))
     protocols = [folder.protocol for folder in folders]
-    for protocol in protocols[1:]:
-        if differing := [key for key in SETTINGS if protocol[key] != protocols[0][key]]:
-            raise ValueError(f"{name}: its folders differ in {', '.join(differing)}, not in the seed alone")
-    if len(seeds := [protocol["seed"] for protocol in protocols]) > len(set(seeds)):
-        raise ValueError(f"{name}: seeds {seeds}: every folder needs its own")
-    if (classes := protocols[0]["generator"]["classes"]) != list(CLASSES):
-        raise ValueError(f"{name}: its generator's classes are {classes}, not those of mini_scenes")
     seconds = [value for value in map(seconds_per_image, protocols) if value is not None]
     return Row(
         name,
