@@ -108,6 +108,28 @@ def test_a_new_generator_is_uniform_and_all_of_it_learns(codes):
     assert all(jax.tree.leaves(changed)) and newer.step == 2
 
 
+def test_a_step_counts_where_groups_start(codes):
+    """Whatever the mesh and the number of micro-batches; not where the loss is not finite."""
+    rng = np.random.default_rng(0)
+    groups = np.stack([rng.permutation(np.r_[:10, rng.integers(0, 10, MODEL.length - 10)]) for _ in range(BATCH)])
+    batch = codes | {"source_map": jnp.asarray(groups, jnp.int32)}
+    config = dataclasses.replace(CONFIG, kind="random", model=dataclasses.replace(MODEL, position_instruction=True))
+    state = jit(functools.partial(train.init_state, config, SGD))()
+    once, _ = step_of(config)(state, None, batch)
+    assert once.group_starts.shape == (2, 2, MODEL.length)
+    np.testing.assert_array_equal(once.group_starts.sum(axis=-1), [[40, 40], [0, 0]])
+    twice, _ = step_of(dataclasses.replace(config, accumulate=2))(once, None, batch)
+    np.testing.assert_array_equal(twice.group_starts, 2 * once.group_starts)
+    mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
+    with jax.set_mesh(mesh):
+        placed = place(state, param_shardings(state, SHARDING_RULES, mesh))
+        sharded, _ = step_of(config)(placed, None, shard_batch(jax.device_get(batch), mesh))
+    np.testing.assert_array_equal(sharded.group_starts, once.group_starts)
+    broken = state.replace(params=jax.tree.map(lambda leaf: leaf * np.nan, state.params))
+    skipped, _ = step_of(config)(broken, None, batch)
+    assert not skipped.group_starts.any()
+
+
 def test_classes_are_dropped_by_the_example():
     labels, examples = jnp.zeros(2000, jnp.int32), jnp.arange(2000)
 
@@ -225,7 +247,7 @@ def test_a_run_goes_on_bit_equal(kind, request, tmp_path):
     done = run_training(config, tmp_path / "again")
     assert (done.step, done.stopped_by) == (4, None)
     whole, again = (load_file(path / "generator" / "model.safetensors") for path in (workdir, tmp_path / "again"))
-    assert whole.keys() == again.keys()
+    assert whole.keys() == again.keys() and ("position_shares" in whole) == (kind == "random")
     for name in whole:
         np.testing.assert_array_equal(whole[name], again[name], err_msg=name)
 

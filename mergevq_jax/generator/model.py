@@ -1,22 +1,25 @@
 """A trained generator with a folder behind it, and the tokenizer that its codes are of.
 
-Axes: B batch, H W image, L raster tokens.
+Axes: B batch, H W image, L raster tokens, K codes; M merge numbers.
 """
 
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Array, Int, UInt8
+from jaxtyping import Array, Float, Int, UInt8
 
 from mergevq_jax import convert, model_folder
 from mergevq_jax.generator.config import GeneratorConfig
 from mergevq_jax.generator.data import check_tokenizer
-from mergevq_jax.generator.plan import SamplingConfig
+from mergevq_jax.generator.plan import SamplingConfig, checked_request
+from mergevq_jax.generator.positions import draw_positions, new_counts, shares
 from mergevq_jax.generator.randar import Codes, pinned
 from mergevq_jax.generator.randar_sampling import randar_sample
 from mergevq_jax.generator.sampling import Samples, sample
@@ -25,10 +28,12 @@ from mergevq_jax.generator.transformer import SHARDING_RULES, Params, param_shap
 from mergevq_jax.pretrained import GENERATORS, load_tokenizer
 from mergevq_jax.tokenizer.model import Tokenizer, Tokens
 from runtime_jax.compute import Compute
+from runtime_jax.prng import Stream, example_keys, stream_key
 from runtime_jax.sharding import param_shardings, place
 from runtime_jax.weights import import_weights
 
 MODEL_TYPE = "mergevq_generator"
+POSITION_SHARES = "position_shares"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,6 +72,7 @@ class GeneratorModel:
 
     info: GeneratorInfo
     params: Params
+    position_shares: Float[Array | np.ndarray, "M labels L"] | None = None  # kind "random" only; of `positions.shares`
     compute: Compute = Compute()
 
     @property
@@ -83,18 +89,25 @@ class GeneratorModel:
         """
         folder = model_folder.find_folder(path, "generator")
         info = model_folder.read_config(folder / model_folder.CONFIG_NAME, GeneratorInfo, MODEL_TYPE, "generator")
-        config = info.architecture
-        params = model_folder.read_params(folder, convert.generator_table(config), param_shapes(config))
-        return cls(info, params, compute)
+        config, shapes = info.architecture, param_shapes(info.architecture)
+        if info.kind == "random":
+            shapes = shapes | {POSITION_SHARES: jax.eval_shape(lambda: shares(new_counts(config), config))}
+        params = model_folder.read_params(folder, convert.generator_table(config), shapes)
+        position_shares = params.pop(POSITION_SHARES, None)
+        return cls(info, params, position_shares, compute)
 
     def save_pretrained(self, path: str | os.PathLike) -> None:
         """Writes config.json and model.safetensors (released state-dict names); each file atomically."""
         table = convert.generator_table(self.config)
-        model_folder.write_folder(Path(path), MODEL_TYPE, self.info, table, self.params)
+        model_folder.write_folder(Path(path), MODEL_TYPE, self.info, table, self._saved)
 
     def fingerprint(self) -> str:
         """SHA-256 over config and parameters."""
-        return model_folder.fingerprint(self.info, convert.generator_table(self.config), self.params)
+        return model_folder.fingerprint(self.info, convert.generator_table(self.config), self._saved)
+
+    @property
+    def _saved(self) -> dict[str, Any]:
+        return self.params | ({} if self.position_shares is None else {POSITION_SHARES: self.position_shares})
 
     def place(self, mesh: Mesh) -> "GeneratorModel":
         """With its weights on a mesh, split as in training; to be used under `jax.set_mesh(mesh)`."""
@@ -165,17 +178,28 @@ class GeneratorModel:
         examples: Int[np.ndarray, "B"] | None = None,
         positions: Int[np.ndarray, "B K"] | None = None,
     ) -> Codes:
-        """Distinct codes of one image for each label, by a generator of kind "random"; see `randar_sample`."""
+        """Distinct codes of one image for each label, by a generator of kind "random"; see `randar_sample`.
+
+        Args:
+          positions: raster positions of the codes; None: drawn, as often each as in training.
+        """
+        labels, examples, merge = checked_request(labels, examples, merge_number, self.config)
+        if positions is None:
+            if self.position_shares is None:
+                raise ValueError("this generator has no shares of positions to draw from: give positions")
+            places = self.position_shares[0 if merge is None else merge, labels]
+            keys = example_keys(stream_key(seed, Stream.ORDER), examples)
+            positions = draw_positions(places, keys, merge_number or self.config.length)
         return randar_sample(
             self.params,
-            np.asarray(labels, np.int32),
+            labels,
             merge_number,
+            positions,
             config=self.config,
             sampling=sampling,
             seed=seed,
             steps=steps,
             examples=examples,
-            positions=positions,
             compute=self.compute,
         )
 

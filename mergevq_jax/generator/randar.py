@@ -4,8 +4,8 @@ The sequence is the prefix, then for each of the K distinct tokens a position in
 rotary place of the token. The instruction is one learned vector that is turned by the place; the trunk's output there
 predicts the code. A token that stands for a group has the raster position of the group's first member.
 
-Which positions an image's codes have is not predicted. A sampler is told them, or draws them (`random_positions`);
-source recovery then says from the codes alone which raster tokens belong to each (paper section 3.3).
+Which positions an image's codes have is not predicted: a sampler is told them (see `positions`). Source recovery then
+says from the codes alone which raster tokens belong to each (paper section 3.3).
 
 Axes: B batch, L raster tokens, K distinct tokens, P prefix tokens, N = P + 2 K - 1 positions, D width.
 """
@@ -50,20 +50,6 @@ def shuffled(codes: Codes, keys: Key[Array, "B"]) -> Codes:
     """In a random order, by each example's own key."""
     order = jax.vmap(lambda key: jax.random.permutation(key, codes.indices.shape[1]))(keys)
     return Codes(*(jnp.take_along_axis(part, order, axis=1) for part in codes))
-
-
-def random_positions(keys: Key[Array, "B"], length: int, count: int) -> Int[Array, "B K"]:
-    """K = `count` of L = `length` raster positions in random order.
-
-    The first is always one of them, as it starts a group in every image; all others are equally likely.
-    """
-
-    def draw(key):
-        choose, order = jax.random.split(key)
-        others = jax.random.permutation(choose, jnp.arange(1, length))[: count - 1]
-        return jax.random.permutation(order, jnp.concatenate([jnp.zeros(1, others.dtype), others]))
-
-    return jax.vmap(draw)(keys)
 
 
 def pinned(source_map: Int[Array, "B L"], positions: Int[Array, "B K"]) -> Int[Array, "B L"]:

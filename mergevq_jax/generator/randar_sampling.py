@@ -24,7 +24,7 @@ from mergevq_jax.generator.config import GeneratorConfig
 from mergevq_jax.generator.head_sampling import HeadSampler, draw_keys
 from mergevq_jax.generator.plan import DrawPlan, Knobs, SamplingConfig, checked_request, draw_plan
 from mergevq_jax.generator.position_cache import Store
-from mergevq_jax.generator.randar import Codes, alternating, check_randar, prefix_rope, random_positions, rope_rows
+from mergevq_jax.generator.randar import Codes, alternating, check_randar, prefix_rope, rope_rows
 from mergevq_jax.generator.transformer import Generator, Params
 from runtime_jax.compute import Compute
 from runtime_jax.prng import Stream, example_keys, stream_key
@@ -105,35 +105,33 @@ def randar_sample(
     params: Params,
     labels: Int[Array, "B"] | Int[np.ndarray, "B"],
     merge_number: int | None,
+    positions: Int[Array, "B K"] | Int[np.ndarray, "B K"],
     *,
     config: GeneratorConfig,
     sampling: SamplingConfig,
     seed: int,
     steps: int | None = None,
     examples: Int[Array, "B"] | Int[np.ndarray, "B"] | None = None,
-    positions: Int[Array, "B K"] | Int[np.ndarray, "B K"] | None = None,
     compute: Compute = Compute(),
 ) -> Codes:
-    """K codes of one image for each label, and their positions; K is the merge number, or L without one.
+    """K codes of one image for each label, at given positions; K is the merge number, or L without one.
 
     Args:
       params, labels, config, seed, examples, compute: as in `sampling.sample`.
       merge_number: codes of an image, one of `merge_numbers`; None without merge instruction.
+      positions: raster positions of the codes in the order of drawing, of `positions.draw_positions` or of the groups
+        of a real image.
       sampling: how to draw; the schedules of guidance run over the codes, and all of a step share a scale.
       steps: calls of the network, 1 to K; None: 32, or K.
-      positions: raster positions of the codes in the order of drawing, such as those of a real image's groups; None:
-        `random_positions`.
 
     Raises:
       ValueError: what is asked for is not possible with this generator.
     """
     labels, examples, merge = checked_request(labels, examples, merge_number, config)
     plan, knobs = make_randar_plan(config, sampling, merge_number, steps, compute)
-    if positions is not None:
-        positions = np.asarray(positions, np.int32)
-        _check_positions(positions, (len(labels), sum(plan.counts)), config.length)
-    keys = stream_key(seed, Stream.SAMPLE), stream_key(seed, Stream.ORDER)
-    return run(params, labels, merge, keys, examples, positions, knobs, plan=plan)
+    positions = np.asarray(positions, np.int32)
+    _check_positions(positions, (len(labels), sum(plan.counts)), config.length)
+    return run(params, labels, merge, positions, stream_key(seed, Stream.SAMPLE), examples, knobs, plan=plan)
 
 
 def _check_positions(positions: np.ndarray, shape: tuple[int, int], length: int) -> None:
@@ -151,19 +149,16 @@ def run(
     params: Params,
     labels: Int[Array, "B"],
     merge: Int[Array, "B"] | None,
-    keys: tuple[Key[Array, ""], Key[Array, ""]],
+    positions: Int[Array, "B K"],
+    key: Key[Array, ""],
     examples: Int[Array, "B"],
-    positions: Int[Array, "B K"] | None,
     knobs: Knobs,
     *,
     plan: RandarPlan,
 ) -> Codes:
     """The compiled sampler: one scan over the steps, all of whose inputs are arrays."""
-    codes, (draws, order) = sum(plan.counts), (example_keys(key, examples) for key in keys)
-    if positions is None:
-        positions = random_positions(order, plan.config.length, codes)
     sampler = RandarSampler(params, plan, knobs)
-    draws = draw_keys(draws, codes, len(plan.config.code_bits))
+    draws = draw_keys(example_keys(key, examples), sum(plan.counts), len(plan.config.code_bits))
 
     def body(carry, now):
         return sampler.step(carry, now, positions, draws)

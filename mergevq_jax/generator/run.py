@@ -24,6 +24,7 @@ from mergevq_jax.generator.model import (
     recovered_to_images,
 )
 from mergevq_jax.generator.plan import WINDOW, SamplingConfig, make_plan
+from mergevq_jax.generator.positions import shares
 from mergevq_jax.generator.randar_sampling import make_randar_plan
 from mergevq_jax.generator.transformer import SHARDING_RULES
 from mergevq_jax.pretrained import load_tokenizer
@@ -194,9 +195,9 @@ def train(config: TrainConfig, workdir: str | Path) -> Trained:
             peak_flops=peak_flops(mesh.devices.flat[0].device_kind, config.compute.dtype),
         )
         folder = workdir / MODEL_FOLDER
-        ema = run.on_every_device(result.state.ema)
+        averaged = run.averaged(result.state)
         if jax.process_index() == 0:
-            GeneratorModel(info, jax.device_get(ema)).save_pretrained(folder)
+            averaged.save_pretrained(folder)
     return Trained(folder, result.step, result.stopped_by)
 
 
@@ -275,7 +276,18 @@ class Run:
         params = sharding.place(model.params, self.program.shardings.params)
         return state.replace(params=params, ema=jax.tree.map(lambda leaf: leaf.copy(), params))
 
-    def on_every_device(self, tree: Any) -> Any:
+    def averaged(self, state: stage2.TrainState) -> GeneratorModel:
+        """The generator with the averaged parameters, on the host."""
+        model = self._model(state)
+        params, position_shares = jax.device_get(self._on_every_device((model.params, model.position_shares)))
+        return dataclasses.replace(model, params=params, position_shares=position_shares)
+
+    def _model(self, state: stage2.TrainState) -> GeneratorModel:
+        starts = state.group_starts
+        position_shares = None if starts is None else shares(starts, self._config.model)
+        return GeneratorModel(self._info, state.ema, position_shares, self._config.compute)
+
+    def _on_every_device(self, tree: Any) -> Any:
         """Arrays whole on every device, so that each host can read them."""
         return jax.jit(lambda tree: tree, out_shardings=sharding.replicated(self._mesh))(tree)
 
@@ -297,7 +309,7 @@ class Run:
         """Samples of the first classes, a row for each."""
         config = self._config.evaluation
         rows, columns = min(config.preview_classes, self._config.model.num_classes), config.preview_images
-        model = GeneratorModel(self._info, state.ema, self._config.compute)
+        model = self._model(state)
         labels = np.repeat(np.arange(rows), columns)
         request = {"sampling": config.sampling, "seed": self._config.seed}
         if self._config.kind == "random":
@@ -306,7 +318,7 @@ class Run:
         else:
             samples = model.sample(labels, self._config.preview_number, **request)
             images = codes_to_images(self._tokenizer, samples.indices)
-        images = np.asarray(self.on_every_device(images))
+        images = np.asarray(self._on_every_device(images))
         grid = [list(row) for row in np.split(images, rows)]
         return {"samples": image_grid(grid, row_labels=self._info.classes[:rows])}
 

@@ -27,6 +27,7 @@ from mergevq_jax.generator.losses import Means, next_code_loss
 from mergevq_jax.generator.mask import first_members, merge_mask
 from mergevq_jax.generator.merged_attention import merged_keys
 from mergevq_jax.generator.plan import WINDOW
+from mergevq_jax.generator.positions import count_starts, new_counts
 from mergevq_jax.generator.randar import randar_loss
 from mergevq_jax.generator.transformer import Params, init_params
 from mergevq_jax.tokenizer import lfq
@@ -81,6 +82,7 @@ class TrainState:
     params: Params
     opt_state: Any
     ema: Params
+    group_starts: Any = None  # kind "random": int32 [M, C, L], see `positions`
 
 
 def init_state(config: StepConfig, optimizer: Optimizer) -> TrainState:
@@ -91,6 +93,7 @@ def init_state(config: StepConfig, optimizer: Optimizer) -> TrainState:
         params=params,
         opt_state=optimizer.transformation.init(params),
         ema=jax.tree.map(jnp.copy, params),
+        group_starts=new_counts(config.model) if config.kind == "random" else None,
     )
 
 
@@ -118,25 +121,29 @@ def train_step(
     micro = {name: rearrange(value, "(m a) ... -> a m ...", a=config.accumulate) for name, value in batch.items()}
     key = stream_key(config.seed, Stream.DROPOUT, state.step)
 
-    def accumulate(gradients, micro_batch):
+    def accumulate(sums, micro_batch):
+        gradients, starts = sums
         codes = tokenize(tokenizer, micro_batch, config=config, keep=keep)
         loss = functools.partial(LOSSES[config.kind], config=config, keep=keep)
         (_, means), new = jax.value_and_grad(loss, has_aux=True)(state.params, codes, key)
-        return jax.tree.map(jnp.add, gradients, new), means
+        if starts is not None:
+            starts = count_starts(starts, codes["label"], codes["source_map"], config=config.model, keep=keep)
+        return (jax.tree.map(jnp.add, gradients, new), starts), means
 
-    zeros = jax.tree.map(jnp.zeros_like, state.params)
+    sums = jax.tree.map(jnp.zeros_like, state.params), state.group_starts
     if config.accumulate == 1:
-        gradients, means = accumulate(zeros, jax.tree.map(lambda value: value[0], micro))
+        sums, means = accumulate(sums, jax.tree.map(lambda value: value[0], micro))
     else:
-        gradients, means = jax.lax.scan(accumulate, zeros, micro)
+        sums, means = jax.lax.scan(accumulate, sums, micro)
         means = jax.tree.map(jnp.mean, means)
+    gradients, starts = sums
     gradients = jax.tree.map(lambda gradient: gradient / config.accumulate, gradients)
     norm = optax.tree.norm(gradients)
 
     updates, opt_state = optimizer.transformation.update(gradients, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     ema = ema_update(state.ema, params, state.step, config.ema_decay)
-    new_state = TrainState(step=state.step, params=params, opt_state=opt_state, ema=ema)
+    new_state = TrainState(step=state.step, params=params, opt_state=opt_state, ema=ema, group_starts=starts)
     finite = jnp.isfinite(means["loss"] + norm)
     new_state = jax.tree.map(lambda new, old: jnp.where(finite, new, old), new_state, state)
     means |= {"grad_norm": norm, "lr": jnp.asarray(optimizer.schedule(state.step), jnp.float32)}

@@ -307,5 +307,5 @@ SHARDING_RULES: tuple[Rule, ...] = (
     (r"feed_forward/w2/kernel", (None, Axis.MLP, Axis.EMBED)),
     (r"(code_emb_\d+|class_emb|merge_emb)/embedding", (None, Axis.EMBED)),
     (r"head_\d+/kernel", (Axis.EMBED, Axis.VOCAB)),
-    (r".*/scale|position_emb|ns_coeffs", ()),  # small; the last are Muon's
+    (r".*/scale|position_emb|group_starts|ns_coeffs", ()),  # small; the last are Muon's
 )
