@@ -108,7 +108,7 @@ def _sample_command(line: CommandLine) -> None:
     sub.add_argument("--window", type=int, help="recent tokens that are always seen (as in training)")
     sub.add_argument("--capacity", type=int, help="older tokens that the store keeps (the merge number)")
     sub.add_argument("--policy", default="evict-oldest", help="what a full store does: evict-oldest or full")
-    sub.add_argument("--steps", type=int, help="calls of the network, for a generator in random order (32)")
+    sub.add_argument("--steps", type=int, help="calls of the network, for a generator in random order (64)")
     sub.add_argument("--seed", type=int, default=0)
     sub.add_argument("--batch-size", type=int, default=64, help="images drawn together; no result depends on it")
     sub.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])

@@ -1,10 +1,14 @@
 """`mergevq sample`: images of classes by a trained generator, and all that is needed to draw them again.
 
+Each batch is a file under `parts` until all are there: a run that was stopped goes on with the first missing one.
+
 Axes: B batch, N images, H W image, L raster tokens.
 """
 
+import json
+import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -36,7 +40,7 @@ class Request:
     classes: tuple[str, ...] = ()  # names or numbers, in turn; none: all
     merge_number: int | None = None  # None: GeneratorConfig.usual_merge_number
     sampling: SamplingConfig = SamplingConfig()
-    steps: int | None = None  # calls of the network by a generator in random order; None: 32
+    steps: int | None = None  # calls of the network by a generator in random order; None: 64
     seed: int = 0
     batch_size: int = 64
 
@@ -61,7 +65,8 @@ class Drawn:
     images: UInt8[np.ndarray, "N H W 3"]
     labels: Int[np.ndarray, "N"]
     store: StoreUse | None  # None in random order, where every code is kept
-    seconds: tuple[float, ...]  # of each batch; the first compiles
+    seconds: float
+    seconds_per_image: float | None  # of the batches for which nothing was compiled, if there are any
 
 
 def sample(
@@ -82,14 +87,17 @@ def sample(
       mesh: over all devices; a batch is split over as many of its data axis as divide it.
 
     Raises:
-      ValueError: no such generator, tokenizer or class, or settings that are not possible; before anything is compiled.
+      ValueError: no such generator, tokenizer or class, or settings that are not possible, or `out` has a part of other
+        samples; before anything is compiled.
     """
     devices = make_mesh(mesh)
     model = load_generator(source, compute=compute)
     loaded = model.load_tokenizer(tokenizer)
     plan = _plan(model, loaded, request, show_cache=show_cache)
+    labels, parts = _labels(model, request), out / "parts"
+    _claim(parts, {"fingerprint": model.fingerprint(), "compute": compute, "request": request})
     with jax.set_mesh(devices):
-        drawn = draw(model.place(devices), loaded, request)
+        drawn = draw(model.place(devices), loaded, request, labels, parts)
     names = [_class_name(model, label) for label in drawn.labels.tolist()]
 
     (out / "protocol.json").unlink(missing_ok=True)  # it says that the images beside it are its own
@@ -115,6 +123,7 @@ def sample(
         "jax": jax.__version__,
     }
     write_json(out / "protocol.json", protocol)
+    shutil.rmtree(parts)
     save_png(out / "samples.png", _picture(list(drawn.images), names))
     if drawn.store is None:
         return f"{request.num} images are in {out}"
@@ -141,21 +150,62 @@ def _plan(model: GeneratorModel, tokenizer: Tokenizer, request: Request, *, show
     return make_randar_plan(model.config, settings, number, request.steps, model.compute)[0]
 
 
-def draw(model: GeneratorModel, tokenizer: Tokenizer, request: Request) -> Drawn:
-    """The images; every batch is of one size, so that there is one program."""
-    size = request.batch_size
+def _claim(parts: Path, wanted: Mapping[str, Any]) -> None:
+    """Makes sure that the parts which are there are of these samples, and writes down whose they are."""
+    path, wanted = parts / "samples.json", config_lib.to_dict(wanted)
+    if not any(parts.glob("*.npz")):
+        write_json(path, wanted)
+    elif differing := [name for name, value in wanted.items() if json.loads(path.read_text()).get(name) != value]:
+        raise ValueError(
+            f"{parts} has batches of other samples, which were stopped (another {', '.join(differing)}): give the same "
+            "settings to go on with them, choose another --out, or delete the folder"
+        )
+
+
+def _labels(model: GeneratorModel, request: Request) -> Int[np.ndarray, "N"]:
     classes = [model.class_number(name) for name in request.classes] or range(model.config.num_classes)
+    return np.resize(np.asarray(classes, np.int32), request.num)
+
+
+def draw(
+    model: GeneratorModel, tokenizer: Tokenizer, request: Request, labels: Int[np.ndarray, "N"], parts: Path
+) -> Drawn:
+    """The images; every batch is of one size, so that there is one program. What is in `parts` is not drawn again."""
+    size = request.batch_size
     batches = -(-request.num // size)
-    labels = np.resize(np.asarray(classes, np.int32), batches * size)
-    parts: list[tuple[UInt8[np.ndarray, "B H W 3"], StoreUse | None]] = []
-    seconds = []
-    for start in tqdm(range(0, len(labels), size), desc="batches", disable=None):
+    padded = np.resize(labels, batches * size)
+    paths = [parts / f"{number:06d}.npz" for number in range(batches)]
+    missing = [number for number, path in enumerate(paths) if not path.exists()]
+    for number in tqdm(missing, initial=batches - len(missing), total=batches, desc="batches", disable=None):
+        examples = np.arange(number * size, (number + 1) * size, dtype=np.int32)
         begin = time.perf_counter()
-        examples = np.arange(start, start + size, dtype=np.int32)
-        parts.append(jax.device_get(_draw_batch(model, tokenizer, request, labels[examples], examples)))
-        seconds.append(time.perf_counter() - begin)
-    images, store = jax.tree.map(lambda *arrays: np.concatenate(arrays)[: request.num], *parts)
-    return Drawn(images, labels[: request.num], store, tuple(seconds))
+        images, store = jax.device_get(_draw_batch(model, tokenizer, request, padded[examples], examples))
+        seconds = {"seconds": time.perf_counter() - begin, "compiled": number == missing[0]}
+        with replacing(paths[number]) as new:
+            np.savez(new, images=images, **({} if store is None else store._asdict()), **seconds)
+    return _joined(paths, labels, size)
+
+
+def _joined(paths: Sequence[Path], labels: Int[np.ndarray, "N"], size: int) -> Drawn:
+    whole: dict[str, np.ndarray] = {}
+    timed = []
+    for start, path in zip(range(0, len(labels), size), paths, strict=True):
+        with np.load(path) as arrays:
+            timed.append((float(arrays["seconds"]), bool(arrays["compiled"])))
+            for name in ("images", *(StoreUse._fields if "kept" in arrays else ())):
+                part = arrays[name]
+                if name not in whole:
+                    whole[name] = np.empty((len(labels), *part.shape[1:]), part.dtype)
+                whole[name][start : start + size] = part[: len(labels) - start]
+    images = whole.pop("images")
+    others = [seconds for seconds, compiled in timed if not compiled]
+    return Drawn(
+        images,
+        labels,
+        StoreUse(**whole) if whole else None,
+        sum(seconds for seconds, _ in timed),
+        sum(others) / (len(others) * size) if others else None,
+    )
 
 
 def _draw_batch(
@@ -190,8 +240,8 @@ def _class_name(model: GeneratorModel, label: int) -> str:
 def _measured(drawn: Drawn) -> dict[str, Any]:
     """How long it took, and what the store did."""
     seconds = {
-        "seconds_of_first_batch": drawn.seconds[0],  # compiles
-        "seconds_of_other_batches": sum(drawn.seconds[1:]),
+        "seconds": drawn.seconds,
+        "seconds_per_image": drawn.seconds_per_image,  # without the batches that compiled
     }
     if (store := drawn.store) is None:
         return seconds

@@ -9,7 +9,7 @@ import pytest
 from scipy.linalg import sqrtm
 
 from mergevq_jax.evaluate import compare as comparison
-from mergevq_jax.evaluate.compare import Row, cache_bytes, compare, read_samples, render, seconds_per_image, trade_off
+from mergevq_jax.evaluate.compare import Row, cache_bytes, compare, read_samples, render, trade_off
 from mergevq_jax.evaluate.generation import Labelled, Quality, frechet_distance, gaussian, main_classes, measure
 from runtime_jax.data.mini_scenes import CLASSES, example_scene, render_scene
 from runtime_jax.estimate import Estimate
@@ -115,7 +115,7 @@ PROTOCOL = {
     "compute": {"dtype": "bfloat16"},
     "sampling": {"cfg_scale": [1.0, 2.0], "policy": "full"},
     "generator": {"kind": "merge", "architecture": {"num_layers": 3, "dim": 8}, "classes": list(CLASSES)},
-    "measured": {"seconds_of_other_batches": 1.0},
+    "measured": {"seconds_per_image": 0.25},
 }
 
 
@@ -129,8 +129,6 @@ def folder(path, images=IMAGES, labels=LABELS, **changes):
 def test_a_protocol_says_what_an_image_costs():
     assert cache_bytes(PROTOCOL) == 2 * 3 * 2 * 10 * 8 * 2
     assert cache_bytes(PROTOCOL | {"sampling": {"cfg_scale": 1.0}}) == 2 * 3 * 10 * 8 * 2
-    assert seconds_per_image(PROTOCOL) == 0.25
-    assert seconds_per_image(PROTOCOL | {"batch_size": COUNT}) is None
 
 
 def test_a_table_and_a_picture(tmp_path, monkeypatch):

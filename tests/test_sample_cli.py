@@ -11,6 +11,7 @@ from generator_tools import random_params
 from PIL import Image
 
 from mergevq_jax import cli
+from mergevq_jax import sample as sampling_command
 from mergevq_jax.convert import generator_table
 from mergevq_jax.generator.model import (
     GeneratorModel,
@@ -80,6 +81,27 @@ def test_devices_change_nothing(root, tmp_path):
         np.testing.assert_array_equal(a["arr_1"], b["arr_1"][:5])
         # The codes are equal; the decoder rounds differently in batches of other sizes.
         np.testing.assert_allclose(a["arr_0"].astype(int), b["arr_0"][:5], atol=1)
+
+
+def test_a_run_that_was_stopped_goes_on(root, tmp_path, capsys, monkeypatch):
+    whole, out, options = tmp_path / "whole", tmp_path / "out", ["--batch-size", 2, "--show-cache"]
+    assert sample(root, whole, *options) == 0
+    draw_batch, calls = sampling_command._draw_batch, []
+
+    def draw_or_stop(*arguments):
+        calls.append(arguments)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return draw_batch(*arguments)
+
+    monkeypatch.setattr(sampling_command, "_draw_batch", draw_or_stop)
+    assert sample(root, out, *options) == 130
+    assert sample(root, out, *options, "--seed", 1) == 1
+    assert "batches of other samples, which were stopped (another request)" in capsys.readouterr().err
+    assert sample(root, out, *options) == 0 and len(calls) == 4
+    for name in ("samples.npz", "samples.png", "cache.png", "occupancy.png"):
+        assert (out / name).read_bytes() == (whole / name).read_bytes(), name
+    assert not (out / "parts").exists()
 
 
 def test_a_generator_in_random_order(root, tmp_path, capsys):

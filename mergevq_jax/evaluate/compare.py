@@ -129,14 +129,6 @@ def cache_bytes(protocol: Mapping[str, Any]) -> int:
     return 2 * architecture["num_layers"] * rows * protocol["slots"] * architecture["dim"] * width
 
 
-def seconds_per_image(protocol: Mapping[str, Any]) -> float | None:
-    """Time of one image, the first batch, which compiles, left out; None where there is no other."""
-    batches = -(-protocol["num"] // protocol["batch_size"])
-    if batches < 2:
-        return None
-    return protocol["measured"]["seconds_of_other_batches"] / ((batches - 1) * protocol["batch_size"])
-
-
 def _reconstructed(tokenizer: Tokenizer, real: Labelled, keep: int) -> Labelled:
     parts = [real.images[start : start + BATCH_SIZE] for start in range(0, len(real.images), BATCH_SIZE)]
     return Labelled(np.concatenate([np.asarray(tokenizer.reconstruct(part, keep=keep)) for part in parts]), real.labels)
@@ -162,7 +154,8 @@ def _row(
     if folders is None:
         return Row(name, quality, len(sets))
     protocols = [folder.protocol for folder in folders]
-    seconds = [value for value in map(seconds_per_image, protocols) if value is not None]
+    timed = [protocol["measured"]["seconds_per_image"] for protocol in protocols]
+    seconds = [value for value in timed if value is not None]
     return Row(
         name,
         quality,

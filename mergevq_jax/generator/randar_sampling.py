@@ -29,7 +29,7 @@ from mergevq_jax.generator.transformer import Generator, Params
 from runtime_jax.compute import Compute
 from runtime_jax.prng import Stream, example_keys, stream_key
 
-STEPS = 32
+STEPS = 64  # the paper's for variant G+R
 
 
 def cosine_counts(codes: int, steps: int) -> tuple[int, ...]:
@@ -84,7 +84,7 @@ class RandarPlan(DrawPlan):
 def make_randar_plan(
     config: GeneratorConfig, sampling: SamplingConfig, merge_number: int | None, steps: int | None, compute: Compute
 ) -> tuple[RandarPlan, Knobs]:
-    """What the sampler is compiled for, and what it takes as numbers; steps None are 32, or one for each code.
+    """What the sampler is compiled for, and what it takes as numbers; steps None are 64, or one for each code.
 
     Raises:
       ValueError: lists all settings that are not possible with this generator.
@@ -122,7 +122,7 @@ def randar_sample(
       positions: raster positions of the codes in the order of drawing, of `positions.draw_positions` or of the groups
         of a real image.
       sampling: how to draw; the schedules of guidance run over the codes, and all of a step share a scale.
-      steps: calls of the network, 1 to K; None: 32, or K.
+      steps: calls of the network, 1 to K; None: 64, or K.
 
     Raises:
       ValueError: what is asked for is not possible with this generator.

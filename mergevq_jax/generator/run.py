@@ -55,7 +55,7 @@ class EvaluationConfig:
     preview_classes: int = 6  # one in each row of the picture
     preview_images: int = 6  # of each class
     sampling: SamplingConfig = SamplingConfig()
-    sampling_steps: int | None = None  # calls of the network for a picture, kind "random" only; None: 32
+    sampling_steps: int | None = None  # calls of the network for a picture, kind "random" only; None: 64
 
     def __post_init__(self):
         sizes = ("batches", "preview_classes", "preview_images")
