@@ -35,10 +35,11 @@ from tokenizer import matmul_rates, random_like
 from mergevq_jax.generator.config import PRESETS, GeneratorConfig
 from mergevq_jax.generator.plan import Plan, SamplingConfig, make_plan
 from mergevq_jax.generator.sampling import run
-from mergevq_jax.generator.transformer import Params, param_shapes
+from mergevq_jax.generator.transformer import SHARDING_RULES, Params, param_shapes
 from runtime_jax.compute import Compute
 from runtime_jax.flops import count_flops
 from runtime_jax.prng import Stream, stream_key
+from runtime_jax.sharding import MeshConfig, make_mesh, param_shardings, place, replicated
 from runtime_jax.sizes import table
 
 SMALL = GeneratorConfig(num_layers=6, dim=384, num_heads=6, head_layers=1)  # where overhead rules
@@ -90,9 +91,17 @@ def samplers(config: GeneratorConfig, length: int, ratios: list[float]) -> Itera
 
 
 def sampler(
-    name: str, config: GeneratorConfig, store: dict, *, steps: int, batch: int, cfg_scale: float, compute: Compute
+    name: str,
+    config: GeneratorConfig,
+    store: dict,
+    *,
+    steps: int,
+    batch: int,
+    cfg_scale: float,
+    compute: Compute,
+    mesh: jax.sharding.Mesh,
 ) -> Contender:
-    """Compiles a sampler."""
+    """Compiles a sampler; a batch is split over the devices, if it divides by them."""
     length, settings = config.length, SamplingConfig(cfg_scale=cfg_scale)
     kept = config.merge_numbers[0] if config.merge_instruction else None
     whole, _ = make_plan(config, dataclasses.replace(settings, **store), kept, compute)
@@ -104,8 +113,11 @@ def sampler(
     numbers = jnp.arange(batch, dtype=jnp.int32)
     labels = numbers % config.num_classes
     merge = None if merge_number is None else jnp.zeros_like(labels)
-    arguments = params, labels, merge, stream_key(0, Stream.SAMPLE), numbers, knobs
-    traced = run.trace(*arguments, plan=plan)
+    rest = labels, merge, stream_key(0, Stream.SAMPLE), numbers, knobs
+    placed = place(params, param_shardings(params, SHARDING_RULES, mesh))
+    arguments = placed, *jax.device_put(rest, replicated(mesh))
+    with jax.set_mesh(mesh):
+        traced = run.trace(*arguments, plan=plan)
     program, steps = traced.lower().compile(), config.prefix + steps - 1
 
     def draw() -> None:
@@ -206,8 +218,9 @@ def contenders(args: argparse.Namespace, length: int, batch: int, compute: Compu
     if args.peer:
         options = {"dtype": args.dtype, "compiled": args.torch_compile, "rows": 1 + (args.cfg_scale != 1)}
         yield peer(config, length, **sizes, **options)
+    how = {"cfg_scale": args.cfg_scale, "compute": compute, "mesh": make_mesh(MeshConfig())}
     for name, model, store in samplers(config, length, args.ratios):
-        yield sampler(name, model, store, **sizes, cfg_scale=args.cfg_scale, compute=compute)
+        yield sampler(name, model, store, **sizes, **how)
 
 
 def main() -> None:
@@ -242,7 +255,8 @@ def main() -> None:
             del figures["draw"]
             records.append({"seconds": of_step, "rates": rates._asdict(), **figures})
             print(" | ".join(lines[-1]), flush=True, file=sys.stderr)
-    print(f"{args.preset or 'small'}, {args.dtype}, {device.device_kind} ({device.platform}), jax {jax.__version__}")
+    devices = f"{jax.device_count()} x {device.device_kind} ({device.platform})"
+    print(f"{args.preset or 'small'}, {args.dtype}, {devices}, jax {jax.__version__}")
     low, high = (Rates(*np.divide(limit(seen, axis=0), 1e9)) for limit in (np.min, np.max))
     print(f"measured beside each case: matmul {low.flops:.0f} to {high.flops:.0f} GFLOP/s", end=", ")
     print(f"copy {low.bytes:.0f} to {high.bytes:.0f} GB/s\n")
@@ -250,6 +264,7 @@ def main() -> None:
     record = {
         "command": shlex.join([os.path.basename(sys.executable), *sys.argv]),
         "device": device.device_kind,
+        "devices": jax.device_count(),
         "cpus": os.cpu_count(),
         "python": platform.python_version(),
         "jax": jax.__version__,

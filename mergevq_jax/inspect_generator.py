@@ -59,7 +59,7 @@ def inspect_generator(config: TrainConfig, *, compile: bool = False) -> str:
 
 
 def step_keep(config: TrainConfig) -> int:
-    """The largest K that is drawn; RandAR's step is the dearest there, the others' do not depend on it."""
+    """The largest K that is drawn, at which a step is the dearest."""
     return max(config.merge_ratio.keeps)
 
 
@@ -81,7 +81,9 @@ def _store_row(config: TrainConfig, keep: int) -> tuple[str, ...]:
     model, sampling = config.model, config.evaluation.sampling
     number = keep if model.merge_instruction else None
     if config.kind == "random":
-        plan, full = make_randar_plan(model, sampling, number, None, config.compute)[0], 2 * model.length
+        steps = config.evaluation.sampling_steps
+        steps = None if steps is None else min(steps, keep)
+        plan, full = make_randar_plan(model, sampling, number, steps, config.compute)[0], 2 * model.length
     else:
         if config.kind == "merge" and sampling.window is None:
             sampling = replace(sampling, window=config.window)
