@@ -75,11 +75,6 @@ def test_orders_are_of_each_example(codes):
     assert len(np.unique(order, axis=0)) == 3
 
 
-def test_pinned_positions_belong_to_their_codes():
-    got = randar.pinned(jnp.asarray([[0, 0, 1, 2, 2]]), jnp.asarray([[4, 0, 2]]))
-    np.testing.assert_array_equal(got, [[1, 0, 2, 2, 0]])
-
-
 def test_logits_depend_on_the_codes_before_and_the_position_asked_for(params, codes):
     expected, place = logits(params, codes), 4
     free = np.asarray([min(set(range(L)) - set(row)) for row in np.asarray(codes.positions).tolist()])

@@ -494,6 +494,21 @@ def test_recovered_maps_come_from_the_codes_alone(tokenizer):
         Tokenizer(dataclasses.replace(CONFIG, recovery=None), tokenizer.params).recover(indices)
 
 
+def test_where_groups_start_says_which_are_possible(tokenizer):
+    logits = jnp.asarray([[[3.0, 1.0, 2.0]] * 6])  # the first group is the likeliest everywhere
+    starts = jnp.asarray([[4, 0, 2]])
+    assert recovery.recovered_source_map(logits, starts).tolist() == [[1, 1, 2, 2, 0, 0]]
+    late = jnp.asarray([[4, 1, 2]])  # what is before the first start can be of any group
+    assert recovery.recovered_source_map(logits, late).tolist() == [[0, 1, 2, 2, 0, 0]]
+
+    rng = np.random.default_rng(0)
+    source_map = np.stack([rng.permutation(np.r_[:36, rng.integers(0, 36, 28)]) for _ in range(2)]).astype(np.int32)
+    starts = np.asarray(tome.first_members(jnp.asarray(source_map), 36))
+    indices = jnp.asarray(rng.integers(64, size=(2, 36)), jnp.int32)
+    found = np.asarray(tokenizer.recover(indices, jnp.asarray(starts)))
+    np.testing.assert_array_equal(tome.first_members(jnp.asarray(found), 36), starts)
+
+
 def test_source_loss_is_the_cross_entropy():
     rng = np.random.default_rng(0)
     logits, target = rng.normal(size=(2, 7, 4)).astype(np.float32), rng.integers(0, 4, (2, 7)).astype(np.int32)

@@ -3,22 +3,27 @@
 import functools
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 from zipfile import BadZipFile
 
 import numpy as np
+from jaxtyping import Array, UInt8
 
 from mergevq_jax.evaluate.generation import Gaussian, Labelled, Quality, gaussian, measure
 from mergevq_jax.evaluate.held_out import BATCH_SIZE, read_scenes
+from mergevq_jax.generator.model import recovered_to_images
+from mergevq_jax.generator.randar import Codes
 from mergevq_jax.pretrained import load_tokenizer
 from mergevq_jax.tokenizer.model import Tokenizer
+from mergevq_jax.tokenizer.tome import first_members
 from runtime_jax.data.mini_scenes import CLASSES
 from runtime_jax.judge import Judge
 from runtime_jax.pictures import Points, image_grid, plot_lines, save_png
 from runtime_jax.sizes import table
 
+Images = UInt8[np.ndarray, "B H W 3"] | UInt8[Array, "B H W 3"]
 REAL = "held-out scenes"
 SHOWN = 12  # images of a row in the picture
 # What the folders of a row share; of a protocol.
@@ -75,7 +80,8 @@ def compare(
         raise ValueError(f"rows {', '.join(name for name, _ in rows)}: every name once")
     for name, group in folders.items():
         _check_row(name, [folder.protocol for folder in group])
-    reconstructed = {f"reconstructed, K = {keep}": keep for keep in keeps if tokenizer is not None}
+    loaded = None if tokenizer is None else load_tokenizer(tokenizer)
+    reconstructed = {} if loaded is None else _reconstructions(loaded, keeps)
     if taken := {REAL, *reconstructed} & folders.keys():
         raise ValueError(f"rows {', '.join(sorted(taken))}: these names are those of real scenes")
     shapes = {folder.samples.images.shape for group in folders.values() for folder in group}
@@ -86,9 +92,7 @@ def compare(
     reference = gaussian(judge.features(scenes(split="test").images))
     real = scenes(split="validation")
     sets = {REAL: [real]}
-    if tokenizer is not None:
-        loaded = load_tokenizer(tokenizer)
-        sets |= {name: [_reconstructed(loaded, real, keep)] for name, keep in reconstructed.items()}
+    sets |= {name: [_in_batches(reconstruct, real)] for name, reconstruct in reconstructed.items()}
     sets |= {name: [folder.samples for folder in group] for name, group in folders.items()}
     measured = [_row(name, group, folders.get(name), judge, reference) for name, group in sets.items()]
     text = render(measured, count)
@@ -129,9 +133,23 @@ def cache_bytes(protocol: Mapping[str, Any]) -> int:
     return 2 * architecture["num_layers"] * rows * protocol["slots"] * architecture["dim"] * width
 
 
-def _reconstructed(tokenizer: Tokenizer, real: Labelled, keep: int) -> Labelled:
+def _reconstructions(tokenizer: Tokenizer, keeps: Sequence[int]) -> dict[str, Callable[[Images], Images]]:
+    """Ways to reconstruct: from codes and source map, and, as RandAR must, from codes and where their groups start."""
+
+    def recovered(images: Images, *, keep: int) -> Images:
+        tokens = tokenizer.encode(images, keep=keep)
+        positions = first_members(tokens.source_map, keep)
+        return recovered_to_images(tokenizer, Codes(tokens.indices, positions))
+
+    ways = {f"reconstructed, K = {keep}": functools.partial(tokenizer.reconstruct, keep=keep) for keep in keeps}
+    if tokenizer.config.recovery is None:
+        return ways
+    return ways | {f"recovered map, K = {keep}": functools.partial(recovered, keep=keep) for keep in keeps}
+
+
+def _in_batches(reconstruct: Callable[[Images], Images], real: Labelled) -> Labelled:
     parts = [real.images[start : start + BATCH_SIZE] for start in range(0, len(real.images), BATCH_SIZE)]
-    return Labelled(np.concatenate([np.asarray(tokenizer.reconstruct(part, keep=keep)) for part in parts]), real.labels)
+    return Labelled(np.concatenate([np.asarray(reconstruct(part)) for part in parts]), real.labels)
 
 
 def _check_row(name: str, protocols: Sequence[Mapping[str, Any]]) -> None:

@@ -20,7 +20,7 @@ from mergevq_jax.generator.config import GeneratorConfig
 from mergevq_jax.generator.data import check_tokenizer
 from mergevq_jax.generator.plan import SamplingConfig, checked_request
 from mergevq_jax.generator.positions import draw_positions, new_counts, shares
-from mergevq_jax.generator.randar import Codes, pinned
+from mergevq_jax.generator.randar import Codes
 from mergevq_jax.generator.randar_sampling import randar_sample
 from mergevq_jax.generator.sampling import Samples, sample
 from mergevq_jax.generator.train import Kind
@@ -205,13 +205,13 @@ class GeneratorModel:
 
 
 def recovered_to_images(tokenizer: Tokenizer, codes: Codes) -> UInt8[Array, "B H W 3"]:
-    """Distinct codes to images: source recovery says which raster tokens are whose, but for those at the positions.
+    """Distinct codes to images: source recovery says which raster tokens are whose.
 
     Raises:
       ValueError: this tokenizer has no source recovery.
     """
     side = tokenizer.config.resolution
-    source_map = pinned(tokenizer.recover(codes.indices), codes.positions)
+    source_map = tokenizer.recover(codes.indices, codes.positions)
     return tokenizer.decode(
         Tokens(indices=codes.indices, source_map=source_map, grid=tokenizer.config.grid(side, side))
     )

@@ -5,7 +5,7 @@ rotary place of the token. The instruction is one learned vector that is turned 
 predicts the code. A token that stands for a group has the raster position of the group's first member.
 
 Which positions an image's codes have is not predicted: a sampler is told them (see `positions`). Source recovery then
-says from the codes alone which raster tokens belong to each (paper section 3.3).
+says which raster tokens belong to each (paper section 3.3).
 
 Axes: B batch, L raster tokens, K distinct tokens, P prefix tokens, N = P + 2 K - 1 positions, D width.
 """
@@ -50,12 +50,6 @@ def shuffled(codes: Codes, keys: Key[Array, "B"]) -> Codes:
     """In a random order, by each example's own key."""
     order = jax.vmap(lambda key: jax.random.permutation(key, codes.indices.shape[1]))(keys)
     return Codes(*(jnp.take_along_axis(part, order, axis=1) for part in codes))
-
-
-def pinned(source_map: Int[Array, "B L"], positions: Int[Array, "B K"]) -> Int[Array, "B L"]:
-    """A recovered source map in which the raster token at each code's position belongs to that code."""
-    numbers = jnp.arange(positions.shape[1], dtype=source_map.dtype)
-    return jax.vmap(lambda groups, places: groups.at[places].set(numbers))(source_map, positions)
 
 
 def rope_rows(positions: Int[Array, "B n"], config: GeneratorConfig) -> Float[Array, "2 B n pairs"]:

@@ -179,13 +179,16 @@ class Tokenizer:
         """Indices and source maps back to images."""
         return _decode_tokens(self.params, tokens, self.config, self.compute)
 
-    def recover(self, indices: Int[Array, "B K"]) -> Int[Array, "B L"]:
-        """The source map that the codes alone suggest, for images of the training size (paper section 3.3).
+    def recover(self, indices: Int[Array, "B K"], starts: Int[Array, "B K"] | None = None) -> Int[Array, "B L"]:
+        """The source map that the codes suggest, for images of the training size (paper section 3.3).
+
+        Args:
+          starts: raster position of each group's first member, if known; see `recovered_source_map`.
 
         Raises:
           ValueError: this tokenizer has no source recovery.
         """
-        return _recover_source_map(self.params, indices, self.config, self.compute)
+        return _recover_source_map(self.params, indices, starts, self.config, self.compute)
 
     def reconstruct(
         self, images: UInt8[np.ndarray, "B H W 3"] | UInt8[Array, "B H W 3"], *, keep: int | None = None
@@ -221,9 +224,9 @@ def _encode_images(params, images, config, keep, compute):
 
 
 @functools.partial(jax.jit, static_argnames=("config", "compute"))
-def _recover_source_map(params, indices, config, compute):
+def _recover_source_map(params, indices, starts, config, compute):
     logits = recover(params, config, lfq.indices_to_codes(indices, config.z_channels), compute=compute)
-    return constrain(recovered_source_map(logits), None, None)
+    return constrain(recovered_source_map(logits, starts), None, None)
 
 
 @functools.partial(jax.jit, static_argnames=("config", "compute"))

@@ -71,6 +71,16 @@ def source_loss(logits: Float[Array, "B L K"], source_map: Int[Array, "B L"]) ->
     return -jnp.mean(jnp.take_along_axis(log_probability, source_map[..., None], axis=-1))
 
 
-def recovered_source_map(logits: Float[Array, "B L K"]) -> Int[Array, "B L"]:
-    """The likeliest group of each position."""
+def recovered_source_map(logits: Float[Array, "B L K"], starts: Int[Array, "B K"] | None = None) -> Int[Array, "B L"]:
+    """The likeliest group of each position.
+
+    Args:
+      starts: where each group has its first member, if that is known: a position is then of a group that starts at or
+        before it, and of the one that starts there if one does.
+    """
+    if starts is not None:
+        place, start = jnp.arange(logits.shape[1])[None, :, None], starts[:, None]
+        possible = start <= place
+        possible |= ~possible.any(axis=-1, keepdims=True)  # before the first of all
+        logits = jnp.where(start == place, jnp.inf, jnp.where(possible, logits, -jnp.inf))
     return jnp.argmax(logits, axis=-1).astype(jnp.int32)
