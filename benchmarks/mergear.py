@@ -10,6 +10,9 @@ the larger of two times: the FLOPs of its matmuls at the rate of the fastest squ
 read (weights and store, once) at the rate of the fastest large copy, both measured beside it. The peer, if PyTorch is
 installed, is a Llama with as many blocks (those of the head included), as wide, and with as many logits; it has a
 static cache of all L tokens, and draws by multinomial.
+
+A batch is split over all devices. The rates are then those of one device times their number, but on a CPU, where
+XLA_FLAGS=--xla_force_host_platform_device_count=2 makes two devices of the same cores. The peer has one device.
 """
 
 import argparse
@@ -124,7 +127,8 @@ def sampler(
         jax.block_until_ready(program(*arguments))
 
     flops = count_flops(traced.jaxpr.jaxpr) / steps
-    return Contender(length, batch, name, plan.slots, draw, steps, flops, bytes_read(params, plan, batch))
+    parts = mesh.size if batch % mesh.size == 0 else 1
+    return Contender(length, batch, name, plan.slots, draw, steps, flops, bytes_read(params, plan, batch, parts))
 
 
 def seconds_a_step(contenders: list[Contender], repeats: int) -> list[float]:
@@ -148,12 +152,14 @@ def best(call: Callable[[], object], repeats: int) -> float:
     return min(timed(call) for _ in range(repeats))
 
 
-def bytes_read(params: Params, plan: Plan, batch: int) -> float:
-    """Bytes that a step must read: every weight that is multiplied, and the keys and values of every slot."""
+def bytes_read(params: Params, plan: Plan, batch: int, parts: int) -> float:
+    """Bytes that a step must read: every weight that is multiplied, on each of the devices that have a part of the
+    batch, and the keys and values of every slot.
+    """
     config = plan.config
     weights = sum(leaf.size for name, part in params.items() if "emb" not in name for leaf in jax.tree.leaves(part))
     stored = 2 * config.num_layers * batch * plan.rows * plan.slots * config.dim
-    return (weights + stored) * jnp.dtype(plan.compute.jax_dtype).itemsize
+    return (parts * weights + stored) * jnp.dtype(plan.compute.jax_dtype).itemsize
 
 
 def copy_rate(repeats: int) -> float:
@@ -247,6 +253,8 @@ def main() -> None:
     for length, batch in itertools.product(args.lengths, args.batches):
         rows = list(contenders(args, length, batch, compute))
         rates = Rates(matmul_rates(args.dtype, args.repeats)[0], copy_rate(args.repeats))
+        if device.platform != "cpu" and batch % jax.device_count() == 0:
+            rates = Rates(*(jax.device_count() * rate for rate in rates))
         seen.append(rates)
         seconds = seconds_a_step(rows, args.repeats)
         for row, of_step in zip(rows, seconds, strict=True):

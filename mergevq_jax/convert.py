@@ -108,7 +108,7 @@ def generator_table(config: GeneratorConfig) -> tuple[Rule, ...]:
         Rule("class_emb.embedding_table.weight", "class_emb/embedding"),
         Rule("merge_emb.weight", "merge_emb/embedding"),  # ours
         Rule("position_emb", "position_emb"),  # ours
-        Rule("position_shares", "position_shares"),  # ours; not learned but counted
+        Rule("group_starts", "group_starts"),  # ours; not learned but counted
         *_generator_block("spatial_blocks"),
         *_generator_block("factorized_blocks"),
         Rule("norm.weight", "norm/scale"),

@@ -28,6 +28,7 @@ from runtime_jax.files import replacing, write_json
 from runtime_jax.pictures import dim_tokens, image_grid, loss_curve, save_png
 from runtime_jax.sharding import MeshConfig, make_mesh
 
+CLAIM_NAME = "samples.json"
 COLUMNS = 8
 MAX_SHOWN = 64  # images in a picture
 
@@ -95,7 +96,8 @@ def sample(
     loaded = model.load_tokenizer(tokenizer)
     plan = _plan(model, loaded, request, show_cache=show_cache)
     labels, parts = _labels(model, request), out / "parts"
-    _claim(parts, {"fingerprint": model.fingerprint(), "compute": compute, "request": request})
+    made_by = {"device": jax.devices()[0].device_kind, "mesh": dict(devices.shape), "jax": jax.__version__}
+    _claim(parts, {"fingerprint": model.fingerprint(), "compute": compute, "request": request, **made_by})
     with jax.set_mesh(devices):
         drawn = draw(model.place(devices), loaded, request, labels, parts)
     names = [_class_name(model, label) for label in drawn.labels.tolist()]
@@ -118,22 +120,20 @@ def sample(
         "compute": config_lib.to_dict(compute),
         "slots": plan.slots,
         "measured": _measured(drawn),
-        "device": jax.devices()[0].device_kind,
-        "mesh": dict(devices.shape),
-        "jax": jax.__version__,
+        **made_by,
     }
     write_json(out / "protocol.json", protocol)
-    shutil.rmtree(parts)
     save_png(out / "samples.png", _picture(list(drawn.images), names))
-    if drawn.store is None:
-        return f"{request.num} images are in {out}"
     if show_cache:
         save_png(out / "cache.png", _picture(_dimmed(drawn.images, drawn.store, model.config.grid), names))
         steps, used = np.arange(1, model.config.length + 1), drawn.store.occupancy
         curves = {"slots, mean": (steps, used.mean(axis=0)), "slots, largest": (steps, used.max(axis=0))}
         title = f"{plan.slots} slots for {model.config.prefix + model.config.length} tokens"
         loss_curve(curves, out / "occupancy.png", title=title)
-    return f"{request.num} images are in {out}; the store overflowed {drawn.store.overflows.sum()} times"
+    (parts / CLAIM_NAME).unlink()  # first: parts without it are of nobody
+    shutil.rmtree(parts)
+    overflowed = "" if drawn.store is None else f"; the store overflowed {drawn.store.overflows.sum()} times"
+    return f"{request.num} images are in {out}{overflowed}"
 
 
 def _plan(model: GeneratorModel, tokenizer: Tokenizer, request: Request, *, show_cache: bool) -> Plan | RandarPlan:
@@ -152,12 +152,13 @@ def _plan(model: GeneratorModel, tokenizer: Tokenizer, request: Request, *, show
 
 def _claim(parts: Path, wanted: Mapping[str, Any]) -> None:
     """Makes sure that the parts which are there are of these samples, and writes down whose they are."""
-    path, wanted = parts / "samples.json", config_lib.to_dict(wanted)
-    if not any(parts.glob("*.npz")):
+    path, wanted = parts / CLAIM_NAME, config_lib.to_dict(wanted)
+    if not path.exists():
+        shutil.rmtree(parts, ignore_errors=True)
         write_json(path, wanted)
     elif differing := [name for name, value in wanted.items() if json.loads(path.read_text()).get(name) != value]:
         raise ValueError(
-            f"{parts} has batches of other samples, which were stopped (another {', '.join(differing)}): give the same "
+            f"{parts} is of other samples, which are not finished (another {', '.join(differing)}): give the same "
             "settings to go on with them, choose another --out, or delete the folder"
         )
 

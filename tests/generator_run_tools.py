@@ -11,7 +11,7 @@ from PIL import Image
 
 from mergevq_jax.generator.config import GeneratorConfig
 from mergevq_jax.generator.model import GeneratorInfo, GeneratorModel, TokenizerRef
-from mergevq_jax.generator.positions import new_counts, shares
+from mergevq_jax.generator.positions import new_counts
 from mergevq_jax.generator.run import TrainConfig
 from mergevq_jax.tokenizer.config import RecoveryConfig, TokenizerConfig
 from mergevq_jax.tokenizer.model import Tokenizer
@@ -94,5 +94,5 @@ def random_generator(tokenizer: Tokenizer, name: str, kind: str = "merge") -> Ge
         tokenizer=TokenizerRef(name=name, fingerprint=tokenizer.fingerprint()),
         architecture=architecture,
     )
-    equal = shares(new_counts(architecture), architecture) if kind == "random" else None
-    return GeneratorModel(info, random_params(architecture), equal)
+    starts = new_counts(architecture) if kind == "random" else None
+    return GeneratorModel(info, random_params(architecture), starts)

@@ -11,6 +11,8 @@ from scipy.linalg import sqrtm
 from mergevq_jax.evaluate import compare as comparison
 from mergevq_jax.evaluate.compare import Row, cache_bytes, compare, read_samples, render, trade_off
 from mergevq_jax.evaluate.generation import Labelled, Quality, frechet_distance, gaussian, main_classes, measure
+from mergevq_jax.pretrained import SHIPPED
+from mergevq_jax.tokenizer.model import Tokenizer
 from runtime_jax.data.mini_scenes import CLASSES, example_scene, render_scene
 from runtime_jax.estimate import Estimate
 from runtime_jax.judge import Judge, Seen
@@ -142,6 +144,21 @@ def test_a_table_and_a_picture(tmp_path, monkeypatch):
     assert (tmp_path / "out" / "compare.png").stat().st_size > 1000
 
 
+def test_reconstructions_are_of_the_scenes(tmp_path, monkeypatch):
+    """With where the groups start, all kept tokens are put back as they were; other sizes have no source recovery."""
+    tokenizer = Tokenizer.from_pretrained(SHIPPED["tiny"])
+    scenes = np.random.default_rng(0).integers(0, 256, (COUNT, 64, 64, 3), np.uint8)
+    whole, rebuilt = (np.asarray(way(scenes)) for way in comparison._reconstructions(tokenizer, (256,), 64).values())
+    np.testing.assert_array_equal(whole, rebuilt)
+    assert list(comparison._reconstructions(tokenizer, (64,), 32)) == ["reconstructed, K = 64"]
+
+    monkeypatch.setattr(comparison, "read_scenes", lambda *_, **__: Labelled(scenes, LABELS))
+    rows = [("ours", [folder(tmp_path / "a", scenes)])]
+    compare(rows, out=tmp_path / "out", data_dir="", judge=KnowingJudge(), tokenizer="tiny", keeps=(144,))
+    table = (tmp_path / "out" / "compare.md").read_text()
+    assert "| reconstructed, K = 144 | 1 |" in table and "| from codes and starts, K = 144 | 1 |" in table
+
+
 def test_quality_against_slots():
     def row(slots, curve="full", right=0.5):
         return Row(f"{slots}", Quality(Estimate(right, 0.1, 9), Estimate(2 * right, None, 1)), 1, curve, slots)
@@ -172,6 +189,7 @@ def test_folders_that_do_not_fit(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        ({"measured": {}}, "ours: a protocol without seconds_per_image, of another version; draw again"),
         ({"slots": 11, "merge_number": 9}, "ours: its folders differ in merge_number, slots, not in the seed alone"),
         ({"fingerprint": "01"}, "ours: its folders differ in fingerprint"),
         ({"seed": 0}, r"ours: seeds \[0, 0\]: every folder needs its own"),

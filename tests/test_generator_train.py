@@ -115,6 +115,7 @@ def test_a_step_counts_where_groups_start(codes):
     batch = codes | {"source_map": jnp.asarray(groups, jnp.int32)}
     config = dataclasses.replace(CONFIG, kind="random", model=dataclasses.replace(MODEL, position_instruction=True))
     state = jit(functools.partial(train.init_state, config, SGD))()
+    assert set(vars(state)) - {"group_starts"} == set(vars(jax.eval_shape(lambda: train.init_state(CONFIG, SGD))))
     once, _ = step_of(config)(state, None, batch)
     assert once.group_starts.shape == (2, 2, MODEL.length)
     np.testing.assert_array_equal(once.group_starts.sum(axis=-1), [[40, 40], [0, 0]])
@@ -247,7 +248,13 @@ def test_a_run_goes_on_bit_equal(kind, request, tmp_path):
     done = run_training(config, tmp_path / "again")
     assert (done.step, done.stopped_by) == (4, None)
     whole, again = (load_file(path / "generator" / "model.safetensors") for path in (workdir, tmp_path / "again"))
-    assert whole.keys() == again.keys() and ("position_shares" in whole) == (kind == "random")
+    assert whole.keys() == again.keys() and ("group_starts" in whole) == (kind == "random")
+    if kind == "random":  # the first cell starts a group in every image
+        assert whole["group_starts"][..., 0].sum() == 4 * config.data.batch_size
+        fine = dataclasses.replace(config, init_from=str(workdir / "generator"))
+        run_training(fine, tmp_path / "fine")
+        after = load_file(tmp_path / "fine" / "generator" / "model.safetensors")["group_starts"]
+        assert after[..., 0].sum() == 2 * 4 * config.data.batch_size and (after >= whole["group_starts"]).all()
     for name in whole:
         np.testing.assert_array_equal(whole[name], again[name], err_msg=name)
 

@@ -25,13 +25,7 @@ LABELS, MERGE = np.asarray([0, 5, 3], np.int32), np.full(3, 1, np.int32)
 KEYS = example_keys(stream_key(0, Stream.ORDER), np.arange(3))
 
 
-# With nothing counted.
-SHARES = positions.shares(positions.new_counts(RANDAR), RANDAR)
-
-
-def drawn_positions(examples, seed=0):
-    keys = example_keys(stream_key(seed, Stream.ORDER), examples)
-    return positions.draw_positions(SHARES[np.full(len(examples), 1), 0], keys, K)
+NOTHING_COUNTED = positions.new_counts(RANDAR)
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +35,8 @@ def params():
 
 @pytest.fixture(scope="module")
 def codes():
-    return Codes(jnp.asarray(random_codes(3)[:, :K]), drawn_positions(np.arange(3)))
+    places = positions.draw_positions(positions.shares(NOTHING_COUNTED, RANDAR)[np.full(3, 1), 0], KEYS, K)
+    return Codes(jnp.asarray(random_codes(3)[:, :K]), places)
 
 
 @jit
@@ -179,18 +174,18 @@ def test_side_by_side_each_code_is_predicted_as_if_it_came_next(params, codes):
         start += count
 
 
-def draw(params, labels=LABELS, *, steps=4, seed=0, examples=None, places=None, **settings):
-    numbers = np.arange(len(labels)) if examples is None else examples
+def draw(params, labels=LABELS, *, steps=4, seed=0, examples=None, starts=NOTHING_COUNTED, places=None, **settings):
     drawn = randar_sample(
         params,
         labels,
         K,
-        drawn_positions(numbers, seed) if places is None else places,
         config=RANDAR,
         sampling=SamplingConfig(**settings),
         seed=seed,
         steps=steps,
         examples=examples,
+        group_starts=starts,
+        positions=places,
     )
     return jax.device_get(drawn)
 
@@ -217,6 +212,22 @@ def test_codes_depend_on_seed_and_example_alone(params):
     assert (other.indices != whole.indices).any(axis=1).all()
 
 
+def test_positions_are_drawn_for_the_class_and_the_merge_number(params):
+    """Each has had groups at certain cells only, and the null class has all of them."""
+    rng = np.random.default_rng(0)
+    cells = rng.permuted(np.tile(np.arange(1, L), (3, 5, 1)), axis=-1)[..., : K - 1]
+    counts = np.zeros((3, 5, L), np.int32)
+    np.put_along_axis(counts, cells, 10**7, axis=-1)
+    counts[..., 0] = 10**7
+    labels = np.asarray([3, 0, 4], np.int32)
+    drawn = draw(params, labels, starts=counts)
+    for label, places in zip(labels, drawn.positions, strict=True):
+        assert set(places.tolist()) == {0, *cells[RANDAR.merge_numbers.index(K), label].tolist()}
+    given = draw(params, labels, places=drawn.positions)
+    jax.tree.map(np.testing.assert_array_equal, given, drawn)
+    assert set(draw(params, np.full(99, RANDAR.null_class), starts=counts).positions.flat) == set(range(L))
+
+
 # Bad input.
 
 
@@ -228,6 +239,7 @@ def test_codes_depend_on_seed_and_example_alone(params):
         ({"capacity": 9, "top_k": 5}, "sampling: top_k=5: .*; capacity=9: for raster order"),
         ({"policy": "full"}, "policy=full: for raster order"),
         ({"labels": np.asarray([0, 6])}, "classes are 0 to 4"),
+        ({"starts": None}, "positions of the codes, or group_starts to draw them from, are needed"),
         ({"places": np.zeros((3, 8), np.int32)}, r"positions \[3, 8\]: one for each code of each .* \[3, 9\]"),
         ({"places": np.zeros((3, 9), np.int32)}, "positions: different numbers from 0 to 11"),
         ({"places": np.tile(np.arange(4, 13), (3, 1))}, "positions: different numbers from 0 to 11"),

@@ -81,13 +81,14 @@ def compare(
     for name, group in folders.items():
         _check_row(name, [folder.protocol for folder in group])
     loaded = None if tokenizer is None else load_tokenizer(tokenizer)
-    reconstructed = {} if loaded is None else _reconstructions(loaded, keeps)
+    size = next(iter(folders.values()))[0].samples.images.shape[1]
+    reconstructed = {} if loaded is None else _reconstructions(loaded, keeps, size)
     if taken := {REAL, *reconstructed} & folders.keys():
         raise ValueError(f"rows {', '.join(sorted(taken))}: these names are those of real scenes")
     shapes = {folder.samples.images.shape for group in folders.values() for folder in group}
     if len(shapes) != 1:
         raise ValueError(f"equal numbers of images of one size are needed, there are {sorted(shapes)}")
-    count, size = shapes.pop()[:2]
+    count = shapes.pop()[0]
     scenes = functools.partial(read_scenes, size, count, data_dir, single=single)
     reference = gaussian(judge.features(scenes(split="test").images))
     real = scenes(split="validation")
@@ -133,8 +134,11 @@ def cache_bytes(protocol: Mapping[str, Any]) -> int:
     return 2 * architecture["num_layers"] * rows * protocol["slots"] * architecture["dim"] * width
 
 
-def _reconstructions(tokenizer: Tokenizer, keeps: Sequence[int]) -> dict[str, Callable[[Images], Images]]:
-    """Ways to reconstruct: from codes and source map, and, as RandAR must, from codes and where their groups start."""
+def _reconstructions(tokenizer: Tokenizer, keeps: Sequence[int], size: int) -> dict[str, Callable[[Images], Images]]:
+    """Ways to reconstruct: from codes and source map, and, as RandAR must, from codes and where their groups start.
+
+    The latter only if images have the tokenizer's own `size`, the only one that source recovery knows.
+    """
 
     def recovered(images: Images, *, keep: int) -> Images:
         tokens = tokenizer.encode(images, keep=keep)
@@ -142,9 +146,9 @@ def _reconstructions(tokenizer: Tokenizer, keeps: Sequence[int]) -> dict[str, Ca
         return recovered_to_images(tokenizer, Codes(tokens.indices, positions))
 
     ways = {f"reconstructed, K = {keep}": functools.partial(tokenizer.reconstruct, keep=keep) for keep in keeps}
-    if tokenizer.config.recovery is None:
+    if tokenizer.config.recovery is None or tokenizer.config.resolution != size:
         return ways
-    return ways | {f"recovered map, K = {keep}": functools.partial(recovered, keep=keep) for keep in keeps}
+    return ways | {f"from codes and starts, K = {keep}": functools.partial(recovered, keep=keep) for keep in keeps}
 
 
 def _in_batches(reconstruct: Callable[[Images], Images], real: Labelled) -> Labelled:
@@ -155,7 +159,8 @@ def _in_batches(reconstruct: Callable[[Images], Images], real: Labelled) -> Labe
 def _check_row(name: str, protocols: Sequence[Mapping[str, Any]]) -> None:
     """Whether the folders of a row differ in the seed, in nothing else, and can be judged."""
     for protocol in protocols:
-        if missing := [key for key in (*SETTINGS, "seed", "generator") if key not in protocol]:
+        known = protocol | protocol.get("measured", {})
+        if missing := [key for key in (*SETTINGS, "seed", "generator", "seconds_per_image") if key not in known]:
             raise ValueError(f"{name}: a protocol without {', '.join(missing)}, of another version; draw again")
         if differing := [key for key in SETTINGS if protocol[key] != protocols[0][key]]:
             raise ValueError(f"{name}: its folders differ in {', '.join(differing)}, not in the seed alone")

@@ -66,4 +66,11 @@ def keep_likely(
 def draw(logits: Float[Array, "B V"], keys: Key[Array, "B"]) -> Int[Array, "B"]:
     """A value from softmax(logits) for each example, by the Gumbel-max trick with the example's own key."""
     noise = jax.vmap(lambda key: jax.random.gumbel(key, logits.shape[1:], jnp.float32))(keys)
-    return jnp.argmax(logits + noise, axis=-1).astype(jnp.int32)
+    return likeliest(jax.lax.optimization_barrier(logits + noise))  # or each reduction makes the noise anew
+
+
+def likeliest(scores: Float[Array, "B V"]) -> Int[Array, "B"]:
+    """The first value with the highest score: two plain reductions, as XLA's own argmax is not vectorised on CPU."""
+    value = jnp.arange(scores.shape[-1], dtype=jnp.int32)[None]
+    is_best = scores == scores.max(axis=-1, keepdims=True)
+    return jnp.min(jnp.where(is_best, value, scores.shape[-1] - 1), axis=-1)

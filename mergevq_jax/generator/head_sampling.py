@@ -12,7 +12,7 @@ from einops import rearrange
 from jaxtyping import Array, Float, Int, Key
 
 from mergevq_jax.generator import decode
-from mergevq_jax.generator.draw import draw, guided, keep_likely
+from mergevq_jax.generator.draw import draw, guided, keep_likely, likeliest
 from mergevq_jax.generator.plan import DrawPlan, Knobs
 from mergevq_jax.generator.transformer import Generator, Params, head_rope_table
 from mergevq_jax.tokenizer.lfq import join_indices
@@ -76,7 +76,7 @@ class HeadSampler:
         logits = rearrange(logits, "(b g) 1 v -> b g v", g=plan.rows)
         logits = guided(logits, scale) if plan.rows == 2 else logits[:, 0]
         if plan.greedy:
-            return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+            return likeliest(logits)
         top_p = knobs.top_p[index] if plan.nucleus[index] else None
         logits = keep_likely(logits / knobs.temperature[index], plan.top_k[index], top_p)
         return draw(logits, keys)

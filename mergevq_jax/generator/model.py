@@ -1,6 +1,6 @@
 """A trained generator with a folder behind it, and the tokenizer that its codes are of.
 
-Axes: B batch, H W image, L raster tokens, K codes; M merge numbers.
+Axes: B batch, H W image, L raster tokens, K codes; M merge numbers, C classes.
 """
 
 import os
@@ -13,13 +13,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Array, Float, Int, UInt8
+from jaxtyping import Array, Int, UInt8
 
 from mergevq_jax import convert, model_folder
 from mergevq_jax.generator.config import GeneratorConfig
 from mergevq_jax.generator.data import check_tokenizer
-from mergevq_jax.generator.plan import SamplingConfig, checked_request
-from mergevq_jax.generator.positions import draw_positions, new_counts, shares
+from mergevq_jax.generator.plan import SamplingConfig
+from mergevq_jax.generator.positions import new_counts
 from mergevq_jax.generator.randar import Codes
 from mergevq_jax.generator.randar_sampling import randar_sample
 from mergevq_jax.generator.sampling import Samples, sample
@@ -28,12 +28,11 @@ from mergevq_jax.generator.transformer import SHARDING_RULES, Params, param_shap
 from mergevq_jax.pretrained import GENERATORS, load_tokenizer
 from mergevq_jax.tokenizer.model import Tokenizer, Tokens
 from runtime_jax.compute import Compute
-from runtime_jax.prng import Stream, example_keys, stream_key
 from runtime_jax.sharding import param_shardings, place
 from runtime_jax.weights import import_weights
 
 MODEL_TYPE = "mergevq_generator"
-POSITION_SHARES = "position_shares"
+GROUP_STARTS = "group_starts"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,7 +71,7 @@ class GeneratorModel:
 
     info: GeneratorInfo
     params: Params
-    position_shares: Float[Array | np.ndarray, "M labels L"] | None = None  # kind "random" only; of `positions.shares`
+    group_starts: Int[Array | np.ndarray, "M C L"] | None = None  # kind "random" only; counted as in `positions`
     compute: Compute = Compute()
 
     @property
@@ -91,10 +90,10 @@ class GeneratorModel:
         info = model_folder.read_config(folder / model_folder.CONFIG_NAME, GeneratorInfo, MODEL_TYPE, "generator")
         config, shapes = info.architecture, param_shapes(info.architecture)
         if info.kind == "random":
-            shapes = shapes | {POSITION_SHARES: jax.eval_shape(lambda: shares(new_counts(config), config))}
+            shapes = shapes | {GROUP_STARTS: jax.eval_shape(lambda: new_counts(config))}
         params = model_folder.read_params(folder, convert.generator_table(config), shapes)
-        position_shares = params.pop(POSITION_SHARES, None)
-        return cls(info, params, position_shares, compute)
+        starts = params.pop(GROUP_STARTS, None)
+        return cls(info, params, None if starts is None else starts.astype(jnp.int32), compute)
 
     def save_pretrained(self, path: str | os.PathLike) -> None:
         """Writes config.json and model.safetensors (released state-dict names); each file atomically."""
@@ -107,7 +106,7 @@ class GeneratorModel:
 
     @property
     def _saved(self) -> dict[str, Any]:
-        return self.params | ({} if self.position_shares is None else {POSITION_SHARES: self.position_shares})
+        return self.params | ({} if self.group_starts is None else {GROUP_STARTS: self.group_starts})
 
     def place(self, mesh: Mesh) -> "GeneratorModel":
         """With its weights on a mesh, split as in training; to be used under `jax.set_mesh(mesh)`."""
@@ -178,28 +177,18 @@ class GeneratorModel:
         examples: Int[np.ndarray, "B"] | None = None,
         positions: Int[np.ndarray, "B K"] | None = None,
     ) -> Codes:
-        """Distinct codes of one image for each label, by a generator of kind "random"; see `randar_sample`.
-
-        Args:
-          positions: raster positions of the codes; None: drawn, as often each as in training.
-        """
-        labels, examples, merge = checked_request(labels, examples, merge_number, self.config)
-        if positions is None:
-            if self.position_shares is None:
-                raise ValueError("this generator has no shares of positions to draw from: give positions")
-            places = self.position_shares[0 if merge is None else merge, labels]
-            keys = example_keys(stream_key(seed, Stream.ORDER), examples)
-            positions = draw_positions(places, keys, merge_number or self.config.length)
+        """Distinct codes of one image for each label, by a generator of kind "random"; see `randar_sample`."""
         return randar_sample(
             self.params,
-            labels,
+            np.asarray(labels, np.int32),
             merge_number,
-            positions,
             config=self.config,
             sampling=sampling,
             seed=seed,
             steps=steps,
             examples=examples,
+            group_starts=self.group_starts,
+            positions=positions,
             compute=self.compute,
         )
 

@@ -2,7 +2,7 @@
 
 RandAR is asked for codes at given positions and does not predict these. In training they are the
 first members of an image's groups, and far from uniform: merging leaves many groups at the left edge and about objects.
-So a generator keeps the share of images that have a group's start at each cell, for each merge number and class.
+So a generator keeps how many images had a group's start at each cell, for each merge number and class.
 
 Axes: B batch, M merge numbers (1 without merge instruction), C classes, "labels" these and the null class, L raster
 tokens, K codes.
@@ -16,7 +16,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int, Key
 
 from mergevq_jax.generator.config import GeneratorConfig
-from mergevq_jax.generator.mask import first_members
+from mergevq_jax.tokenizer.tome import first_members
 
 
 def new_counts(config: GeneratorConfig) -> Int[Array, "M C L"]:
@@ -33,11 +33,10 @@ def count_starts(
     keep: int,
 ) -> Int[Array, "M C L"]:
     """The counts with a batch of images that have K = `keep` groups each."""
-    first = first_members(source_map) == jnp.arange(config.length)[None]
-    return counts.at[_merge_numbers(config).index(keep), labels].add(first.astype(counts.dtype))
+    return counts.at[_merge_numbers(config).index(keep), labels[:, None], first_members(source_map, keep)].add(1)
 
 
-def shares(counts: Int[Array, "M C L"], config: GeneratorConfig) -> Float[Array, "M labels L"]:
+def shares(counts: Int[Array | np.ndarray, "M C L"], config: GeneratorConfig) -> Float[Array, "M labels L"]:
     """Share of images in which a group starts at a cell; every L of them add up to the merge number.
 
     The last row of each M is of all classes together, for the null class. So that every share is known, one image is
@@ -50,7 +49,7 @@ def shares(counts: Int[Array, "M C L"], config: GeneratorConfig) -> Float[Array,
     return jnp.concatenate([_mean_with(counts, together), together], axis=1)
 
 
-def _mean_with(counts: Int[Array, "M n L"], one: Float[Array, "M 1 L"]) -> Float[Array, "M n L"]:
+def _mean_with(counts: Int[Array | np.ndarray, "M n L"], one: Float[Array, "M 1 L"]) -> Float[Array, "M n L"]:
     """The share in the counted images and one more."""
     return (counts + one) / (counts[:, :, :1] + 1)
 

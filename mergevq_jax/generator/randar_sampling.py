@@ -24,6 +24,7 @@ from mergevq_jax.generator.config import GeneratorConfig
 from mergevq_jax.generator.head_sampling import HeadSampler, draw_keys
 from mergevq_jax.generator.plan import DrawPlan, Knobs, SamplingConfig, checked_request, draw_plan
 from mergevq_jax.generator.position_cache import Store
+from mergevq_jax.generator.positions import draw_positions, shares
 from mergevq_jax.generator.randar import Codes, alternating, check_randar, prefix_rope, rope_rows
 from mergevq_jax.generator.transformer import Generator, Params
 from runtime_jax.compute import Compute
@@ -105,32 +106,41 @@ def randar_sample(
     params: Params,
     labels: Int[Array, "B"] | Int[np.ndarray, "B"],
     merge_number: int | None,
-    positions: Int[Array, "B K"] | Int[np.ndarray, "B K"],
     *,
     config: GeneratorConfig,
     sampling: SamplingConfig,
     seed: int,
     steps: int | None = None,
     examples: Int[Array, "B"] | Int[np.ndarray, "B"] | None = None,
+    group_starts: Int[Array, "M C L"] | Int[np.ndarray, "M C L"] | None = None,
+    positions: Int[Array, "B K"] | Int[np.ndarray, "B K"] | None = None,
     compute: Compute = Compute(),
 ) -> Codes:
-    """K codes of one image for each label, at given positions; K is the merge number, or L without one.
+    """K codes of one image for each label, and their positions; K is the merge number, or L without one.
 
     Args:
       params, labels, config, seed, examples, compute: as in `sampling.sample`.
       merge_number: codes of an image, one of `merge_numbers`; None without merge instruction.
-      positions: raster positions of the codes in the order of drawing, of `positions.draw_positions` or of the groups
-        of a real image.
       sampling: how to draw; the schedules of guidance run over the codes, and all of a step share a scale.
       steps: calls of the network, 1 to K; None: 64, or K.
+      group_starts: where groups started in training, counted as in `positions`; positions are drawn as often.
+      positions: raster positions of the codes in the order of drawing, such as those of a real image's groups; they
+        take the place of `group_starts`.
 
     Raises:
       ValueError: what is asked for is not possible with this generator.
     """
     labels, examples, merge = checked_request(labels, examples, merge_number, config)
     plan, knobs = make_randar_plan(config, sampling, merge_number, steps, compute)
-    positions = np.asarray(positions, np.int32)
-    _check_positions(positions, (len(labels), sum(plan.counts)), config.length)
+    codes = sum(plan.counts)
+    if positions is not None:
+        positions = np.asarray(positions, np.int32)
+        _check_positions(positions, (len(labels), codes), config.length)
+    elif group_starts is not None:
+        places = shares(group_starts, config)[0 if merge is None else merge, labels]
+        positions = draw_positions(places, example_keys(stream_key(seed, Stream.ORDER), examples), codes)
+    else:
+        raise ValueError("positions of the codes, or group_starts to draw them from, are needed")
     return run(params, labels, merge, positions, stream_key(seed, Stream.SAMPLE), examples, knobs, plan=plan)
 
 

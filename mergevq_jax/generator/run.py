@@ -24,7 +24,6 @@ from mergevq_jax.generator.model import (
     recovered_to_images,
 )
 from mergevq_jax.generator.plan import WINDOW, SamplingConfig, make_plan
-from mergevq_jax.generator.positions import shares
 from mergevq_jax.generator.randar_sampling import make_randar_plan
 from mergevq_jax.generator.transformer import SHARDING_RULES
 from mergevq_jax.pretrained import load_tokenizer
@@ -272,20 +271,23 @@ class Run:
         )
 
     def with_weights(self, model: GeneratorModel, state: stage2.TrainState) -> stage2.TrainState:
-        """The state with the weights of a saved generator of the same architecture."""
+        """The state with the weights of a saved generator of the same architecture, and what it has counted."""
         params = sharding.place(model.params, self.program.shardings.params)
-        return state.replace(params=params, ema=jax.tree.map(lambda leaf: leaf.copy(), params))
+        state = state.replace(params=params, ema=jax.tree.map(lambda leaf: leaf.copy(), params))
+        if isinstance(state, stage2.CountingState):
+            starts = sharding.place(model.group_starts, self.program.shardings.group_starts)
+            state = state.replace(group_starts=starts)
+        return state
 
     def averaged(self, state: stage2.TrainState) -> GeneratorModel:
         """The generator with the averaged parameters, on the host."""
         model = self._model(state)
-        params, position_shares = jax.device_get(self._on_every_device((model.params, model.position_shares)))
-        return dataclasses.replace(model, params=params, position_shares=position_shares)
+        params, starts = jax.device_get(self._on_every_device((model.params, model.group_starts)))
+        return dataclasses.replace(model, params=params, group_starts=starts)
 
     def _model(self, state: stage2.TrainState) -> GeneratorModel:
-        starts = state.group_starts
-        position_shares = None if starts is None else shares(starts, self._config.model)
-        return GeneratorModel(self._info, state.ema, position_shares, self._config.compute)
+        starts = state.group_starts if isinstance(state, stage2.CountingState) else None
+        return GeneratorModel(self._info, state.ema, starts, self._config.compute)
 
     def _on_every_device(self, tree: Any) -> Any:
         """Arrays whole on every device, so that each host can read them."""

@@ -82,19 +82,25 @@ class TrainState:
     params: Params
     opt_state: Any
     ema: Params
-    group_starts: Any = None  # kind "random": int32 [M, C, L], see `positions`
+
+
+@flax.struct.dataclass
+class CountingState(TrainState):
+    """Of kind "random", which also counts where groups start."""
+
+    group_starts: Any  # int32 [M, C, L], see `positions`
 
 
 def init_state(config: StepConfig, optimizer: Optimizer) -> TrainState:
     """A new state from the config's seed."""
     params = init_params(config.model, stream_key(config.seed, Stream.PARAMS))
-    return TrainState(
+    state = TrainState(
         step=jnp.zeros((), jnp.int32),
         params=params,
         opt_state=optimizer.transformation.init(params),
         ema=jax.tree.map(jnp.copy, params),
-        group_starts=new_counts(config.model) if config.kind == "random" else None,
     )
+    return CountingState(**vars(state), group_starts=new_counts(config.model)) if config.kind == "random" else state
 
 
 def train_step(
@@ -130,7 +136,8 @@ def train_step(
             starts = count_starts(starts, codes["label"], codes["source_map"], config=config.model, keep=keep)
         return (jax.tree.map(jnp.add, gradients, new), starts), means
 
-    sums = jax.tree.map(jnp.zeros_like, state.params), state.group_starts
+    counting = isinstance(state, CountingState)
+    sums = jax.tree.map(jnp.zeros_like, state.params), state.group_starts if counting else None
     if config.accumulate == 1:
         sums, means = accumulate(sums, jax.tree.map(lambda value: value[0], micro))
     else:
@@ -143,7 +150,9 @@ def train_step(
     updates, opt_state = optimizer.transformation.update(gradients, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     ema = ema_update(state.ema, params, state.step, config.ema_decay)
-    new_state = TrainState(step=state.step, params=params, opt_state=opt_state, ema=ema, group_starts=starts)
+    new_state = state.replace(
+        params=params, opt_state=opt_state, ema=ema, **({"group_starts": starts} if counting else {})
+    )
     finite = jnp.isfinite(means["loss"] + norm)
     new_state = jax.tree.map(lambda new, old: jnp.where(finite, new, old), new_state, state)
     means |= {"grad_norm": norm, "lr": jnp.asarray(optimizer.schedule(state.step), jnp.float32)}

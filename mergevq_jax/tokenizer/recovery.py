@@ -76,11 +76,11 @@ def recovered_source_map(logits: Float[Array, "B L K"], starts: Int[Array, "B K"
 
     Args:
       starts: where each group has its first member, if that is known: a position is then of a group that starts at or
-        before it, and of the one that starts there if one does.
+        before it (any, before the first of all), and of the one that starts there if one does.
     """
     if starts is not None:
         place, start = jnp.arange(logits.shape[1])[None, :, None], starts[:, None]
         possible = start <= place
-        possible |= ~possible.any(axis=-1, keepdims=True)  # before the first of all
+        possible |= ~possible.any(axis=-1, keepdims=True)
         logits = jnp.where(start == place, jnp.inf, jnp.where(possible, logits, -jnp.inf))
     return jnp.argmax(logits, axis=-1).astype(jnp.int32)
