@@ -1,4 +1,4 @@
-"""Trained generators side by side: plain autoregression, MergeAR, RandAR, and MergeAR with too small a store.
+"""Trained generators side by side: plain autoregression, MergeAR, RandAR, and MergeAR with stores of other sizes.
 
 python benchmarks/generators.py --plain runs/plain/generator --merge runs/mergear/generator \\
     --random runs/randar/generator --out runs/generators          # goes on where it was stopped
@@ -20,7 +20,8 @@ from runtime_jax.config import to_dict
 from runtime_jax.judge import Judge
 
 KEEPS = (144, 256)
-CAPACITIES = (16, 32, 64, 96)  # below the smaller K
+# Of the smaller K; more distinct codes than K are drawn, and the largest holds them all.
+CAPACITIES = {"evict-oldest": (16, 32, 64, 208), "full": (16, 32, 64, 144)}
 STEPS = (8, 16, 32, 64)
 
 
@@ -45,14 +46,14 @@ def make_rows(scale: float, temperature: float, *, plain_model: str, merge_model
     plain = SamplingConfig(cfg_scale=scale, temperature=temperature)
     linear = replace(plain, cfg_scale=2 * scale - 1, cfg_schedule="linear")
     merged = [Row(name=f"MergeAR, K = {keep}", model=merge_model, merge_number=keep, sampling=plain) for keep in KEEPS]
-    small = [
+    sized = [
         replace(
             merged[0],
             name=f"MergeAR, K = {KEEPS[0]}, capacity {capacity}, {policy}",
             sampling=replace(plain, capacity=capacity, policy=policy),
         )
-        for policy in ("evict-oldest", "full")
-        for capacity in CAPACITIES
+        for policy, capacities in CAPACITIES.items()
+        for capacity in capacities
     ]
     random = [
         Row(
@@ -70,7 +71,7 @@ def make_rows(scale: float, temperature: float, *, plain_model: str, merge_model
         Row(name="plain, guided", model=plain_model, sampling=plain),
         *merged,
         *random,
-        *small,
+        *sized,
     ]
 
 
