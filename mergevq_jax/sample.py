@@ -98,8 +98,13 @@ def sample(
     labels, parts = _labels(model, request), out / "parts"
     made_by = {"device": jax.devices()[0].device_kind, "mesh": dict(devices.shape), "jax": jax.__version__}
     _claim(parts, {"fingerprint": model.fingerprint(), "compute": compute, "request": request, **made_by})
-    with jax.set_mesh(devices):
-        drawn = draw(model.place(devices), loaded, request, labels, parts)
+    try:
+        with jax.set_mesh(devices):
+            drawn = draw(model.place(devices), loaded, request, labels, parts)
+    except BaseException:
+        if not any(parts.glob("[0-9]*.npz")):  # there is nothing to go on with
+            shutil.rmtree(parts)
+        raise
     names = [_class_name(model, label) for label in drawn.labels.tolist()]
 
     (out / "protocol.json").unlink(missing_ok=True)  # it says that the images beside it are its own

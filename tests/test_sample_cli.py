@@ -96,12 +96,14 @@ def test_a_run_that_was_stopped_goes_on(root, tmp_path, capsys, monkeypatch):
 
     monkeypatch.setattr(sampling_command, "_draw_batch", draw_or_stop)
     assert sample(root, out, *options) == 130
-    assert sample(root, out, *options, "--seed", 1) == 1
+    assert sample(root, out, *options, "--seed", 1) == 1  # nothing is lost
     assert "is of other samples, which are not finished (another request)" in capsys.readouterr().err
     assert sample(root, out, *options) == 0 and len(calls) == 4
     for name in ("samples.npz", "samples.png", "cache.png", "occupancy.png"):
         assert (out / name).read_bytes() == (whole / name).read_bytes(), name
     assert not (out / "parts").exists()
+    calls[:] = calls[:2]
+    assert sample(root, out, *options) == 130 and not (out / "parts").exists()  # in the first batch: nothing is kept
 
 
 def test_a_generator_in_random_order(root, tmp_path, capsys):
