@@ -18,8 +18,8 @@ LINEAR = SamplingConfig(cfg_scale=6.0, cfg_schedule="linear")
 # What is asked for, and a bound of the share of the right class, well below what docs/generators.md has.
 ASKED = {
     "tiny-mergear": (GUIDED, 0.8),
-    "tiny-plain": (GUIDED, 0.75),
-    "tiny-randar": (replace(GUIDED, merge_number=256, sampling=LINEAR, steps=32), 0.65),
+    "tiny-plain": (GUIDED, 0.8),
+    "tiny-randar": (replace(GUIDED, merge_number=256, sampling=LINEAR, steps=32), 0.7),
 }
 
 

@@ -80,15 +80,14 @@ def compare(
         raise ValueError(f"rows {', '.join(name for name, _ in rows)}: every name once")
     for name, group in folders.items():
         _check_row(name, [folder.protocol for folder in group])
-    loaded = None if tokenizer is None else load_tokenizer(tokenizer)
-    size = next(iter(folders.values()))[0].samples.images.shape[1]
-    reconstructed = {} if loaded is None else _reconstructions(loaded, keeps, size)
-    if taken := {REAL, *reconstructed} & folders.keys():
-        raise ValueError(f"rows {', '.join(sorted(taken))}: these names are those of real scenes")
     shapes = {folder.samples.images.shape for group in folders.values() for folder in group}
     if len(shapes) != 1:
         raise ValueError(f"equal numbers of images of one size are needed, there are {sorted(shapes)}")
-    count = shapes.pop()[0]
+    count, size = shapes.pop()[:2]
+    loaded = None if tokenizer is None else load_tokenizer(tokenizer)
+    reconstructed = {} if loaded is None else _reconstructions(loaded, keeps, size)
+    if taken := {REAL, *reconstructed} & folders.keys():
+        raise ValueError(f"rows {', '.join(sorted(taken))}: these names are those of real scenes")
     scenes = functools.partial(read_scenes, size, count, data_dir, single=single)
     reference = gaussian(judge.features(scenes(split="test").images))
     real = scenes(split="validation")
