@@ -4,12 +4,13 @@ python benchmarks/mergear.py                                                   #
 python benchmarks/mergear.py --lengths 256 --batches 1                         # its smallest case
 python benchmarks/mergear.py --preset L --dtype bfloat16 --torch-compile       # GPU
 
-A step draws one code for every image of the batch. All steps cost the same, whatever the codes are and the store holds,
-so that a draw here is of `--steps` codes with the store of L of them, and the parameters are random. A step's floor is
-the larger of two times: the FLOPs of its matmuls at the rate of the fastest square matmul, and the bytes that it must
-read (weights and store, once) at the rate of the fastest large copy, both measured beside it. The peer, if PyTorch is
-installed, is a Llama with as many blocks (those of the head included), as wide, and with as many logits; it has a
-static cache of all L tokens, and draws by multinomial.
+A step draws one code for every image of the batch. All steps cost the same, whatever the codes are and the store
+holds, so that a step's time is the difference between draws of `--steps` codes and of a quarter of them, both with the
+store of L: what a draw does once, as zeros of several gigabytes, is left out. The parameters are random. A step's
+floor is the larger of two times: the FLOPs of its matmuls at the rate of the fastest square matmul, and the bytes that
+it must read (weights and store, once) at the rate of the fastest large copy, both measured beside it. The peer, if
+PyTorch is installed, is a Llama with as many blocks (those of the head included), as wide, and with as many logits; it
+has a static cache of all L tokens, and draws by multinomial.
 
 A batch is split over all devices. The rates are then those of one device times their number, but on a CPU, where
 XLA_FLAGS=--xla_force_host_platform_device_count=2 makes two devices of the same cores. The peer has one device.
@@ -69,15 +70,21 @@ class Rates(NamedTuple):
     bytes: float  # read or written a second
 
 
+class Draw(NamedTuple):
+    """A draw, ready to run."""
+
+    run: Callable[[], object]
+    steps: int
+
+
 class Contender(NamedTuple):
-    """One sampler at one length and batch, ready to run."""
+    """One sampler at one length and batch."""
 
     length: int
     batch: int
     name: str
     slots: int
-    draw: Callable[[], object]
-    steps: int  # of one draw
+    draws: tuple[Draw, Draw]  # a short one and a long one
     flops: float = math.nan  # of one step
     bytes: float = math.nan  # that one step reads
 
@@ -98,45 +105,47 @@ def sampler(
     config: GeneratorConfig,
     store: dict,
     *,
-    steps: int,
+    steps: tuple[int, int],
     batch: int,
     cfg_scale: float,
     compute: Compute,
     mesh: jax.sharding.Mesh,
 ) -> Contender:
-    """Compiles a sampler; a batch is split over the devices, if it divides by them."""
-    length, settings = config.length, SamplingConfig(cfg_scale=cfg_scale)
+    """Compiles a sampler, for a short and a long draw; a batch is split over the devices, if it divides by them."""
+    settings = SamplingConfig(cfg_scale=cfg_scale)
     kept = config.merge_numbers[0] if config.merge_instruction else None
     whole, _ = make_plan(config, dataclasses.replace(settings, **store), kept, compute)
-    merge_number = kept and min(kept, steps)
-    config = dataclasses.replace(config, grid=(1, steps), merge_numbers=(merge_number or 1,))
-    short, knobs = make_plan(config, settings, merge_number, compute)
-    plan = LongPlan(**vars(short), whole=whole)
     params = random_like(np.random.default_rng(0), param_shapes(config))
+    placed = place(params, param_shardings(params, SHARDING_RULES, mesh))
     numbers = jnp.arange(batch, dtype=jnp.int32)
     labels = numbers % config.num_classes
-    merge = None if merge_number is None else jnp.zeros_like(labels)
-    rest = labels, merge, stream_key(0, Stream.SAMPLE), numbers, knobs
-    placed = place(params, param_shardings(params, SHARDING_RULES, mesh))
-    arguments = placed, *jax.device_put(rest, replicated(mesh))
-    with jax.set_mesh(mesh):
-        traced = run.trace(*arguments, plan=plan)
-    program, steps = traced.lower().compile(), config.prefix + steps - 1
+    merge = None if kept is None else jnp.zeros_like(labels)
 
-    def draw() -> None:
-        jax.block_until_ready(program(*arguments))
+    def draw(codes: int) -> tuple[Draw, float]:
+        """Also the FLOPs of a step."""
+        merge_number = kept and min(kept, codes)
+        few = dataclasses.replace(config, grid=(1, codes), merge_numbers=(merge_number or 1,))
+        plan, knobs = make_plan(few, settings, merge_number, compute)
+        rest = labels, merge, stream_key(0, Stream.SAMPLE), numbers, knobs
+        arguments = placed, *jax.device_put(rest, replicated(mesh))
+        with jax.set_mesh(mesh):
+            traced = run.trace(*arguments, plan=LongPlan(**vars(plan), whole=whole))
+        program, count = traced.lower().compile(), config.prefix + codes - 1
+        return Draw(lambda: jax.block_until_ready(program(*arguments)), count), count_flops(traced.jaxpr.jaxpr) / count
 
-    flops = count_flops(traced.jaxpr.jaxpr) / steps
-    parts = mesh.size if batch % mesh.size == 0 else 1
-    return Contender(length, batch, name, plan.slots, draw, steps, flops, bytes_read(params, plan, batch, parts))
+    (short, _), (long, flops) = map(draw, steps)
+    read = bytes_read(params, whole, batch, parts=mesh.size if batch % mesh.size == 0 else 1)
+    return Contender(config.length, batch, name, whole.slots, (short, long), flops, read)
 
 
 def seconds_a_step(contenders: list[Contender], repeats: int) -> list[float]:
-    """Of the fastest draw of each. They take turns, so that whatever slows the machine down slows all of them."""
-    for contender in contenders:
-        contender.draw()
-    rounds = [[timed(contender.draw) / contender.steps for contender in contenders] for _ in range(repeats)]
-    return np.min(rounds, axis=0).tolist()
+    """Of the fastest draws of each. They take turns, so that whatever slows the machine down slows all of them."""
+    draws = [draw for contender in contenders for draw in contender.draws]
+    for draw in draws:
+        draw.run()
+    best = np.min([[timed(draw.run) for draw in draws] for _ in range(repeats)], axis=0)
+    steps = np.array([draw.steps for draw in draws])
+    return (np.diff(best.reshape(-1, 2)) / np.diff(steps.reshape(-1, 2)))[:, 0].tolist()
 
 
 def timed(call: Callable[[], object]) -> float:
@@ -173,9 +182,9 @@ def copy_rate(repeats: int) -> float:
 
 
 def peer(
-    config: GeneratorConfig, length: int, *, batch: int, rows: int, dtype: str, compiled: bool, steps: int
+    config: GeneratorConfig, length: int, *, batch: int, rows: int, dtype: str, compiled: bool, steps: tuple[int, int]
 ) -> Contender:
-    """Some steps of a Llama in PyTorch; with a static cache all of them cost the same."""
+    """A Llama in PyTorch with a static cache."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM, StaticCache
 
@@ -193,10 +202,10 @@ def peer(
     forward = torch.compile(model, mode="reduce-overhead", fullgraph=True) if compiled else model
 
     @torch.inference_mode()
-    def draw() -> None:
+    def draw(codes: int) -> None:
         cache = StaticCache(config=llama, max_cache_len=length + 1)
         token = torch.zeros(batch * rows, 1, dtype=torch.long, device=device)
-        for step in range(steps):
+        for step in range(codes):
             position = torch.tensor([step], device=device)
             logits = forward(token, past_key_values=cache, cache_position=position, position_ids=position[None]).logits
             drawn = torch.multinomial(logits[:batch, -1].float().softmax(dim=-1), 1)
@@ -204,7 +213,8 @@ def peer(
         if device == "cuda":
             torch.cuda.synchronize()
 
-    return Contender(length, batch, "Llama, PyTorch", length + 1, draw, steps)
+    draws = tuple(Draw(functools.partial(draw, codes), codes) for codes in steps)
+    return Contender(length, batch, "Llama, PyTorch", length + 1, draws)
 
 
 def line(row: Contender, seconds: float, peer_seconds: float | None, rates: Rates) -> list[str]:
@@ -220,7 +230,7 @@ def line(row: Contender, seconds: float, peer_seconds: float | None, rates: Rate
 def contenders(args: argparse.Namespace, length: int, batch: int, compute: Compute) -> Iterator[Contender]:
     """The peer, if there is one, and every sampler."""
     config = PRESETS[args.preset] if args.preset else SMALL
-    sizes = {"batch": batch, "steps": min(args.steps, length)}
+    sizes = {"batch": batch, "steps": (args.steps // 4, args.steps)}
     if args.peer:
         options = {"dtype": args.dtype, "compiled": args.torch_compile, "rows": 1 + (args.cfg_scale != 1)}
         yield peer(config, length, **sizes, **options)
@@ -239,12 +249,14 @@ def main() -> None:
     parser.add_argument("--cfg-scale", type=float, default=1.0, help="other than 1: two rows of the network an image")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--repeats", type=int, default=3, help="timed draws of each; the best counts")
-    parser.add_argument("--steps", type=int, default=64, help="of a draw")
+    parser.add_argument("--steps", type=int, default=64, help="of a long draw; 4 or more")
     parser.add_argument("--no-peer", dest="peer", action="store_false")
     parser.add_argument("--torch-compile", action="store_true")
     args = parser.parse_args()
     if wrong := [length for length in args.lengths if math.isqrt(length) ** 2 != length]:
         parser.error(f"--lengths {wrong}: squares are needed")
+    if not 4 <= args.steps <= min(args.lengths):
+        parser.error(f"--steps {args.steps}: 4 to the smallest of --lengths, {min(args.lengths)}, are possible")
     if args.peer and importlib.util.find_spec("torch") is None:
         print("PyTorch is not installed: no peer\n")
         args.peer = False
@@ -260,7 +272,7 @@ def main() -> None:
         for row, of_step in zip(rows, seconds, strict=True):
             lines.append(line(row, of_step, seconds[0] if args.peer else None, rates))
             figures = row._asdict()
-            del figures["draw"]
+            del figures["draws"]
             records.append({"seconds": of_step, "rates": rates._asdict(), **figures})
             print(" | ".join(lines[-1]), flush=True, file=sys.stderr)
     devices = f"{jax.device_count()} x {device.device_kind} ({device.platform})"
