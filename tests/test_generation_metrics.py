@@ -9,7 +9,7 @@ import pytest
 from scipy.linalg import sqrtm
 
 from mergevq_jax.evaluate import compare as comparison
-from mergevq_jax.evaluate.compare import Row, cache_bytes, compare, read_samples, render, trade_off
+from mergevq_jax.evaluate.compare import Curve, Row, cache_bytes, compare, read_samples, render, trade_off
 from mergevq_jax.evaluate.generation import Labelled, Quality, frechet_distance, gaussian, main_classes, measure
 from mergevq_jax.pretrained import SHIPPED
 from mergevq_jax.tokenizer.model import Tokenizer
@@ -160,7 +160,8 @@ def test_reconstructions_are_of_the_scenes(tmp_path, monkeypatch):
 
 
 def test_quality_against_slots():
-    def row(slots, curve="full", right=0.5):
+    def row(slots, name="full", right=0.5, digest="f257"):
+        curve = name and Curve(name, digest)
         return Row(f"{slots}", Quality(Estimate(right, 0.1, 9), Estimate(2 * right, None, 1)), 1, curve, slots)
 
     rows = [row(30, right=0.75), row(10), row(10, "evict-oldest"), row(20, None), row(None, None)]
@@ -169,6 +170,8 @@ def test_quality_against_slots():
     assert accuracy["full"] == ([10, 30], (50, 75), (10, 10)) and distance["full"].y == (1.0, 1.5)
     assert np.isnan(distance["full"].half_widths).all()
     assert trade_off(rows[1:]) == {}
+    others = [row(10, digest="9ddf"), row(20, digest="9ddf")]
+    assert list(trade_off(rows + others)["right class, %"]) == ["full, settings 9ddf", "full, settings f257"]
 
 
 def test_what_is_not_known_is_left_empty():
@@ -233,4 +236,4 @@ def test_lines_join_rows_that_differ_in_slots_alone(tmp_path, monkeypatch):
     rows = [(name, [folder(tmp_path / name, **change)]) for name, change in changes.items()]
     compare(rows, out=tmp_path / "out", data_dir="", judge=KnowingJudge())
     ((name, points),) = drawn[0]["right class, %"].items()
-    assert name.startswith("full, K = 4, ") and list(points.x) == [5, 10]
+    assert name == "full, K = 4" and list(points.x) == [5, 10]

@@ -3,6 +3,7 @@
 import functools
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -37,13 +38,20 @@ class Folder(NamedTuple):
     protocol: Mapping[str, Any]
 
 
+class Curve(NamedTuple):
+    """All settings of a MergeAR sampling but the store's size."""
+
+    name: str  # policy and K
+    digest: str  # of the others
+
+
 class Row(NamedTuple):
     """One line of the table."""
 
     name: str
     quality: Quality
     sets: int
-    curve: str | None = None  # policy of a store that can be full, and all else but its slots
+    curve: Curve | None = None  # of a store that can be full
     slots: int | None = None
     cache_bytes: int | None = None  # keys and values for one image
     seconds: float | None = None  # for one image, in batches, of the fastest set
@@ -189,23 +197,25 @@ def _row(
     )
 
 
-def _curve(protocol: Mapping[str, Any]) -> str | None:
-    """Name of all settings of a MergeAR sampling but the store's size."""
+def _curve(protocol: Mapping[str, Any]) -> Curve | None:
     if protocol["generator"]["kind"] != "merge":
         return None
     sampling = {name: value for name, value in protocol["sampling"].items() if name != "capacity"}
     rest = json.dumps([protocol["fingerprint"], sampling, protocol["compute"]], sort_keys=True)
     digest = hashlib.sha256(rest.encode()).hexdigest()[:4]
-    return f"{sampling['policy']}, K = {protocol['merge_number']}, settings {digest}"
+    return Curve(f"{sampling['policy']}, K = {protocol['merge_number']}", digest)
 
 
 def trade_off(rows: Sequence[Row]) -> dict[str, dict[str, Points]]:
     """Panels of a plot: quality against slots, a line for each curve that has been drawn with several numbers."""
     groups = {curve: [row for row in rows if row.curve == curve] for curve in {row.curve for row in rows} - {None}}
+    groups = {curve: group for curve, group in sorted(groups.items()) if len({row.slots for row in group}) > 1}
+    names = Counter(curve.name for curve in groups)
     lines = {
-        curve: sorted(group, key=lambda row: row.slots)
-        for curve, group in sorted(groups.items())
-        if len({row.slots for row in group}) > 1
+        curve.name if names[curve.name] == 1 else f"{curve.name}, settings {curve.digest}": sorted(
+            group, key=lambda row: row.slots
+        )
+        for curve, group in groups.items()
     }
     measures = {
         "right class, %": lambda row: (100 * row.quality.accuracy.mean, 100 * row.quality.accuracy.half_width),
@@ -213,8 +223,8 @@ def trade_off(rows: Sequence[Row]) -> dict[str, dict[str, Points]]:
     }
     return {
         quantity: {
-            curve: Points([row.slots for row in group], *zip(*map(measure_of, group), strict=True))
-            for curve, group in lines.items()
+            name: Points([row.slots for row in group], *zip(*map(measure_of, group), strict=True))
+            for name, group in lines.items()
         }
         for quantity, measure_of in measures.items()
         if lines
