@@ -129,7 +129,7 @@ def test_tokens_without_a_direction_have_none(learner, data, one_step):
 
 
 def test_a_concept_on_either_side_learns_its_own_half_too(pipeline):
-    isolation = dataclasses.replace(CONFIG.isolation, sides=("left", "right"), own_weight=1.0)
+    isolation = dataclasses.replace(CONFIG.isolation, sides=("left", "right"), own_weight=10.0)
     config = dataclasses.replace(CONFIG, isolation=isolation)
     data, learner = encoded(pipeline, config), Learner(pipeline, config)
     batch = next(
@@ -156,7 +156,7 @@ def test_a_concept_on_either_side_learns_its_own_half_too(pipeline):
     other = Learner(pipeline, without)
     _, alone = other.step(other.init(SEED), batch, 0, data)
     assert "own_half" not in alone and value(alone, "loss") == pytest.approx(value(metrics, "loss"), rel=1e-6)
-    assert value(alone, "grad_norm") != pytest.approx(value(metrics, "grad_norm"), rel=1e-3)  # the own half's is in it
+    assert value(alone, "grad_norm") != pytest.approx(value(metrics, "grad_norm"), rel=0.01)  # the own half's is in it
     _, metrics = learner.step(state, draw(data, config, SEED, 1), 1, data)
     assert value(metrics, "isolation") > 0
 
