@@ -17,14 +17,13 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 from jax.sharding import SingleDeviceSharding
 
+from runtime_jax.messages import cut
+from runtime_jax.workdir import WorkdirError, check_free, local_path
+
 _LOG = logging.getLogger(__name__)
 _TEMPORARY = ".orbax-checkpoint-tmp"
 # How TensorStore reports files that are absent, cut short or overwritten, as against no memory or no permission.
 _DAMAGE = ("NOT_FOUND", "DATA_LOSS", "OUT_OF_RANGE", "FAILED_PRECONDITION")
-
-
-class WorkdirError(OSError):
-    """The directory of a run cannot be written, or its disk is full."""
 
 
 class CheckpointError(RuntimeError):
@@ -33,41 +32,6 @@ class CheckpointError(RuntimeError):
 
 class DamagedCheckpointError(CheckpointError):
     """Files of a checkpoint are missing or cut short."""
-
-
-def check_workdir(workdir: str | Path, min_free_bytes: int = 0) -> Path:
-    """Creates the directory of a run and makes sure that it can be written, before anything expensive is done.
-
-    Only process 0 writes, so only process 0 looks. Returns the absolute path.
-
-    Raises:
-        WorkdirError: it is a URL or no directory, a file cannot be written in it, or fewer bytes are free than that.
-    """
-    path = local_path(workdir)
-    if jax.process_index() != 0:
-        return path
-    probe = path / ".write_probe"
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        probe.write_text("probe")
-        probe.unlink()
-    except OSError as error:
-        raise WorkdirError(f"workdir {path}: cannot be written: {error.strerror} ({error.filename})") from error
-    _check_free(path, min_free_bytes, "a run")
-    return path
-
-
-def local_path(path: str | Path) -> Path:
-    """Absolute path; a URL would silently become a local folder of that name."""
-    if "://" in str(path):
-        raise WorkdirError(f"{path}: not a path of a file system; mount the bucket and give the mount point")
-    return Path(path).absolute()
-
-
-def _check_free(path: Path, needed: int, what: str) -> None:
-    free = shutil.disk_usage(path).free
-    if free < needed:
-        raise WorkdirError(f"{path}: disk full: {what} needs {needed / 2**20:.1f} MiB, {free / 2**20:.1f} MiB are free")
 
 
 class Checkpointer:
@@ -139,7 +103,7 @@ class Checkpointer:
         size = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
         self.wait()
         if jax.process_index() == 0:
-            _check_free(self.directory, size, f"checkpoint {step}")
+            check_free(self.directory, size, f"checkpoint {step}")
         args = ocp.args.Composite(
             state=ocp.args.StandardSave(state),
             loop=ocp.args.JsonSave(dict(loop or {})),
@@ -223,7 +187,7 @@ class Checkpointer:
         if differences:
             raise ValueError(
                 f"{self.path(step)} is a checkpoint of another architecture; {len(differences)} leaves differ:\n  "
-                + "\n  ".join(differences)
+                + cut(differences, "\n  ")
             )
         try:
             args = ocp.args.Composite(state=ocp.args.StandardRestore(target))
@@ -265,9 +229,9 @@ def _leaves(tree: Any) -> dict[str, tuple[tuple[int, ...], str]]:
 
 
 def _differences(saved: Mapping[str, tuple], wanted: Mapping[str, tuple]) -> list[str]:
-    """One line per leaf that is missing, extra or of another shape or dtype."""
+    """One line per leaf that is missing, extra or of another shape or dtype; parameters before what follows them."""
     lines = []
-    for path in sorted(saved.keys() | wanted.keys()):
+    for path in sorted(saved.keys() | wanted.keys(), key=lambda path: (not path.startswith("params/"), path)):
         if path not in saved:
             lines.append(f"{path}: {_shown(wanted[path])} is missing in the checkpoint")
         elif path not in wanted:

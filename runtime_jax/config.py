@@ -6,6 +6,7 @@ or ill-typed key at once; `to_dict` is the JSON-able inverse.
 """
 
 import ast
+import contextlib
 import dataclasses
 import difflib
 import inspect
@@ -13,7 +14,7 @@ import math
 import runpy
 import types
 import typing
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union
@@ -129,6 +130,42 @@ def _closest(name: Any, known: Iterable[Any]) -> str:
     """'; did you mean ...?' for the known name closest to `name`, or nothing."""
     matches = difflib.get_close_matches(str(name), [str(k) for k in known], n=1, cutoff=0.6)
     return f"; did you mean {matches[0]!r}?" if matches else ""
+
+
+@contextlib.contextmanager
+def naming(key: str) -> Iterator[None]:
+    """Puts a name in front of errors, such as the key of a config whose value they come of.
+
+    >>> with naming("evaluation.data"):
+    ...     source = open_source(config.evaluation.data.sources[0])
+    """
+    try:
+        yield
+    except ValueError as error:
+        error.args = (f"{key}: {error}", *error.args[1:])
+        raise
+
+
+def _flat(value: Any, path: str = "") -> dict[str, Any]:
+    """Leaves of nested mappings, and of sequences of mappings, by dotted path; tuples as JSON has them."""
+    if isinstance(value, list | tuple) and value and all(isinstance(item, Mapping) for item in value):
+        value = {str(place): item for place, item in enumerate(value)}
+    if isinstance(value, Mapping):
+        return {k: v for key, item in value.items() for k, v in _flat(item, f"{path}.{key}" if path else key).items()}
+    return {path: list(value) if isinstance(value, tuple) else value}
+
+
+def config_changes(saved: Mapping[str, Any], current: Mapping[str, Any]) -> dict[str, str]:
+    """Dotted keys whose values differ between two configs as `to_dict` gives them, with a line of text each.
+
+    A key that is not there means None, as before a field of that default was added.
+    """
+    old, new = _flat(saved), _flat(current)
+    return {
+        key: f"{key}: {old.get(key, 'absent')!r} -> {new.get(key, 'absent')!r}"
+        for key in sorted(old.keys() | new.keys())
+        if old.get(key) != new.get(key)
+    }
 
 
 def _type_name(kind: Any) -> str:

@@ -25,7 +25,12 @@ def replacing(path: str | os.PathLike) -> Iterator[Path]:
         partial.unlink(missing_ok=True)
 
 
+def write_text(path: str | os.PathLike, text: str) -> None:
+    """Writes a text file."""
+    with replacing(path) as new:
+        new.write_text(text, encoding="utf-8")
+
+
 def write_json(path: str | os.PathLike, fields: Mapping[str, Any]) -> None:
     """Writes a JSON file."""
-    with replacing(path) as new:
-        new.write_text(json.dumps(fields, indent=2) + "\n")
+    write_text(path, json.dumps(fields, indent=2) + "\n")

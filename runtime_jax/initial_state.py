@@ -6,7 +6,10 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from runtime_jax.checkpoint import Checkpointer, DamagedCheckpointError, check_workdir, local_path, set_aside
+from runtime_jax.checkpoint import Checkpointer, DamagedCheckpointError, set_aside
+from runtime_jax.config import config_changes
+from runtime_jax.messages import cut
+from runtime_jax.workdir import local_path, output_folder
 
 _LOG = logging.getLogger(__name__)
 
@@ -54,7 +57,7 @@ def initial_state(
         DamagedCheckpointError: no checkpoint of the workdir can be read, or `resume_from` cannot.
         WorkdirError: the workdir cannot be written.
     """
-    path = check_workdir(workdir)
+    path = output_folder(workdir)
 
     def barred(key: str) -> bool:
         return _is_under(key, must_match) and not _is_under(key, may_differ)
@@ -101,13 +104,13 @@ def _restored(
     barred: Callable[[str], bool],
 ) -> Any:
     """The state of one checkpoint, after a look at what differs between its config and this run's."""
-    changes = _config_changes(checkpointer.config(step), config)
+    changes = config_changes(checkpointer.config(step), config)
     where = f"config of {checkpointer.path(step)}"
     forbidden = [line for key, line in changes.items() if barred(key)]
     if forbidden:
-        raise ValueError(f"{where} differs from this run's in keys that must not change:\n  " + "\n  ".join(forbidden))
+        raise ValueError(f"{where} differs from this run's in keys that must not change:\n  " + cut(forbidden, "\n  "))
     if changes:
-        _LOG.warning("%s differs from this run's:\n  %s", where, "\n  ".join(changes.values()))
+        _LOG.warning("%s differs from this run's:\n  %s", where, cut(changes.values(), "\n  "))
     checkpointer.loop(step)  # if it is damaged, this is the time to find out
     return checkpointer.restore(abstract_state, step)
 
@@ -115,25 +118,6 @@ def _restored(
 def _is_under(key: str, prefixes: Sequence[str]) -> bool:
     """Whether one of the prefixes is the key or a part of the config that the key is in."""
     return any(fnmatch.fnmatchcase(f"{key}.", f"{prefix}.*") for prefix in prefixes)
-
-
-def _flat(value: Any, path: str = "") -> dict[str, Any]:
-    """Leaves of nested mappings, and of sequences of mappings, by dotted path; tuples as JSON has them."""
-    if isinstance(value, list | tuple) and value and all(isinstance(item, Mapping) for item in value):
-        value = {str(place): item for place, item in enumerate(value)}
-    if isinstance(value, Mapping):
-        return {k: v for key, item in value.items() for k, v in _flat(item, f"{path}.{key}" if path else key).items()}
-    return {path: list(value) if isinstance(value, tuple) else value}
-
-
-def _config_changes(saved: Mapping[str, Any], current: Mapping[str, Any]) -> dict[str, str]:
-    """Dotted keys whose values differ, with a line of text each."""
-    old, new = _flat(saved), _flat(current)
-    return {
-        key: f"{key}: {old.get(key, 'absent')!r} -> {new.get(key, 'absent')!r}"
-        for key in sorted(old.keys() | new.keys())
-        if key not in old or key not in new or old[key] != new[key]
-    }
 
 
 def _locate(path: str | Path) -> tuple[Path, int | None]:

@@ -18,9 +18,10 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from runtime_jax.checkpoint import Checkpointer, check_workdir
+from runtime_jax.checkpoint import Checkpointer
 from runtime_jax.config import Duration
 from runtime_jax.logging import IntervalMeans, MetricWriter, Progress, Stopwatch
+from runtime_jax.workdir import output_folder
 
 Batch = Mapping[str, Any]
 Metrics = Mapping[str, tuple[Any, Any]]
@@ -94,7 +95,8 @@ def run(
             interval is logged as `data/skipped` where it is not 0 (on process 0, of its own share).
         shard: host batch -> device batch.
         preview: (state, step) -> images [H, W, 3] uint8 by name; called every `preview_every` steps and at the end.
-        evaluate: (state, step) -> numbers by name, logged as `eval/<name>`; every `eval_every` steps and at the end.
+        evaluate: (state, step) -> numbers by name, logged as `eval/<name>`; every `eval_every` steps and at the end. A
+            FloatingPointError of it, or of `preview`, is told and does not end the run.
         variant: step -> key of the program that `train_step` runs. The first step of each key compiles and is left out
             of the reported times.
         flops_per_step: floating-point operations of a step over all devices, for the MFU; a function of the step where
@@ -108,7 +110,7 @@ def run(
         FloatingPointError: `max_nonfinite` updates in a row were skipped; names the steps.
         WorkdirError: the workdir cannot be written or the disk is full (found out before compiling, if possible).
     """
-    path = check_workdir(workdir, config.min_free_bytes)
+    path = output_folder(workdir, config.min_free_bytes)
     with contextlib.ExitStack() as stack:
         progress = stack.enter_context(Progress(start_step, total_steps))
         if start_step >= total_steps:
@@ -287,15 +289,24 @@ class _Run:
     def look(self, state: Any, number: int) -> None:
         """Evaluates and draws what is due after this step."""
         if self.evaluate is not None and self.due(number, self.config.eval_every):
-            numbers = {f"{_EVAL}{key}": float(value) for key, value in (self.evaluate(state, number) or {}).items()}
+            found = self.looked(lambda: self.evaluate(state, number), number, "evaluation")
+            numbers = {f"{_EVAL}{key}": float(value) for key, value in found.items()}
             if numbers:
                 self.writer.scalars(number, numbers)
                 self.progress.say(
                     "  ".join([f"step {number}", *(f"{key} {value:.4g}" for key, value in numbers.items())])
                 )
         if self.preview is not None and self.due(number, self.config.preview_every):
-            for name, image in (self.preview(state, number) or {}).items():
+            for name, image in self.looked(lambda: self.preview(state, number), number, "preview").items():
                 self.writer.images(number, name, image)
+
+    def looked(self, look: Callable[[], Mapping[str, Any] | None], number: int, what: str) -> Mapping[str, Any]:
+        """What an evaluation or a preview gives; it does not end the run where its values are not finite."""
+        try:
+            return look() or {}
+        except FloatingPointError as error:
+            self.progress.say(f"step {number}: no {what}: {error}")
+            return {}
 
     def save(self, state: Any, number: int, looked: bool) -> None:
         """Starts to write a checkpoint; the lines about the steps up to it are on disk by now."""

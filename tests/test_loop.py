@@ -19,9 +19,10 @@ import pytest
 import toy_run
 
 from runtime_jax import loop
-from runtime_jax.checkpoint import Checkpointer, WorkdirError
+from runtime_jax.checkpoint import Checkpointer
 from runtime_jax.config import ConfigError, Duration, build
 from runtime_jax.logging import MetricWriter
+from runtime_jax.workdir import WorkdirError
 
 
 def lines(workdir: Path) -> list[dict]:
