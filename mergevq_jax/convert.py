@@ -9,6 +9,7 @@ import numpy as np
 
 from mergevq_jax.generator.config import GeneratorConfig
 from mergevq_jax.tokenizer.config import TokenizerConfig
+from runtime_jax.published import recognized, unwrapped
 from runtime_jax.weights import CONV, LINEAR, POINTWISE, Rule, WeightError, layer, norm, prefixed
 
 
@@ -135,9 +136,11 @@ def from_released(tensors: Mapping[str, np.ndarray], *, ema: bool = True) -> dic
     Raises:
       WeightError: no encoder in it, or no moving average where one is asked for.
     """
-    own = {name: array for name, array in tensors.items() if name.startswith(("encoder.", "decoder.", "recovery."))}
+    parts = ("encoder.", "decoder.", "recovery.")
+    tensors = unwrapped(tensors, lambda name: name.startswith(parts))
+    own = {name: array for name, array in tensors.items() if name.startswith(parts)}
     if not own:
-        raise WeightError(f"no encoder.* or decoder.* among the {len(tensors)} tensors: not a stage-1 checkpoint")
+        raise WeightError(f"no encoder.* or decoder.* among the {len(tensors)} tensors: {_no_stage(1, tensors)}")
     if not ema:
         return own
     averaged = {name: "model_ema." + name.replace(".", "") for name in own}
@@ -156,7 +159,13 @@ def generator_from_released(tensors: Mapping[str, np.ndarray]) -> dict[str, np.n
       WeightError: no generator in it.
     """
     prefix = "transformer."
+    tensors = unwrapped(tensors, lambda name: name.startswith(prefix))
     own = {name.removeprefix(prefix): array for name, array in tensors.items() if name.startswith(prefix)}
     if not own:
-        raise WeightError(f"no {prefix}* among the {len(tensors)} tensors: not a stage-2 checkpoint")
+        raise WeightError(f"no {prefix}* among the {len(tensors)} tensors: {_no_stage(2, tensors)}")
     return own
+
+
+def _no_stage(stage: int, tensors: Mapping[str, np.ndarray]) -> str:
+    what = recognized(tensors)
+    return f"not a stage-{stage} checkpoint" + (f", but {what}" if what else "")

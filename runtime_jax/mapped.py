@@ -8,12 +8,14 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from runtime_jax.weights import WeightError
+from runtime_jax.weights import WeightError, not_safetensors
 
 _DTYPES = {
     "BOOL": np.bool_,
     "I32": np.int32,
     "I64": np.int64,
+    "F8_E4M3": jnp.float8_e4m3fn,
+    "F8_E5M2": jnp.float8_e5m2,
     "F16": np.float16,
     "BF16": jnp.bfloat16,
     "F32": np.float32,
@@ -37,7 +39,7 @@ def map_safetensors(path: str | os.PathLike) -> dict[str, np.ndarray]:
         with safe_open(path, framework="numpy"):
             pass  # checks the header and that it covers the file exactly
     except SafetensorError as error:
-        raise WeightError(f"{path}: not a readable safetensors file ({error})") from error
+        raise WeightError(f"{path}: {not_safetensors(path, error)}") from error
     # The layout: the header's size as 8 bytes, little end first, the header as JSON, the tensors' bytes.
     with path.open("rb") as file:
         start = 8 + int.from_bytes(file.read(8), "little")

@@ -8,6 +8,7 @@ other `{name}` for one path component; `[i]` at the end of a target component is
     *joined(("to_q.weight", "to_k.weight", "to_v.weight"), "qkv/kernel", LINEAR)   # three source tensors in one
 """
 
+import functools
 import json
 import os
 import re
@@ -23,6 +24,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from runtime_jax.files import replacing
+from runtime_jax.messages import cut
+from runtime_jax.published import recognized, unreadable, unwrapped
 
 
 class WeightError(ValueError):
@@ -155,6 +158,8 @@ def import_weights(
 ) -> dict[str, Any]:
     """Fills a parameter tree from a state dict.
 
+    Names may have a wrapper's prefix (`published.unwrapped`), which is taken off where nothing fits otherwise.
+
     Args:
       table: rules; every source name must match exactly one, or a regular expression of `ignore`.
       source: state dict; arrays are taken as they are (no cast).
@@ -162,8 +167,10 @@ def import_weights(
       ignore: regular expressions (full match) of source names that are left out on purpose.
 
     Raises:
-      WeightError: names without a rule, leaves not filled or filled twice, shapes that differ, all listed together.
+      WeightError: names without a rule, leaves not filled or filled twice, shapes that differ, listed together; or what
+        the state dict is instead.
     """
+    source = unwrapped(source, functools.partial(fits, table))
     expected = {path: tuple(leaf.shape) for path, leaf in traverse_util.flatten_dict(shapes, sep="/").items()}
     ignored = [re.compile(pattern) for pattern in ignore]
     found: dict[str, set[_Slot]] = {}
@@ -202,8 +209,22 @@ def import_weights(
             leaves[path][_region(expected[path], place, rule.part)] = value
     errors += _missing(table, expected, found)
     if errors:
-        raise WeightError("the weights do not fit the model:\n  " + "\n  ".join(errors))
+        raise WeightError(_misfit(source, fits_any=bool(found), errors=errors))
     return traverse_util.unflatten_dict(leaves, sep="/")
+
+
+def fits(table: Sequence[Rule], name: str) -> bool:
+    """Whether a source name is of one of the rules."""
+    return any(rule.to_target(name) is not None for rule in table)
+
+
+def _misfit(source: Mapping[str, np.ndarray], fits_any: bool, errors: Sequence[str]) -> str:
+    """What is wrong; of a state dict of which nothing fits, what it is is enough."""
+    what = recognized(source, changed_only=fits_any)
+    if what and not fits_any:
+        return f"the weights do not fit the model: they are {what}"
+    note = f" (they are {what})" if what else ""
+    return f"the weights do not fit the model{note}:\n  " + cut(errors, "\n  ")
 
 
 def _overlap(one: _Slot, other: _Slot) -> bool:
@@ -263,7 +284,7 @@ def export_weights(table: Sequence[Rule], params: Any) -> dict[str, np.ndarray]:
                 value = rule.transform.inverse(array[_region(array.shape, place, rule.part)])
                 result[rule.to_source(path, place)] = np.asarray(value, order="C")
     if errors:
-        raise WeightError("the parameters cannot be exported:\n  " + "\n  ".join(errors))
+        raise WeightError("the parameters cannot be exported:\n  " + cut(errors, "\n  "))
     return result
 
 
@@ -287,7 +308,16 @@ def read_safetensors(path: str | os.PathLike) -> tuple[dict[str, np.ndarray], di
         with safe_open(path, framework="numpy") as file:
             return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
     except SafetensorError as error:
-        raise WeightError(f"{path}: not a readable safetensors file ({error})") from error
+        raise WeightError(f"{path}: {not_safetensors(path, error)}") from error
+
+
+def not_safetensors(path: Path, error: SafetensorError) -> str:
+    """What is said of a file that is no safetensors file."""
+    return (
+        f"not a readable safetensors file, but {what}"
+        if (what := unreadable(path))
+        else (f"not a readable safetensors file ({error})")
+    )
 
 
 def write_safetensors(path: str | os.PathLike, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> None:

@@ -145,7 +145,7 @@ def test_single_files_of_flux(pipeline, copy, tmp_path, monkeypatch):
     # A folder that has no such parts at all: the configs are FLUX's own.
     for part in files:
         shutil.rmtree(copy / part)
-    with pytest.raises(WeightError, match=r"flux1-dev.safetensors: the weights do not fit"):
+    with pytest.raises(WeightError, match=r"flux1-dev.safetensors, for the transformer: the weights do not fit"):
         Pipeline.from_pretrained(copy, **files)
     monkeypatch.setattr(model, "PRESETS", {"dev": FLUX, "schnell": None})
     monkeypatch.setattr(autoencoder, "AutoencoderConfig", lambda: VAE)

@@ -24,7 +24,9 @@ from runtime_jax.config import build, to_dict
 from runtime_jax.files import write_json
 from runtime_jax.hub import local_path
 from runtime_jax.mapped import map_safetensors
-from runtime_jax.weights import WeightError, export_weights, import_weights, write_safetensors
+from runtime_jax.messages import cut
+from runtime_jax.published import unwrapped
+from runtime_jax.weights import WeightError, export_weights, fits, import_weights, write_safetensors
 from tokenverse_jax import autoencoder, model
 from tokenverse_jax.convert import text_encoders
 from tokenverse_jax.convert.autoencoder import FLUX as FLUX_AUTOENCODER
@@ -72,7 +74,9 @@ class Kind:
 
 
 def _convert_autoencoder(source: Tensors, config: autoencoder.AutoencoderConfig) -> Params:
-    table = FLUX_AUTOENCODER if "encoder.mid.attn_1.q.weight" in source else diffusers_table(config)
+    tables = FLUX_AUTOENCODER, diffusers_table(config)
+    source = unwrapped(source, functools.partial(fits, sum(tables, ())))
+    table = tables[0] if "encoder.mid.attn_1.q.weight" in source else tables[1]
     return import_weights(table, source, _autoencoder_shapes(config))
 
 
@@ -178,8 +182,8 @@ def locate(folder: Path, parts: Sequence[str], single: Mapping[str, Path]) -> di
     missing = [path for path in needed if not path.is_file()]
     missing += [folder / name for name in TOKENIZERS if not any((folder / name).glob("*"))]
     if missing:
-        shown = "".join(f"\n  {path.relative_to(folder) if folder in path.parents else path}" for path in missing)
-        raise WeightError(f"{folder}: not a whole FLUX pipeline in diffusers' layout; missing:{shown}")
+        shown = cut((str(path.relative_to(folder) if folder in path.parents else path) for path in missing), "\n  ")
+        raise WeightError(f"{folder}: not a whole FLUX pipeline in diffusers' layout; missing:\n  {shown}")
     found = read_json(folder / INDEX).get("_class_name")
     if found != PIPELINE_CLASS:
         raise WeightError(f"{folder / INDEX}: _class_name is {found!r}, but a {PIPELINE_CLASS} is needed")
@@ -233,7 +237,7 @@ def read_part(part: str, config: Any, files: Sequence[Path], *, dtype: str, mesh
     try:
         return Part(config, _place(KINDS[part].convert(tensors, config), KINDS[part].rules, dtype, mesh))
     except WeightError as error:
-        raise WeightError(f"{', '.join(map(str, files))}: {error}") from None
+        raise WeightError(f"{cut(map(str, files))}, for the {part}: {error}") from None
 
 
 def _place(params: Params, rules: Sequence[sharding.Rule], dtype: str, mesh: Mesh | None) -> Params:

@@ -3,12 +3,14 @@
 Arrays keep their dtype: bfloat16 files give bfloat16 parameters.
 """
 
+import functools
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
-from runtime_jax.weights import LINEAR, Rule, Transform, import_weights, joined, layer
+from runtime_jax.published import unwrapped
+from runtime_jax.weights import LINEAR, Rule, Transform, fits, import_weights, joined, layer
 from tokenverse_jax.layers import MLP_RATIO
 from tokenverse_jax.model import FluxConfig, param_shapes
 
@@ -103,4 +105,5 @@ def convert_transformer(source: Mapping[str, np.ndarray], config: FluxConfig) ->
     Raises:
       WeightError: names or shapes do not fit.
     """
+    source = unwrapped(source, functools.partial(fits, (*FLUX, *DIFFUSERS)))
     return import_weights(FLUX if "img_in.weight" in source else DIFFUSERS, source, param_shapes(config))
