@@ -288,47 +288,6 @@ def test_a_picture_smaller_than_the_crop_is_enlarged():
 
 
 @pytest.mark.parametrize(
-    ("mode", "color", "rgb"),
-    [
-        ("L", 90, (90, 90, 90)),
-        ("LA", (90, 51), (222, 222, 222)),  # a fifth of 90, four fifths of white
-        ("RGBA", (90, 0, 255, 51), (222, 204, 255)),
-        ("1", 1, (255, 255, 255)),
-        ("1", 0, (0, 0, 0)),
-        ("CMYK", (0, 255, 0, 0), (255, 0, 255)),
-        ("I;16", 0x5AFF, (0x5A, 0x5A, 0x5A)),
-        ("I;16", 0xFFFF, (255, 255, 255)),
-    ],
-)
-def test_every_mode_becomes_rgb(mode, color, rgb):
-    image = Image.new(mode, (8, 6), color)
-    decoded = decode_image(encoded(image, "JPEG", quality=100) if mode == "CMYK" else encoded(image))
-    assert decoded.shape == (6, 8, 3) and decoded.dtype == np.uint8
-    np.testing.assert_allclose(decoded, np.broadcast_to(rgb, decoded.shape), atol=1)
-
-
-def test_16_bits_are_cut_to_8_pixel_by_pixel():
-    values = (np.arange(48, dtype=np.uint16) * 1365).reshape(6, 8)
-    assert np.array_equal(decode_image(encoded(Image.fromarray(values)))[..., 0], values >> 8)
-
-
-def test_a_palette_becomes_its_colors():
-    image = Image.new("P", (8, 6), 1)
-    image.putpalette([0, 0, 0, 10, 200, 30])
-    assert (decode_image(encoded(image)) == (10, 200, 30)).all()
-    assert (decode_image(encoded(image, transparency=1)) == 255).all()
-
-
-def test_transparency_is_white_and_exif_is_obeyed(tmp_path):
-    Image.new("RGBA", (4, 4), (255, 0, 0, 0)).save(tmp_path / "clear.png")
-    assert (decode_image((tmp_path / "clear.png").read_bytes()) == 255).all()
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    Image.new("RGB", (8, 6)).save(tmp_path / "turned.jpg", exif=exif)
-    assert decode_image((tmp_path / "turned.jpg").read_bytes()).shape == (8, 6, 3)
-
-
-@pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"batch_size": 0}, "batch_size is 0"),

@@ -19,6 +19,7 @@ from mergevq_jax.generator.config import GeneratorConfig
 from mergevq_jax.tokenize import TokensFolder, open_tokens
 from mergevq_jax.tokenizer.model import Tokenizer
 from runtime_jax import data as image_data
+from runtime_jax.config import config_changes
 from runtime_jax.data import DataConfig, open_source, read_batches
 from runtime_jax.prng import Stream, host_rng
 
@@ -106,7 +107,8 @@ def _require_one_source(infos: dict[str, dict[str, Any]]) -> None:
         raise ValueError("data.folders is empty: name the folders that mergevq tokenize wrote")
     (first, info), *others = infos.items()
     for path, other in others:
-        if differing := [key for key in ("source", "images", "tokenizer") if other[key] != info[key]]:
+        keys = ("source", "images", "tokenizer")
+        if differing := config_changes(*({key: one[key] for key in keys} for one in (info, other))):
             raise ValueError(f"{path} and {first} do not belong together: another {', '.join(differing)}")
     keeps = [info["keep"] for info in infos.values()]
     if len(set(keeps)) < len(keeps):

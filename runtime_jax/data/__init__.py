@@ -1,5 +1,7 @@
 """Data: sources of pictures, and batches that are a pure function of the step."""
 
+from runtime_jax.data.folder import image_files
+from runtime_jax.data.picture import decode_image, image_size
 from runtime_jax.data.pipeline import (
     Batches,
     DataConfig,
@@ -14,7 +16,6 @@ from runtime_jax.data.sources import (
     MissingDatasetError,
     Source,
     SourceConfig,
-    decode_image,
     open_source,
     photo_region,
 )
@@ -28,6 +29,8 @@ __all__ = [
     "SourceConfig",
     "center_crop",
     "decode_image",
+    "image_files",
+    "image_size",
     "make_batches",
     "num_examples",
     "open_source",

@@ -37,10 +37,20 @@ class DataConfig:
     flip: bool = False
     num_workers: int = 0
 
+    def __post_init__(self):
+        for name in ("image_size", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}, it must be at least 1")
+        if self.num_workers < 0:
+            raise ValueError(f"num_workers is {self.num_workers}, it must not be negative")
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"seed is {self.seed}, allowed are 0 to 2**32 - 1")
+        if not self.sources:
+            raise ValueError("sources is empty: name at least one source")
+
 
 def num_examples(config: DataConfig) -> int:
     """Examples in one epoch: the sum over the sources (a photograph counts as CROPS_PER_PHOTO crops)."""
-    _check(config)
     return sum(len(open_source(source)) for source in config.sources)
 
 
@@ -54,7 +64,6 @@ def make_batches(config: DataConfig, start_step: int, *, process_index: int = 0,
     Raises:
         ValueError: a bad config, a missing source, or a batch that the hosts do not divide.
     """
-    _check(config)
     return read_batches(
         _stream(config),
         _stack,
@@ -131,18 +140,6 @@ class Batches(Iterator[Batch]):
         if len(self.skipped).bit_length() > before.bit_length():
             listed = ", ".join(list(self.skipped)[:5])
             warnings.warn(f"{len(self.skipped)} unreadable image file(s) replaced so far: {listed}", stacklevel=3)
-
-
-def _check(config: DataConfig) -> None:
-    for name in ("image_size", "batch_size"):
-        if getattr(config, name) < 1:
-            raise ValueError(f"data.{name} is {getattr(config, name)}, it must be at least 1")
-    if config.num_workers < 0:
-        raise ValueError(f"data.num_workers is {config.num_workers}, it must not be negative")
-    if not 0 <= config.seed < 2**32:
-        raise ValueError(f"data.seed is {config.seed}, allowed are 0 to 2**32 - 1")
-    if not config.sources:
-        raise ValueError("data.sources is empty: name at least one source")
 
 
 def _stream(config: DataConfig) -> grain.MapDataset:

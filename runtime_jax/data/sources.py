@@ -6,15 +6,15 @@ the dataset has one, and "skipped" naming the unreadable files that stood in the
 
 import dataclasses
 import importlib.util
-import io
 from pathlib import Path
 from typing import Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import UInt8
-from PIL import Image, ImageOps
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+from runtime_jax.data.folder import FolderSource
+from runtime_jax.data.picture import decode_image
+
 # Pixels (left, top, right, bottom) of the 640 x 427 photographs: what training may see, and what it never sees.
 PHOTO_REGIONS = {
     "china.jpg": {"train": (0, 0, 427, 427), "held_out": (427, 0, 640, 427)},
@@ -29,11 +29,12 @@ class SourceConfig:
     """One source of pictures.
 
     kind "tfds": `name` is a prepared TFDS dataset ("mini_scenes/64", "imagenet2012") under `data_dir`, read by `split`.
-    kind "folder": `path` holds one sub-folder per class (labels in sorted order) or images directly (label -1).
+    kind "folder": `path` holds one sub-folder per class (see `FolderSource`) or images directly (label -1).
     kind "photos": crops of scikit-learn's china.jpg and flower.jpg; `split` is "train" or "held_out" (label -1).
     weight: share of the examples drawn from here, relative to the other sources.
     crop_scale: side of a random crop relative to the picture's shorter side, drawn log-uniformly between the two;
         None is (0.25, 1) for photos, which are large and few, and (1, 1) for the others.
+    classes: of kind "folder", the names of the labels 0, 1, ..., which may have no images here; None: the sub-folders.
     """
 
     kind: Literal["tfds", "folder", "photos"]
@@ -43,6 +44,11 @@ class SourceConfig:
     data_dir: str = "data"
     weight: float = 1.0
     crop_scale: tuple[float, float] | None = None
+    classes: tuple[str, ...] | None = None
+
+    def __post_init__(self):
+        if self.classes is not None and (self.kind != "folder" or len(set(self.classes)) < len(self.classes)):
+            raise ValueError(f"classes={self.classes}: for kind 'folder' only, and each name once")
 
     @property
     def scale(self) -> tuple[float, float]:
@@ -90,35 +96,10 @@ def open_source(config: SourceConfig) -> Source:
     if config.kind == "tfds":
         return TfdsSource(config.name, config.split, config.data_dir)
     if config.kind == "folder":
-        return FolderSource(config.path)
+        return FolderSource(config.path, config.classes)
     if config.kind == "photos":
         return PhotoSource(config.split)
     raise ValueError(f"source: kind is {config.kind!r}, allowed are 'tfds', 'folder', 'photos'")
-
-
-def decode_image(data: bytes) -> UInt8[np.ndarray, "H W 3"]:
-    """Encoded picture -> uint8 [H, W, 3]: upright by its EXIF tag, transparency over white, 16 bits cut to 8.
-
-    Raises:
-        ValueError: not a picture, or a damaged one.
-    """
-    try:
-        return _decode(data)
-    except MemoryError:
-        raise
-    except Exception as error:  # Pillow's parsers raise errors of any kind, from struct.error to SyntaxError
-        raise ValueError(f"not a readable image ({error})") from error
-
-
-def _decode(data: bytes) -> np.ndarray:
-    with Image.open(io.BytesIO(data)) as image:
-        image = ImageOps.exif_transpose(image)
-        if image.mode.startswith("I;16"):
-            image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-        if "A" in image.getbands() or "transparency" in image.info:
-            image = image.convert("RGBA")
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-        return np.asarray(image.convert("RGB"))
 
 
 class TfdsSource:
@@ -170,40 +151,6 @@ def _recipe(name: str, data_dir: str) -> str:
     if name.split("/")[0] == "mini_scenes":
         return f"runtime_jax.data.mini_scenes.prepare({data_dir!r}, size) writes it"
     return f"write it with: tfds build {name} --data_dir={data_dir} --file_format=array_record"
-
-
-class FolderSource:
-    """Images in a folder; an unreadable file is replaced by the next readable one and named in "skipped"."""
-
-    def __init__(self, path: str):
-        root = Path(path)
-        if not path or not root.is_dir():
-            raise ValueError(f"image folder {path!r} does not exist or is not a folder")
-        files = sorted(f for f in root.rglob("*") if f.suffix.lower() in SUFFIXES and f.is_file())
-        if not files:
-            raise ValueError(f"image folder {path!r} holds no image ({', '.join(SUFFIXES)}), sub-folders included")
-        self._root = root
-        self._files = [f.relative_to(root) for f in files]
-        self._folders = sorted({f.parts[0] for f in self._files if len(f.parts) > 1})
-        self.classes = self._folders if all(len(f.parts) > 1 for f in self._files) else None
-        # Ends with an error, before any training, when no file at all can be read.
-        self[0]
-
-    def __len__(self) -> int:
-        return len(self._files)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        skipped = []
-        for step in range(len(self)):
-            file = self._files[(index + step) % len(self)]
-            try:
-                image = decode_image((self._root / file).read_bytes())
-            except (OSError, ValueError):
-                skipped.append(str(self._root / file))
-                continue
-            label = self._folders.index(file.parts[0]) if len(file.parts) > 1 else -1
-            return {"image": image, "label": label, "skipped": tuple(skipped)}
-        raise ValueError(f"image folder {str(self._root)!r}: none of its {len(self)} images can be read")
 
 
 class PhotoSource:

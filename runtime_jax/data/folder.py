@@ -1,0 +1,145 @@
+"""Folders of images, by the usual conventions: a sub-folder is a class, hidden files are none, links are followed."""
+
+import functools
+import logging
+import os
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from PIL import Image
+
+from runtime_jax.data.picture import decode_image
+from runtime_jax.messages import cut
+
+_LOG = logging.getLogger(__name__)
+# What systems and programs leave in folders, besides names that begin with a dot.
+LITTER = {"__MACOSX", "$RECYCLE.BIN", "System Volume Information", "lost+found", "Thumbs.db", "desktop.ini"}
+# Formats that Pillow knows without reading pixels (or only by another program, which no unknown file should start).
+_UNREAD = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}
+
+
+@functools.cache
+def suffixes() -> frozenset[str]:
+    """Suffixes of pictures, in lower case: those of every format that Pillow reads."""
+    Image.init()
+    return frozenset(
+        suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN.keys() - _UNREAD
+    )
+
+
+def image_files(root: Path) -> list[Path]:
+    """The pictures in a folder and its sub-folders, as paths within it, in order of their names."""
+    return _scan(root).files
+
+
+class _Found(NamedTuple):
+    """What is in a folder; paths within it."""
+
+    files: list[Path]
+    folders: list[str]  # directly in it
+    passed_over: Counter[str]  # what is no picture, by the reason
+
+
+def _scan(root: Path) -> _Found:
+    found = _Found([], [], Counter())
+
+    def visit(folder: Path, ancestors: tuple[tuple[int, int], ...]) -> None:
+        status = os.stat(root / folder)
+        ancestors = (*ancestors, (status.st_dev, status.st_ino))
+        with os.scandir(root / folder) as entries:
+            entries = sorted(entries, key=lambda entry: entry.name)
+        for entry in entries:
+            path, suffix = folder / entry.name, os.path.splitext(entry.name)[1].lower()
+            if entry.name.startswith(".") or entry.name in LITTER:
+                found.passed_over["hidden"] += 1
+            elif entry.is_dir():
+                if entry.is_symlink() and (entry.stat().st_dev, entry.stat().st_ino) in ancestors:
+                    found.passed_over["links to a folder that they are in"] += 1
+                    continue
+                if folder == Path():
+                    found.folders.append(entry.name)
+                visit(path, ancestors)
+            elif not entry.is_file():
+                found.passed_over["broken links" if entry.is_symlink() else "no files"] += 1
+            elif suffix in suffixes():
+                found.files.append(path)
+            else:
+                found.passed_over[suffix or "without suffix"] += 1
+
+    visit(Path(), ())
+    return found
+
+
+def _natural(names: Sequence[str]) -> list[str]:
+    """Names in order, by value where all are numbers."""
+    if all(name.isdecimal() for name in names):
+        return sorted(names, key=lambda name: (int(name), name))
+    return sorted(names)
+
+
+class FolderSource:
+    """Images in a folder; an unreadable file is replaced by the next readable one and named in "skipped".
+
+    With images in sub-folders only, these are the classes, whether they hold images or not: in order of their names, or
+    of their numbers where all names are numbers. What was passed over is logged once, with its count.
+    """
+
+    def __init__(self, path: str, classes: Sequence[str] | None = None):
+        """Looks what there is, and makes sure that one image can be read.
+
+        Args:
+            path: of the folder.
+            classes: names of the labels 0, 1, ...; None: those of the sub-folders.
+
+        Raises:
+            ValueError: no folder, nothing readable in it, or images outside of `classes`, if these are given.
+        """
+        root = Path(path)
+        if not path or not root.is_dir():
+            raise ValueError(f"image folder {path!r} does not exist or is not a folder")
+        found = _scan(root)
+        if not found.files:
+            passed = f" (passed over: {_counted(found.passed_over)})" if found.passed_over else ""
+            raise ValueError(f"image folder {path!r} holds no image that Pillow reads, sub-folders included{passed}")
+        self._root, self._files = root, found.files
+        outside = sum(len(file.parts) == 1 for file in found.files)
+        names = _natural(found.folders) if classes is None else list(classes)
+        if classes is not None and (outside or not set(found.folders) <= set(names)):
+            unknown = [*(["(none)"] if outside else []), *sorted(set(found.folders) - set(names))]
+            raise ValueError(f"image folder {path!r}: images of classes that are not in `classes`: {cut(unknown)}")
+        self.classes = None if outside else names
+        self._labels = {name: label for label, name in enumerate(names)}
+        empty = sorted(set(names) - {file.parts[0] for file in found.files}) if self.classes else []
+        _tell_once(path, _counted(found.passed_over), cut(empty))
+        # Ends with an error, before any training, when no file at all can be read.
+        self[0]
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        skipped = []
+        for step in range(len(self)):
+            file = self._files[(index + step) % len(self)]
+            try:
+                image = decode_image((self._root / file).read_bytes())
+            except (OSError, ValueError):
+                skipped.append(str(self._root / file))
+                continue
+            label = self._labels[file.parts[0]] if len(file.parts) > 1 else -1
+            return {"image": image, "label": label, "skipped": tuple(skipped)}
+        raise ValueError(f"image folder {str(self._root)!r}: none of its {len(self)} images can be read")
+
+
+def _counted(passed_over: Counter[str]) -> str:
+    return cut([f"{count} {reason}" for reason, count in passed_over.most_common()])
+
+
+@functools.cache
+def _tell_once(path: str, passed_over: str, empty: str) -> None:
+    """Once for each folder in a process: a run opens its sources several times."""
+    notes = [f"passed over {passed_over}"] * bool(passed_over) + [f"classes without images: {empty}"] * bool(empty)
+    if notes:
+        _LOG.warning("image folder %s: %s", path, "; ".join(notes))
