@@ -95,6 +95,17 @@ def test_words_are_found_whatever_their_case():
         file.concept("cat")
 
 
+def test_words_are_found_whatever_their_unicode_form():
+    file = make_file(make_concept("Cafe\u0301"), make_concept("dog\u2019s"))
+    assert file.concept("caf\u00e9") is file.concepts[0]
+    assert file.concept("DOG'S#1") is file.concepts[1]
+    assert [concept.word for concept in file.concepts] == ["Cafe\u0301", "dog\u2019s"]  # as they were typed
+    with pytest.raises(ValueError, match="no concept of 'cafe' among"):
+        file.concept("cafe")
+    with pytest.raises(ValueError, match="one or more different words, got \\['caf\u00e9', 'caf\u00e9'\\]"):
+        make_file(make_concept("cafe\u0301"), make_concept("CAF\u00c9"))
+
+
 def test_the_same_word_twice_or_none():
     with pytest.raises(ValueError, match=r"one or more different words, got \['dog', 'dog'\]"):
         make_file(make_concept("dog"), make_concept("Dog"))

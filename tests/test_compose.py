@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import logging
 
 import jax
 import jax.numpy as jnp
@@ -94,6 +95,8 @@ def test_strengths_that_are_no_numbers(strength):
         (["dog", "cat"], "cat#2=f.safetensors", "cat"),  # the second cat of the prompt
         (["dog", "dog#2"], "cat=f.safetensors:dog#2", "dog#2"),
         (["dog", "dog#2"], "Dog#2=f.safetensors", "dog#2"),  # the file has one of that name
+        (["cafe\u0301", "dog's"], "caf\u00e9=f.safetensors", "cafe\u0301"),
+        (["cafe\u0301", "dog's"], "Dog\u2019s#2=f.safetensors", "dog's"),
     ],
 )
 def test_the_word_that_a_request_means(words, request_, chosen):
@@ -163,6 +166,20 @@ def test_strengths_are_factors():
     np.testing.assert_array_equal(offsets[2], concept.offset[0] * np.float32(-1.5))
     np.testing.assert_array_equal(block_offsets[:, 2], concept.block_offset[:, 0] * np.float32(-1.5))
     assert not any(part.any() for part in compose([PlacedConcept(concept, (2,), 0.0)], LENGTH)[:2])
+
+
+@pytest.mark.parametrize(
+    ("own", "asked", "shown"),
+    [(1.0, 1e9, "1e+09"), (4.0, -3.0, "-12"), (4.0, 2.5, None), (1.0, -10.0, None), (20.0, 0.1, None)],
+)
+def test_a_strength_beyond_reason_is_warned_of_once(caplog, own, asked, shown):
+    word = f"dog {own} {asked}"
+    placed = PlacedConcept(make_concept(word, strength=own), (2,), asked)
+    with caplog.at_level(logging.WARNING):
+        for _ in range(2):
+            compose([placed], LENGTH)
+    line = f"concept {word!r}: strength {shown}; usual is about 1, and beyond 10 in absolute value images tend to"
+    assert caplog.messages == ([f"{line} fall apart"] if shown else [])
 
 
 def test_concepts_on_one_token_add_up_in_any_order():

@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import logging
 
 import numpy as np
 import pytest
@@ -91,6 +92,8 @@ def test_words_and_captions_are_bound_to_tokens(tokenizer, captions):
         (CAPTIONS, ["ball#2"], "'ball#2' is not in the prompt"),
         (CAPTIONS, [], "words: one or more different words"),
         (CAPTIONS, ["ball", "Ball"], "words: one or more different words"),
+        (CAPTIONS, ["ball", "ball#1"], "words: one or more different words"),
+        (CAPTIONS, ["caf\u00e9", "cafe\u0301"], "words: one or more different words"),
         ([["a ball"], []], ["ball"], "a caption for each"),
         ([], ["ball"], "at least one image is needed"),
         ([["a ball " * 40]], ["ball"], "tokens, but the text length is 64: shorten the prompt"),
@@ -100,6 +103,13 @@ def test_words_and_captions_are_bound_to_tokens(tokenizer, captions):
 def test_captions_and_words_that_do_not_fit(tokenizer, texts, words, message):
     with pytest.raises(ValueError, match=message):
         bind_captions(tokenizer, LENGTH, texts, words, ISOLATION)
+
+
+def test_captions_and_words_with_other_quotes(tokenizer):
+    texts = ["the dog\u2019s hat", "a hat, the dog's"]
+    places = bind_captions(tokenizer, LENGTH, [texts], ["dog\u02bcs"], None).words["dog\u02bcs"]
+    found = [pieces(tokenizer, *bound) for bound in zip(texts, places, strict=True)]
+    assert found == ["dog<unk>s", "dog's"]  # T5 reads them as they are
 
 
 def test_a_template_that_changes_the_captions_tokens(tokenizer):
@@ -154,6 +164,18 @@ def test_any_number_of_prompts_is_encoded(pipeline):
     got, expected = encode_prompts(pipeline, prompts), pipeline.encode_prompts(prompts)
     for one, other in zip(got, expected, strict=True):
         np.testing.assert_allclose(one, other, atol=1e-5)
+
+
+def test_captions_that_cannot_be_read_are_warned_of_once(pipeline, caplog):
+    captions = bind_captions(pipeline.tokenizer_2, LENGTH, [["a dog and a 犬", "a dog"]], ["dog"], None)
+    with caplog.at_level(logging.WARNING):
+        for _ in range(2):
+            encode_prompts(pipeline, ["", *captions.texts, " "])
+    assert caplog.messages == [
+        "prompt 'a dog and a 犬': T5 does not know '犬'; "
+        "CLIP stops at a character that it does not know, and does not see '犬'",
+        "prompt ' ': it has only spaces or invisible characters, so nothing to draw",
+    ]
 
 
 def test_a_batch_is_a_function_of_seed_and_step(data):

@@ -1,13 +1,20 @@
 """Tokenisation and word binding, with small tokenizers of both kinds made here."""
 
+import itertools
 import json
+import logging
+import unicodedata
 
 import numpy as np
 import pytest
 import tokenizers
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from tokenizers import models, normalizers, pre_tokenizers, processors, trainers
+from transformers import PreTrainedTokenizerFast
 
-from tokenverse_jax.text import encode, find_word, load_tokenizer
+from tokenverse_jax.pretrained import SHIPPED
+from tokenverse_jax.text import INVISIBLE, encode, find_word, fold, load_tokenizer, warn_unread, word_key
 
 CORPUS = [
     "a dog and a cat on the beach",
@@ -180,6 +187,234 @@ def test_a_word_with_another_number_of_tokens(t5):
     assert len(find_word(t5, "two dogs", "dogs", num_tokens=2)) == 2
     with pytest.raises(ValueError, match=r"'dogs' has 2 tokens \(▁dog s\) in the prompt 'two dogs', but needs 1"):
         find_word(t5, "two dogs", "dogs", num_tokens=1)
+
+
+# Words of other scripts, and in other forms.
+
+HINDI = "\u0915\u0941\u0924\u094d\u0924\u093e"  # a dog; with vowels that Unicode has among the marks
+
+
+@pytest.fixture(scope="module")
+def letters():
+    """Every character is a token."""
+    tokenizer = tokenizers.Tokenizer(models.WordLevel({"<unk>": 0}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(tokenizers.Regex(r"[\s\S]"), "isolated")
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>")
+
+
+@pytest.fixture(scope="module")
+def japanese():
+    """As T5's, normalizer included; it knows some Japanese."""
+    known = ["▁", "▁dog", "dog", "▁白い", "白い", "▁犬", "犬", "犬と"]
+    known += ["と", "帽子", "T", "シャツ", "が", "、"]
+    vocabulary = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), *((piece, -1.0) for piece in known)]
+    tokenizer = tokenizers.Tokenizer(models.Unigram(vocabulary, unk_id=2))
+    tokenizer.normalizer = normalizers.NFKC()
+    spaces = pre_tokenizers.Metaspace(replacement="▁", prepend_scheme="always")
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), spaces])
+    tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>", pad_token="<pad>", unk_token="<unk>")
+
+
+@pytest.mark.parametrize(
+    ("prompt", "word", "expected"),
+    [
+        ("a cafe\u0301 cup", "café", "cafe\u0301"),
+        ("a café cup", "cafe\u0301", "café"),
+        ("cafe\u0301 cafe", "cafe", "cafe"),  # the second
+        ("cafe\u0301 cafe\u0301s", "CAFE\u0301", "cafe\u0301"),
+        ("the dog\u2019s hat", "dog's", "dog\u2019s"),
+        ("the dog's hat", "dog\u02bcs", "dog's"),
+        ("the dog\u02bcs hat", "dog", "dog"),  # no letter, although Unicode says so
+        ("the dog\uff07s hat", "dog\u00b4s", "dog\uff07s"),
+        ("a 5\u2033 \u201cnail\u201d", '5"', "5\u2033"),
+        ("a t\u2011shirt", "t-shirt", "t\u2011shirt"),
+        ("\uff44\uff4f\uff47 run", "dog", "\uff44\uff4f\uff47"),
+        ("eine STRASSE", "straße", "STRASSE"),
+        ("eine Straße hier", "STRASSE", "Straße"),
+        ("in \u0130stanbul hier", "istanbul", "\u0130stanbul"),
+        ("in istanbul hier", "\u0130STANBUL", "istanbul"),
+        ("\u0131\u015f\u0131k \u0130\u0130 dog", "dog", "dog"),  # nothing is shifted by what grows
+        ("a do\u00adg runs", "dog", "do\u00adg"),
+        ("a dog runs", "d\u200bog", "dog"),
+        ("a \u200bdog\u200b runs", "dog", "dog"),
+        ("a teddy\u00a0bear sits", "teddy bear", "teddy\u00a0bear"),
+        ("a teddy bear sits", "teddy\u2009\u00a0bear", "teddy bear"),
+        ("a dog\u2122 runs", "dog", "dog"),
+        (f"{HINDI} dog", HINDI, HINDI),
+        (unicodedata.normalize("NFD", "두 강아지가"), "강아지가", unicodedata.normalize("NFD", "강아지가")),
+        ("a dog and a DOG#", "dog\uff032", "DOG"),
+    ],
+)
+def test_words_that_look_the_same(letters, prompt, word, expected):
+    places = find_word(letters, prompt, word)
+    assert places == tuple(range(places[0], places[0] + len(expected)))
+    assert prompt[places[0] : places[-1] + 1] == expected
+
+
+@pytest.mark.parametrize(
+    ("prompt", "word", "words"),
+    [
+        ("a cafe\u0301", "cafe", "a, cafe\u0301"),
+        ("cafés", "cafe\u0301", "cafés"),
+        ("Straße", "s", "Straße"),  # half of a letter
+        ("Straße STRASSE", "hat", "Straße, STRASSE#2"),
+        ("the dog\u02bcs", "cat", "the, dog, s"),
+        ("두 강아지가", "강아지", "두, 강아지가"),  # Korean words have their particles
+        ("!", "dog", "none"),
+    ],
+)
+def test_words_that_are_others(letters, prompt, word, words):
+    with pytest.raises(ValueError, match=f"{word!r} is not in the prompt .*; its words are {words}$"):
+        find_word(letters, prompt, word)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "word", "expected"),
+    [
+        ("白い帽子と犬", "犬", ["犬"]),
+        ("白い帽子と犬", "帽子と", ["帽子", "と"]),
+        ("白い犬と犬が", "犬", ["犬"]),  # the second: the first is in a token with more
+        ("白い 犬 と帽子", "犬", ["▁犬"]),
+        ("白いdogと帽子", "DOG", ["dog"]),
+        ("Tシャツ", "\uff7c\uff6c\uff82", ["シャツ"]),
+        ("T\uff7c\uff6c\uff82と犬", "シャツ", ["シャツ"]),
+        ("白い犬、帽子", "帽子", ["帽子"]),
+        ("猫鳥、猫", "猫", ["<unk>"]),  # the second, again
+    ],
+)
+def test_words_in_text_without_spaces_are_whole_tokens(japanese, prompt, word, expected):
+    assert pieces(japanese, prompt, find_word(japanese, prompt, word)) == expected
+
+
+@pytest.mark.parametrize(
+    ("prompt", "word", "message"),
+    [
+        (
+            "白い犬と帽子",
+            "犬",
+            r"'犬' is only a part of the token '犬と' \('犬と'\) in the prompt '白い犬と帽子': "
+            r"put spaces around it, or take whole tokens: '犬と'; its words are 白い, 犬と, 帽子$",
+        ),
+        (
+            "a 猫鳥犬",
+            "猫",
+            "'猫' is only a part of the token '<unk>' .*whole tokens: '猫鳥'; its words are a, 猫鳥, 犬$",
+        ),
+        (
+            "猫鳥、犬と",
+            "猫#2",
+            "'猫#2' is only a part of the token '<unk>' .*whole tokens: '猫鳥'; its words are 猫鳥, 犬と$",
+        ),
+        ("白い帽子と帽子", "犬", "'犬' is not in the prompt .*; its words are 白い, 帽子, と, 帽子#2$"),
+        ("two dogsと帽子", "dog", "'dog' is not in the prompt .*; its words are two, dogs, と, 帽子$"),
+    ],
+)
+def test_words_in_text_without_spaces_that_share_a_token(japanese, prompt, word, message):
+    with pytest.raises(ValueError, match=message):
+        find_word(japanese, prompt, word)
+
+
+SIGNS = st.sampled_from(
+    "'\u2019\u02bcß\u0130\u0131\u0301\u0307\u00ad\u200dか\u3099\uff76\uff9e\u0e19\u0e49\u0e33\u1100\u1161\u11a8\ufb03\u0345\u037a\ufdfa"
+)
+CHARACTERS = SIGNS | st.sampled_from("\u00b4\u1ffd\u00a8\u2034") | st.characters(exclude_categories=["Cs"])
+FORMS = {form: lambda text, form=form: unicodedata.normalize(form, text) for form in ("NFC", "NFD", "NFKC", "NFKD")}
+FORMS |= {"as it is": str, "upper": str.upper, "lower": str.lower}
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    st.text(CHARACTERS, max_size=8),
+    st.text(SIGNS | st.characters(categories=["L", "N"]), min_size=1, max_size=5),
+    st.text(CHARACTERS, max_size=8),
+    st.sampled_from(sorted(FORMS)),
+)
+def test_a_word_is_found_where_it_is_in_any_text(letters, left, word, right, form):
+    word = INVISIBLE.sub("", word[:1]) + word[1:-1] + INVISIBLE.sub("", word[-1:] if word[1:] else "")
+    if not word or unicodedata.category(unicodedata.normalize("NFKC", word)[0]).startswith("M"):
+        word = f"x{word}"  # a mark would belong to the space
+    prompt = f"{left} {word} {right}"
+    start = len(left) + 1
+    for number in itertools.count(1):
+        places = find_word(letters, prompt, f"{FORMS[form](word)}#{number}")
+        assert fold(prompt[places[0] : places[-1] + 1]) == fold(word)
+        if places[0] >= start:
+            break
+    assert places == tuple(range(start, start + len(word)))
+
+
+@given(st.text(CHARACTERS), st.sampled_from(["NFC", "NFD"]))
+def test_folded_text_does_not_depend_on_its_form(text, form):
+    assert fold(unicodedata.normalize(form, text)) == fold(text)
+
+
+def test_keys_of_words():
+    assert word_key("DOG#1") == word_key("dog") == "dog"
+    assert word_key("Teddy\u00a0 bear#2") == "teddy bear#2"
+    assert word_key("Cafe\u0301\uff032") == word_key("café#2") != word_key("cafe#2")
+
+
+# What the text encoders cannot read.
+
+
+@pytest.fixture(scope="module")
+def bytes_clip(tmp_path_factory):
+    """With a token for every byte, as the real one has."""
+    folder = tmp_path_factory.mktemp("tokenizer")
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    words = [*alphabet, *(f"{letter}</w>" for letter in alphabet), "<|startoftext|>", "<|endoftext|>"]
+    (folder / "vocab.json").write_text(json.dumps({word: i for i, word in enumerate(words)}))
+    (folder / "merges.txt").write_text("#version: 0.2\n")
+    config = {"tokenizer_class": "CLIPTokenizer", "model_max_length": 77, "bos_token": "<|startoftext|>"}
+    config |= dict.fromkeys(("eos_token", "pad_token", "unk_token"), "<|endoftext|>")
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    return load_tokenizer(folder)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "length", "expected"),
+    [
+        ("", 77, None),
+        ("白い dog", 77, None),
+        (" \n\t", 77, "it has only spaces or invisible characters, so nothing to draw"),
+        ("\u200b\u00ad", 77, "it has only spaces or invisible characters, so nothing to draw"),
+        ("dog 猫鳥 魚犬", 77, "T5 does not know '猫鳥', '魚'"),
+        ("猫鳥 魚", 77, "T5 knows none of it"),
+        ("dog dog dog\u200b", 11, None),
+        ("dog dog dog", 10, "CLIP reads 10 tokens only, and does not see 'g', but T5 does"),
+        ("dog 犬 dog", 6, "CLIP reads 6 tokens only, and does not see '犬 dog', but T5 does"),
+        ("dog cat", 5, "T5 does not know 'cat'; CLIP reads 5 tokens only, and does not see 'cat', but T5 does"),
+    ],
+)
+def test_warnings_of_what_is_not_read(japanese, bytes_clip, caplog, prompt, length, expected):
+    with caplog.at_level(logging.WARNING):
+        warn_unread(bytes_clip, japanese, [prompt, prompt], length)
+        warn_unread(bytes_clip, japanese, [prompt], length)
+    assert caplog.messages == ([] if expected is None else [f"prompt {prompt!r}: {expected}"])  # once
+
+
+@pytest.mark.parametrize(
+    ("prompt", "expected"),
+    [
+        ("a star", None),
+        (
+            "a star and a 犬",
+            "T5 does not know '犬'; CLIP stops at a character that it does not know, and does not see '犬'",
+        ),
+        (
+            "a star\u2019s cafe\u0301 hat",
+            "T5 does not know '\u2019', 'e\u0301'; "
+            "CLIP stops at a character that it does not know, and does not see '\u2019s cafe\u0301 hat'",
+        ),
+        ("白い犬", "T5 knows none of it; CLIP sees none of it"),
+    ],
+)
+def test_warnings_of_the_shipped_model(caplog, prompt, expected):
+    folder = SHIPPED["tiny"]
+    with caplog.at_level(logging.WARNING):
+        warn_unread(load_tokenizer(folder / "tokenizer"), load_tokenizer(folder / "tokenizer_2"), [prompt], 40)
+    assert caplog.messages == ([] if expected is None else [f"prompt {prompt!r}: {expected}"])
 
 
 # Loading.

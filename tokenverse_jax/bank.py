@@ -34,6 +34,7 @@ from runtime_jax.weights import read_safetensors, write_safetensors
 from tokenverse_jax.concept_mod import Params
 from tokenverse_jax.layers import QKNorm
 from tokenverse_jax.model import Flux, OffsetBlocks
+from tokenverse_jax.text import word_key
 
 FORMAT = "tokenverse-concepts"
 FORMAT_VERSION = "1"
@@ -124,7 +125,7 @@ class ConceptFile:
     tool_version: str = field(default_factory=_tool_version)
 
     def __post_init__(self):
-        words = [concept.word.casefold() for concept in self.concepts]
+        words = [word_key(concept.word) for concept in self.concepts]
         if not words or len(set(words)) < len(words):
             raise ValueError(f"a concept file holds one or more different words, got {words}")
         image = self.image
@@ -132,13 +133,13 @@ class ConceptFile:
             raise ValueError(f"a concept file's image is uint8 [h, w, 3], got {image.dtype} {list(image.shape)}")
 
     def concept(self, word: str) -> Concept:
-        """The concept of a word; letter case does not matter.
+        """The concept of a word; words are compared as in `text.find_word`.
 
         Raises:
           ValueError: there is none; the message lists those that there are.
         """
         for concept in self.concepts:
-            if concept.word.casefold() == word.casefold():
+            if word_key(concept.word) == word_key(word):
                 return concept
         words = ", ".join(concept.word for concept in self.concepts)
         raise ValueError(f"no concept of {word!r} among those of the caption {self.caption!r}; there are: {words}")

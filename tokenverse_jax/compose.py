@@ -3,6 +3,8 @@
 Axes: T text tokens, J width of the text encoder, n tokens of a word, D width.
 """
 
+import functools
+import logging
 import math
 import re
 from collections import defaultdict
@@ -18,7 +20,26 @@ from tokenverse_jax.bank import Concept, ConceptFile
 from tokenverse_jax.concept_mod import Params, word_directions
 from tokenverse_jax.model import OffsetBlocks
 from tokenverse_jax.offsets import place_on_tokens
-from tokenverse_jax.text import Tokenizer, find_word
+from tokenverse_jax.text import Tokenizer, find_word, split_number, word_key
+
+_LOG = logging.getLogger(__name__)
+MAX_STRENGTH = 10.0  # beyond it, images tend to fall apart
+
+
+@functools.cache
+def warn_strength(strength: float, what: str) -> None:
+    """Logs a strength beyond reason, once in a process.
+
+    Args:
+      what: the strength's owner, as the line names it: "concept 'dog'".
+    """
+    if abs(strength) > MAX_STRENGTH:
+        _LOG.warning(
+            "%s: strength %g; usual is about 1, and beyond %g in absolute value images tend to fall apart",
+            what,
+            strength,
+            MAX_STRENGTH,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,8 +67,8 @@ class ConceptRequest:
         """
         if self.word is None and len(file.concepts) == 1:
             return file.concepts[0]
-        own = {concept.word.casefold() for concept in file.concepts}
-        word = self.target if self.target.casefold() in own else re.sub(r"#\d+$", "", self.target)
+        own = {word_key(concept.word) for concept in file.concepts}
+        word = self.target if word_key(self.target) in own else split_number(self.target)[0]
         try:
             return file.concept(self.word or word)
         except ValueError as error:
@@ -141,6 +162,8 @@ def place_recomputed(
 def compose(placed: Sequence[PlacedConcept], length: int) -> Composition:
     """Adds up the concepts of one prompt, those on the same token too; their order changes no bit.
 
+    A strength (a concept's own times that of its place) beyond reason is warned of.
+
     Args:
       placed: one or more concepts, of one base model.
       length: T.
@@ -152,6 +175,8 @@ def compose(placed: Sequence[PlacedConcept], length: int) -> Composition:
     if not placed:
         raise ValueError("no concepts to compose")
     concepts = [item.concept for item in placed]
+    for item in placed:
+        warn_strength(float(item.strength * item.concept.strength), f"concept {item.concept.word!r}")
     with_blocks = [item for item in placed if item.concept.block_offset is not None]
     for kind, values in {
         "widths": {concept.offset.shape[-1] for concept in concepts},

@@ -73,7 +73,7 @@ def bind_captions(
       ValueError: no images, captions or words; a word that a caption lacks, or has in another number of tokens than
         the first one; a caption, by itself or merged with another, that is too long.
     """
-    if not words or len({word.casefold() for word in words}) < len(words):
+    if not words or len({text.word_key(word) for word in words}) < len(words):
         raise ValueError(f"words: one or more different words of the captions are needed, got {list(words)}")
     if not captions or not all(captions):
         raise ValueError("images: at least one image is needed, and a caption for each")
