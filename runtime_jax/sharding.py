@@ -17,6 +17,8 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Shaped
 
+from runtime_jax.messages import cut
+
 MESH_AXES = ("data", "fsdp", "tensor")
 
 
@@ -92,6 +94,12 @@ def partition_spec(shape: Sequence[int], axes: Sequence[Axis | None], mesh_shape
     return PartitionSpec(*entries)
 
 
+def platform() -> str:
+    """The platform that a program is traced for ("cpu", "gpu", "tpu"): that of the mesh, or without one the default."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return jax.default_backend() if device is None else device.platform
+
+
 def constrain(x: Shaped[Array, "..."], *axes: Axis | None) -> Shaped[Array, "..."]:
     """Fix how `x` is laid out on the mesh set by `jax.set_mesh`; without one, `x` itself.
 
@@ -150,7 +158,7 @@ def param_shardings(tree: Any, rules: Sequence[Rule], mesh: Mesh) -> Any:
         except ValueError as error:
             problems.append(str(error))
     if problems:
-        raise ValueError("cannot shard:\n  " + "\n  ".join(problems))
+        raise ValueError("cannot shard:\n  " + cut(problems, "\n  "))
     return treedef.unflatten(shardings)
 
 

@@ -147,6 +147,37 @@ def test_accumulated_gradient_is_the_mean_over_micro_batches(state, batch):
     assert_close(gradient(split, left, right), mean, 2e-4)
 
 
+def test_terms_that_are_means_over_images_do_not_see_the_parts(state, batch):
+    """Gradients and metrics in float32; sums of other parts round otherwise."""
+    linear = dataclasses.replace(LOSSES, entropy_weight=0.0, adversarial_weight=0.0)
+    whole_config = dataclasses.replace(CONFIG, losses=linear)
+    assert whole_config.taken_by_part() == ()
+    whole, metrics = jax.device_get(one_device_step(whole_config)(state, train.Frozen(), batch))
+    for parts in (2, 4):
+        config = dataclasses.replace(whole_config, accumulate=parts)
+        new, others = jax.device_get(one_device_step(config)(state, train.Frozen(), batch))
+        assert_close(change(state, new, "params"), change(state, whole, "params"), 2e-5)
+        assert metrics.keys() == others.keys()
+        for name, (total, count) in metrics.items():
+            np.testing.assert_allclose(others[name], (total, count), rtol=2e-5, atol=1e-7, err_msg=name)
+
+
+@pytest.mark.parametrize(
+    ("changes", "terms"),
+    [
+        ({}, ["the entropy of the mean code", "the discriminator's batch statistics", "LeCam's running averages"]),
+        ({"lecam_weight": 0.0}, ["the entropy of the mean code", "the discriminator's batch statistics"]),
+        ({"adversarial_weight": 0.0}, ["the entropy of the mean code"]),
+        ({"adversarial_weight": 0.0, "entropy_weight": 0.0}, []),
+    ],
+)
+def test_terms_that_see_the_parts_are_named(state, batch, changes, terms):
+    """And there are no others: what is named makes the step in parts another one."""
+    losses = dataclasses.replace(LOSSES, **changes)
+    config = dataclasses.replace(CONFIG, losses=losses, accumulate=2)
+    assert list(config.taken_by_part()) == terms
+
+
 STARTS = 12
 
 

@@ -7,7 +7,7 @@ otherwise: [B, H, N, N], for MergeAR [B, H, N, P + K + window + 1] (see `merged_
 and takes the mask [B, 1, N, N] as a bias in bfloat16; "tpu_flash" does not hold them either, but its kernel wants that
 bias for every head.
 
-Axes: B batch, A micro-batches of an update, L raster tokens, P prefix tokens, N = P + L, S sub-tokens, V values.
+Axes: B batch, A parts of an update, L raster tokens, P prefix tokens, N = P + L, S sub-tokens, V values.
 """
 
 import functools
@@ -19,7 +19,6 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import optax
-from einops import rearrange
 from jaxtyping import Array, Key
 
 from mergevq_jax.generator.config import GeneratorConfig
@@ -33,6 +32,7 @@ from mergevq_jax.generator.transformer import Params, init_params
 from mergevq_jax.tokenizer import lfq
 from mergevq_jax.tokenizer import model as tokenizer_model
 from mergevq_jax.tokenizer.config import TokenizerConfig
+from runtime_jax.accumulate import accumulate
 from runtime_jax.compute import Compute
 from runtime_jax.optimizer import ema_update
 from runtime_jax.prng import Stream, stream_key
@@ -54,7 +54,7 @@ class StepConfig:
     groups: Groups = "source_map"  # "merge": what makes tokens one group; with "codes" as when sampling
     compute: Compute = Compute()
     tokenizer_compute: Compute = Compute()
-    accumulate: int = 1  # micro-batches of one update
+    accumulate: int = 1  # parts of one update; all terms are means over examples, so they change nothing
     ema_decay: float = 0.9999
     seed: int = 0
 
@@ -124,27 +124,19 @@ def train_step(
       The new state and metrics as (sum, count). Where the loss or a gradient is not finite, everything but the step's
       number is kept as it was and "nonfinite" counts one.
     """
-    micro = {name: rearrange(value, "(m a) ... -> a m ...", a=config.accumulate) for name, value in batch.items()}
     key = stream_key(config.seed, Stream.DROPOUT, state.step)
 
-    def accumulate(sums, micro_batch):
-        gradients, starts = sums
+    def part(starts, micro_batch):
         codes = tokenize(tokenizer, micro_batch, config=config, keep=keep)
         loss = functools.partial(LOSSES[config.kind], config=config, keep=keep)
-        (_, means), new = jax.value_and_grad(loss, has_aux=True)(state.params, codes, key)
+        (_, means), gradients = jax.value_and_grad(loss, has_aux=True)(state.params, codes, key)
         if starts is not None:
             starts = count_starts(starts, codes["label"], codes["source_map"], config=config.model, keep=keep)
-        return (jax.tree.map(jnp.add, gradients, new), starts), means
+        return gradients, starts, means
 
     counting = isinstance(state, CountingState)
-    sums = jax.tree.map(jnp.zeros_like, state.params), state.group_starts if counting else None
-    if config.accumulate == 1:
-        sums, means = accumulate(sums, jax.tree.map(lambda value: value[0], micro))
-    else:
-        sums, means = jax.lax.scan(accumulate, sums, micro)
-        means = jax.tree.map(jnp.mean, means)
-    gradients, starts = sums
-    gradients = jax.tree.map(lambda gradient: gradient / config.accumulate, gradients)
+    starts = state.group_starts if counting else None
+    gradients, starts, means = accumulate(part, starts, batch, config.accumulate)
     norm = optax.tree.norm(gradients)
 
     updates, opt_state = optimizer.transformation.update(gradients, state.opt_state, state.params)

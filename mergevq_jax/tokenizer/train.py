@@ -3,7 +3,7 @@
 The two losses share a backward pass: the generator's term sees the discriminator's parameters as constants and the
 discriminator's term sees the reconstruction as one, so one gradient of their sum is the two separate gradients.
 
-Axes: B batch, A micro-batches of an update, H W image, L raw tokens, K kept tokens.
+Axes: B batch, A parts of an update, H W image, L raw tokens, K kept tokens.
 """
 
 from dataclasses import dataclass
@@ -13,7 +13,6 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import optax
-from einops import rearrange
 from jaxtyping import Array, Float
 
 from mergevq_jax.tokenizer import adversarial, alignment, dinov2, lfq, model, recovery
@@ -21,6 +20,7 @@ from mergevq_jax.tokenizer.adversarial import LeCam, PatchDiscriminator
 from mergevq_jax.tokenizer.config import TokenizerConfig
 from mergevq_jax.tokenizer.dinov2 import DINOv2Config
 from mergevq_jax.tokenizer.perceptual import LPIPS
+from runtime_jax.accumulate import accumulate
 from runtime_jax.compute import Compute
 from runtime_jax.optimizer import ema_update
 from runtime_jax.prng import Stream, example_keys, stream_key
@@ -74,7 +74,7 @@ class StepConfig:
     compute: Compute = Compute()
     losses: LossConfig = LossConfig()
     discriminator: DiscriminatorConfig = DiscriminatorConfig()
-    accumulate: int = 1  # micro-batches of one update
+    accumulate: int = 1  # parts of one update; see `taken_by_part`
     ema_decay: float = 0.999
     teacher: DINOv2Config | None = None  # of the alignment loss, unless that is "label"
     seed: int = 0
@@ -99,6 +99,15 @@ class StepConfig:
             raise ValueError(
                 "losses.source_weight is not 0, but model.recovery is None: nothing predicts the source map"
             )
+
+    def taken_by_part(self) -> tuple[str, ...]:
+        """Terms that are no means over examples: with `accumulate` they are those of each part, not of the batch."""
+        losses = self.losses
+        terms = ["the entropy of the mean code"] if losses.entropy_weight else []
+        if losses.adversarial_weight:
+            terms.append("the discriminator's batch statistics")
+            terms += ["LeCam's running averages"] if losses.lecam_weight else []
+        return tuple(terms)
 
     def patch_discriminator(self) -> PatchDiscriminator:
         """The discriminator module."""
@@ -190,29 +199,17 @@ def train_step(
       The new state and metrics as (sum, count). Where the loss or a gradient is not finite, everything but the step's
       number is kept as it was and "nonfinite" counts one.
     """
-    micro = {
-        name: rearrange(value, "(m a) ... -> a m ...", a=config.accumulate)
-        for name, value in batch.items()
-        if name in ("image", "label", "index")
-    }
 
-    def accumulate(carry, micro_batch):
-        gradients, stats, lecam = carry
-        (_, aux), new = jax.value_and_grad(_losses, has_aux=True)(
-            (state.params, state.disc_params), stats, lecam, frozen, micro_batch, state.step, config, keep
+    def part(carry, micro_batch):
+        (_, aux), gradients = jax.value_and_grad(_losses, has_aux=True)(
+            (state.params, state.disc_params), *carry, frozen, micro_batch, state.step, config, keep
         )
-        metrics, stats, lecam = aux
-        return (jax.tree.map(jnp.add, gradients, new), stats, lecam), metrics
+        metrics, *carry = aux
+        return gradients, tuple(carry), metrics
 
-    zeros = jax.tree.map(jnp.zeros_like, (state.params, state.disc_params))
-    carry = (zeros, state.disc_stats, state.lecam)
-    if config.accumulate == 1:
-        carry, metrics = accumulate(carry, jax.tree.map(lambda value: value[0], micro))
-    else:
-        carry, metrics = jax.lax.scan(accumulate, carry, micro)
-        metrics = jax.tree.map(jnp.mean, metrics)
-    gradients, stats, lecam = carry
-    gradients = jax.tree.map(lambda gradient: gradient / config.accumulate, gradients)
+    used = {name: value for name, value in batch.items() if name in ("image", "label", "index")}
+    carry = (state.disc_stats, state.lecam)
+    gradients, (stats, lecam), metrics = accumulate(part, carry, used, config.accumulate)
     norms = {"grad_norm": optax.tree.norm(gradients[0]), "disc/grad_norm": optax.tree.norm(gradients[1])}
 
     updates, opt_state = optimizers.generator.update(gradients[0], state.opt_state, state.params)
