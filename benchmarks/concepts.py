@@ -140,7 +140,7 @@ def parallel_keys(study: Study) -> Iterator[str]:
             )
             for use in case.uses
         ]
-        _, cosine = cosine_in_prompt(study.pipeline, keys, case.prompt, placed)
+        _, cosine = cosine_in_prompt(keys, study.pipeline.encode_prompts([case.prompt]), placed)
         seeds = measured[case.task, case.number]
         bleeding = [one["bleeding"] for one in seeds if one["bleeding"] is not None]
         if bleeding:

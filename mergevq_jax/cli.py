@@ -49,7 +49,7 @@ def _command_line() -> CommandLine:
     sub = line.command(
         "reconstruct", _reconstruct, "Tokenize pictures and draw them again, with the merged groups outlined."
     )
-    sub.add_argument("images", nargs="+", type=Path)
+    sub.add_argument("images", nargs="+", type=Path, help="pictures, and folders of them")
     sub.add_argument("--tokenizer", default=TINY, help="folder or hub id (default: the shipped tiny one)")
     sub.add_argument("--keep", type=int, nargs="+", help="kept tokens K (default: the model's share of the raw tokens)")
     sub.add_argument(
@@ -93,7 +93,12 @@ def _sample_command(line: CommandLine) -> None:
     sub.add_argument("--model", default=TINY_GENERATOR, help="shipped name, folder or hub id of a generator")
     sub.add_argument("--tokenizer", help="where its tokenizer is now (default: where it was in training)")
     sub.add_argument("--num", type=int, default=64)
-    sub.add_argument("--class", dest="classes", action="append", help="name or number; several take turns (all)")
+    sub.add_argument(
+        "--class",
+        dest="classes",
+        action="append",
+        help="a class's name, or its number unless the names are numbers; several take turns (all)",
+    )
     sub.add_argument("--merge-number", type=int, help="distinct tokens asked for (middle one)")
     part = {"nargs": "+", "metavar": "VALUE"}  # one value, or one for each sub-token
     sub.add_argument("--cfg-scale", type=float, default=[1.0], help="guidance; 1 is none", **part)
@@ -160,10 +165,12 @@ def _evaluate(args, _) -> None:
 def _compare(args, _) -> None:
     from mergevq_jax.evaluate.compare import compare
     from runtime_jax.judge import Judge
+    from runtime_jax.workdir import check_output
 
     if short := [row[0] for row in args.row if len(row) < 2]:
         raise ValueError(f"--row {short[0]}: a name and at least one folder are needed")
     rows = [(name, [Path(folder) for folder in folders]) for name, *folders in args.row]
+    check_output(args.out)
     judge = Judge.load(args.judge) if args.judge else Judge.load()
     scenes = {"data_dir": args.data_dir, "single": args.single}
     compare(rows, out=args.out, **scenes, judge=judge, tokenizer=args.tokenizer, keeps=args.keep)
@@ -256,8 +263,10 @@ def _convert(args, _) -> None:
     from mergevq_jax.tokenizer.model import Tokenizer, param_shapes
     from runtime_jax.hub import read_tensors
     from runtime_jax.weights import import_weights
+    from runtime_jax.workdir import check_output
 
     config = preset(args.preset)
+    check_output(args.out)
     tensors = from_released(read_tensors(args.checkpoint), ema=not args.last_weights)
     if not any(name.startswith("recovery.") for name in tensors):
         from dataclasses import replace
@@ -271,8 +280,10 @@ def _convert_generator(args) -> None:
     from mergevq_jax.generator.config import preset
     from mergevq_jax.generator.model import import_released
     from runtime_jax.hub import read_tensors
+    from runtime_jax.workdir import check_output
 
     config = preset(args.preset, merge_instruction=False, zero_class_rope=True)
+    check_output(args.out)
     import_released(config, read_tensors(args.checkpoint), args.tokenizer).save_pretrained(args.out)
     print(f"the generator is in {args.out}")
 

@@ -18,15 +18,24 @@ import numpy as np
 from jaxtyping import Array, Bool, Int, UInt8
 from tqdm import tqdm
 
-from mergevq_jax.generator.model import GeneratorModel, codes_to_images, load_generator, recovered_to_images
+from mergevq_jax.generator.model import (
+    GeneratorInfo,
+    GeneratorModel,
+    codes_to_images,
+    load_generator,
+    read_info,
+    recovered_to_images,
+)
 from mergevq_jax.generator.plan import Plan, SamplingConfig, make_plan
 from mergevq_jax.generator.randar_sampling import RandarPlan, make_randar_plan
+from mergevq_jax.pretrained import read_tokenizer_config
 from mergevq_jax.tokenizer.model import Tokenizer
 from runtime_jax import config as config_lib
 from runtime_jax.compute import Compute
 from runtime_jax.files import replacing, write_json
 from runtime_jax.pictures import dim_tokens, image_grid, loss_curve, save_png
 from runtime_jax.sharding import MeshConfig, make_mesh
+from runtime_jax.workdir import check_free, only_writer
 
 CLAIM_NAME = "samples.json"
 COLUMNS = 8
@@ -38,7 +47,7 @@ class Request:
     """What is asked for."""
 
     num: int = 64
-    classes: tuple[str, ...] = ()  # names or numbers, in turn; none: all
+    classes: tuple[str, ...] = ()  # as `GeneratorInfo.class_number` takes them, in turn; none: all
     merge_number: int | None = None  # None: GeneratorConfig.usual_merge_number
     sampling: SamplingConfig = SamplingConfig()
     steps: int | None = None  # calls of the network by a generator in random order; None: 64
@@ -90,12 +99,34 @@ def sample(
     Raises:
       ValueError: no such generator, tokenizer or class, or settings that are not possible, or `out` has a part of other
         samples; before anything is compiled.
+      WorkdirError: `out` cannot be written, or another run is writing it.
+      NotFiniteError: logits or pixels that are not finite.
     """
+    with only_writer(out):
+        return _sample(source, request, out, tokenizer, compute, mesh, show_cache)
+
+
+def _sample(
+    source: str,
+    request: Request,
+    out: Path,
+    tokenizer: str | None,
+    compute: Compute,
+    mesh: MeshConfig,
+    show_cache: bool,
+) -> str:
     devices = make_mesh(mesh)
+    info = read_info(source)  # what is not possible is found out before the weights are read
+    labels, parts = _labels(info, request), out / "parts"
+    plan = _plan(info, request, compute, show_cache=show_cache)
+    codes_of = info.tokenizer.name if tokenizer is None else tokenizer
+    tokenizer_config = read_tokenizer_config(codes_of)
+    size = 2 * request.num * 3 * tokenizer_config.resolution**2  # in parts, and as a whole
+    check_free(out, size, f"{request.num} images")
+    if info.kind == "random" and tokenizer_config.recovery is None:
+        raise ValueError("a generator in random order needs a tokenizer with source recovery, and this one has none")
     model = load_generator(source, compute=compute)
     loaded = model.load_tokenizer(tokenizer)
-    plan = _plan(model, loaded, request, show_cache=show_cache)
-    labels, parts = _labels(model, request), out / "parts"
     made_by = {"device": jax.devices()[0].device_kind, "mesh": dict(devices.shape), "jax": jax.__version__}
     _claim(parts, {"fingerprint": model.fingerprint(), "compute": compute, "request": request, **made_by})
     try:
@@ -105,7 +136,7 @@ def sample(
         if not any(parts.glob("[0-9]*.npz")):  # there is nothing to go on with
             shutil.rmtree(parts)
         raise
-    names = [_class_name(model, label) for label in drawn.labels.tolist()]
+    names = [info.classes[label] if info.classes else str(label) for label in drawn.labels.tolist()]
 
     (out / "protocol.json").unlink(missing_ok=True)  # it says that the images beside it are its own
     with replacing(out / "samples.npz") as new:
@@ -113,13 +144,13 @@ def sample(
     protocol = {
         "model": source,
         "fingerprint": model.fingerprint(),
-        "tokenizer": model.info.tokenizer.name if tokenizer is None else tokenizer,
-        "generator": config_lib.to_dict(model.info),
+        "tokenizer": codes_of,
+        "generator": config_lib.to_dict(info),
         "num": request.num,
         "labels": drawn.labels.tolist(),
-        "merge_number": _merge_number(model, request),
-        "sampling": config_lib.to_dict(_settings(model, request)),
-        "steps": len(plan.counts) if isinstance(plan, RandarPlan) else model.config.length,
+        "merge_number": _merge_number(info, request),
+        "sampling": config_lib.to_dict(_settings(info, request)),
+        "steps": len(plan.counts) if isinstance(plan, RandarPlan) else info.architecture.length,
         "seed": request.seed,
         "batch_size": request.batch_size,
         "compute": config_lib.to_dict(compute),
@@ -130,10 +161,10 @@ def sample(
     write_json(out / "protocol.json", protocol)
     save_png(out / "samples.png", _picture(list(drawn.images), names))
     if show_cache:
-        save_png(out / "cache.png", _picture(_dimmed(drawn.images, drawn.store, model.config.grid), names))
-        steps, used = np.arange(1, model.config.length + 1), drawn.store.occupancy
+        save_png(out / "cache.png", _picture(_dimmed(drawn.images, drawn.store, info.architecture.grid), names))
+        steps, used = np.arange(1, info.architecture.length + 1), drawn.store.occupancy
         curves = {"slots, mean": (steps, used.mean(axis=0)), "slots, largest": (steps, used.max(axis=0))}
-        title = f"{plan.slots} slots for {model.config.prefix + model.config.length} tokens"
+        title = f"{plan.slots} slots for {info.architecture.prefix + info.architecture.length} tokens"
         loss_curve(curves, out / "occupancy.png", title=title)
     (parts / CLAIM_NAME).unlink()  # first: parts without it are of nobody
     shutil.rmtree(parts)
@@ -141,18 +172,16 @@ def sample(
     return f"{request.num} images are in {out}{overflowed}"
 
 
-def _plan(model: GeneratorModel, tokenizer: Tokenizer, request: Request, *, show_cache: bool) -> Plan | RandarPlan:
-    """What will be compiled; ValueError for what this generator or its tokenizer cannot do."""
-    settings, number = _settings(model, request), _merge_number(model, request)
-    if model.info.kind != "random":
+def _plan(info: GeneratorInfo, request: Request, compute: Compute, *, show_cache: bool) -> Plan | RandarPlan:
+    """What will be compiled; ValueError for what this generator cannot do."""
+    settings, number = _settings(info, request), _merge_number(info, request)
+    if info.kind != "random":
         if request.steps is not None:
             raise ValueError(f"--steps {request.steps}: this generator draws one code a step, in raster order")
-        return make_plan(model.config, settings, number, model.compute)[0]
+        return make_plan(info.architecture, settings, number, compute)[0]
     if show_cache:
         raise ValueError("--show-cache: a generator in random order keeps every code")
-    if tokenizer.config.recovery is None:
-        raise ValueError("a generator in random order needs a tokenizer with source recovery, and this one has none")
-    return make_randar_plan(model.config, settings, number, request.steps, model.compute)[0]
+    return make_randar_plan(info.architecture, settings, number, request.steps, compute)[0]
 
 
 def _claim(parts: Path, wanted: Mapping[str, Any]) -> None:
@@ -168,8 +197,8 @@ def _claim(parts: Path, wanted: Mapping[str, Any]) -> None:
         )
 
 
-def _labels(model: GeneratorModel, request: Request) -> Int[np.ndarray, "N"]:
-    classes = [model.class_number(name) for name in request.classes] or range(model.config.num_classes)
+def _labels(info: GeneratorInfo, request: Request) -> Int[np.ndarray, "N"]:
+    classes = [info.class_number(name) for name in request.classes] or range(info.architecture.num_classes)
     return np.resize(np.asarray(classes, np.int32), request.num)
 
 
@@ -221,7 +250,7 @@ def _draw_batch(
     labels: Int[np.ndarray, "B"],
     examples: Int[np.ndarray, "B"],
 ) -> tuple[UInt8[Array, "B H W 3"], StoreUse | None]:
-    number = _merge_number(model, request)
+    number = _merge_number(model.info, request)
     how = {"sampling": request.sampling, "seed": request.seed, "examples": examples}
     if model.info.kind == "random":
         codes = model.sample_randar(labels, number, steps=request.steps, **how)
@@ -231,16 +260,12 @@ def _draw_batch(
     return codes_to_images(tokenizer, samples.indices), store
 
 
-def _settings(model: GeneratorModel, request: Request) -> SamplingConfig:
-    return request.sampling if model.info.kind == "random" else model.info.sampling(request.sampling)
+def _settings(info: GeneratorInfo, request: Request) -> SamplingConfig:
+    return request.sampling if info.kind == "random" else info.sampling(request.sampling)
 
 
-def _merge_number(model: GeneratorModel, request: Request) -> int | None:
-    return model.config.usual_merge_number if request.merge_number is None else request.merge_number
-
-
-def _class_name(model: GeneratorModel, label: int) -> str:
-    return model.info.classes[label] if model.info.classes else str(label)
+def _merge_number(info: GeneratorInfo, request: Request) -> int | None:
+    return info.architecture.usual_merge_number if request.merge_number is None else request.merge_number
 
 
 def _measured(drawn: Drawn) -> dict[str, Any]:

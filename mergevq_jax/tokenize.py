@@ -18,11 +18,13 @@ from safetensors.numpy import load as from_bytes
 from safetensors.numpy import save as to_bytes
 from tqdm import tqdm
 
-from mergevq_jax.pretrained import load_tokenizer
+from mergevq_jax.pretrained import load_tokenizer, read_tokenizer_config
 from mergevq_jax.tokenizer.model import Tokenizer
 from runtime_jax import config as config_lib
 from runtime_jax.data import SourceConfig, center_crop, open_source
 from runtime_jax.files import replacing, write_json
+from runtime_jax.messages import cut
+from runtime_jax.workdir import only_writer
 
 INFO_NAME = "tokens.json"
 
@@ -37,13 +39,23 @@ def tokenize(
 
     Raises:
       ValueError: missing source, K not possible, or `out` holds the codes of another tokenizer, source or K.
+      WorkdirError: `out` cannot be written, or another run is writing it.
+      NotFiniteError: features that are not finite, which have no codes.
     """
-    loaded, images = load_tokenizer(tokenizer), open_source(source)
-    config = loaded.config
-    keep = config.keep if keep is None else keep
-    config.merge_counts(config.raw_tokens, keep)
     if batch_size < 1 or shard_size < 1:
         raise ValueError(f"--batch-size {batch_size} and --shard-size {shard_size}: at least 1")
+    with only_writer(out):
+        return _tokenize(source, tokenizer, out, keep, batch_size, shard_size)
+
+
+def _tokenize(
+    source: SourceConfig, tokenizer: str, out: Path, keep: int | None, batch_size: int, shard_size: int
+) -> str:
+    config = read_tokenizer_config(tokenizer)
+    keep = config.keep if keep is None else keep
+    config.merge_counts(config.raw_tokens, keep)
+    images = open_source(source)
+    loaded = load_tokenizer(tokenizer)
     shards = -(-len(images) // shard_size)
     info = {
         "tokenizer": loaded.fingerprint(),
@@ -79,9 +91,8 @@ def _claim(out: Path, info: dict) -> None:
     path = out / INFO_NAME
     if path.exists():
         old = json.loads(path.read_text())
-        differing = [f"{key}: {old.get(key)!r} there, {info[key]!r} now" for key in info if old.get(key) != info[key]]
-        if differing:
-            raise ValueError(f"{out} holds other tokens; choose another folder\n  " + "\n  ".join(differing))
+        if changes := config_lib.config_changes({key: old.get(key) for key in info}, info):
+            raise ValueError(f"{out} holds other tokens; choose another folder\n  " + cut(changes.values(), "\n  "))
         return
     write_json(path, info)
 

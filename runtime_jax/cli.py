@@ -2,9 +2,12 @@
 
 import argparse
 import logging
+import os
+import select
 import signal
 import sys
 from collections.abc import Callable, Sequence
+from typing import TextIO
 
 # Of one sub-command: its arguments and the overrides of its config; the exit status, or None for success.
 Run = Callable[[argparse.Namespace, list[str]], int | None]
@@ -36,12 +39,27 @@ class CommandLine:
     def main(self, argv: Sequence[str] | None = None) -> int:
         """Runs one command; errors that a user can mend are one line and exit status 1."""
         logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
+        try:
+            try:
+                return self._run(argv)
+            finally:
+                sys.stdout.flush()  # what it holds back, while a closed pipe can still be dealt with
+        except BrokenPipeError:
+            if not (closed := [stream for stream in (sys.stdout, sys.stderr) if _is_closed_pipe(stream)]):
+                raise  # a pipe of the program's own
+            for stream in closed:  # Python flushes them once more when it ends
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+            return 128 + signal.SIGPIPE
+
+    def _run(self, argv: Sequence[str] | None) -> int:
         args, rest = self._parser.parse_known_args(argv)
         command = f"{self.prog} {args.command}"
         try:
             return args.run(args, _overrides(args, rest, command)) or 0
         except KeyboardInterrupt:
             return 128 + signal.SIGINT
+        except BrokenPipeError:
+            raise
         except Exception as error:
             from runtime_jax.checkpoint import CheckpointError  # here, for it takes a second
 
@@ -58,6 +76,13 @@ class CommandLine:
         size, single, _ = error.name.partition("/")[2].partition("_single")
         options = f"--data-dir {error.data_dir} --size {size or 64}" + (" --single" if single else "")
         return f"; or run: {self.prog} scenes {options}"
+
+
+def _is_closed_pipe(stream: TextIO) -> bool:
+    """Whether nobody reads any more what is written there, as behind `| head`."""
+    poll = select.poll()
+    poll.register(stream.fileno(), select.POLLOUT)
+    return any(events & (select.POLLERR | select.POLLHUP) for _, events in poll.poll(0))
 
 
 def config_arguments(parser: argparse.ArgumentParser) -> None:

@@ -135,7 +135,8 @@ def test_a_protocol_says_what_an_image_costs():
 
 def test_a_table_and_a_picture(tmp_path, monkeypatch):
     monkeypatch.setattr(comparison, "read_scenes", lambda *_, **__: Labelled(IMAGES, LABELS))
-    folders = [folder(tmp_path / "a"), folder(tmp_path / "b", IMAGES[::-1], seed=1)]
+    # What a set was drawn in batches of says nothing about its images.
+    folders = [folder(tmp_path / "a"), folder(tmp_path / "b", IMAGES[::-1], seed=1, batch_size=3)]
     compare([("ours", folders)], out=tmp_path / "out", data_dir="", judge=KnowingJudge())
     head, _, real, ours, *_ = (tmp_path / "out" / "compare.md").read_text().splitlines()
     assert head.count("|") == ours.count("|") == 7

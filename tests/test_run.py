@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -187,6 +188,112 @@ def test_reconstruct_refuses_what_would_be_lost_or_never_end(folder, tmp_path, c
     assert "at most 8192 are allowed: take a smaller --size" in capsys.readouterr().err
 
 
+def test_reconstruct_takes_the_pictures_of_a_folder(folder, trained, tmp_path):
+    arguments = ["reconstruct", str(folder / "pictures"), "--tokenizer", str(trained / "tokenizer"), "--keep", "50"]
+    assert cli.main([*arguments, "--out", str(tmp_path / "out")]) == 0
+    assert len(list((tmp_path / "out").rglob("*_k50.png"))) == 10
+    assert (tmp_path / "out" / "class1" / "3_k50.png").is_file()
+    one = ["reconstruct", str(folder / "pictures" / "class1" / "3.png"), *arguments[2:], "--out", str(tmp_path / "one")]
+    assert cli.main(one) == 0
+    same = (tmp_path / "out" / "class1" / "3_k50.png").read_bytes()
+    assert (tmp_path / "one" / "3_k50.png").read_bytes() == same
+    (tmp_path / "empty").mkdir()
+    assert cli.main(["reconstruct", str(tmp_path / "empty")]) == 1
+
+
+@pytest.fixture
+def nothing_is_loaded(monkeypatch):
+    """Fails where weights are read, or pixels."""
+
+    def never(*_, **__):
+        pytest.fail("something was loaded first")
+
+    for name in ("mergevq_jax.model_folder.read_params", "mergevq_jax.reconstruct.decode_image"):
+        monkeypatch.setattr(name, never)
+
+
+@pytest.mark.parametrize("size", ["400", "30000"])
+def test_limits_are_found_out_by_arithmetic(folder, capsys, nothing_is_loaded, size):
+    picture = next((folder / "pictures").rglob("*.png"))
+    assert cli.main(["reconstruct", str(picture), "--size", size]) == 1
+    height, width = int(size), int(size) * 48 // 40
+    raw = height // 4 * (width // 4)
+    assert f"{width} x {height} pixels are {raw} raw tokens, at most 8192 are allowed" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["reconstruct", "PICTURE", "--out"],
+        ["tokenize", "--folder", "PICTURES", "--out"],
+        ["evaluate", "--out"],
+        ["compare", "--row", "a", "b", "--out"],
+        ["sample", "--out"],
+        ["convert", "none.safetensors", "--preset", "tiny", "--out"],
+        ["convert", "none.safetensors", "--stage", "2", "--preset", "tiny", "--out"],
+        ["scenes", "--data-dir"],
+        ["train", "--config", "CONFIG", "--workdir"],
+    ],
+)
+def test_an_output_that_is_a_file_is_found_out_first(folder, tmp_path, capsys, nothing_is_loaded, arguments):
+    out = tmp_path / "file"
+    out.touch()
+    names = {
+        "PICTURE": next((folder / "pictures").rglob("*.png")),
+        "PICTURES": folder / "pictures",
+        "CONFIG": folder / "config.py",
+    }
+    assert cli.main([str(names.get(argument, argument)) for argument in [*arguments, out]]) == 1
+    error = capsys.readouterr().err
+    assert f"{out}: cannot be written: Not a directory" in error and len(error.splitlines()) == 1
+
+
+def test_a_second_training_in_one_workdir_is_refused_and_harms_nothing(folder, trained, tmp_path):
+    """The first run is stopped while it compiles, where it holds the workdir and has written no checkpoint yet."""
+    first = subprocess.Popen(command(folder, "twice"), env=ENVIRONMENT, stdout=subprocess.PIPE, text=True)
+    assert "12 steps of 4 images, from step 0 (scratch)" in first.stdout.readline()
+    second = subprocess.run(command(folder, "twice"), env=ENVIRONMENT, capture_output=True, text=True)
+    assert second.returncode == 1 and len(second.stderr.splitlines()) == 1
+    assert f"another run is writing there: cli.py train on host {os.uname().nodename}, process {first.pid}, since " in (
+        second.stderr
+    )
+    first.communicate()
+    assert first.returncode == 0 and losses(folder / "twice") == losses(trained)
+
+
+def test_codes_of_features_that_are_not_finite_are_not_written(folder, trained, tmp_path, capsys):
+    broken = Tokenizer.from_pretrained(trained / "tokenizer")
+    broken.params["encoder"]["conv_out"]["bias"] = np.full(6, np.nan, np.float32)
+    broken.save_pretrained(tmp_path / "broken")
+    pictures = str(folder / "pictures")
+    for arguments in (
+        ["tokenize", "--folder", pictures, "--batch-size", "4", "--keep", "48"],
+        ["reconstruct", pictures, "--keep", "50"],
+    ):
+        out = ["--tokenizer", str(tmp_path / "broken"), "--out", str(tmp_path / "out")]
+        assert cli.main([*arguments, *out]) == 1
+        assert "parameters that are not finite: tokenizer/encoder/conv_out/bias (6 of 6 v" in capsys.readouterr().err
+        assert not list(tmp_path.rglob("*.array_record")) and not list(tmp_path.rglob("*.png"))
+
+
+def test_a_missing_dataset_is_named_with_its_key(folder, tmp_path, capsys):
+    source = "{'kind': 'tfds', 'name': 'mini_scenes/64', 'data_dir': '/no'}"
+    arguments = ["train", "--config", str(folder / "config.py"), "--workdir", str(tmp_path / "run")]
+    for key in ("data", "evaluation.data"):
+        assert cli.main([*arguments, f"--config.{key}.sources=({source},)"]) == 1
+        assert f"train: {key}: dataset 'mini_scenes/64' is not in '/no'" in capsys.readouterr().err
+
+
+def test_a_closed_pipe_ends_quietly():
+    """As behind `| head`; argparse itself overlooks it where it prints help."""
+    for arguments, status in ((["inspect", "--preset", "tiny"], 128 + signal.SIGPIPE), (["--help"], 0)):
+        program = subprocess.Popen(
+            [sys.executable, "-m", "mergevq_jax.cli", *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        )
+        program.stdout.close()
+        assert program.stderr.read() == b"" and program.wait() == status
+
+
 def test_inspect_needs_no_weights(folder, capsys):
     assert cli.main(["inspect", "--preset", "gr-d64"]) == 0
     text = capsys.readouterr().out
@@ -239,6 +346,18 @@ def test_bad_config_is_one_line(folder, capsys, overrides, message):
     arguments = ["train", "--config", str(folder / "config.py"), "--workdir", str(folder / "bad")]
     assert cli.main([*arguments, *overrides]) == 1
     assert message in capsys.readouterr().err
+
+
+def test_sources_whose_labels_would_mix_are_refused(folder, tmp_path, capsys):
+    shutil.copytree(folder / "pictures" / "class0", tmp_path / "others" / "class2")
+    shutil.copytree(folder / "pictures" / "class1", tmp_path / "others" / "class1")
+    sources = [{"kind": "folder", "path": str(path)} for path in (folder / "pictures", tmp_path / "others")]
+    losses = {"alignment": "label", "alignment_weight": 1.0, "alignment_size": 32}
+    overrides = [f"--config.losses.{name}={value}" for name, value in losses.items()]
+    overrides += ["--config.model.dist_head=layer3", f"--config.data.sources={tuple(sources)}"]
+    arguments = ["train", "--config", str(folder / "config.py"), "--workdir", str(tmp_path / "run")]
+    assert cli.main([*arguments, *overrides]) == 1
+    assert f"'{tmp_path / 'others'}' and '{folder / 'pictures'}' have classes of other names" in capsys.readouterr().err
 
 
 def test_another_architecture_is_refused(folder, trained, capsys):

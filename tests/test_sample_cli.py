@@ -21,7 +21,9 @@ from mergevq_jax.generator.model import (
     recovered_to_images,
 )
 from mergevq_jax.generator.plan import SamplingConfig
+from runtime_jax.messages import cut
 from runtime_jax.weights import export_weights
+from runtime_jax.workdir import only_writer
 
 
 @pytest.fixture(scope="module")
@@ -125,6 +127,58 @@ def test_a_generator_in_random_order(root, tmp_path, capsys):
     np.testing.assert_array_equal(recovered_to_images(model.load_tokenizer(), codes), images)
 
 
+@pytest.mark.parametrize("name", ["generator", "randar"])
+def test_weights_that_are_not_finite_draw_nothing(root, tmp_path, capsys, name):
+    model = load_generator(root / name)
+    blocks = model.params["spatial_blocks"]
+    norm = jax.tree.map(lambda leaf: np.full(leaf.shape, np.nan, np.float32), blocks["attention_norm"])
+    params = {**model.params, "spatial_blocks": {**blocks, "attention_norm": norm}}
+    dataclasses.replace(model, params=params).save_pretrained(tmp_path / "broken")
+    assert sample(root, tmp_path / "out", "--model", tmp_path / "broken") == 1
+    error = capsys.readouterr().err
+    assert "not finite from the logits of code 1 of " in error and "generator/spatial_blocks/attention_norm" in error
+    assert len(error.splitlines()) == 1 and not (tmp_path / "out").exists()
+
+
+NUMBERED = tuple(map(str, range(1, 13)))
+
+
+@pytest.mark.parametrize(
+    ("names", "asked", "number"),
+    [(NUMBERED, "1", 0), (NUMBERED, "12", 11), (("even", "odd"), "odd", 1), (("even", "odd"), "0", 0), ((), "7", 7)],
+)
+def test_a_class_by_its_name_or_number(root, names, asked, number):
+    assert named(root, names).class_number(asked) == number
+
+
+WORDS = ("even", "odd")
+
+
+@pytest.mark.parametrize(
+    ("names", "asked"), [(NUMBERED, "0"), (NUMBERED, "007"), (WORDS, "01"), (WORDS, "2"), ((), "99")]
+)
+def test_what_is_no_class(root, names, asked):
+    known = ["named " + cut(names)] if names else []
+    known += [] if names == NUMBERED else [f"numbered 0 to {(len(names) or 10) - 1}"]
+    with pytest.raises(ValueError, match=f"class '{asked}': this generator's classes are {', and '.join(known)}$"):
+        named(root, names).class_number(asked)
+
+
+def named(root, names):
+    """What a generator says of itself, with classes of these names."""
+    info = load_generator(root / "generator").info
+    count = len(names) or 10
+    return dataclasses.replace(
+        info, classes=names, architecture=dataclasses.replace(info.architecture, num_classes=count)
+    )
+
+
+def test_a_second_sampling_into_one_folder_is_refused(root, tmp_path, capsys):
+    with only_writer(tmp_path / "out"):
+        assert sample(root, tmp_path / "out") == 1
+        assert "another run is writing there" in capsys.readouterr().err
+
+
 def test_a_folder_gives_back_what_was_saved(root, tmp_path):
     model = GeneratorModel.from_pretrained(root / "generator")
     model.save_pretrained(tmp_path)
@@ -145,7 +199,7 @@ def test_a_released_checkpoint_becomes_a_plain_generator(root, tmp_path):
     others = {"first_stage_model.encoder.x": np.zeros(1, np.float32)}
     checkpoint = {f"transformer.{name}": tensor for name, tensor in tensors.items()} | others
     model = import_released(released, checkpoint, root / "tokenizer")
-    assert (model.info.kind, model.info.window, model.class_number("1")) == ("plain", MODEL.length, 1)
+    assert (model.info.kind, model.info.window, model.info.class_number("1")) == ("plain", MODEL.length, 1)
     jax.tree.map(np.testing.assert_array_equal, model.params, params)
     with pytest.raises(ValueError, match="codes of 4 bits"):
         import_released(dataclasses.replace(released, code_bits=(4, 4)), checkpoint, root / "tokenizer")
@@ -165,8 +219,8 @@ def test_inspect_says_what_sampling_remembers(kind, row, capsys):
         (["--model", "/no/generator"], "/no/generator"),
         (["--model", "TOKENIZER"], "model_type is 'mergevq_tokenizer', but a generator's is 'mergevq_generator'"),
         (["--tokenizer", "OTHER"], "is not the one whose codes this generator makes"),
-        (["--class", "cat"], "class 'cat': this generator has 0 to 1, named even, odd"),
-        (["--class", "2"], "class '2': this generator has 0 to 1"),
+        (["--class", "cat"], "class 'cat': this generator's classes are named even, odd, and numbered 0 to 1"),
+        (["--class", "2"], "class '2': this generator's classes are named even, odd, and numbered 0 to 1"),
         (["--merge-number", "12"], "merge number 12: this generator knows 10, 16"),
         (["--top-k", "3"], "top_k=3: 0 (off) to the sub-tokens' vocabularies (2, 8)"),
         (["--temperature", "1", "1", "1"], "one value, or one for each of 2 sub-tokens"),

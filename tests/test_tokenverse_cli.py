@@ -12,10 +12,11 @@ import jax
 import numpy as np
 import pytest
 from PIL import Image
+from safetensors.numpy import load_file, save_file
 from tiny_pipeline import FLUX, random_params, tiny_pipeline, write_tiny_pipeline
 
 from runtime_jax import sharding
-from tokenverse_jax import cli, generate, pipeline
+from tokenverse_jax import cli, pipeline
 from tokenverse_jax.bank import Concept, ConceptFile
 from tokenverse_jax.concept_mod import ConceptModConfig, init_params
 from tokenverse_jax.inspect import read_configs
@@ -115,23 +116,65 @@ def test_recomputed_directions_are_others_than_stored_ones(model, bank, tmp_path
     assert np.abs(stored - recomputed).max() > 1
 
 
-def test_text_encoders_are_gone_when_images_are_made(model, bank, tmp_path, monkeypatch):
-    loaded, call, draw = [], Loader.__call__, generate.sample
+@pytest.mark.parametrize("command", ["generate", "direction", "concepts"])
+def test_text_encoders_are_gone_when_the_transformer_comes(model, bank, tmp_path, monkeypatch, command):
+    loaded, call, order = [], Loader.__call__, []
 
     def load(self, *parts):
+        gc.collect()
+        if "transformer" in parts:
+            assert len(loaded) == 2 and all(part() is None for part in loaded)
         made = call(self, *parts)
         loaded.extend(weakref.ref(part) for part in (made.clip, made.t5) if part is not None)
+        order.append(parts)
         return made
 
-    def sample(*args, **kwargs):
-        gc.collect()
-        assert len(loaded) == 2 and all(part() is None for part in loaded)
-        return draw(*args, **kwargs)
-
     monkeypatch.setattr(Loader, "__call__", load)
-    monkeypatch.setattr(generate, "sample", sample)
-    concept = f"dog={bank / 'dog.safetensors'}"
-    assert run("generate", model, "--prompt", PROMPT, "--num", "2", "--concept", concept, "--out", str(tmp_path)) == 0
+    dog, cat = (str(bank / f"{word}.safetensors") for word in ("dog", "cat"))
+    prompt = ["--prompt", PROMPT, "--out", str(tmp_path)]
+    if command == "generate":
+        assert run("generate", model, *prompt, "--num", "2", "--concept", f"dog={dog}") == 0
+    elif command == "direction":
+        words = ["--word", "cat", "--attribute", "a red cat", "--neutral", "a cat", "--strength", "1"]
+        assert run("direction", model, *prompt, *words) == 0
+    else:
+        assert cli.main(["concepts", "inspect", dog, cat, "--model", str(model), "--dtype", "float32"]) == 0
+    assert next(parts for parts in order if parts) == ("clip", "t5")
+
+
+@pytest.mark.parametrize(
+    ("part", "leaf", "message"),
+    [
+        ("transformer", "img_in.weight", "not finite from sampling step 1 of 2 on; .*: transformer/img_in/kernel"),
+        ("vae", "decoder.conv_out.bias", "not finite from the decoded images on; .*: vae/decoder/conv_out/bias"),
+        ("text_encoder", "final_layer_norm.bias", "not finite from CLIP's output on; .*: clip/final_layer_norm/bias"),
+        ("text_encoder_2", "encoder.final_layer_norm.weight", "from T5's outputs on; .*: t5/final_layer_norm/scale"),
+    ],
+)
+def test_weights_that_are_not_finite_draw_nothing(model, tmp_path, capsys, part, leaf, message):
+    broken = shutil.copytree(model, tmp_path / "broken")
+    (path,) = (broken / part).glob("*.safetensors")
+    tensors = load_file(path)
+    name = {"img_in.weight": "x_embedder.weight"}.get(leaf, leaf)
+    (name,) = [own for own in tensors if own.endswith(name)]
+    tensors[name] = np.full_like(tensors[name], np.nan)
+    save_file(tensors, path)
+    arguments = ["--prompt", PROMPT, "--out", str(tmp_path / "out")]
+    words = ["--word", "cat", "--attribute", "a red cat", "--neutral", "a cat", "--strength", "1"]
+    for command, more in (("generate", ["--num", "2"]), ("direction", words)):
+        assert run(command, broken, *arguments, *more) == 1
+        error = capsys.readouterr().err
+        assert re.search(message, error) and len(error.splitlines()) == 1
+        assert not (tmp_path / "out").exists()
+
+
+def test_an_output_that_is_a_file_is_found_out_first(model, tmp_path, capsys, nothing_compiles):
+    out = tmp_path / "file"
+    out.touch()
+    words = ["--word", "cat", "--attribute", "a red cat", "--neutral", "a cat"]
+    for command, more in (("generate", []), ("direction", words)):
+        assert run(command, model, "--prompt", PROMPT, *more, "--out", str(out)) == 1
+        assert f"{out}: cannot be written: Not a directory" in capsys.readouterr().err
 
 
 NINE = ["dog", "cat", "beach", "red", "striped", "ball", "blue", "star", "hat"]
@@ -241,7 +284,6 @@ BAD_GENERATE = [
     (["--concept", "fox=BANK/dog.safetensors"], "'fox' is not in the prompt '.*'; its words are a, dog, and, a#2, cat"),
     (["--concept", "dog#2=BANK/dog.safetensors"], "'dog#2' is not in the prompt"),
     (["--concept", "dog=BANK/dog.safetensors:fox"], "no concept of 'fox' among .* there are: dog"),
-    (["--concept", "dog=BANK/other.safetensors"], "learned on tiny with weights .* but the loaded model's are"),
     (["--width", "18"], "image size 12x18: positive multiples of 4 are needed"),
     (["--width", "0"], "image size 12x0: positive multiples of 4 are needed"),
     (["--num-steps", "0"], "num_steps=0, batch_size=2: at least 1"),
@@ -262,6 +304,14 @@ def test_generate_refuses_in_one_line(model, bank, tmp_path, capsys, nothing_com
     error = capsys.readouterr().err
     assert re.search(message, error) and len(error.splitlines()) == 1 and error.startswith("tokenverse generate: ")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_concept_of_another_model_is_refused(model, bank, tmp_path, capsys):
+    concept = ["--concept", f"dog={bank / 'other.safetensors'}", "--out", str(tmp_path / "out")]
+    assert run("generate", model, "--prompt", PROMPT, *concept) == 1
+    error = capsys.readouterr().err
+    assert re.search("learned on tiny with weights .* but the loaded model's are", error)
+    assert len(error.splitlines()) == 1 and not (tmp_path / "out").exists()
 
 
 def test_a_concept_of_other_tokens_is_refused(model, bank, tmp_path, capsys):

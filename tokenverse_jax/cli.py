@@ -3,6 +3,7 @@ scenes."""
 
 import argparse
 import contextlib
+import functools
 import os
 import sys
 from collections.abc import Iterator, Sequence
@@ -145,6 +146,7 @@ def _sampler(args) -> Iterator[tuple[Any, Any]]:
 
 
 def _generate(args, _) -> None:
+    from runtime_jax.workdir import check_output
     from tokenverse_jax.compose import parse_request
     from tokenverse_jax.generate import generate
 
@@ -152,6 +154,7 @@ def _generate(args, _) -> None:
     for request in requests:
         if not Path(request.path).is_file():  # loading a model takes a while
             raise ValueError(f"{request.path}: no such concept file")
+    check_output(args.out)
     settings = {"num": args.num, "mode": args.mode, "compare": args.compare, "out": args.out}
     with _sampler(args) as (load, sampling):
         generate(load, args.prompt, requests, sampling, **settings)
@@ -159,8 +162,10 @@ def _generate(args, _) -> None:
 
 
 def _direction(args, _) -> None:
+    from runtime_jax.workdir import check_output
     from tokenverse_jax import study
 
+    check_output(args.out)
     prompts = {"attribute": args.attribute, "neutral": args.neutral}
     with _sampler(args) as (load, sampling):
         result = study.study(load, args.prompt, args.word, **prompts, strengths=args.strength, sampling=sampling)
@@ -184,8 +189,7 @@ def _learn(args, overrides) -> int:
 def _concepts(args, _) -> None:
     from tokenverse_jax.inspect_bank import inspect_bank
 
-    load = lambda model: _loader(args, model)("transformer", "clip", "t5")  # noqa: E731
-    print(inspect_bank(args.files, load, args.model))
+    print(inspect_bank(args.files, functools.partial(_loader, args), args.model))
 
 
 def _inspect(args, _) -> None:

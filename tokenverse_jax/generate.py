@@ -15,6 +15,7 @@ import numpy as np
 from jaxtyping import Array, Int, UInt8
 
 from runtime_jax.pictures import image_grid, save_png
+from runtime_jax.workdir import check_output
 from tokenverse_jax import bank, text
 from tokenverse_jax.bank import Concept
 from tokenverse_jax.compose import Composition, ConceptRequest, compose, place_recomputed, place_stored
@@ -80,7 +81,8 @@ class _Chosen(NamedTuple):
     params: Params | None
 
 
-def _choose(requests: Sequence[ConceptRequest], base_hash: str, mode: Mode) -> list[_Chosen]:
+def _choose(requests: Sequence[ConceptRequest], base_hash: str | None, mode: Mode) -> list[_Chosen]:
+    """The concepts that are asked for; with `base_hash` None, whatever model they were learned on."""
     files = {path: bank.load(path, base_hash=base_hash) for path in {request.path for request in requests}}
     for path, file in files.items():
         if mode == "recomputed" and file.params is None:
@@ -126,7 +128,7 @@ def generate(
 ) -> None:
     """Writes `out/0000.png` and so on, and `out/overview.png`: what the concepts are from, and the images below.
 
-    The text encoders are gone when images are made.
+    The text encoders are gone when the transformer comes, and so is what they took.
 
     Args:
       load: gives parts of the model.
@@ -138,25 +140,29 @@ def generate(
         each concept alone, as `out/0000_only_1.png` for the first.
 
     Raises:
-      ValueError: what is not possible, before anything is compiled: sizes; a prompt that is too long; a file that
-        cannot be read, was learned on another model, has no such word or no Concept-Mod; a word that the prompt does
-        not have, or has with another number of tokens.
+      ValueError: what is not possible, before anything is loaded: sizes; a prompt that is too long; a file that cannot
+        be read, has no such word or no Concept-Mod; a word that the prompt does not have, or has with another number
+        of tokens. A file that was learned on another model, once the transformer is loaded.
+      WorkdirError: `out` cannot be written.
+      NotFiniteError: values that are not finite, see `Pipeline.generate`.
     """
     if num < 1:
         raise ValueError(f"num={num}: at least 1 image is needed")
     if compare and not requests:
         raise ValueError("compare: without concepts there is nothing to compare the base model with")
+    check_output(out)
     load.check_size(sampling.height, sampling.width)
     bare = load()
     tokenizer = bare.tokenizer_2
     text.encode(tokenizer, [prompt], bare.text_length)
     for request in requests:
         text.find_word(tokenizer, prompt, request.target)
-    pipeline = load("transformer", "vae")
-    chosen = _choose(requests, pipeline.base_hash(), mode) if requests else []
-    if mode == "stored" and requests:  # what does not fit is told before anything is compiled
+    chosen = _choose(requests, None, mode)
+    if mode == "stored" and requests:
         _compose(chosen, tokenizer, prompt, None)
     encoded, negative = encode(load, [prompt], sampling)
+    pipeline = load("transformer", "vae")
+    chosen = _choose(requests, pipeline.base_hash(), mode) if requests else []
     chosen_of = {"": chosen}
     if compare == "each" and len(chosen) > 1:
         chosen_of |= {f"_only_{number}": [one] for number, one in enumerate(chosen, start=1)}

@@ -2,7 +2,6 @@
 
 import functools
 import itertools
-import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -11,14 +10,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from runtime_jax.finite import check_finite
 from runtime_jax.sizes import table
 from tokenverse_jax import autoencoder, bank
 from tokenverse_jax.bank import Concept, ConceptFile
 from tokenverse_jax.compose import Composition, PlacedConcept, compose
+from tokenverse_jax.concept_data import encode_prompts
 from tokenverse_jax.model import Flux
 from tokenverse_jax.model_folder import Params
-from tokenverse_jax.pipeline import GUIDANCE, Pipeline, PromptEncoding
-from tokenverse_jax.text import find_word
+from tokenverse_jax.pipeline import GUIDANCE, Loader, Pipeline, PromptEncoding
+from tokenverse_jax.text import find_span, split_number
 
 GRID = (8, 8)  # of the noise that the keys are looked at with
 # Mean cosine of the keys of two words that are likely to blend. Of the benchmark's pairs, on the tiny model, the fifth
@@ -35,11 +36,11 @@ class Pair(NamedTuple):
     with_concepts: float
 
 
-def inspect_bank(paths: Sequence[Path], load_model: Callable[[str], Pipeline], model: str | None) -> str:
+def inspect_bank(paths: Sequence[Path], loader: Callable[[str], Loader], model: str | None) -> str:
     """Tables of files and words; with several files also of the similarity of their words' attention keys.
 
     Args:
-      load_model: gives the base model by its name.
+      loader: of the base model, by its name.
       model: that of the base model; None: as the files say.
 
     Raises:
@@ -71,7 +72,7 @@ def inspect_bank(paths: Sequence[Path], load_model: Callable[[str], Pipeline], m
         if len(bases) > 1:
             raise ValueError(f"learned on different models, not to be composed: {', '.join(bases.values())}")
         ((base_hash, base),) = bases.items()
-        lines += ["", *_similarity_lines(key_similarities(load_model(model or base), files, base_hash))]
+        lines += ["", *_similarity_lines(key_similarities(loader(model or base), files, base_hash))]
     return "\n".join(lines)
 
 
@@ -94,42 +95,55 @@ def _similarity_lines(pairs: Sequence[Pair]) -> list[str]:
     return lines
 
 
-def key_similarities(pipeline: Pipeline, files: dict[Path, ConceptFile], base_hash: str) -> list[Pair]:
+def key_similarities(load: Loader, files: dict[Path, ConceptFile], base_hash: str) -> list[Pair]:
     """The similarity of every two words of different files, each pair in a prompt of its own, on pure noise.
+
+    The text encoders are gone when the transformer comes.
 
     Raises:
       ValueError: the model is another one than the files' base, or two concepts were learned in unlike blocks.
+      NotFiniteError: keys that are not finite.
     """
-    if pipeline.base_hash() != base_hash:
-        raise ValueError(f"{pipeline.source}: not the model that the concepts were learned on ({base_hash})")
+    tokenizer = load().tokenizer_2
     words = [(path, concept) for path, file in files.items() for concept in file.concepts]
-    keys = compiled_keys(pipeline)
-    pairs = []
+    names, prompts, placed = [], [], []
     for (path, first), (other, second) in itertools.combinations(words, 2):
         if path != other:
-            name, twin = (re.sub(r"#\d+$", "", concept.word) for concept in (first, second))
-            before = re.findall(rf"(?<!\w){re.escape(twin)}(?!\w)", name, re.IGNORECASE)
-            prompt, targets = f"a {name} and a {twin}", (f"{name}#1", f"{twin}#{1 + len(before)}")
-            where = [find_word(pipeline.tokenizer_2, prompt, target) for target in targets]
-            placed = [PlacedConcept(first, where[0]), PlacedConcept(second, where[1])]
-            cosines = cosine_in_prompt(pipeline, keys, prompt, placed)
-            pairs.append(Pair(f"{path.stem}:{first.word}", f"{other.stem}:{second.word}", *cosines))
+            name, twin = (split_number(concept.word)[0] for concept in (first, second))
+            prompt = f"a {name} and a {twin}"
+            spans = (2, 2 + len(name)), (len(prompt) - len(twin), len(prompt))
+            where = [find_span(tokenizer, prompt, *span) for span in spans]
+            names.append((f"{path.stem}:{first.word}", f"{other.stem}:{second.word}"))
+            prompts.append(prompt)
+            placed.append([PlacedConcept(first, where[0]), PlacedConcept(second, where[1])])
+    if not prompts:
+        return []
+    encoded = encode_prompts(load("clip", "t5"), prompts)
+    pipeline = load("transformer")
+    if pipeline.base_hash() != base_hash:
+        raise ValueError(f"{pipeline.source}: not the model that the concepts were learned on ({base_hash})")
+    keys = compiled_keys(pipeline)
+    pairs = []
+    for i, (two, concepts) in enumerate(zip(names, placed, strict=True)):
+        one_prompt = PromptEncoding(*(part[i : i + 1] for part in encoded))
+        pairs.append(Pair(*two, *cosine_in_prompt(keys, one_prompt, concepts)))
+    finite = np.isfinite([pair[2:] for pair in pairs]).all(axis=1)
+    check_finite({"the attention keys of pair": finite}, {"transformer": pipeline.transformer.params})
     return pairs
 
 
 Keys = Callable[[PromptEncoding, Composition | None], jax.Array]
 
 
-def cosine_in_prompt(
-    pipeline: Pipeline, keys: Keys, prompt: str, placed: Sequence[PlacedConcept]
-) -> tuple[float, float]:
+def cosine_in_prompt(keys: Keys, encoded: PromptEncoding, placed: Sequence[PlacedConcept]) -> tuple[float, float]:
     """The similarity of the keys of two words of a prompt, without and with the concepts on them.
 
     Args:
       keys: of `compiled_keys`.
+      encoded: the prompt.
       placed: two concepts.
     """
-    encoded, composed = pipeline.encode_prompts([prompt]), compose(placed, pipeline.text_length)
+    composed = compose(placed, encoded.txt.shape[1])
     where = [item.places for item in placed]
     plain, steered = (float(bank.key_similarity(keys(encoded, each), *where)) for each in (None, composed))
     return plain, steered

@@ -13,13 +13,13 @@ import numpy as np
 
 from runtime_jax import config as config_lib
 from runtime_jax import loop, sharding
-from runtime_jax.checkpoint import check_workdir
 from runtime_jax.compute import Compute
 from runtime_jax.config import Duration
 from runtime_jax.data import center_crop
 from runtime_jax.flops import peak_flops
 from runtime_jax.initial_state import initial_state
 from runtime_jax.pictures import image_grid
+from runtime_jax.workdir import only_writer
 from tokenverse_jax import text
 from tokenverse_jax.bank import ConceptFile
 from tokenverse_jax.compose import compose, place_stored
@@ -101,7 +101,7 @@ def learn(config: LearnRunConfig, workdir: str | Path) -> Learned:
 
     Raises:
       ValueError: config, images, words, model or checkpoint that do not fit.
-      WorkdirError: the workdir cannot be written.
+      WorkdirError: the workdir cannot be written, or another run is writing it.
       FloatingPointError: too many updates in a row were not finite.
     """
     if jax.process_count() > 1:
@@ -112,7 +112,11 @@ def learn(config: LearnRunConfig, workdir: str | Path) -> Learned:
         checkpoint_every=config.checkpoint_every,
         preview_every=config.preview_every,
     )
-    workdir = check_workdir(workdir, loop_config.min_free_bytes)
+    with only_writer(workdir, loop_config.min_free_bytes) as folder:
+        return _learn(config, loop_config, folder)
+
+
+def _learn(config: LearnRunConfig, loop_config: loop.LoopConfig, workdir: Path) -> Learned:
     images = [read_image(image.path, config.size) for image in config.images]
     mesh = sharding.make_mesh(config.mesh)
     load = Loader(

@@ -18,6 +18,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, Key, UInt8
 
 from runtime_jax.compute import Compute
+from runtime_jax.finite import all_finite, check_finite
 from runtime_jax.prng import Stream, stream_key
 from tokenverse_jax import autoencoder, model_folder, sampling, schedule, text
 from tokenverse_jax.autoencoder import Autoencoder
@@ -135,14 +136,22 @@ class Pipeline:
     def encode_prompts(self, prompts: Sequence[str]) -> PromptEncoding:
         """Prompts as T5's outputs and CLIP's pooled output. CLIP sees their first tokens only (77), as in FLUX.
 
+        A warning names what of a prompt is cut or unknown to the tokenizers.
+
         Raises:
           ValueError: a prompt of more than `text_length` T5 tokens.
+          NotFiniteError: outputs that are not finite.
         """
         clip, t5 = self._part("clip"), self._part("t5")
         ids = text.encode(self.tokenizer_2, prompts, self.text_length)
-        clip_ids = text.encode(self.tokenizer, prompts, clip.config.max_position_embeddings, truncate=True)
+        clip_length = clip.config.max_position_embeddings
+        clip_ids = text.encode(self.tokenizer, prompts, clip_length, truncate=True)
+        text.warn_unread(self.tokenizer, self.tokenizer_2, prompts, clip_length)
         encoders = CLIPTextEncoder(clip.config, self.compute), T5Encoder(t5.config, self.compute)
-        return PromptEncoding(*_encode_text((clip.params, t5.params), clip_ids, ids, encoders=encoders), ids)
+        txt, vec, finite = _encode_text((clip.params, t5.params), clip_ids, ids, encoders=encoders)
+        stages = ("T5's outputs", "CLIP's output")
+        check_finite(dict(zip(stages, finite, strict=True)), {"t5": t5.params, "clip": clip.params})
+        return PromptEncoding(txt, vec, ids)
 
     def encode_images(
         self, images: UInt8[np.ndarray, "B H W 3"] | UInt8[Array, "B H W 3"], keys: Key[Array, " B"] | None = None
@@ -151,24 +160,30 @@ class Pipeline:
 
         Raises:
           ValueError: not uint8 [B, H, W, 3], or a side that is no multiple of a token's (16 pixels for FLUX).
+          NotFiniteError: latents that are not finite.
         """
         vae = self._part("vae")
         if images.ndim != 4 or images.dtype != np.uint8 or images.shape[-1] != 3:
             raise ValueError(f"images: uint8 [B, H, W, 3] is needed, got {images.dtype} {images.shape}")
         vae.config.token_grid(*images.shape[1:3])
-        return _encode_images(vae.params, images, keys, vae=Autoencoder(vae.config, self.compute))
+        tokens, finite = _encode_images(vae.params, images, keys, vae=Autoencoder(vae.config, self.compute))
+        check_finite({"the images' latents": finite}, {"vae": vae.params})
+        return tokens
 
     def decode_latents(self, tokens: Float[Array, "B N C"], grid: tuple[int, int]) -> UInt8[Array, "B H W 3"]:
         """Images from tokens of a grid (rows, columns).
 
         Raises:
           ValueError: the tokens do not fill the grid.
+          NotFiniteError: images that are not finite.
         """
         vae = self._part("vae")
         shape = (grid[0] * grid[1], autoencoder.PATCH**2 * vae.config.latent_channels)
         if tokens.shape[1:] != shape:
             raise ValueError(f"tokens {tokens.shape}: {shape} in each image are needed for the grid {grid}")
-        return _decode(vae.params, tokens, vae=Autoencoder(vae.config, self.compute), grid=grid)
+        images, finite = _decode(vae.params, tokens, vae=Autoencoder(vae.config, self.compute), grid=grid)
+        check_finite({"the decoded images": finite}, {"vae": vae.params})
+        return images
 
     def generate(
         self,
@@ -204,6 +219,7 @@ class Pipeline:
 
         Raises:
           ValueError: sizes, strengths, indices or offsets that are not possible; a part that was dropped.
+          NotFiniteError: values that are not finite; names the step where they begin, and the parameters that are not.
         """
         flux, vae = self._part("transformer"), self._part("vae")
         grid = vae.config.token_grid(height, width)
@@ -221,7 +237,7 @@ class Pipeline:
         indices = np.arange(batch) if indices is None else np.asarray(indices)
         if indices.shape != (batch,):
             raise ValueError(f"indices: one for each of the {batch} prompts is needed, got shape {indices.shape}")
-        return _generate(
+        images, finite = _generate(
             (flux.params, vae.params),
             (encoded.txt, encoded.vec),
             None if negative is None else (negative.txt, negative.vec),
@@ -235,6 +251,9 @@ class Pipeline:
             grid=grid,
             blocks=blocks,
         )
+        stages = ("the prompts' encodings", "sampling step", "the decoded images")
+        check_finite(dict(zip(stages, finite, strict=True)), {"transformer": flux.params, "vae": vae.params})
+        return images
 
     def base_hash(self) -> str:
         """The transformer's `fingerprint`."""
@@ -288,25 +307,28 @@ class Loader:
 
 
 @functools.partial(jax.jit, static_argnames="encoders")
-def _encode_text(params: tuple, clip_ids: Array, t5_ids: Array, *, encoders: tuple) -> tuple[Array, Array]:
+def _encode_text(
+    params: tuple, clip_ids: Array, t5_ids: Array, *, encoders: tuple
+) -> tuple[Array, Array, tuple[Array, Array]]:
     clip, t5 = encoders
-    return t5.apply({"params": params[1]}, t5_ids), clip.apply({"params": params[0]}, clip_ids).pooled
+    txt, vec = t5.apply({"params": params[1]}, t5_ids), clip.apply({"params": params[0]}, clip_ids).pooled
+    return txt, vec, (all_finite(txt), all_finite(vec))
 
 
 @functools.partial(jax.jit, static_argnames="vae")
-def _encode_images(params: Params, images: Array, keys: Array | None, *, vae: Autoencoder) -> Array:
+def _encode_images(params: Params, images: Array, keys: Array | None, *, vae: Autoencoder) -> tuple[Array, Array]:
     posterior = vae.apply({"params": params}, images.astype(jnp.float32) / 127.5 - 1.0, method="encode")
     latents = posterior.mean
     if keys is not None:
         latents = posterior.sample(jax.vmap(lambda key: jax.random.normal(key, latents.shape[1:]))(keys))
-    return autoencoder.pack(autoencoder.to_latents(latents, vae.config))
+    return autoencoder.pack(autoencoder.to_latents(latents, vae.config)), all_finite(latents)
 
 
 @functools.partial(jax.jit, static_argnames=("vae", "grid"))
-def _decode(params: Params, tokens: Array, *, vae: Autoencoder, grid: tuple[int, int]) -> Array:
+def _decode(params: Params, tokens: Array, *, vae: Autoencoder, grid: tuple[int, int]) -> tuple[Array, Array]:
     latents = autoencoder.from_latents(autoencoder.unpack(tokens, grid), vae.config)
     images = vae.apply({"params": params}, latents, method="decode")
-    return jnp.round(jnp.clip((images + 1.0) * 127.5, 0.0, 255.0)).astype(jnp.uint8)
+    return jnp.round(jnp.clip((images + 1.0) * 127.5, 0.0, 255.0)).astype(jnp.uint8), all_finite(images)
 
 
 @functools.partial(jax.jit, static_argnames=("modules", "grid", "blocks"))
@@ -324,7 +346,7 @@ def _generate(
     modules: tuple[Flux, Autoencoder],
     grid: tuple[int, int],
     blocks: OffsetBlocks,
-) -> Array:
+) -> tuple[Array, tuple[Array, Array, Array]]:
     flux, vae = modules
     batch, length = prompts[0].shape[:2]
     strengths = None if guidance is None else jnp.full(batch, guidance)
@@ -342,4 +364,7 @@ def _generate(
     if negative is not None:
         guided = sampling.with_cfg(guided, velocity(negative), cfg_scale)
     noise = sampling.initial_noise(key, indices, (grid[0] * grid[1], flux.config.in_channels))
-    return _decode(params[1], sampling.euler(guided, noise, sigmas), vae=vae, grid=grid)
+    prompt_finite = all_finite(prompts[0]) & all_finite(prompts[1])
+    sampled = sampling.euler(guided, noise, sigmas)
+    images, images_finite = _decode(params[1], sampled.tokens, vae=vae, grid=grid)
+    return images, (prompt_finite, sampled.finite, images_finite)

@@ -10,6 +10,7 @@ from jaxtyping import UInt8
 
 from runtime_jax.config import to_dict
 from runtime_jax.data import decode_image
+from runtime_jax.files import write_text
 from runtime_jax.pictures import save_png
 from tokenverse_jax.isolation import IsolationConfig
 from tokenverse_jax.pipeline import Pipeline, PromptEncoding
@@ -52,8 +53,7 @@ def make_pool(
     }
     text = json.dumps(settings, indent=2)
     folder = cache / hashlib.sha256(text.encode()).hexdigest()[:16]
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "pool.json").write_text(text + "\n")
+    write_text(folder / "pool.json", text + "\n")
     images = []
     for i in range(len(config.captions)):
         path = folder / f"{i:03}.png"

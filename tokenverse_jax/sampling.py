@@ -5,13 +5,15 @@ Axes: B batch, N image tokens, D channels of a token.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, Bool, Float, Int, Key
 
+from runtime_jax.finite import all_finite
 from runtime_jax.prng import example_keys
 from runtime_jax.sharding import Axis, constrain
 
@@ -50,9 +52,16 @@ def initial_noise(
     return constrain(noise, Axis.BATCH, None, None)
 
 
+class Sampled(NamedTuple):
+    """What `euler` ends with."""
+
+    tokens: Float[Array, "B N D"]
+    finite: Bool[Array, "steps"]  # whether they were finite after each step
+
+
 def euler(
     velocity: Velocity, noise: Float[Array, "B N D"], sigmas: Float[Array, "T"] | Float[np.ndarray, "T"]
-) -> Float[Array, "B N D"]:
+) -> Sampled:
     """Follows the velocity from `noise` at time sigmas[0] to time sigmas[-1] by Euler steps, in one scan.
 
     To be called in a jitted function that has the model's parameters among its arguments.
@@ -66,10 +75,10 @@ def euler(
     def step(x, times):
         now, after = times
         x = x + (after - now) * velocity(x, jnp.full(len(x), now)).astype(jnp.float32)
-        return constrain(x, Axis.BATCH, None, None), None
+        return constrain(x, Axis.BATCH, None, None), all_finite(x)
 
     sigmas = jnp.asarray(sigmas, jnp.float32)
-    return lax.scan(step, noise, (sigmas[:-1], sigmas[1:]))[0]
+    return Sampled(*lax.scan(step, noise, (sigmas[:-1], sigmas[1:])))
 
 
 def with_cfg(conditional: Velocity, negative: Velocity, scale: float | Float[Array, ""]) -> Velocity:

@@ -11,8 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, UInt8
 
+from runtime_jax.finite import all_finite, check_finite
 from runtime_jax.pictures import heat_map, image_grid, save_png
 from tokenverse_jax import text
+from tokenverse_jax.compose import warn_strength
 from tokenverse_jax.generate import SHOWN_SIDE, Sampling, encode, sample
 from tokenverse_jax.offsets import direction, place_on_tokens
 from tokenverse_jax.pipeline import Loader, PromptEncoding
@@ -44,8 +46,13 @@ def study(
       word: of `prompt`, that takes the direction in M+; "dog#2" is its second "dog".
 
     Raises:
-      ValueError: the word is not in the prompt, or sizes that are not possible; before anything is compiled.
+      ValueError: the word is not in the prompt, or sizes that are not possible; before anything is loaded.
+      NotFiniteError: values that are not finite, see `Pipeline.generate`.
     """
+    if not np.isfinite(strengths).all():
+        raise ValueError(f"strengths {list(strengths)}: finite numbers are needed")
+    for strength in strengths:
+        warn_strength(float(strength), f"the direction to {attribute!r}")
     load.check_size(sampling.height, sampling.width)
     bare = load()
     places = find_word(bare.tokenizer_2, prompt, word)
@@ -54,6 +61,7 @@ def study(
     pipeline = load("transformer", "vae")
     flux = pipeline.transformer
     (step,) = np.asarray(direction(flux.config, flux.params, encoded.vec[1:2], encoded.vec[2:]))
+    check_finite({"the direction": all_finite(jnp.asarray(step))}, {"transformer": flux.params})
     steps = np.asarray([0.0, *strengths], np.float32)[:, None] * step
     none = np.zeros_like(steps)
     on_word = np.repeat(np.concatenate([none, steps[1:]])[:, None], len(places), axis=1)

@@ -16,19 +16,21 @@ from mergevq_jax.evaluate.generation import Gaussian, Labelled, Quality, gaussia
 from mergevq_jax.evaluate.held_out import BATCH_SIZE, read_scenes
 from mergevq_jax.generator.model import recovered_to_images
 from mergevq_jax.generator.randar import Codes
-from mergevq_jax.pretrained import load_tokenizer
+from mergevq_jax.pretrained import load_tokenizer, read_tokenizer_config
 from mergevq_jax.tokenizer.model import Tokenizer
 from mergevq_jax.tokenizer.tome import first_members
 from runtime_jax.data.mini_scenes import CLASSES
+from runtime_jax.files import write_text
 from runtime_jax.judge import Judge
 from runtime_jax.pictures import Points, image_grid, plot_lines, save_png
 from runtime_jax.sizes import table
+from runtime_jax.workdir import only_writer
 
 Images = UInt8[np.ndarray, "B H W 3"] | UInt8[Array, "B H W 3"]
 REAL = "held-out scenes"
 SHOWN = 12  # images of a row in the picture
 # What the folders of a row share; of a protocol.
-SETTINGS = ("fingerprint", "merge_number", "sampling", "steps", "slots", "compute", "batch_size", "device", "mesh")
+SETTINGS = ("fingerprint", "merge_number", "sampling", "steps", "slots", "compute", "device", "mesh")
 
 
 class Folder(NamedTuple):
@@ -82,7 +84,22 @@ def compare(
     Raises:
       ValueError: folders without samples or of different numbers of images, a row's folders of different settings,
         dataset or tokenizer missing.
+      WorkdirError: `out` cannot be written, or another run is writing it.
+      NotFiniteError: what the judge sees, or a reconstruction, is not finite.
     """
+    with only_writer(out):
+        _compare(rows, out, data_dir, judge, tokenizer, keeps, single)
+
+
+def _compare(
+    rows: Sequence[tuple[str, Sequence[Path]]],
+    out: Path,
+    data_dir: str,
+    judge: Judge,
+    tokenizer: str | None,
+    keeps: Sequence[int],
+    single: bool,
+) -> None:
     folders = {name: [read_samples(path) for path in paths] for name, paths in rows}
     if len(folders) < len(rows):
         raise ValueError(f"rows {', '.join(name for name, _ in rows)}: every name once")
@@ -92,6 +109,10 @@ def compare(
     if len(shapes) != 1:
         raise ValueError(f"equal numbers of images of one size are needed, there are {sorted(shapes)}")
     count, size = shapes.pop()[:2]
+    if tokenizer is not None:
+        config = read_tokenizer_config(tokenizer)
+        for keep in keeps:
+            config.merge_counts(config.raw_tokens, keep)
     loaded = None if tokenizer is None else load_tokenizer(tokenizer)
     reconstructed = {} if loaded is None else _reconstructions(loaded, keeps, size)
     if taken := {REAL, *reconstructed} & folders.keys():
@@ -105,8 +126,7 @@ def compare(
     measured = [_row(name, group, folders.get(name), judge, reference) for name, group in sets.items()]
     text = render(measured, count)
     print(text)
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "compare.md").write_text(text)
+    write_text(out / "compare.md", text)
     shown = [list(group[0].images[:SHOWN]) for group in sets.values()]
     save_png(out / "compare.png", image_grid(shown, row_labels=list(sets)))
     written = ["compare.md", "compare.png"]

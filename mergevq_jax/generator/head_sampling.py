@@ -9,14 +9,35 @@ import functools
 import jax
 import jax.numpy as jnp
 from einops import rearrange
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, Bool, Float, Int, Key
 
 from mergevq_jax.generator import decode
 from mergevq_jax.generator.draw import draw, guided, keep_likely, likeliest
 from mergevq_jax.generator.plan import DrawPlan, Knobs
 from mergevq_jax.generator.transformer import Generator, Params, head_rope_table
 from mergevq_jax.tokenizer.lfq import join_indices
+from runtime_jax.finite import check_finite
 from runtime_jax.sharding import Axis, constrain
+
+UNDRAWN = -1  # in place of a code: its logits were not finite
+
+
+def check_drawn(indices: Int[Array, "B n"], params: Params) -> None:
+    """Makes sure that all codes were drawn.
+
+    Args:
+      indices: in the order of drawing.
+      params: of the generator.
+
+    Raises:
+      NotFiniteError: names the first code whose logits were not finite, and the parameters that are not.
+    """
+    check_finite({"the logits of code": _are_drawn(indices)}, {"generator": params})
+
+
+@jax.jit
+def _are_drawn(indices: Int[Array, "B n"]) -> Bool[Array, "n"]:
+    return constrain((indices != UNDRAWN).all(axis=0), None)
 
 
 def draw_keys(keys: Key[Array, "B"], codes: int, sub_tokens: int) -> Key[Array, "codes S B"]:
@@ -51,21 +72,28 @@ class HeadSampler:
     def next_codes(
         self, hidden: Float[Array, "R n D"], scales: Float[Array, "S"], keys: Key[Array, "S B n"]
     ) -> tuple[Int[Array, "B n"], Float[Array, "R n D"]]:
-        """Draws codes, each from the trunk's output that predicts it; returns them and their embeddings."""
+        """Draws codes, each from the trunk's output that predicts it; returns them and their embeddings.
+
+        A code whose logits are not finite is UNDRAWN.
+        """
         plan, config, side_by_side = self.plan, self.config, hidden.shape[1]
         x = rearrange(hidden, "(b g) n d -> (b n g) 1 d", g=plan.rows)
         parts, rows = len(config.code_bits), x.shape[0]
         store = decode.new_store(config, plan.compute, layers=config.head_layers, rows=rows, slots=parts)
         rope, values, embedded = jnp.asarray(head_rope_table(config)), [], []
+        finite = jnp.ones(rows, bool)
         for index in range(parts):
             slots = jnp.full((rows, 1), index, jnp.int32)
             seen = (jnp.arange(parts) <= index)[None, None]
             x, store = self.step_blocks(self.head_blocks, store, x, rope[:, index : index + 1], slots, seen)
             logits = self.apply(index, x, method=Generator.logits)
+            finite &= jnp.isfinite(logits).all(axis=(1, 2))
             values.append(self.next_values(index, logits, scales[index], keys[index].reshape(-1)))
             x = self.apply(index, self.rows(values[-1])[:, None], method=Generator.embed_sub_token)
             embedded.append(x)
         codes = rearrange(join_indices(values, config.code_bits), "(b n) -> b n", n=side_by_side)
+        finite = rearrange(finite, "(b n g) -> b n g", n=side_by_side, g=plan.rows).all(axis=-1)
+        codes = jnp.where(finite, codes, UNDRAWN)
         return codes, rearrange(sum(embedded), "(b n g) 1 d -> (b g) n d", n=side_by_side, g=plan.rows)
 
     def next_values(

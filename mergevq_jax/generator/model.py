@@ -28,6 +28,7 @@ from mergevq_jax.generator.transformer import SHARDING_RULES, Params, param_shap
 from mergevq_jax.pretrained import GENERATORS, load_tokenizer
 from mergevq_jax.tokenizer.model import Tokenizer, Tokens
 from runtime_jax.compute import Compute
+from runtime_jax.messages import cut
 from runtime_jax.sharding import param_shardings, place
 from runtime_jax.weights import import_weights
 
@@ -59,6 +60,21 @@ class GeneratorInfo:
         keeps_all = settings.capacity is None and self.kind == "plain"
         return replace(settings, window=window, capacity=self.architecture.length if keeps_all else settings.capacity)
 
+    def class_number(self, name: str) -> int:
+        """A class by its name; or by its number, unless all names are numbers themselves.
+
+        Raises:
+          ValueError: no such class.
+        """
+        names, count = self.classes, self.architecture.num_classes
+        if name in names:
+            return names.index(name)
+        by_number = not (names and all(own.isdecimal() for own in names))
+        if by_number and name in map(str, range(count)):
+            return int(name)
+        known = [f"named {cut(names)}"] * bool(names) + [f"numbered 0 to {count - 1}"] * by_number
+        raise ValueError(f"class {name!r}: this generator's classes are {', and '.join(known)}")
+
 
 @dataclass(frozen=True)
 class GeneratorModel:
@@ -87,7 +103,7 @@ class GeneratorModel:
           ValueError: folder, a file in it or a parameter missing; another kind of model.
         """
         folder = model_folder.find_folder(path, "generator")
-        info = model_folder.read_config(folder / model_folder.CONFIG_NAME, GeneratorInfo, MODEL_TYPE, "generator")
+        info = read_info(folder)
         config, shapes = info.architecture, param_shapes(info.architecture)
         if info.kind == "random":
             shapes = shapes | {GROUP_STARTS: jax.eval_shape(lambda: new_counts(config))}
@@ -129,21 +145,6 @@ class GeneratorModel:
                 f"{self.info.tokenizer.name} (fingerprint {self.info.tokenizer.fingerprint[:12]})"
             )
         return tokenizer
-
-    def class_number(self, name: str) -> int:
-        """A class by its name or number.
-
-        Raises:
-          ValueError: no such class.
-        """
-        if name in self.info.classes:
-            return self.info.classes.index(name)
-        if name.isdecimal() and int(name) < self.config.num_classes:
-            return int(name)
-        raise ValueError(
-            f"class {name!r}: this generator has 0 to {self.config.num_classes - 1}, named "
-            f"{', '.join(self.info.classes) or 'nothing'}"
-        )
 
     def sample(
         self,
@@ -204,6 +205,16 @@ def recovered_to_images(tokenizer: Tokenizer, codes: Codes) -> UInt8[Array, "B H
     return tokenizer.decode(
         Tokens(indices=codes.indices, source_map=source_map, grid=tokenizer.config.grid(side, side))
     )
+
+
+def read_info(source: str | os.PathLike) -> GeneratorInfo:
+    """What a shipped generator, or that of a folder or hub id, is: its config.json alone, without its weights.
+
+    Raises:
+      ValueError: as `GeneratorModel.from_pretrained`.
+    """
+    folder = model_folder.find_folder(GENERATORS.get(str(source), source), "generator")
+    return model_folder.read_config(folder / model_folder.CONFIG_NAME, GeneratorInfo, MODEL_TYPE, "generator")
 
 
 def load_generator(source: str | os.PathLike, *, compute: Compute = Compute()) -> GeneratorModel:

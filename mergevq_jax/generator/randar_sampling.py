@@ -21,7 +21,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from mergevq_jax.generator import decode
 from mergevq_jax.generator.config import GeneratorConfig
-from mergevq_jax.generator.head_sampling import HeadSampler, draw_keys
+from mergevq_jax.generator.head_sampling import HeadSampler, check_drawn, draw_keys
 from mergevq_jax.generator.plan import DrawPlan, Knobs, SamplingConfig, checked_request, draw_plan
 from mergevq_jax.generator.position_cache import Store
 from mergevq_jax.generator.positions import draw_positions, shares
@@ -129,6 +129,7 @@ def randar_sample(
 
     Raises:
       ValueError: what is asked for is not possible with this generator.
+      NotFiniteError: logits that are not finite; names the first code that has them.
     """
     labels, examples, merge = checked_request(labels, examples, merge_number, config)
     plan, knobs = make_randar_plan(config, sampling, merge_number, steps, compute)
@@ -141,7 +142,9 @@ def randar_sample(
         positions = draw_positions(places, example_keys(stream_key(seed, Stream.ORDER), examples), codes)
     else:
         raise ValueError("positions of the codes, or group_starts to draw them from, are needed")
-    return run(params, labels, merge, positions, stream_key(seed, Stream.SAMPLE), examples, knobs, plan=plan)
+    drawn = run(params, labels, merge, positions, stream_key(seed, Stream.SAMPLE), examples, knobs, plan=plan)
+    check_drawn(drawn.indices, params)
+    return drawn
 
 
 def _check_positions(positions: np.ndarray, shape: tuple[int, int], length: int) -> None:

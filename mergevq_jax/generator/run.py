@@ -31,14 +31,15 @@ from mergevq_jax.tokenizer.merge_ratio import MergeRatioConfig, draw_keep
 from mergevq_jax.tokenizer.model import Tokenizer
 from runtime_jax import config as config_lib
 from runtime_jax import loop, sharding
-from runtime_jax.checkpoint import check_workdir
 from runtime_jax.compute import Compute
+from runtime_jax.config import naming
 from runtime_jax.data import DataConfig
 from runtime_jax.flops import peak_flops
 from runtime_jax.initial_state import initial_state
 from runtime_jax.optimizer import OptimizerConfig, make_optimizer, make_schedule
 from runtime_jax.pictures import image_grid
 from runtime_jax.program import Program
+from runtime_jax.workdir import only_writer
 
 MODEL_FOLDER = "generator"
 PUBLISHED = OptimizerConfig(learning_rate=3e-4, b1=0.9, b2=0.95, weight_decay=0.05, clip_norm=1.0)
@@ -77,7 +78,7 @@ class TrainConfig:
     compute: Compute = Compute()
     tokenizer_compute: Compute = Compute()  # of a step's own codes; in float32 they are those of `mergevq tokenize`
     optimizer: OptimizerConfig = PUBLISHED
-    accumulate: int = 1
+    accumulate: int = 1  # parts of one update, where a batch does not fit in memory
     ema_decay: float = 0.9999
     data: DataConfig | TokensConfig
     evaluation: EvaluationConfig
@@ -143,10 +144,14 @@ def train(config: TrainConfig, workdir: str | Path) -> Trained:
 
     Raises:
       ValueError: config, data, tokenizer, weights or checkpoint that do not fit, before anything is compiled.
-      WorkdirError: the workdir cannot be written.
+      WorkdirError: the workdir cannot be written, or another run is writing it.
       FloatingPointError: too many updates in a row were not finite.
     """
-    workdir = check_workdir(workdir, config.loop.min_free_bytes)
+    with only_writer(workdir, config.loop.min_free_bytes) as folder:
+        return _train(config, folder)
+
+
+def _train(config: TrainConfig, workdir: Path) -> Trained:
     tokenizer = load_tokenizer(config.tokenizer, compute=config.tokenizer_compute)
     info = check(config, tokenizer)
     start = load_generator(config.init_from) if config.init_from else None
@@ -209,9 +214,12 @@ def check(config: TrainConfig, tokenizer: Tokenizer) -> GeneratorInfo:
     generator_data.check_tokenizer(config.model, tokenizer)
     for keep in config.all_keeps:
         tokenizer.config.merge_counts(tokenizer.config.raw_tokens, keep)
-    classes = generator_data.check_data(config.data, config.model, tokenizer, config.merge_ratio.keeps)
-    if generator_data.check_data(config.evaluation.data, config.model, tokenizer, config.evaluated_keeps) != classes:
-        raise ValueError("evaluation.data has classes of other names than data")
+    with naming("data"):
+        classes = generator_data.check_data(config.data, config.model, tokenizer, config.merge_ratio.keeps)
+    with naming("evaluation.data"):
+        others = generator_data.check_data(config.evaluation.data, config.model, tokenizer, config.evaluated_keeps)
+        if others != classes:
+            raise ValueError("classes of other names than those of data")
     info = GeneratorInfo(
         kind=config.kind,
         window=config.model.length if config.kind == "plain" else config.window,

@@ -15,7 +15,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from mergevq_jax.generator import decode, position_cache
 from mergevq_jax.generator.config import GeneratorConfig
-from mergevq_jax.generator.head_sampling import HeadSampler, draw_keys
+from mergevq_jax.generator.head_sampling import HeadSampler, check_drawn, draw_keys
 from mergevq_jax.generator.plan import Knobs, Plan, SamplingConfig, checked_request, make_plan
 from mergevq_jax.generator.position_cache import PositionCache, Store
 from mergevq_jax.generator.transformer import Params, rope_table
@@ -65,10 +65,13 @@ def sample(
 
     Raises:
       ValueError: what is asked for is not possible with this generator.
+      NotFiniteError: logits that are not finite; names the first code that has them.
     """
     labels, examples, merge = checked_request(labels, examples, merge_number, config)
     plan, knobs = make_plan(config, sampling, merge_number, compute)
-    return run(params, labels, merge, stream_key(seed, Stream.SAMPLE), examples, knobs, plan=plan)
+    samples = run(params, labels, merge, stream_key(seed, Stream.SAMPLE), examples, knobs, plan=plan)
+    check_drawn(samples.indices, params)
+    return samples
 
 
 @functools.partial(jax.jit, static_argnames="plan")

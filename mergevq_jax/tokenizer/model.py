@@ -23,6 +23,7 @@ from mergevq_jax.tokenizer.decoder import Decoder
 from mergevq_jax.tokenizer.encoder import Encoded, Encoder
 from mergevq_jax.tokenizer.recovery import SourceRecovery, recovered_source_map
 from runtime_jax.compute import Compute
+from runtime_jax.finite import all_finite, check_finite
 from runtime_jax.sharding import constrain
 
 Params = dict[str, Any]
@@ -164,6 +165,7 @@ class Tokenizer:
 
         Raises:
           ValueError: not uint8 [B, H, W, 3], or image size or keep not possible.
+          NotFiniteError: features that are not finite, which have no codes.
         """
         if images.ndim != 4 or images.dtype != np.uint8 or images.shape[-1] != self.config.in_channels:
             raise ValueError(
@@ -172,12 +174,19 @@ class Tokenizer:
         grid = self.config.grid(*images.shape[1:3])
         keep = ratio_keep(self.config, grid[0] * grid[1]) if keep is None else keep
         self.config.merge_counts(grid[0] * grid[1], keep)
-        indices, source_map = _encode_images(self.params, images, self.config, keep, self.compute)
+        indices, source_map, finite = _encode_images(self.params, images, self.config, keep, self.compute)
+        check_finite({"the encoder's features": finite}, {"tokenizer": self.params})
         return Tokens(indices=indices, source_map=source_map, grid=grid)
 
     def decode(self, tokens: Tokens) -> UInt8[Array, "B H W 3"]:
-        """Indices and source maps back to images."""
-        return _decode_tokens(self.params, tokens, self.config, self.compute)
+        """Indices and source maps back to images.
+
+        Raises:
+          NotFiniteError: pixels that are not finite.
+        """
+        images, finite = _decode_tokens(self.params, tokens, self.config, self.compute)
+        check_finite({"the decoder's images": finite}, {"tokenizer": self.params})
+        return images
 
     def recover(self, indices: Int[Array, "B K"], starts: Int[Array, "B K"] | None = None) -> Int[Array, "B L"]:
         """The source map that the codes suggest, for images of the training size (paper section 3.3).
@@ -187,8 +196,11 @@ class Tokenizer:
 
         Raises:
           ValueError: this tokenizer has no source recovery.
+          NotFiniteError: logits that are not finite.
         """
-        return _recover_source_map(self.params, indices, starts, self.config, self.compute)
+        source_map, finite = _recover_source_map(self.params, indices, starts, self.config, self.compute)
+        check_finite({"source recovery's logits": finite}, {"tokenizer": self.params})
+        return source_map
 
     def reconstruct(
         self, images: UInt8[np.ndarray, "B H W 3"] | UInt8[Array, "B H W 3"], *, keep: int | None = None
@@ -220,17 +232,18 @@ def to_uint8(images: Float[Array, "*shape"]) -> UInt8[Array, "*shape"]:
 def _encode_images(params, images, config, keep, compute):
     encoded = encode(params, config, to_float(images), keep=keep, compute=compute)
     # Whole on every device, so that each host of a pod can read them.
-    return constrain(lfq.codes_to_indices(encoded.z), None, None), constrain(encoded.source_map, None, None)
+    indices, source_map = lfq.codes_to_indices(encoded.z), encoded.source_map
+    return constrain(indices, None, None), constrain(source_map, None, None), all_finite(encoded.z)
 
 
 @functools.partial(jax.jit, static_argnames=("config", "compute"))
 def _recover_source_map(params, indices, starts, config, compute):
     logits = recover(params, config, lfq.indices_to_codes(indices, config.z_channels), compute=compute)
-    return constrain(recovered_source_map(logits, starts), None, None)
+    return constrain(recovered_source_map(logits, starts), None, None), all_finite(logits)
 
 
 @functools.partial(jax.jit, static_argnames=("config", "compute"))
 def _decode_tokens(params, tokens, config, compute):
     codes = lfq.indices_to_codes(tokens.indices, config.z_channels)
-    images = to_uint8(decode(params, config, codes, tokens.source_map, tokens.grid, compute=compute))
-    return constrain(images, None, None, None, None)
+    images = decode(params, config, codes, tokens.source_map, tokens.grid, compute=compute)
+    return constrain(to_uint8(images), None, None, None, None), all_finite(images)

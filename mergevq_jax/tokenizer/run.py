@@ -20,12 +20,13 @@ from mergevq_jax.tokenizer.model import Tokenizer
 from mergevq_jax.tokenizer.perceptual import load_lpips
 from runtime_jax import config as config_lib
 from runtime_jax import loop, program, sharding
-from runtime_jax.checkpoint import check_workdir
 from runtime_jax.compute import Compute
+from runtime_jax.config import naming
 from runtime_jax.data import DataConfig, make_batches, num_examples, open_source
 from runtime_jax.flops import peak_flops
 from runtime_jax.initial_state import initial_state
 from runtime_jax.optimizer import OptimizerConfig, make_optimizer, make_schedule
+from runtime_jax.workdir import only_writer
 
 MODEL_FOLDER = "tokenizer"
 
@@ -53,7 +54,7 @@ class TrainConfig:
     merge_ratio: MergeRatioConfig
     optimizer: OptimizerConfig = OptimizerConfig(b1=0.5, b2=0.9)
     discriminator_optimizer: OptimizerConfig = OptimizerConfig(b1=0.5, b2=0.9)
-    accumulate: int = 1
+    accumulate: int = 1  # parts of one update, where a batch does not fit in memory; see StepConfig.taken_by_part
     ema_decay: float = 0.999
     data: DataConfig
     evaluation: EvaluationConfig
@@ -91,11 +92,17 @@ def train(config: TrainConfig, workdir: str | Path) -> Trained:
 
     Raises:
       ValueError: config, data, weights or checkpoint that do not fit, before anything is compiled.
-      WorkdirError: the workdir cannot be written.
+      WorkdirError: the workdir cannot be written, or another run is writing it.
       FloatingPointError: too many updates in a row were not finite.
     """
-    workdir = check_workdir(workdir, config.loop.min_free_bytes)
-    examples, batch_size = num_examples(config.data), config.data.batch_size
+    with only_writer(workdir, config.loop.min_free_bytes) as folder:
+        return _train(config, folder)
+
+
+def _train(config: TrainConfig, workdir: Path) -> Trained:
+    with naming("data"):
+        examples = num_examples(config.data)
+    batch_size = config.data.batch_size
     total_steps = config.loop.duration.to_steps(batch_size, examples)
     schedules = [
         make_schedule(optimizer, total_steps=total_steps, batch_size=batch_size, num_examples=examples)
@@ -132,6 +139,9 @@ def train(config: TrainConfig, workdir: str | Path) -> Trained:
         )
         if jax.process_index() == 0:
             print(f"{total_steps} steps of {batch_size} images, from step {found.step} ({found.origin})", flush=True)
+            if config.accumulate > 1 and (terms := step_config.taken_by_part()):
+                part = batch_size // config.accumulate
+                print(f"accumulate={config.accumulate}: of each part of {part} images by itself: {', '.join(terms)}")
         looks = _Looks(config, images)
         result = loop.run(
             config=config.loop,
@@ -161,14 +171,17 @@ def train(config: TrainConfig, workdir: str | Path) -> Trained:
 
 
 def _check_labels(config: TrainConfig) -> None:
-    for source in config.data.sources:
-        classes = open_source(source).classes
-        if classes is None or len(classes) > config.model.num_classes:
-            have = "has no labels" if classes is None else f"has {len(classes)} classes"
+    classes = {source.name or source.path or source.kind: open_source(source).classes for source in config.data.sources}
+    (first, known), *_ = classes.items()
+    for source, names in classes.items():
+        if names is None or len(names) > config.model.num_classes:
+            have = "has no labels" if names is None else f"has {len(names)} classes"
             raise ValueError(
-                f"losses.alignment='label': source {source.name or source.path or source.kind!r} {have}, the head's "
-                f"model.num_classes is {config.model.num_classes}"
+                f"losses.alignment='label': source {source!r} {have}, the head's model.num_classes is "
+                f"{config.model.num_classes}"
             )
+        if names != known:
+            raise ValueError(f"losses.alignment='label': {source!r} and {first!r} have classes of other names")
 
 
 def load_frozen(config: TrainConfig) -> tuple[stage1.StepConfig, stage1.Frozen]:
@@ -201,7 +214,9 @@ def load_frozen(config: TrainConfig) -> tuple[stage1.StepConfig, stage1.Frozen]:
 
 def evaluation_images(config: EvaluationConfig) -> np.ndarray:
     """The images that every evaluation of a run uses, uint8 [N, H, W, 3]."""
-    return np.concatenate([batch["image"] for batch in itertools.islice(make_batches(config.data, 0), config.batches)])
+    with naming("evaluation.data"):
+        batches = make_batches(config.data, 0)
+    return np.concatenate([batch["image"] for batch in itertools.islice(batches, config.batches)])
 
 
 class Program(program.Program):

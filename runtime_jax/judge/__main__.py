@@ -29,7 +29,11 @@ def _train(args: argparse.Namespace, overrides: list[str]) -> int:
 def _evaluate(args: argparse.Namespace, _: list[str]) -> None:
     from runtime_jax.judge.judge import SHIPPED, Judge
     from runtime_jax.judge.report import report
+    from runtime_jax.workdir import check_output
 
+    if args.num_images < 1:
+        raise ValueError(f"--num-images {args.num_images}: at least 1")
+    check_output(args.out)
     report(Judge.load(args.weights or SHIPPED), args.num_images, args.out)
 
 

@@ -35,6 +35,7 @@ from runtime_jax.data.mini_scenes import (
     accent_of,
 )
 from runtime_jax.data.mini_scenes.shapes import outline_distance
+from runtime_jax.finite import all_finite, check_finite
 from runtime_jax.judge.model import CELL, JudgeConfig, JudgeNet, Views
 from runtime_jax.weights import read_safetensors, write_safetensors
 
@@ -89,6 +90,7 @@ class Judge:
 
         Raises:
           ValueError: not uint8 [N, H, W, 3], or sides that are not multiples of 8 pixels.
+          NotFiniteError: the network gives values that are not finite.
         """
         return [_interpret(view) for views in self._views(images) for view in _each(views)]
 
@@ -116,13 +118,15 @@ class Judge:
             batch = images[start : start + BATCH_SIZE]
             padded = np.zeros((BATCH_SIZE, *batch.shape[1:]), np.uint8)  # one program for any number of images
             padded[: len(batch)] = batch
-            views = jax.device_get(_apply(self.params, padded, config=self.config))
+            views, finite = jax.device_get(_apply(self.params, padded, config=self.config))
+            check_finite({"what the judge sees": finite}, {"judge": self.params})
             yield jax.tree.map(lambda leaf: leaf[: len(batch)], views)  # noqa: B023 (used at once)
 
 
 @functools.partial(jax.jit, static_argnames="config")
-def _apply(params: dict, images: jax.Array, *, config: JudgeConfig) -> Views:
-    return JudgeNet(config).apply({"params": params}, images.astype(jnp.float32) / 255)
+def _apply(params: dict, images: jax.Array, *, config: JudgeConfig) -> tuple[Views, jax.Array]:
+    views = JudgeNet(config).apply({"params": params}, images.astype(jnp.float32) / 255)
+    return views, functools.reduce(jnp.logical_and, map(all_finite, views))
 
 
 def save_weights(path: str | os.PathLike, config: JudgeConfig, params: dict, *, step: int) -> None:

@@ -11,6 +11,7 @@ from PIL import Image
 from runtime_jax.data.mini_scenes import SYMMETRY, Rendering, Scene, caption, example_scene, render_scene
 from runtime_jax.data.mini_scenes.scene import SceneObject
 from runtime_jax.estimate import Estimate, estimate
+from runtime_jax.files import write_text
 from runtime_jax.judge.captions import accuracies, compare, parse_caption
 from runtime_jax.judge.color import color_difference
 from runtime_jax.judge.judge import Judge, Seen
@@ -119,8 +120,7 @@ def report(judge: Judge, num_images: int, out: Path) -> None:
         columns[name]["caption followed"] = accuracies(verdicts)["all"]
     text = _table(columns)
     print(text)
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "summary.md").write_text(text)
+    write_text(out / "summary.md", text)
     rows = []
     for name in ("as drawn", "blur 1.2 px"):
         damaged = DAMAGES[name](images[:10])

@@ -9,7 +9,6 @@ import jax
 
 from runtime_jax import config as config_lib
 from runtime_jax import loop, sharding
-from runtime_jax.checkpoint import check_workdir
 from runtime_jax.initial_state import initial_state
 from runtime_jax.judge import lessons
 from runtime_jax.judge.judge import save_weights
@@ -17,6 +16,7 @@ from runtime_jax.judge.model import JudgeConfig
 from runtime_jax.judge.train import StepConfig, init_state, train_step
 from runtime_jax.optimizer import OptimizerConfig, make_optimizer, make_schedule
 from runtime_jax.program import Program
+from runtime_jax.workdir import only_writer
 
 WEIGHTS = "judge.safetensors"
 
@@ -51,9 +51,14 @@ def train(config: TrainConfig, workdir: str | Path) -> Trained:
 
     Raises:
       ValueError: a config or checkpoint that does not fit.
+      WorkdirError: the workdir cannot be written, or another run is writing it.
       FloatingPointError: too many updates in a row were not finite.
     """
-    workdir = check_workdir(workdir, config.loop.min_free_bytes)
+    with only_writer(workdir, config.loop.min_free_bytes) as folder:
+        return _train(config, folder)
+
+
+def _train(config: TrainConfig, workdir: Path) -> Trained:
     total_steps = config.loop.duration.to_steps(config.batch_size)
     schedule = make_schedule(config.optimizer, total_steps=total_steps, batch_size=config.batch_size, num_examples=None)
     step_config = StepConfig(config.model, make_optimizer(config.optimizer, schedule), config.ema_decay, config.seed)

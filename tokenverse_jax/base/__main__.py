@@ -21,9 +21,13 @@ def main(argv: list[str] | None = None) -> int:
 def _evaluate(args: argparse.Namespace, _: list[str]) -> None:
     from dataclasses import replace
 
+    from runtime_jax.workdir import check_output
     from tokenverse_jax.base.report import report
     from tokenverse_jax.pipeline import Pipeline
 
+    if args.num < 1:
+        raise ValueError(f"--num {args.num}: at least 1")
+    check_output(args.out)
     pipeline = Pipeline.from_pretrained(args.model)
     usual = pipeline.usual if args.cfg_scale is None else replace(pipeline.usual, cfg_scale=args.cfg_scale)
     print(report(pipeline, args.out, count=args.num, sampling=usual), end="")

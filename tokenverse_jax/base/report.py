@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import UInt8
 
+from runtime_jax.files import write_text
 from runtime_jax.pictures import image_grid, save_png
 from runtime_jax.prng import Stream, host_rng
 from tokenverse_jax.base.corpus import describe, rows
@@ -55,7 +56,6 @@ def report(pipeline: Pipeline, out: Path, *, count: int, sampling: UsualSampling
         for kind, share in shares.items()
     ]
     table = "\n".join(["| what the caption names | in the image | cases |", "|---|---|---|", *lines]) + "\n"
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "follows.md").write_text(table)
+    write_text(out / "follows.md", table)
     save_png(out / "follows.png", captioned_grid(images[:SHOWN], captions[:SHOWN]))
     return table

@@ -15,6 +15,7 @@ from runtime_jax import config as config_lib
 from runtime_jax import loop
 from runtime_jax.compute import Compute
 from runtime_jax.pictures import image_grid
+from runtime_jax.workdir import only_writer
 from tokenverse_jax import autoencoder
 from tokenverse_jax.base import corpus, text_to_image, vae
 from tokenverse_jax.base.corpus import Corpus
@@ -73,10 +74,14 @@ def train(config: BaseConfig, workdir: str | Path) -> Trained:
 
     Raises:
       ValueError: a checkpoint of another config.
-      WorkdirError: the workdir cannot be written.
+      WorkdirError: the workdir cannot be written, or another run is writing it.
       FloatingPointError: too many updates in a row were not finite.
     """
-    workdir = Path(workdir)
+    with only_writer(workdir) as path:
+        return _train(config, path)
+
+
+def _train(config: BaseConfig, workdir: Path) -> Trained:
     folder = workdir / FOLDER
     result = _train_vae(config, workdir / "vae")
     if result.stopped_by is not None:

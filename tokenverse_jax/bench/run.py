@@ -12,7 +12,9 @@ from tqdm import tqdm
 
 from runtime_jax import config as config_lib
 from runtime_jax.data.mini_scenes import render_scene
+from runtime_jax.files import write_text
 from runtime_jax.judge import Judge
+from runtime_jax.workdir import only_writer
 from tokenverse_jax import bank
 from tokenverse_jax.bank import Concept, ConceptFile
 from tokenverse_jax.bench.cases import Case, ConceptImage, make_cases, make_images
@@ -74,8 +76,14 @@ def bench(config: BenchConfig, workdir: str | Path) -> Path:
 
     Raises:
       ValueError: config, model or workdir that do not fit.
+      WorkdirError: the workdir cannot be written, or another run is writing it.
     """
-    this = Bench.open(config, workdir)
+    with only_writer(workdir) as folder:
+        return _bench(Bench.open(config, folder))
+
+
+def _bench(this: "Bench") -> Path:
+    config = this.config
     this.draw([case for case in this.cases if not case.images])
     for stop in range(AT_ONCE, config.images + 1, AT_ONCE):
         some = this.images[stop - AT_ONCE : stop]
@@ -227,7 +235,7 @@ class Bench:
             pairs = zip(cases, self._views(name, cases), self._views(PROMPT, cases), strict=True)
             self.files.add_records([_record(name, case, views, bases) for case, views, bases in pairs])
         table = markdown(complete(self.files.records()), names, FULL)
-        (self.files.path / "table.md").write_text(table)
+        write_text(self.files.path / "table.md", table)
         for task in dict.fromkeys(case.task for case in drawn):
             write_picture(
                 [case for case in drawn if case.task == task],

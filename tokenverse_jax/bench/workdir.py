@@ -16,9 +16,10 @@ from typing import Any
 import numpy as np
 from jaxtyping import UInt8
 
-from runtime_jax.checkpoint import check_workdir
 from runtime_jax.data import decode_image
+from runtime_jax.files import write_text
 from runtime_jax.pictures import save_png
+from runtime_jax.workdir import output_folder
 from tokenverse_jax.bench.cases import Case
 from tokenverse_jax.bench.table import Record
 
@@ -35,11 +36,11 @@ class Workdir:
           ValueError: it is of another config.
           WorkdirError: it cannot be written.
         """
-        self.path = check_workdir(path)
+        self.path = output_folder(path)
         file, text = self.path / "config.json", json.dumps(config, indent=2) + "\n"
         if file.exists() and file.read_text() != text:
             raise ValueError(f"{file}: this workdir is of a benchmark with another config or weights; take a new one")
-        file.write_text(text)
+        write_text(file, text)
 
     def concept(self, row: str, number: int) -> Path:
         """File of what a row learned from an image."""
@@ -70,7 +71,7 @@ class Workdir:
             return []
         lines = self._measurements.read_text(encoding="utf-8").splitlines(keepends=True)
         whole = [line for line in lines if line.endswith("\n")]
-        self._measurements.write_text("".join(whole), encoding="utf-8")
+        write_text(self._measurements, "".join(whole))
         return [json.loads(line) for line in whole]
 
     def add_records(self, records: Sequence[Record]) -> None:
