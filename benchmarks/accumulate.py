@@ -18,14 +18,15 @@ import numpy as np
 from mergevq_jax.generator import run as generator_run
 from mergevq_jax.generator import train as stage2
 from mergevq_jax.generator.model import GeneratorInfo, TokenizerRef
-from mergevq_jax.pretrained import load_tokenizer
 from mergevq_jax.tokenizer import run as tokenizer_run
 from mergevq_jax.tokenizer import train as stage1
-from runtime_jax import accumulate, sharding
+from mergevq_jax.tokenizer.model import load_tokenizer
 from runtime_jax import config as config_lib
-from runtime_jax.optimizer import make_optimizer, make_schedule
-from runtime_jax.program import Program
-from runtime_jax.sizes import table
+from runtime_jax import sharding
+from runtime_jax.cost import table
+from runtime_jax.training import accumulate
+from runtime_jax.training.optimizer import make_optimizer, make_schedule
+from runtime_jax.training.program import Program
 
 KEEP, STEPS = 144, 4000
 

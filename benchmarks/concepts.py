@@ -20,22 +20,22 @@ import numpy as np
 from scipy.stats import spearmanr
 from tqdm import tqdm
 
+from mini_scenes import render_scene
 from runtime_jax.config import build
-from runtime_jax.data.mini_scenes import render_scene
+from runtime_jax.cost import table
 from runtime_jax.estimate import estimate
 from runtime_jax.pictures import image_grid, save_png
 from runtime_jax.prng import Stream, host_rng
-from runtime_jax.sizes import table
-from tokenverse_jax.bank import Concept, load
 from tokenverse_jax.base.corpus import PAIR
 from tokenverse_jax.bench.cases import Case, ConceptImage, Use, make_pair
 from tokenverse_jax.bench.metrics import View, measure
 from tokenverse_jax.bench.rows import FULL
 from tokenverse_jax.bench.run import Bench, BenchConfig
-from tokenverse_jax.compose import compose, place_stored
-from tokenverse_jax.concept_data import encode_prompts
-from tokenverse_jax.inspect_bank import compiled_keys, cosine_in_prompt
-from tokenverse_jax.pipeline import PromptEncoding
+from tokenverse_jax.commands.concepts import compiled_keys, cosine_in_prompt
+from tokenverse_jax.concepts.bank import Concept, load
+from tokenverse_jax.concepts.compose import compose, place_stored
+from tokenverse_jax.concepts.concept_data import encode_prompts
+from tokenverse_jax.flux.pipeline import PromptEncoding
 
 
 class Study:

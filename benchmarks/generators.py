@@ -12,12 +12,12 @@ import argparse
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from mergevq_jax.evaluate.compare import compare, read_samples
+from mergevq_jax.commands.compare import compare, read_samples
+from mergevq_jax.commands.sample import Request, sample
 from mergevq_jax.generator.model import load_generator
-from mergevq_jax.generator.plan import SamplingConfig
-from mergevq_jax.sample import Request, sample
+from mergevq_jax.generator.sampling.plan import SamplingConfig
+from mini_scenes.judge import Judge
 from runtime_jax.config import to_dict
-from runtime_jax.judge import Judge
 
 KEEPS = (144, 256)
 # Of the smaller K; more distinct codes than K are drawn, and the largest holds them all.

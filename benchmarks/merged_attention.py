@@ -15,9 +15,8 @@ from mergear import best
 
 from mergevq_jax.generator.mask import first_members, merge_mask
 from mergevq_jax.generator.merged_attention import merged_attention, merged_keys
-from runtime_jax.attention import attention
-from runtime_jax.flops import count_flops
-from runtime_jax.sizes import table
+from runtime_jax.cost import count_flops, table
+from runtime_jax.nn.attention import attention
 
 PREFIX, WINDOW = 2, 2
 HEAD = ("L", "K", "form", "GFLOP", "gradient, ms", "temporary MB", "largest difference")

@@ -29,10 +29,10 @@ import numpy as np
 from mergevq_jax.tokenizer import model
 from mergevq_jax.tokenizer import train as stage1
 from mergevq_jax.tokenizer.config import PRESETS, TokenizerConfig
-from mergevq_jax.tokenizer.perceptual import load_lpips
-from runtime_jax.compute import Compute
-from runtime_jax.flops import count_flops, peak_flops
-from runtime_jax.optimizer import OptimizerConfig, make_optimizer
+from mergevq_jax.tokenizer.losses.perceptual import load_lpips
+from runtime_jax.cost import count_flops, peak_flops
+from runtime_jax.nn.compute import Compute
+from runtime_jax.training.optimizer import OptimizerConfig, make_optimizer
 
 MATMUL_SIZES = {"cpu": (768, 1536, 3072), "gpu": (4096, 8192, 16384), "tpu": (4096, 8192, 16384)}
 

@@ -1,12 +1,12 @@
 """The judge of pictures in the manner of mini_scenes, at 64 px.
 
-python -m runtime_jax.judge train --config configs/judge.py --workdir runs/judge
+python -m mini_scenes.judge train --config configs/judge.py --workdir runs/judge
 """
 
 from ml_collections import ConfigDict
 
+from mini_scenes.judge.model import JudgeConfig
 from runtime_jax.config import to_dict
-from runtime_jax.judge.model import JudgeConfig
 
 STEPS = 5000
 

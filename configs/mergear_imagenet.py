@@ -12,7 +12,7 @@ tokenized in the step; with codes that `mergevq tokenize` wrote for each K, with
 from ml_collections import ConfigDict
 
 from mergevq_jax.generator.config import preset
-from mergevq_jax.tokenizer.merge_ratio import gaussian
+from mergevq_jax.merge_ratio import gaussian
 from runtime_jax.config import to_dict
 
 

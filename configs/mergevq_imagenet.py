@@ -9,8 +9,8 @@ prepared as array_record); a folder works as well: --config.data.sources="[{'kin
 
 from ml_collections import ConfigDict
 
+from mergevq_jax.merge_ratio import exponential, gaussian
 from mergevq_jax.tokenizer.config import preset
-from mergevq_jax.tokenizer.merge_ratio import exponential, gaussian
 from runtime_jax.config import to_dict
 
 # Variant: batch size, epochs, epochs of the learning rate's drops, gradient clipping, alignment and source weights.

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from runtime_jax.data.mini_scenes import BACKGROUNDS, CLASSES
+from mini_scenes import BACKGROUNDS, CLASSES
 
 # Pictures in docs/concepts: the two things in each from left to right, and where they are.
 EXAMPLES = {"star": (("a star", "a drop"), "in the snow"), "heart": (("a ring", "a heart"), "on the grass")}

@@ -1,19 +1,32 @@
-"""MergeVQ in JAX/Flax: a tokenizer that merges tokens and quantises without a codebook, and generators of its codes."""
+"""MergeVQ in JAX/Flax: a tokenizer that merges tokens and quantises without a codebook, and generators of its codes.
 
-from mergevq_jax.generator.model import GeneratorModel, load_generator
-from mergevq_jax.generator.plan import SamplingConfig
-from mergevq_jax.pretrained import load_tokenizer
-from mergevq_jax.tokenizer.config import PRESETS, RecoveryConfig, TokenizerConfig
-from mergevq_jax.tokenizer.model import Tokenizer, Tokens
+    tokenizer = load_tokenizer("tiny")               # shipped; or a folder, or a hub id
+    tokens = tokenizer.encode(images, keep=144)      # uint8 [B, H, W, 3] -> indices [B, K], source_map [B, L]
+    generator = load_generator("tiny-mergear")
+    samples = generator.sample([3, 3], 144, sampling=SamplingConfig(cfg_scale=3.5), seed=0)
+    images = codes_to_images(tokenizer, samples.indices)
 
-__all__ = [
-    "PRESETS",
-    "GeneratorModel",
-    "RecoveryConfig",
-    "SamplingConfig",
-    "Tokenizer",
-    "TokenizerConfig",
-    "Tokens",
-    "load_generator",
-    "load_tokenizer",
-]
+Underneath are pure functions of parameters: `encode`, `decode`, `recover`, `quantize`, `merge`.
+"""
+
+from runtime_jax import lazy
+
+__getattr__, __dir__, __all__ = lazy.attributes(
+    __name__,
+    {
+        "mergevq_jax.tokenizer.config": ("PRESETS", "RecoveryConfig", "TokenizerConfig"),
+        "mergevq_jax.tokenizer.model": (
+            "Tokenizer",
+            "Tokens",
+            "decode",
+            "encode",
+            "init_params",
+            "load_tokenizer",
+            "recover",
+        ),
+        "mergevq_jax.tokenizer.lfq": ("quantize",),
+        "mergevq_jax.tokenizer.tome": ("bipartite_soft_matching", "merge", "unmerge"),
+        "mergevq_jax.generator.model": ("GeneratorModel", "codes_to_images", "load_generator", "recovered_to_images"),
+        "mergevq_jax.generator.sampling.plan": ("SamplingConfig",),
+    },
+)

@@ -4,6 +4,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from mini_scenes import command
 from runtime_jax.cli import CommandLine, config_arguments, report_end
 
 TINY, TINY_GENERATOR = "tiny", "tiny-mergear"  # names of what is shipped with the package
@@ -15,8 +16,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _command_line() -> CommandLine:
-    line = CommandLine("mergevq", __doc__)
-    line.scenes_command()
+    line = CommandLine("mergevq", __doc__, advise=command.advise)
+    command.add_command(line)
 
     sub = line.command("train", _train, "Train, or go on training; any config value: --config.a.b=value.")
     config_arguments(sub)
@@ -150,7 +151,7 @@ def _train(args, overrides) -> int:
 
 
 def _evaluate(args, _) -> None:
-    from mergevq_jax.evaluate.held_out import evaluate
+    from mergevq_jax.commands.evaluate import evaluate
 
     evaluate(
         args.tokenizer or [TINY],
@@ -163,8 +164,8 @@ def _evaluate(args, _) -> None:
 
 
 def _compare(args, _) -> None:
-    from mergevq_jax.evaluate.compare import compare
-    from runtime_jax.judge import Judge
+    from mergevq_jax.commands.compare import compare
+    from mini_scenes.judge import Judge
     from runtime_jax.workdir import check_output
 
     if short := [row[0] for row in args.row if len(row) < 2]:
@@ -177,13 +178,13 @@ def _compare(args, _) -> None:
 
 
 def _reconstruct(args, _) -> None:
-    from mergevq_jax.reconstruct import reconstruct
+    from mergevq_jax.commands.reconstruct import reconstruct
 
     reconstruct(args.images, args.tokenizer, keeps=args.keep, size=args.size, out=args.out)
 
 
 def _tokenize(args, _) -> None:
-    from mergevq_jax.tokenize import tokenize
+    from mergevq_jax.commands.tokenize import tokenize
     from runtime_jax.data import SourceConfig
 
     if bool(args.folder) == bool(args.tfds):
@@ -200,9 +201,9 @@ def _tokenize(args, _) -> None:
 
 
 def _sample(args, _) -> None:
-    from mergevq_jax.generator.plan import SamplingConfig
-    from mergevq_jax.sample import Request, sample
-    from runtime_jax.compute import Compute
+    from mergevq_jax.commands.sample import Request, sample
+    from mergevq_jax.generator.sampling.plan import SamplingConfig
+    from runtime_jax.nn.compute import Compute
     from runtime_jax.sharding import MeshConfig
 
     names = ("cfg_scale", "temperature", "top_k", "top_p")
@@ -242,27 +243,27 @@ def _inspect(args, overrides) -> None:
     if bool(args.config) == bool(args.preset):
         raise ValueError("give exactly one of --config and --preset")
     if args.preset:
-        from mergevq_jax.inspect import inspect_model
         from mergevq_jax.tokenizer.config import preset
+        from mergevq_jax.tokenizer.inspect import inspect_model
 
         print(inspect_model(preset(args.preset), args.batch_size or 1, compile=args.compile))
         return
     config, task = _training(args.config, overrides)
     if task == "tokenizer":
-        from mergevq_jax.inspect import inspect_config as inspect
+        from mergevq_jax.tokenizer.inspect import inspect_config as inspect
     else:
-        from mergevq_jax.inspect_generator import inspect_generator as inspect
+        from mergevq_jax.generator.inspect import inspect_generator as inspect
     print(inspect(config, compile=args.compile))
 
 
 def _convert(args, _) -> None:
     if args.stage == 2:
         return _convert_generator(args)
-    from mergevq_jax.convert import from_released, tokenizer_table
     from mergevq_jax.tokenizer.config import preset
+    from mergevq_jax.tokenizer.convert import from_released, tokenizer_table
     from mergevq_jax.tokenizer.model import Tokenizer, param_shapes
-    from runtime_jax.hub import read_tensors
     from runtime_jax.weights import import_weights
+    from runtime_jax.weights.hub import read_tensors
     from runtime_jax.workdir import check_output
 
     config = preset(args.preset)
@@ -279,7 +280,7 @@ def _convert(args, _) -> None:
 def _convert_generator(args) -> None:
     from mergevq_jax.generator.config import preset
     from mergevq_jax.generator.model import import_released
-    from runtime_jax.hub import read_tensors
+    from runtime_jax.weights.hub import read_tensors
     from runtime_jax.workdir import check_output
 
     config = preset(args.preset, merge_instruction=False, zero_class_rope=True)

@@ -13,7 +13,6 @@ import numpy as np
 
 from runtime_jax import config as config_lib
 from runtime_jax.files import write_json
-from runtime_jax.hub import local_path
 from runtime_jax.weights import (
     Rule,
     WeightError,
@@ -22,6 +21,7 @@ from runtime_jax.weights import (
     read_safetensors,
     write_safetensors,
 )
+from runtime_jax.weights.hub import local_path
 
 CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "model.safetensors"

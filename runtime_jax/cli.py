@@ -16,8 +16,10 @@ Run = Callable[[argparse.Namespace, list[str]], int | None]
 class CommandLine:
     """A program of sub-commands, each with a function that runs it."""
 
-    def __init__(self, prog: str, description: str | None):
+    def __init__(self, prog: str, description: str | None, *, advise: Callable[[Exception, str], str] | None = None):
+        """`advise`: what else is said of an error (its second argument: `prog`), "" for nothing."""
         self.prog = prog
+        self._advise = advise or (lambda error, prog: "")
         self._parser = argparse.ArgumentParser(prog=prog, description=description)
         self._parser.add_argument("--traceback", action="store_true", help="show where an error came from")
         self._commands = self._parser.add_subparsers(dest="command", required=True)
@@ -28,13 +30,6 @@ class CommandLine:
         parser = self._commands.add_parser(name, help=help, description=help, epilog=epilog, formatter_class=form)
         parser.set_defaults(run=run)
         return parser
-
-    def scenes_command(self) -> None:
-        """`scenes`, for programs that train or measure on mini_scenes."""
-        parser = self.command("scenes", _scenes, "Write the procedural dataset mini_scenes.")
-        parser.add_argument("--data-dir", default="data")
-        parser.add_argument("--size", type=int, default=64, help="side of the images in pixels")
-        parser.add_argument("--single", action="store_true", help="one object in every scene: mini_scenes/64_single")
 
     def main(self, argv: Sequence[str] | None = None) -> int:
         """Runs one command; errors that a user can mend are one line and exit status 1."""
@@ -61,21 +56,12 @@ class CommandLine:
         except BrokenPipeError:
             raise
         except Exception as error:
-            from runtime_jax.checkpoint import CheckpointError  # here, for it takes a second
+            from runtime_jax.training.checkpoint import CheckpointError  # here, for it takes a second
 
             if args.traceback or not isinstance(error, (ValueError, OSError, FloatingPointError, CheckpointError)):
                 raise
-            print(f"{command}: {error}{self._advice(error)}", file=sys.stderr)
+            print(f"{command}: {error}{self._advise(error, self.prog)}", file=sys.stderr)
             return 1
-
-    def _advice(self, error: Exception) -> str:
-        from runtime_jax.data import MissingDatasetError
-
-        if not isinstance(error, MissingDatasetError) or not error.name.startswith("mini_scenes"):
-            return ""
-        size, single, _ = error.name.partition("/")[2].partition("_single")
-        options = f"--data-dir {error.data_dir} --size {size or 64}" + (" --single" if single else "")
-        return f"; or run: {self.prog} scenes {options}"
 
 
 def _is_closed_pipe(stream: TextIO) -> bool:
@@ -113,9 +99,3 @@ def _overrides(args: argparse.Namespace, rest: Sequence[str], command: str) -> l
             item = f"{item}={rest.pop(0)}"
         overrides.append(item.removeprefix("--config."))
     return overrides
-
-
-def _scenes(args: argparse.Namespace, _: list[str]) -> None:
-    from runtime_jax.data import mini_scenes
-
-    print(f"{mini_scenes.prepare(args.data_dir, args.size, single=args.single)} is under {args.data_dir}")

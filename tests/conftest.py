@@ -18,7 +18,7 @@ from jaxtyping import install_import_hook
 # Tracing makes millions of small objects and hardly any garbage; looking for it more rarely saves a third of the time.
 gc.set_threshold(200_000, 50, 100)
 
-hook = install_import_hook(["mergevq_jax", "runtime_jax", "tokenverse_jax"], "beartype.beartype")
+hook = install_import_hook(["mergevq_jax", "mini_scenes", "runtime_jax", "tokenverse_jax"], "beartype.beartype")
 
 jax.config.update("jax_default_matmul_precision", "highest")
 jax.config.update("jax_numpy_rank_promotion", "raise")

@@ -10,8 +10,8 @@ from generator_tools import random_params
 from PIL import Image
 
 from mergevq_jax.generator.config import GeneratorConfig
+from mergevq_jax.generator.kinds.positions import new_counts
 from mergevq_jax.generator.model import GeneratorInfo, GeneratorModel, TokenizerRef
-from mergevq_jax.generator.positions import new_counts
 from mergevq_jax.generator.run import TrainConfig
 from mergevq_jax.tokenizer.config import RecoveryConfig, TokenizerConfig
 from mergevq_jax.tokenizer.model import Tokenizer

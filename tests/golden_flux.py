@@ -6,8 +6,8 @@ from collections.abc import Callable
 from golden_tools import Tensors, convert_both_ways, jit
 
 from runtime_jax.weights import export_weights
-from tokenverse_jax.convert import transformer
-from tokenverse_jax.model import Flux, param_shapes, parse_config
+from tokenverse_jax.flux.convert import transformer
+from tokenverse_jax.flux.model import Flux, param_shapes, parse_config
 
 shapes = functools.lru_cache(param_shapes)
 

@@ -10,13 +10,14 @@ import jax.numpy as jnp
 import numpy as np
 from golden_tools import Tensors, apply, convert_both_ways, jit, require_equal, shapes, to_nhwc, to_tokens
 
-from mergevq_jax import convert
 from mergevq_jax.generator import transformer
 from mergevq_jax.generator.config import GeneratorConfig
-from mergevq_jax.tokenizer import adversarial, dinov2, lfq, recovery, tome
+from mergevq_jax.generator.convert import generator_table
+from mergevq_jax.tokenizer import convert, lfq, recovery, tome
 from mergevq_jax.tokenizer.config import RecoveryConfig, TokenizerConfig
 from mergevq_jax.tokenizer.decoder import Decoder
 from mergevq_jax.tokenizer.encoder import Encoder
+from mergevq_jax.tokenizer.losses import adversarial, dinov2
 from mergevq_jax.tokenizer.recovery import SourceRecovery
 from runtime_jax.weights import export_weights
 
@@ -177,7 +178,7 @@ def teacher_forced(params: Any, indices: np.ndarray, labels: np.ndarray, *, modu
 
 def run_gpt(config: dict, params: Tensors, inputs: Tensors) -> Tensors:
     ours = generator_config(config, params)
-    weights = convert_both_ways(convert.generator_table(ours), params, transformer.param_shapes(ours))
+    weights = convert_both_ways(generator_table(ours), params, transformer.param_shapes(ours))
     sub_tokens = [jnp.asarray(inputs[name], jnp.int32) for name in ("pre", "post")]
     indices = lfq.join_indices(sub_tokens, ours.code_bits)
     labels = inputs["class"][:, 0].astype(np.int32)

@@ -7,8 +7,8 @@ from dataclasses import replace
 import numpy as np
 from golden_tools import Tensors, apply, convert_both_ways, shapes, to_nhwc
 
-from tokenverse_jax import autoencoder, schedule
-from tokenverse_jax.convert.autoencoder import diffusers_table
+from tokenverse_jax.flux import autoencoder, schedule
+from tokenverse_jax.flux.convert.autoencoder import diffusers_table
 
 
 def run_flux_vae(config: dict, params: Tensors, inputs: Tensors) -> Tensors:

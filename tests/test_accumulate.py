@@ -5,9 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from runtime_jax import accumulate as accumulating
-from runtime_jax.accumulate import accumulate
 from runtime_jax.sharding import MeshConfig, make_mesh, platform
+from runtime_jax.training import accumulate as accumulating
+from runtime_jax.training.accumulate import accumulate
 
 BATCH = {"x": np.arange(24.0, dtype=np.float32).reshape(8, 3), "index": np.arange(8)}
 WEIGHTS = np.array([1.0, -2.0, 0.5], np.float32)

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from einops import rearrange
 
-from mergevq_jax.tokenizer import adversarial
-from mergevq_jax.tokenizer.adversarial import LeCam, PatchDiscriminator
+from mergevq_jax.tokenizer.losses import adversarial
+from mergevq_jax.tokenizer.losses.adversarial import LeCam, PatchDiscriminator
 from runtime_jax.weights import export_weights, import_weights, read_safetensors
 
 MODEL = PatchDiscriminator(ndf=16, num_layers=2)

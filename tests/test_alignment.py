@@ -9,10 +9,15 @@ import numpy as np
 import pytest
 from einops import rearrange
 
-from mergevq_jax.tokenizer import alignment, dinov2
-from mergevq_jax.tokenizer.alignment import init_blocks_from_dinov2, select_uniform
-from mergevq_jax.tokenizer.dinov2 import DINOv2, DINOv2Config, bicubic_matrix, load_dinov2
-from runtime_jax.weights import WeightError, export_weights, read_safetensors, write_safetensors
+from mergevq_jax.tokenizer.losses import alignment, dinov2
+from mergevq_jax.tokenizer.losses.alignment import init_blocks_from_dinov2, select_uniform
+from mergevq_jax.tokenizer.losses.dinov2 import DINOv2, DINOv2Config, bicubic_matrix, load_dinov2
+from runtime_jax.weights import (
+    WeightError,
+    export_weights,
+    read_safetensors,
+    write_safetensors,
+)
 
 
 @pytest.fixture(scope="module")
@@ -305,7 +310,7 @@ def test_a_new_run_starts_from_the_teachers_blocks(folder, teacher):
 def test_filled_blocks_are_the_teachers_at_equal_width(golden, teacher):
     """The encoder's own block, filled at the teacher's width, computes what the teacher's block does."""
     from mergevq_jax.tokenizer.layers import Block
-    from runtime_jax.compute import Compute
+    from runtime_jax.nn.compute import Compute
 
     config, params = teacher
     x = jnp.asarray(golden[0]["out/hidden"])

@@ -8,7 +8,7 @@ from golden_tools import jit
 from jax import export
 from jax.experimental.pallas import tpu as pallas_tpu
 
-from runtime_jax.attention import attention
+from runtime_jax.nn.attention import attention
 from runtime_jax.sharding import MeshConfig, make_mesh
 
 B, T, S, H, D = 2, 5, 7, 3, 4

@@ -10,13 +10,13 @@ import pytest
 from flax import traverse_util
 from golden_tools import jit
 
-from runtime_jax.compute import Compute
 from runtime_jax.config import ConfigError
+from runtime_jax.nn.compute import Compute
 from runtime_jax.sharding import MeshConfig, make_mesh, param_shardings, shard_batch
 from runtime_jax.weights import export_weights, import_weights
-from tokenverse_jax import autoencoder
-from tokenverse_jax.autoencoder import Autoencoder, AutoencoderConfig, Posterior
-from tokenverse_jax.convert.autoencoder import FLUX, diffusers_table
+from tokenverse_jax.flux import autoencoder
+from tokenverse_jax.flux.autoencoder import Autoencoder, AutoencoderConfig, Posterior
+from tokenverse_jax.flux.convert.autoencoder import FLUX, diffusers_table
 
 TINY = AutoencoderConfig(block_out_channels=(8, 16), layers_per_block=1, latent_channels=4, norm_num_groups=4)
 # The file of FLUX.1-dev.

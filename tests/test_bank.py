@@ -11,8 +11,8 @@ import pytest
 from tiny_pipeline import random_params
 
 from runtime_jax.weights import read_safetensors, write_safetensors
-from tokenverse_jax.bank import Concept, ConceptFile, key_similarity, load, text_keys
-from tokenverse_jax.model import Flux, FluxConfig, param_shapes
+from tokenverse_jax.concepts.bank import Concept, ConceptFile, key_similarity, load, text_keys
+from tokenverse_jax.flux.model import Flux, FluxConfig, param_shapes
 
 D, BLOCKS = 6, 3
 

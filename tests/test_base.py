@@ -10,18 +10,26 @@ import numpy as np
 import pytest
 from tiny_pipeline import random_params
 
+from mini_scenes import (
+    CLASSES,
+    COLORS,
+    TEXTURES,
+    SceneObject,
+    caption,
+    example_scene,
+    full_caption,
+)
 from runtime_jax import config as config_lib
 from runtime_jax import sharding
-from runtime_jax.compute import Compute
-from runtime_jax.data.mini_scenes import CLASSES, COLORS, TEXTURES, SceneObject, caption, example_scene, full_caption
+from runtime_jax.nn.compute import Compute
 from tokenverse_jax.base import corpus, run, text_to_image, vae
 from tokenverse_jax.base.corpus import CaptionConfig, Corpus, describe
 from tokenverse_jax.base.layout import COVERS, FEATURES, layout, layout_loss
 from tokenverse_jax.base.tokenizers import make_tokenizers, scene_words
 from tokenverse_jax.base.training import fit
 from tokenverse_jax.base.words import UNSAID, VALUES, words, words_loss
-from tokenverse_jax.pipeline import Pipeline
-from tokenverse_jax.text import find_word
+from tokenverse_jax.flux.pipeline import Pipeline
+from tokenverse_jax.flux.text import find_word
 
 SIZE = 16
 

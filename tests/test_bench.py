@@ -8,20 +8,20 @@ import numpy as np
 import pytest
 from tiny_pipeline import write_tiny_pipeline
 
-from runtime_jax.data.mini_scenes import BACKGROUNDS, TEXTURES, Scene, accent_of, render_scene
-from runtime_jax.judge import Judge, Seen, parse_caption
-from runtime_jax.optimizer import OptimizerConfig
+from mini_scenes import BACKGROUNDS, TEXTURES, Scene, accent_of, render_scene
+from mini_scenes.judge import Judge, Seen, parse_caption
+from runtime_jax.training.optimizer import OptimizerConfig
 from tokenverse_jax.bench.appearance import Appearance, light_likeness, object_likeness
 from tokenverse_jax.bench.cases import Case, make_cases, make_images
 from tokenverse_jax.bench.metrics import View, measure
 from tokenverse_jax.bench.rows import FULL, PROMPT, RENDERED, make_rows
 from tokenverse_jax.bench.run import BenchConfig, bench
 from tokenverse_jax.bench.table import complete, markdown, summarize
-from tokenverse_jax.concept_mod import ConceptModConfig
-from tokenverse_jax.isolation import IsolationConfig
-from tokenverse_jax.learn import LearnConfig, StageConfig
-from tokenverse_jax.learner import Learner
-from tokenverse_jax.sampling import SamplingConfig
+from tokenverse_jax.concepts.concept_mod import ConceptModConfig
+from tokenverse_jax.concepts.isolation import IsolationConfig
+from tokenverse_jax.concepts.learn import LearnConfig, StageConfig
+from tokenverse_jax.concepts.learner import Learner
+from tokenverse_jax.flux.sampling import SamplingConfig
 
 SIZE = 64
 IMAGES = make_images(64, seed=0)

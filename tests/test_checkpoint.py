@@ -11,14 +11,11 @@ import numpy as np
 import pytest
 import toy_run
 
-from runtime_jax import checkpoint, workdir
-from runtime_jax.checkpoint import (
-    Checkpointer,
-    CheckpointError,
-    DamagedCheckpointError,
-)
-from runtime_jax.initial_state import initial_state
+from runtime_jax import workdir
 from runtime_jax.sharding import MeshConfig, make_mesh, param_shardings
+from runtime_jax.training import checkpoint
+from runtime_jax.training.checkpoint import Checkpointer, CheckpointError, DamagedCheckpointError
+from runtime_jax.training.initial_state import initial_state
 from runtime_jax.workdir import WorkdirError, output_folder
 
 # A read that fails leaves futures in Orbax that nobody waits for.

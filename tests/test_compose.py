@@ -12,9 +12,9 @@ import tokenizers
 from tokenizers import models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from tokenverse_jax import concept_mod
-from tokenverse_jax.bank import Concept, ConceptFile
-from tokenverse_jax.compose import (
+from tokenverse_jax.concepts import concept_mod
+from tokenverse_jax.concepts.bank import Concept, ConceptFile
+from tokenverse_jax.concepts.compose import (
     ConceptRequest,
     PlacedConcept,
     compose,

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 from tiny_pipeline import SIDE, tiny_pipeline
 
-from tokenverse_jax.concept_data import (
+from tokenverse_jax.concepts.concept_data import (
     bind_captions,
     draw,
     draw_times,
@@ -19,8 +19,8 @@ from tokenverse_jax.concept_data import (
     is_isolated,
     read_image,
 )
-from tokenverse_jax.isolation import IsolationConfig
-from tokenverse_jax.learn import LearnConfig, StageConfig
+from tokenverse_jax.concepts.isolation import IsolationConfig
+from tokenverse_jax.concepts.learn import LearnConfig, StageConfig
 
 CAPTIONS = [["a red ball on the beach", "the beach and a ball"], ["a blue ball"]]
 ISOLATION = IsolationConfig(

@@ -8,7 +8,13 @@ import numpy as np
 import pytest
 
 from runtime_jax.sharding import MeshConfig, make_mesh, param_shardings
-from tokenverse_jax.concept_mod import SHARDING_RULES, ConceptModConfig, directions, init_params, word_directions
+from tokenverse_jax.concepts.concept_mod import (
+    SHARDING_RULES,
+    ConceptModConfig,
+    directions,
+    init_params,
+    word_directions,
+)
 
 J, D, BLOCKS, TEXT = 6, 8, 3, 5
 CONFIG = ConceptModConfig(hidden=7, block_hidden=4)

@@ -6,15 +6,14 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from mergevq_jax.pretrained import SHIPPED
 from mergevq_jax.tokenizer import train
 from mergevq_jax.tokenizer.config import PRESETS
-from mergevq_jax.tokenizer.dinov2 import DINOv2, DINOv2Config
-from mergevq_jax.tokenizer.model import read_config
-from mergevq_jax.tokenizer.perceptual import lpips_shapes
+from mergevq_jax.tokenizer.losses.dinov2 import DINOv2, DINOv2Config
+from mergevq_jax.tokenizer.losses.perceptual import lpips_shapes
+from mergevq_jax.tokenizer.model import read_tokenizer_config
 from mergevq_jax.tokenizer.run import TrainConfig, load_frozen
 from runtime_jax.config import build, load, to_dict
-from runtime_jax.optimizer import make_optimizer, make_schedule
+from runtime_jax.training.optimizer import make_optimizer, make_schedule
 
 LPIPS = "lpips=('vgg16.safetensors',)"
 
@@ -85,4 +84,4 @@ def test_full_size_needs_weights_for_its_perceptual_loss():
 
 
 def test_the_shipped_tokenizer_is_the_preset():
-    assert read_config(SHIPPED["tiny"] / "config.json") == PRESETS["tiny"]
+    assert read_tokenizer_config("tiny") == PRESETS["tiny"]

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
+from mini_scenes import CLASSES, prepare
 from runtime_jax.data import (
     PHOTO_REGIONS,
     Batches,
@@ -26,7 +27,6 @@ from runtime_jax.data import (
     photo_region,
     random_crop,
 )
-from runtime_jax.data.mini_scenes import CLASSES, prepare
 from runtime_jax.data.sources import CROPS_PER_PHOTO
 
 PHOTOS = SourceConfig(kind="photos", crop_scale=(0.3, 1.0))

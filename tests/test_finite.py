@@ -5,9 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mergevq_jax.pretrained import load_tokenizer
+from mergevq_jax.tokenizer.model import load_tokenizer
+from mini_scenes.judge import Judge
 from runtime_jax.finite import NotFiniteError, all_finite, check_finite
-from runtime_jax.judge import Judge
 
 PARAMS = {"net": {"layer": {"kernel": np.ones((2, 3)), "bias": np.array([1.0, np.nan, np.inf])}}}
 GOOD, BAD = np.array(True), np.array(False)

@@ -13,15 +13,22 @@ import pytest
 from flax import traverse_util
 from golden_tools import jit
 
-from runtime_jax.compute import Compute
 from runtime_jax.config import ConfigError, to_dict
-from runtime_jax.rotary import apply_rope
+from runtime_jax.nn.compute import Compute
+from runtime_jax.nn.rotary import apply_rope
 from runtime_jax.sharding import MeshConfig, make_mesh, param_shardings, shard_batch
 from runtime_jax.weights import WeightError, export_weights
-from tokenverse_jax import layers, model
-from tokenverse_jax.convert import transformer
-from tokenverse_jax.math import layer_norm, rope, timestep_embedding
-from tokenverse_jax.model import PRESETS, SHARDING_RULES, Flux, FluxConfig, param_shapes, parse_config
+from tokenverse_jax.flux import layers, model
+from tokenverse_jax.flux.convert import transformer
+from tokenverse_jax.flux.math import layer_norm, rope, timestep_embedding
+from tokenverse_jax.flux.model import (
+    PRESETS,
+    SHARDING_RULES,
+    Flux,
+    FluxConfig,
+    param_shapes,
+    parse_config,
+)
 
 CONFIG = FluxConfig(
     in_channels=8,
@@ -213,7 +220,7 @@ def test_weights_that_do_not_fit(params):
     ],
 )
 def test_a_changed_constant_fails_parity(constant, value, goldens, monkeypatch):
-    monkeypatch.setattr(f"tokenverse_jax.{constant}", value)
+    monkeypatch.setattr(f"tokenverse_jax.flux.{constant}", value)
     golden_flux.apply.clear_cache()
     found = check_golden.check(goldens / "flux_transformer.safetensors")
     golden_flux.apply.clear_cache()

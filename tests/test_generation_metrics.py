@@ -8,14 +8,29 @@ import numpy as np
 import pytest
 from scipy.linalg import sqrtm
 
-from mergevq_jax.evaluate import compare as comparison
-from mergevq_jax.evaluate.compare import Curve, Row, cache_bytes, compare, read_samples, render, trade_off
-from mergevq_jax.evaluate.generation import Labelled, Quality, frechet_distance, gaussian, main_classes, measure
-from mergevq_jax.pretrained import SHIPPED
+from mergevq_jax.commands import compare as comparison
+from mergevq_jax.commands.compare import (
+    Curve,
+    Row,
+    cache_bytes,
+    compare,
+    read_samples,
+    render,
+    trade_off,
+)
+from mergevq_jax.evaluate.generation import (
+    Labelled,
+    Quality,
+    frechet_distance,
+    gaussian,
+    main_classes,
+    measure,
+)
+from mergevq_jax.pretrained import TOKENIZERS
 from mergevq_jax.tokenizer.model import Tokenizer
-from runtime_jax.data.mini_scenes import CLASSES, example_scene, render_scene
+from mini_scenes import CLASSES, example_scene, render_scene
+from mini_scenes.judge import Judge, Seen
 from runtime_jax.estimate import Estimate
-from runtime_jax.judge import Judge, Seen
 
 COUNT, SIZE = 6, 32
 SCENES = [example_scene(0, "test", index)[0] for index in range(COUNT)]
@@ -147,7 +162,7 @@ def test_a_table_and_a_picture(tmp_path, monkeypatch):
 
 def test_reconstructions_are_of_the_scenes(tmp_path, monkeypatch):
     """With where the groups start, all kept tokens are put back as they were; other sizes have no source recovery."""
-    tokenizer = Tokenizer.from_pretrained(SHIPPED["tiny"])
+    tokenizer = Tokenizer.from_pretrained(TOKENIZERS["tiny"])
     scenes = np.random.default_rng(0).integers(0, 256, (COUNT, 64, 64, 3), np.uint8)
     whole, rebuilt = (np.asarray(way(scenes)) for way in comparison._reconstructions(tokenizer, (256,), 64).values())
     np.testing.assert_array_equal(whole, rebuilt)

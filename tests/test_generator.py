@@ -22,7 +22,7 @@ from generator_tools import (
 )
 from golden_tools import jit
 
-from mergevq_jax import convert
+from mergevq_jax.generator import convert
 from mergevq_jax.generator.config import PRESETS, GeneratorConfig, preset
 from mergevq_jax.generator.mask import first_members, merge_mask
 from mergevq_jax.generator.transformer import (
@@ -33,9 +33,14 @@ from mergevq_jax.generator.transformer import (
     param_shapes,
     rope_table,
 )
-from runtime_jax.compute import Compute
+from runtime_jax.nn.compute import Compute
 from runtime_jax.sharding import MeshConfig, make_mesh, param_shardings, shard_batch
-from runtime_jax.weights import WeightError, export_weights, import_weights, read_safetensors
+from runtime_jax.weights import (
+    WeightError,
+    export_weights,
+    import_weights,
+    read_safetensors,
+)
 
 L = CONFIG.length
 LABELS, MERGE = np.asarray([0, 5, 3], np.int32), np.asarray([0, 2, 1], np.int32)

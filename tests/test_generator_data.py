@@ -18,11 +18,18 @@ from generator_run_tools import (
     write_pictures,
 )
 
-from mergevq_jax.generator.data import TokensConfig, check_data, check_tokenizer, make_batches, num_examples
+from mergevq_jax.commands.tokenize import tokenize
+from mergevq_jax.generator.data import (
+    TokensConfig,
+    check_data,
+    check_tokenizer,
+    make_batches,
+    num_examples,
+)
 from mergevq_jax.generator.model import GeneratorModel
 from mergevq_jax.generator.run import train
-from mergevq_jax.tokenize import read_tokens, tokenize
-from mergevq_jax.tokenizer.merge_ratio import MergeRatioConfig, draw_keep
+from mergevq_jax.merge_ratio import MergeRatioConfig, draw_keep
+from mergevq_jax.tokens_folder import read_tokens
 from runtime_jax.config import build, to_dict
 from runtime_jax.data import DataConfig, SourceConfig
 

@@ -12,15 +12,15 @@ from generator_tools import CONFIG, random_params, teacher_forced
 from golden_tools import jit
 from test_position_cache import simulate
 
-from mergevq_jax.generator import sampling
 from mergevq_jax.generator.config import GeneratorConfig
-from mergevq_jax.generator.draw import draw, guidance_scales, keep_likely
 from mergevq_jax.generator.mask import first_members, merge_mask
-from mergevq_jax.generator.plan import SamplingConfig, make_plan
-from mergevq_jax.generator.sampling import sample
+from mergevq_jax.generator.sampling import raster as sampling
+from mergevq_jax.generator.sampling.draw import draw, guidance_scales, keep_likely
+from mergevq_jax.generator.sampling.plan import SamplingConfig, make_plan
+from mergevq_jax.generator.sampling.raster import sample
 from mergevq_jax.generator.transformer import SHARDING_RULES, Generator, param_shapes
 from mergevq_jax.tokenizer.lfq import split_indices
-from runtime_jax.compute import Compute
+from runtime_jax.nn.compute import Compute
 from runtime_jax.prng import Stream, example_keys, stream_key
 from runtime_jax.sharding import MeshConfig, make_mesh, param_shardings
 

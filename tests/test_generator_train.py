@@ -36,9 +36,9 @@ from mergevq_jax.tokenizer.config import PRESETS
 from mergevq_jax.tokenizer.lfq import split_indices
 from mergevq_jax.tokenizer.model import param_shapes as tokenizer_shapes
 from runtime_jax.config import build, load, to_dict
-from runtime_jax.optimizer import make_optimizer, make_schedule
-from runtime_jax.program import Program
 from runtime_jax.sharding import MeshConfig, make_mesh, param_shardings, place, shard_batch
+from runtime_jax.training.optimizer import make_optimizer, make_schedule
+from runtime_jax.training.program import Program
 
 CONFIG = train.StepConfig(model=MODEL, tokenizer=TOKENIZER)
 SGD = train.Optimizer(optax.sgd(1.0), lambda step: jnp.ones(()))  # the change of a parameter is its gradient

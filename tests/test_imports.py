@@ -9,13 +9,30 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-PACKAGES = ("runtime_jax", "mergevq_jax", "tokenverse_jax")
+PACKAGES = ("runtime_jax", "mini_scenes", "mergevq_jax", "tokenverse_jax")
 FORBIDDEN = {
-    "runtime_jax": {"mergevq_jax", "tokenverse_jax"},
+    "runtime_jax": {"mini_scenes", "mergevq_jax", "tokenverse_jax"},
+    "mini_scenes": {"mergevq_jax", "tokenverse_jax"},
     "mergevq_jax": {"tokenverse_jax"},
     "tokenverse_jax": {"mergevq_jax"},
 }
 HEAVY = {"torch", "torchvision", "tensorflow", "clu", "kauldron"}
+
+
+# Floors of a package, from the ground up; what is not named lies on the ground. Arrows go down only.
+FLOORS = {
+    "runtime_jax": (("weights", "nn", "data", "pictures"), ("training",), ("cli",)),
+    "mini_scenes": (("judge",), ("command",)),
+    "mergevq_jax": (
+        ("tokenizer",),
+        ("tokens_folder",),
+        ("generator",),
+        ("commands",),
+        ("cli", "__init__"),
+    ),
+    "tokenverse_jax": (("flux",), ("concepts",), ("base", "bench", "commands"), ("cli", "__init__")),
+}
+MOST_FILES = 14  # in one folder of a package
 
 
 def imported(tree: ast.AST, package: str) -> set[str]:
@@ -59,6 +76,36 @@ def test_packages_keep_to_the_import_rule(package):
         if found:
             wrong[str(path.relative_to(ROOT))] = found
     assert not wrong
+
+
+def own_imports(path: Path, package: str) -> set[str]:
+    """The rooms of its own package that a module imports from."""
+    rooms = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module == package:
+            rooms |= {alias.name for alias in node.names}
+        names = [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+        names += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        rooms |= {name.split(".")[1] for name in names if name.startswith(f"{package}.")}
+    return rooms
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_no_import_points_up(package):
+    floor = {room: number for number, rooms in enumerate(FLOORS[package], 1) for room in rooms}
+    assert all((ROOT / package / room).exists() or (ROOT / package / f"{room}.py").exists() for room in floor)
+    wrong = {}
+    for path in modules(package):
+        room = path.relative_to(ROOT / package).with_suffix("").parts[0]
+        above = {other for other in own_imports(path, package) if floor.get(other, 0) > floor.get(room, 0)}
+        if above:
+            wrong[str(path.relative_to(ROOT))] = above
+    assert not wrong
+
+
+def test_no_folder_is_too_long():
+    folders = {path.parent for package in PACKAGES for path in modules(package)}
+    assert {str(folder): count for folder in folders if (count := len(list(folder.glob("*.py")))) > MOST_FILES} == {}
 
 
 def test_the_rule_covers_every_package():

@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 from tiny_pipeline import SIDE, tiny_pipeline
 
-from tokenverse_jax.autoencoder import image_ids
-from tokenverse_jax.concept_data import encode_prompts
-from tokenverse_jax.isolation import IsolationConfig, halves, isolation_loss, side_by_side
-from tokenverse_jax.pipeline import Pipeline
-from tokenverse_jax.pool import make_pool
-from tokenverse_jax.sampling import SamplingConfig
+from tokenverse_jax.concepts.concept_data import encode_prompts
+from tokenverse_jax.concepts.isolation import IsolationConfig, halves, isolation_loss, side_by_side
+from tokenverse_jax.concepts.pool import make_pool
+from tokenverse_jax.flux.autoencoder import image_ids
+from tokenverse_jax.flux.pipeline import Pipeline
+from tokenverse_jax.flux.sampling import SamplingConfig
 
 GRID = (2, 3)
 POOL = IsolationConfig(captions=("a dog", "a cat and a dog"))

@@ -7,19 +7,35 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from mini_scenes import (
+    CLASSES,
+    COLORS,
+    SYMMETRY,
+    TEXTURES,
+    caption,
+    example_scene,
+    render_scene,
+)
+from mini_scenes.judge import Judge, accuracies, color_difference, follows, to_lab
+from mini_scenes.judge.judge import SHIPPED, save_weights
+from mini_scenes.judge.lessons import UNNAMED, draw_batch, sample_lesson
+from mini_scenes.judge.model import JudgeConfig, JudgeNet, init_params
+from mini_scenes.judge.report import DAMAGES, measure
+from mini_scenes.judge.run import TrainConfig, train
+from mini_scenes.judge.train import (
+    StepConfig,
+    Truth,
+    blur,
+    compare,
+    init_state,
+    soften,
+    train_step,
+)
 from runtime_jax import config as config_lib
 from runtime_jax.config import Duration
-from runtime_jax.data.mini_scenes import CLASSES, COLORS, SYMMETRY, TEXTURES, caption, example_scene, render_scene
 from runtime_jax.estimate import Estimate
-from runtime_jax.judge import Judge, accuracies, color_difference, follows, to_lab
-from runtime_jax.judge.judge import SHIPPED, save_weights
-from runtime_jax.judge.lessons import UNNAMED, draw_batch, sample_lesson
-from runtime_jax.judge.model import JudgeConfig, JudgeNet, init_params
-from runtime_jax.judge.report import DAMAGES, measure
-from runtime_jax.judge.run import TrainConfig, train
-from runtime_jax.judge.train import StepConfig, Truth, blur, compare, init_state, soften, train_step
-from runtime_jax.loop import LoopConfig
-from runtime_jax.optimizer import OptimizerConfig, make_optimizer, make_schedule
+from runtime_jax.training.loop import LoopConfig
+from runtime_jax.training.optimizer import OptimizerConfig, make_optimizer, make_schedule
 
 TINY = JudgeConfig(width=8, bottom_width=8, blocks=(1, 1, 1))
 SIZE = 16

@@ -5,8 +5,8 @@ import dataclasses
 import numpy as np
 import pytest
 
-from runtime_jax.data.mini_scenes import Scene, caption, example_scene, full_caption, sample_scene
-from runtime_jax.judge import Wanted, WantedObject, accuracies, compare, parse_caption
+from mini_scenes import Scene, caption, example_scene, full_caption, sample_scene
+from mini_scenes.judge import Wanted, WantedObject, accuracies, compare, parse_caption
 
 
 def scenes(count: int) -> list[Scene]:

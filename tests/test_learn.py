@@ -9,18 +9,31 @@ import numpy as np
 import pytest
 from tiny_pipeline import FLUX, SIDE, tiny_pipeline
 
-from runtime_jax.compute import Compute
 from runtime_jax.config import Duration
-from runtime_jax.optimizer import OptimizerConfig
+from runtime_jax.nn.compute import Compute
 from runtime_jax.sharding import MeshConfig, make_mesh, param_shardings, place, shard_batch
-from tokenverse_jax import model
-from tokenverse_jax.autoencoder import image_ids
-from tokenverse_jax.concept_data import bind_captions, draw, encode_concept, encode_images, make_concepts
-from tokenverse_jax.concept_mod import ConceptModConfig
-from tokenverse_jax.isolation import IsolationConfig
-from tokenverse_jax.learn import LearnConfig, StageConfig, init_state, learn_step, make_optimizers, steer
-from tokenverse_jax.learner import Learner
-from tokenverse_jax.model import Flux
+from runtime_jax.training.optimizer import OptimizerConfig
+from tokenverse_jax.concepts.concept_data import (
+    bind_captions,
+    draw,
+    encode_concept,
+    encode_images,
+    make_concepts,
+)
+from tokenverse_jax.concepts.concept_mod import ConceptModConfig
+from tokenverse_jax.concepts.isolation import IsolationConfig
+from tokenverse_jax.concepts.learn import (
+    LearnConfig,
+    StageConfig,
+    init_state,
+    learn_step,
+    make_optimizers,
+    steer,
+)
+from tokenverse_jax.concepts.learner import Learner
+from tokenverse_jax.flux import model
+from tokenverse_jax.flux.autoencoder import image_ids
+from tokenverse_jax.flux.model import Flux
 
 CAPTIONS = [["a red ball on the beach", "the beach and a ball"], ["a blue ball"]]
 ISOLATION = IsolationConfig(captions=("a dog", "a cat and a dog"), template="two {left} beside {right}")

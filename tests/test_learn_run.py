@@ -11,12 +11,13 @@ from safetensors.numpy import load_file
 from tiny_pipeline import FLUX, SIDE, write_tiny_pipeline
 
 from runtime_jax.config import build, load, to_dict
-from tokenverse_jax import bank, model_folder
-from tokenverse_jax.compose import compose, place_recomputed, place_stored
-from tokenverse_jax.concept_data import read_image
-from tokenverse_jax.learn_run import CONCEPT_FILE, LearnRunConfig, learn
-from tokenverse_jax.learner import Learner
-from tokenverse_jax.pipeline import Pipeline
+from tokenverse_jax.commands.learn import CONCEPT_FILE, LearnRunConfig, learn
+from tokenverse_jax.concepts import bank
+from tokenverse_jax.concepts.compose import compose, place_recomputed, place_stored
+from tokenverse_jax.concepts.concept_data import read_image
+from tokenverse_jax.concepts.learner import Learner
+from tokenverse_jax.flux import model_folder
+from tokenverse_jax.flux.pipeline import Pipeline
 
 PROMPT = "a ball and a hat"
 

@@ -18,10 +18,10 @@ import numpy as np
 import pytest
 import toy_run
 
-from runtime_jax import loop
-from runtime_jax.checkpoint import Checkpointer
 from runtime_jax.config import ConfigError, Duration, build
-from runtime_jax.logging import MetricWriter
+from runtime_jax.training import loop
+from runtime_jax.training.checkpoint import Checkpointer
+from runtime_jax.training.logging import MetricWriter
 from runtime_jax.workdir import WorkdirError
 
 

@@ -5,9 +5,9 @@ import itertools
 import numpy as np
 import pytest
 
-from mergevq_jax.tokenizer import merge_ratio
+from mergevq_jax import merge_ratio
+from mergevq_jax.merge_ratio import MergeRatioConfig, draw_keep
 from mergevq_jax.tokenizer.config import PRESETS
-from mergevq_jax.tokenizer.merge_ratio import MergeRatioConfig, draw_keep
 
 G_R = merge_ratio.gaussian(144, 6)
 R = merge_ratio.exponential(36, 6)

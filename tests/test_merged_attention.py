@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 
 from mergevq_jax.generator.mask import first_members, merge_mask
 from mergevq_jax.generator.merged_attention import MergedKeys, merged_attention, merged_keys
-from runtime_jax.attention import attention
-from runtime_jax.flops import count_flops
+from runtime_jax.cost import count_flops
+from runtime_jax.nn.attention import attention
 
 LENGTH, KEEP = 20, 9
 

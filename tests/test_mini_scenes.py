@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 
-from runtime_jax.data.mini_scenes import (
+from mini_scenes import (
     BACKGROUNDS,
     CLASSES,
     COLORS,
@@ -32,8 +32,8 @@ from runtime_jax.data.mini_scenes import (
     sample_color,
     sample_scene,
 )
-from runtime_jax.data.mini_scenes.examples import make_examples
-from runtime_jax.data.mini_scenes.vocabulary import MENTION_RATES, SYMMETRY
+from mini_scenes.examples import make_examples
+from mini_scenes.vocabulary import MENTION_RATES, SYMMETRY
 
 COUNTS = {"train": 40, "validation": 5, "test": 5}
 PLAIN_WALL = Background(kind="wall", horizon=0.5, tone=0.5, seed=3)
@@ -294,7 +294,7 @@ def test_prepare_is_done_once(dataset, monkeypatch):
     def refuse(*_):
         raise AssertionError("built again")
 
-    monkeypatch.setattr("runtime_jax.data.mini_scenes.builder.make_examples", refuse)
+    monkeypatch.setattr("mini_scenes.builder.make_examples", refuse)
     prepare(dataset, 64, **COUNTS, seed=7)
 
 
@@ -304,7 +304,7 @@ def test_an_interrupted_build_leaves_no_dataset(tmp_path, monkeypatch):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr("runtime_jax.data.mini_scenes.builder.make_examples", stop)
+        patched.setattr("mini_scenes.builder.make_examples", stop)
         with pytest.raises(KeyboardInterrupt):
             prepare(tmp_path, 32, train=3, validation=1, test=1)
     assert not list(tmp_path.rglob("dataset_info.json"))
@@ -329,7 +329,7 @@ def test_tensorflow_is_never_imported(tmp_path):
     program = f"""
 import sys
 from runtime_jax.data import DataConfig, SourceConfig, make_batches
-from runtime_jax.data.mini_scenes import prepare
+from mini_scenes import prepare
 name = prepare({str(tmp_path)!r}, 32, train=4, validation=1, test=1)
 source = SourceConfig(kind="tfds", name=name, data_dir={str(tmp_path)!r})
 batches = make_batches(DataConfig(image_size=32, batch_size=2, sources=(source,)), 0)

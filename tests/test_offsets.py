@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from tiny_pipeline import random_params
 
-from tokenverse_jax.model import Flux, FluxConfig, param_shapes
-from tokenverse_jax.offsets import direction, place_on_tokens
+from tokenverse_jax.concepts.offsets import direction, place_on_tokens
+from tokenverse_jax.flux.model import Flux, FluxConfig, param_shapes
 
 CONFIG = FluxConfig(
     in_channels=4,

@@ -7,7 +7,7 @@ import optax
 import pytest
 
 from runtime_jax.config import Duration, build, to_dict
-from runtime_jax.optimizer import OptimizerConfig, ema_update, make_optimizer, make_schedule
+from runtime_jax.training.optimizer import OptimizerConfig, ema_update, make_optimizer, make_schedule
 
 RUN = {"total_steps": 100, "batch_size": 10, "num_examples": 50}  # 5 steps an epoch
 

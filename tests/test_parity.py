@@ -14,11 +14,11 @@ import numpy as np
 import pytest
 from flax import traverse_util
 
-from mergevq_jax import convert
-from mergevq_jax.tokenizer import adversarial
+from mergevq_jax.tokenizer import convert
 from mergevq_jax.tokenizer.config import RecoveryConfig, TokenizerConfig
 from mergevq_jax.tokenizer.decoder import Decoder
 from mergevq_jax.tokenizer.encoder import Encoder
+from mergevq_jax.tokenizer.losses import adversarial
 from mergevq_jax.tokenizer.recovery import SourceRecovery
 from runtime_jax.weights import export_weights, read_safetensors, write_safetensors
 
@@ -140,13 +140,13 @@ def fresh_programs():
 @pytest.mark.parametrize(
     ("name", "constant", "epsilon", "limit"),
     [
-        ("encoder_g_nomerge", "runtime_jax.group_norm.EPSILON", 1e-3, 1e-4),  # 1e-6 is right
+        ("encoder_g_nomerge", "runtime_jax.nn.group_norm.EPSILON", 1e-3, 1e-4),  # 1e-6 is right
         ("encoder_g_nomerge", "mergevq_jax.tokenizer.layers.LAYER_NORM_EPSILON", 1e-6, 5e-6),  # 1e-5 is right
-        ("decoder", "runtime_jax.group_norm.EPSILON", 1e-5, 5e-6),  # 4.4e-5
+        ("decoder", "runtime_jax.nn.group_norm.EPSILON", 1e-5, 5e-6),  # 4.4e-5
         ("source_recovery", "mergevq_jax.tokenizer.layers.LAYER_NORM_EPSILON", 1e-6, 1e-4),  # 5.8e-2
-        ("flux_vae", "runtime_jax.group_norm.EPSILON", 1e-5, 5e-6),  # 1.2e-5
-        ("dinov2", "mergevq_jax.tokenizer.dinov2.LAYER_NORM_EPSILON", 1e-5, 5e-6),  # 6.9e-6
-        ("patchgan", "mergevq_jax.tokenizer.adversarial.BATCH_NORM_EPSILON", 1e-4, 5e-6),
+        ("flux_vae", "runtime_jax.nn.group_norm.EPSILON", 1e-5, 5e-6),  # 1.2e-5
+        ("dinov2", "mergevq_jax.tokenizer.losses.dinov2.LAYER_NORM_EPSILON", 1e-5, 5e-6),  # 6.9e-6
+        ("patchgan", "mergevq_jax.tokenizer.losses.adversarial.BATCH_NORM_EPSILON", 1e-4, 5e-6),
     ],
 )
 def test_a_changed_epsilon_fails(name, constant, epsilon, limit, monkeypatch, fresh_programs):

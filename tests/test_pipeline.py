@@ -14,18 +14,23 @@ from safetensors.numpy import load_file
 from tiny_pipeline import FLUX, SIDE, TEXT_LENGTH, VAE, tiny_pipeline, write_tiny_pipeline
 
 from runtime_jax.config import ConfigError
-from runtime_jax.mapped import map_safetensors
 from runtime_jax.prng import Stream, stream_key
 from runtime_jax.sharding import MeshConfig, make_mesh, param_shardings
-from runtime_jax.weights import WeightError, export_weights, read_safetensors, write_safetensors
-from tokenverse_jax import autoencoder, model, sampling, schedule
-from tokenverse_jax.convert.autoencoder import FLUX as FLUX_AUTOENCODER
-from tokenverse_jax.convert.transformer import FLUX as FLUX_TRANSFORMER
-from tokenverse_jax.fingerprint import fingerprint
-from tokenverse_jax.model import Flux
-from tokenverse_jax.model_folder import Part
-from tokenverse_jax.pipeline import PARTS, Pipeline
-from tokenverse_jax.sampling import UsualSampling
+from runtime_jax.weights import (
+    WeightError,
+    export_weights,
+    read_safetensors,
+    write_safetensors,
+)
+from runtime_jax.weights.mapped import map_safetensors
+from tokenverse_jax.flux import autoencoder, model, sampling, schedule
+from tokenverse_jax.flux.convert.autoencoder import FLUX as FLUX_AUTOENCODER
+from tokenverse_jax.flux.convert.transformer import FLUX as FLUX_TRANSFORMER
+from tokenverse_jax.flux.fingerprint import fingerprint
+from tokenverse_jax.flux.model import Flux
+from tokenverse_jax.flux.model_folder import Part
+from tokenverse_jax.flux.pipeline import PARTS, Pipeline
+from tokenverse_jax.flux.sampling import UsualSampling
 
 PROMPTS = ["a dog and a cat", "a red ball"]
 SIZE = {"height": 2 * SIDE, "width": 3 * SIDE, "num_steps": 2}

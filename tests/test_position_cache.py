@@ -14,10 +14,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax import lax
 
-from mergevq_jax.generator import decode, position_cache
 from mergevq_jax.generator.mask import causal_mask, first_members, merge_mask
+from mergevq_jax.generator.sampling import decode, position_cache
 from mergevq_jax.generator.transformer import Generator, rope_table
-from runtime_jax.compute import Compute
+from runtime_jax.nn.compute import Compute
 
 L = CONFIG.length
 POLICIES = ("evict-oldest", "full")

@@ -7,7 +7,7 @@ import pytest
 from generator_tools import CONFIG
 from golden_tools import jit
 
-from mergevq_jax.generator.positions import count_starts, draw_positions, new_counts, shares
+from mergevq_jax.generator.kinds.positions import count_starts, draw_positions, new_counts, shares
 from runtime_jax.prng import Stream, example_keys, stream_key
 
 C, L, NUMBERS = CONFIG.num_classes, CONFIG.length, CONFIG.merge_numbers

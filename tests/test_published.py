@@ -9,13 +9,14 @@ import pytest
 from safetensors.numpy import load_file, save_file
 from tiny_pipeline import write_tiny_pipeline
 
-from mergevq_jax import convert
-from runtime_jax.mapped import map_safetensors
+from mergevq_jax.generator.convert import generator_from_released
+from mergevq_jax.tokenizer.convert import from_released
 from runtime_jax.messages import cut
-from runtime_jax.published import recognized, unwrapped
 from runtime_jax.weights import Rule, WeightError, import_weights, read_safetensors
-from tokenverse_jax.pipeline import Pipeline
-from tokenverse_jax.text import load_tokenizer
+from runtime_jax.weights.mapped import map_safetensors
+from runtime_jax.weights.published import recognized, unwrapped
+from tokenverse_jax.flux.pipeline import Pipeline
+from tokenverse_jax.flux.text import load_tokenizer
 
 TABLE = (Rule("blocks.{i}.weight", "blocks_{i}/kernel"), Rule("transformer_blocks.{i}.weight", "more_{i}/kernel"))
 SHAPES = {name: {"kernel": jax.ShapeDtypeStruct((2,), np.float32)} for name in ("blocks_0", "more_0")}
@@ -162,9 +163,9 @@ def test_a_lora_is_no_transformer(folder, tmp_path):
     with pytest.raises(WeightError, match=r"style.safetensors, for the transformer: .* they are a LoRA, which"):
         Pipeline.from_pretrained(folder, parts=("transformer",), transformer=tmp_path / "style.safetensors")
     with pytest.raises(WeightError, match="not a stage-1 checkpoint, but a LoRA"):
-        convert.from_released(dict.fromkeys(LORA, np.ones(2)))
+        from_released(dict.fromkeys(LORA, np.ones(2)))
     with pytest.raises(WeightError, match="not a stage-2 checkpoint, but a LoRA"):
-        convert.generator_from_released(dict.fromkeys(LORA, np.ones(2)))
+        generator_from_released(dict.fromkeys(LORA, np.ones(2)))
 
 
 def test_one_part_in_place_of_another_is_named(folder, tmp_path):
@@ -192,10 +193,10 @@ def test_fp8_weights_are_read_as_what_they_stand_for(folder, tmp_path):
 def test_released_tokenizers_and_generators_with_a_prefix(caplog):
     inner = {"encoder.conv_out.weight": np.ones(2), "decoder.conv_out.weight": np.ones(2)}
     wrapped = {f"module.{name}": value for name, value in inner.items()}
-    assert convert.from_released(wrapped, ema=False).keys() == inner.keys()
+    assert from_released(wrapped, ema=False).keys() == inner.keys()
     generator = {"transformer.norm.weight": np.ones(2), "first_stage_model.encoder.weight": np.ones(2)}
     wrapped = {f"_orig_mod.{name}": value for name, value in generator.items()}
-    assert convert.generator_from_released(wrapped).keys() == {"norm.weight"}
+    assert generator_from_released(wrapped).keys() == {"norm.weight"}
     assert all("tensors are read without" in text for text in caplog.messages) and len(caplog.messages) == 2
 
 

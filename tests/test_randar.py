@@ -10,12 +10,19 @@ import pytest
 from generator_tools import CONFIG, random_codes, random_params, relative_error
 from golden_tools import jit
 
-from mergevq_jax.generator import positions, randar, randar_sampling
-from mergevq_jax.generator.plan import SamplingConfig, make_plan
-from mergevq_jax.generator.randar import Codes
-from mergevq_jax.generator.randar_sampling import RandarSampler, Step, cosine_counts, make_randar_plan, randar_sample
+from mergevq_jax.generator.kinds import positions, randar
+from mergevq_jax.generator.kinds.randar import Codes
+from mergevq_jax.generator.sampling import random_order as randar_sampling
+from mergevq_jax.generator.sampling.plan import SamplingConfig, make_plan
+from mergevq_jax.generator.sampling.random_order import (
+    RandarSampler,
+    Step,
+    cosine_counts,
+    make_randar_plan,
+    randar_sample,
+)
 from mergevq_jax.generator.transformer import SHARDING_RULES, init_params
-from runtime_jax.compute import Compute
+from runtime_jax.nn.compute import Compute
 from runtime_jax.prng import Stream, example_keys, stream_key
 from runtime_jax.sharding import MeshConfig, make_mesh, param_shardings, shard_batch
 

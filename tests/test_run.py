@@ -17,12 +17,11 @@ from PIL import Image
 from safetensors.numpy import load_file
 
 from mergevq_jax import cli
-from mergevq_jax.evaluate import report
 from mergevq_jax.evaluate.held_out import held_out_photographs
-from mergevq_jax.pretrained import load_tokenizer
-from mergevq_jax.tokenize import read_tokens
-from mergevq_jax.tokenizer.model import Tokenizer
-from runtime_jax.data.mini_scenes import example_scene, render_scene
+from mergevq_jax.tokenizer import report
+from mergevq_jax.tokenizer.model import Tokenizer, load_tokenizer
+from mergevq_jax.tokens_folder import read_tokens
+from mini_scenes import example_scene, render_scene
 
 CONFIG = """
 from ml_collections import ConfigDict
@@ -121,9 +120,9 @@ def test_the_state_restores_on_eight_devices(folder, trained):
     from mergevq_jax.tokenizer import train as stage1
     from mergevq_jax.tokenizer.run import Program, TrainConfig, load_frozen
     from runtime_jax import config as config_lib
-    from runtime_jax.checkpoint import Checkpointer
-    from runtime_jax.optimizer import make_optimizer
     from runtime_jax.sharding import MeshConfig, make_mesh
+    from runtime_jax.training.checkpoint import Checkpointer
+    from runtime_jax.training.optimizer import make_optimizer
 
     config = config_lib.build(TrainConfig, config_lib.load(str(folder / "config.py")))
     optimizer = make_optimizer(config.optimizer, lambda step: 1e-3)
@@ -208,7 +207,7 @@ def nothing_is_loaded(monkeypatch):
     def never(*_, **__):
         pytest.fail("something was loaded first")
 
-    for name in ("mergevq_jax.model_folder.read_params", "mergevq_jax.reconstruct.decode_image"):
+    for name in ("mergevq_jax.model_folder.read_params", "mergevq_jax.commands.reconstruct.decode_image"):
         monkeypatch.setattr(name, never)
 
 
@@ -306,7 +305,7 @@ def test_inspect_needs_no_weights(folder, capsys):
 
 def test_errors_of_checkpoints_are_one_line(monkeypatch, capsys):
     from mergevq_jax.tokenizer import run
-    from runtime_jax.checkpoint import CheckpointError
+    from runtime_jax.training.checkpoint import CheckpointError
 
     def damaged(*_):
         raise CheckpointError("none of 2 checkpoints can be read")

@@ -11,8 +11,8 @@ from generator_tools import random_params
 from PIL import Image
 
 from mergevq_jax import cli
-from mergevq_jax import sample as sampling_command
-from mergevq_jax.convert import generator_table
+from mergevq_jax.commands import sample as sampling_command
+from mergevq_jax.generator.convert import generator_table
 from mergevq_jax.generator.model import (
     GeneratorModel,
     codes_to_images,
@@ -20,7 +20,7 @@ from mergevq_jax.generator.model import (
     load_generator,
     recovered_to_images,
 )
-from mergevq_jax.generator.plan import SamplingConfig
+from mergevq_jax.generator.sampling.plan import SamplingConfig
 from runtime_jax.messages import cut
 from runtime_jax.weights import export_weights
 from runtime_jax.workdir import only_writer

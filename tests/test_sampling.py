@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from runtime_jax.sharding import MeshConfig, make_mesh
-from tokenverse_jax import sampling, schedule
+from tokenverse_jax.flux import sampling, schedule
 
 SIGMAS = schedule.sigmas(schedule.PRESETS["dev"], 7, 300)
 NOISE = jnp.asarray(np.random.default_rng(0).normal(size=(8, 5, 4)), jnp.float32)

@@ -10,8 +10,8 @@ import pytest
 from runtime_jax.config import ConfigError
 from runtime_jax.prng import example_keys
 from runtime_jax.weights import read_safetensors
-from tokenverse_jax import schedule
-from tokenverse_jax.schedule import PRESETS, ScheduleConfig
+from tokenverse_jax.flux import schedule
+from tokenverse_jax.flux.schedule import PRESETS, ScheduleConfig
 
 # The file of FLUX.1-dev.
 DEV_JSON = {

@@ -4,14 +4,14 @@ from dataclasses import replace
 
 import pytest
 
-from mergevq_jax.evaluate.compare import read_samples
+from mergevq_jax.commands.compare import read_samples
+from mergevq_jax.commands.sample import Request, sample
 from mergevq_jax.evaluate.generation import gaussian, measure
 from mergevq_jax.generator.model import load_generator
-from mergevq_jax.generator.plan import SamplingConfig
+from mergevq_jax.generator.sampling.plan import SamplingConfig
 from mergevq_jax.pretrained import GENERATORS
-from mergevq_jax.sample import Request, sample
-from runtime_jax.data.mini_scenes import CLASSES
-from runtime_jax.judge import Judge
+from mini_scenes import CLASSES
+from mini_scenes.judge import Judge
 
 GUIDED = Request(num=48, batch_size=48, sampling=SamplingConfig(cfg_scale=3.5))
 LINEAR = SamplingConfig(cfg_scale=6.0, cfg_schedule="linear")

@@ -3,12 +3,12 @@
 import numpy as np
 import pytest
 
+from mini_scenes.judge import accuracies, follows
 from runtime_jax.config import build, load
-from runtime_jax.judge import accuracies, follows
 from tokenverse_jax.base.report import held_out_captions
 from tokenverse_jax.base.run import BaseConfig
-from tokenverse_jax.pipeline import Pipeline
-from tokenverse_jax.pretrained import SHIPPED
+from tokenverse_jax.flux.pipeline import Pipeline
+from tokenverse_jax.flux.pretrained import SHIPPED
 
 
 @pytest.fixture(scope="module")

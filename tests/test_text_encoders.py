@@ -9,11 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from runtime_jax.compute import Compute
 from runtime_jax.config import ConfigError
+from runtime_jax.nn.compute import Compute
 from runtime_jax.sharding import MESH_AXES, MeshConfig, make_mesh, param_shardings
 from runtime_jax.weights import WeightError, read_safetensors
-from tokenverse_jax.convert.text_encoders import (
+from tokenverse_jax.flux.convert.text_encoders import (
     config_json,
     convert_clip,
     convert_t5,
@@ -21,9 +21,9 @@ from tokenverse_jax.convert.text_encoders import (
     export_t5,
     parse_config,
 )
-from tokenverse_jax.text_encoders import clip, t5
-from tokenverse_jax.text_encoders.clip import CLIP_L, CLIPTextConfig, CLIPTextEncoder, pooled_position
-from tokenverse_jax.text_encoders.t5 import T5_XXL, T5Config, T5Encoder, relative_position_buckets
+from tokenverse_jax.flux.text_encoders import clip, t5
+from tokenverse_jax.flux.text_encoders.clip import CLIP_L, CLIPTextConfig, CLIPTextEncoder, pooled_position
+from tokenverse_jax.flux.text_encoders.t5 import T5_XXL, T5Config, T5Encoder, relative_position_buckets
 
 KINDS = {
     "clip_text": (CLIPTextConfig, CLIPTextEncoder, convert_clip, export_clip, clip.SHARDING_RULES),

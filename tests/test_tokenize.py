@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mergevq_jax import tokenize as tokenize_lib
-from mergevq_jax.tokenize import read_tokens, tokenize
+from mergevq_jax.commands import tokenize as tokenize_lib
+from mergevq_jax.commands.tokenize import tokenize
 from mergevq_jax.tokenizer.config import TokenizerConfig
 from mergevq_jax.tokenizer.model import Tokenizer, param_shapes
+from mergevq_jax.tokens_folder import read_tokens
 from runtime_jax.data import SourceConfig
 
 CONFIG = TokenizerConfig(

@@ -16,13 +16,14 @@ from safetensors.numpy import load_file, save_file
 from tiny_pipeline import FLUX, random_params, tiny_pipeline, write_tiny_pipeline
 
 from runtime_jax import sharding
-from tokenverse_jax import cli, pipeline
-from tokenverse_jax.bank import Concept, ConceptFile
-from tokenverse_jax.concept_mod import ConceptModConfig, init_params
-from tokenverse_jax.inspect import read_configs
-from tokenverse_jax.pipeline import Loader, Pipeline, PromptEncoding
-from tokenverse_jax.sampling import UsualSampling
-from tokenverse_jax.text import find_word
+from tokenverse_jax import cli
+from tokenverse_jax.commands.inspect import read_configs
+from tokenverse_jax.concepts.bank import Concept, ConceptFile
+from tokenverse_jax.concepts.concept_mod import ConceptModConfig, init_params
+from tokenverse_jax.flux import pipeline
+from tokenverse_jax.flux.pipeline import Loader, Pipeline, PromptEncoding
+from tokenverse_jax.flux.sampling import UsualSampling
+from tokenverse_jax.flux.text import find_word
 
 PROMPT = "a dog and a cat on the beach"
 SMALL = ["--width", "16", "--height", "12", "--num-steps", "2", "--cfg-scale", "2", "--batch-size", "2"]

@@ -11,10 +11,10 @@ import pytest
 
 from mergevq_jax.tokenizer import model, train
 from mergevq_jax.tokenizer.config import PRESETS, RecoveryConfig, TokenizerConfig
-from mergevq_jax.tokenizer.dinov2 import DINOv2, DINOv2Config
+from mergevq_jax.tokenizer.losses.dinov2 import DINOv2, DINOv2Config
 from mergevq_jax.tokenizer.run import Program
-from runtime_jax.optimizer import OptimizerConfig, make_optimizer, make_schedule
 from runtime_jax.sharding import MeshConfig, make_mesh, shard_batch
+from runtime_jax.training.optimizer import OptimizerConfig, make_optimizer, make_schedule
 
 MODEL = TokenizerConfig(
     resolution=16,

@@ -9,7 +9,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from runtime_jax import weights
 from runtime_jax.weights import (
     CONV,
     LINEAR,
@@ -20,6 +19,7 @@ from runtime_jax.weights import (
     joined,
     prefixed,
     read_safetensors,
+    table,
     write_safetensors,
 )
 
@@ -338,7 +338,7 @@ def test_an_interrupted_write_leaves_the_old_file(tmp_path, monkeypatch):
         partial.write_bytes(b"half")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(weights, "save_file", full_disk)
+    monkeypatch.setattr(table, "save_file", full_disk)
     with pytest.raises(OSError, match="No space left"):
         write_safetensors(path, {"a": np.ones(3, np.float32)}, {})
     assert path.read_bytes() == before

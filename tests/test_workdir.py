@@ -14,7 +14,13 @@ from pathlib import Path
 import pytest
 
 from runtime_jax import workdir
-from runtime_jax.workdir import LOCK_NAME, WorkdirError, check_output, only_writer, output_folder
+from runtime_jax.workdir import (
+    LOCK_NAME,
+    WorkdirError,
+    check_output,
+    only_writer,
+    output_folder,
+)
 
 HOLD = """
 import sys

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from mini_scenes import command
 from runtime_jax.cli import CommandLine, config_arguments, report_end
 
 TINY = "tiny"  # names the shipped model for a CPU
@@ -30,8 +31,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _command_line() -> CommandLine:
-    line = CommandLine("tokenverse", __doc__)
-    line.scenes_command()
+    line = CommandLine("tokenverse", __doc__, advise=command.advise)
+    command.add_command(line)
 
     sub = line.command("generate", _generate, "Images of a prompt with concepts on its words.", epilog=CONCEPTS)
     sub.add_argument("--prompt", required=True)
@@ -117,8 +118,8 @@ def _sampling_arguments(parser: argparse.ArgumentParser) -> None:
 def _loader(args, model: str, mesh: Any = None) -> Any:
     import jax
 
-    from runtime_jax.compute import Compute
-    from tokenverse_jax.pipeline import Loader
+    from runtime_jax.nn.compute import Compute
+    from tokenverse_jax.flux.pipeline import Loader
 
     dtype = args.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
     compute = Compute(dtype=dtype, attention=args.attention)
@@ -131,7 +132,7 @@ def _sampler(args) -> Iterator[tuple[Any, Any]]:
     import jax
 
     from runtime_jax.sharding import MeshConfig, make_mesh
-    from tokenverse_jax.generate import Sampling
+    from tokenverse_jax.commands.generate import Sampling
 
     mesh = make_mesh(MeshConfig(data=1, tensor=args.tensor), devices=jax.devices()[: args.tensor])
     load = _loader(args, args.model, mesh)
@@ -147,8 +148,8 @@ def _sampler(args) -> Iterator[tuple[Any, Any]]:
 
 def _generate(args, _) -> None:
     from runtime_jax.workdir import check_output
-    from tokenverse_jax.compose import parse_request
-    from tokenverse_jax.generate import generate
+    from tokenverse_jax.commands.generate import generate
+    from tokenverse_jax.concepts.compose import parse_request
 
     requests = [parse_request(text) for text in args.concept]
     for request in requests:
@@ -163,7 +164,7 @@ def _generate(args, _) -> None:
 
 def _direction(args, _) -> None:
     from runtime_jax.workdir import check_output
-    from tokenverse_jax import study
+    from tokenverse_jax.commands import direction as study
 
     check_output(args.out)
     prompts = {"attribute": args.attribute, "neutral": args.neutral}
@@ -180,22 +181,22 @@ def _build(cls: type, args, overrides: list[str]):
 
 
 def _learn(args, overrides) -> int:
-    from tokenverse_jax.learn_run import LearnRunConfig, learn
+    from tokenverse_jax.commands.learn import LearnRunConfig, learn
 
     learned = learn(_build(LearnRunConfig, args, overrides), args.workdir)
     return report_end(f"the concepts are in {learned.path}", learned.stopped_by, learned.step)
 
 
 def _concepts(args, _) -> None:
-    from tokenverse_jax.inspect_bank import inspect_bank
+    from tokenverse_jax.commands.concepts import inspect_bank
 
     print(inspect_bank(args.files, functools.partial(_loader, args), args.model))
 
 
 def _inspect(args, _) -> None:
-    from tokenverse_jax.inspect import inspect
-    from tokenverse_jax.isolation import IsolationConfig
-    from tokenverse_jax.learn import LearnConfig
+    from tokenverse_jax.commands.inspect import inspect
+    from tokenverse_jax.concepts.isolation import IsolationConfig
+    from tokenverse_jax.concepts.learn import LearnConfig
 
     learn = LearnConfig(isolation=IsolationConfig(captions=("a picture",)), batch_size=args.batch_size)
     print(inspect(args.model, args.size, learn))

@@ -12,9 +12,9 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float, Int, UInt8
 
-from runtime_jax.data.mini_scenes import CLASSES
+from mini_scenes import CLASSES
+from mini_scenes.judge import Judge
 from runtime_jax.estimate import Estimate, estimate
-from runtime_jax.judge import Judge
 
 
 class Labelled(NamedTuple):

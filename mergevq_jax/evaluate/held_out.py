@@ -1,18 +1,10 @@
-"""`mergevq evaluate`: tokenizers on held-out scenes and photographs, as a table and pictures on disk."""
-
-from collections.abc import Sequence
-from pathlib import Path
+"""Held-out scenes and photographs."""
 
 import numpy as np
 
-from mergevq_jax.evaluate import report
 from mergevq_jax.evaluate.generation import Labelled
-from mergevq_jax.pretrained import load_tokenizer, read_tokenizer_config
+from mini_scenes import make_config
 from runtime_jax.data import DataConfig, SourceConfig, make_batches, open_source
-from runtime_jax.data.mini_scenes import make_config
-from runtime_jax.files import write_text
-from runtime_jax.pictures import image_grid, loss_curve, save_png
-from runtime_jax.workdir import only_writer
 
 BATCH_SIZE = 32  # any number of images is measured in batches of this many
 
@@ -47,61 +39,3 @@ def _read(source: SourceConfig, size: int, count: int, *, random_crop: bool) -> 
         image_size=size, batch_size=count, sources=(source,), seed=1, shuffle=False, random_crop=random_crop
     )
     return next(make_batches(config, 0))
-
-
-def evaluate(
-    tokenizers: Sequence[str],
-    *,
-    out: Path,
-    data_dir: str,
-    keeps: Sequence[int],
-    num_images: int,
-    metrics: str | None = None,
-) -> None:
-    """Prints a table; writes it as summary.md, reconstructions.png, and loss.png where `metrics` is a metrics.jsonl.
-
-    Raises:
-      ValueError: no such tokenizer, K not possible, no images, dataset or `metrics` missing; before weights are loaded.
-      WorkdirError: `out` cannot be written, or another run is writing it.
-      NotFiniteError: features or pixels that are not finite.
-    """
-    if num_images < 1:
-        raise ValueError(f"--num-images {num_images}: at least 1")
-    if metrics and not Path(metrics).is_file():
-        raise ValueError(f"--metrics {metrics}: no such file")
-    with only_writer(out):
-        _evaluate(tokenizers, out, data_dir, keeps, num_images, metrics)
-
-
-def _evaluate(
-    tokenizers: Sequence[str], out: Path, data_dir: str, keeps: Sequence[int], num_images: int, metrics: str | None
-) -> None:
-    configs = {name: read_tokenizer_config(name) for name in tokenizers}
-    for config in configs.values():
-        for keep in keeps:
-            config.merge_counts(config.raw_tokens, keep)
-    held_out = {
-        size: {
-            "scenes": held_out_scenes(size, num_images, data_dir),
-            "photographs": held_out_photographs(size, max(1, num_images // 4)),
-        }
-        for size in sorted({config.resolution for config in configs.values()})
-    }
-    texts, pictures = [], []
-    for name, config in configs.items():
-        tokenizer, images = load_tokenizer(name), held_out[config.resolution]
-        results = {
-            # The crops of two photographs overlap: an interval for independent images would be too narrow.
-            kind: report.measure(tokenizer, pixels, keeps, batch_size=BATCH_SIZE, independent=kind == "scenes")
-            for kind, pixels in images.items()
-        }
-        texts.append(f"### {name}\n\n{report.table(results)}")
-        shown = np.concatenate([images["scenes"][:5], images["photographs"][:3]])
-        pictures.append(report.picture(tokenizer, shown, keeps, batch_size=BATCH_SIZE))
-    text = "\n".join(texts)
-    print(text)
-    write_text(out / "summary.md", text)
-    save_png(out / "reconstructions.png", image_grid([[picture] for picture in pictures], row_labels=list(configs)))
-    if metrics:
-        loss_curve(metrics, out / "loss.png", names=("loss", "pixel"), title="training")
-    print(f"summary.md and pictures are in {out}")

@@ -16,8 +16,8 @@ import numpy as np
 from safetensors.numpy import load as from_bytes
 
 from mergevq_jax.generator.config import GeneratorConfig
-from mergevq_jax.tokenize import TokensFolder, open_tokens
 from mergevq_jax.tokenizer.model import Tokenizer
+from mergevq_jax.tokens_folder import TokensFolder, open_tokens
 from runtime_jax import data as image_data
 from runtime_jax.config import config_changes
 from runtime_jax.data import DataConfig, open_source, read_batches

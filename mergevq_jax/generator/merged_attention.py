@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from mergevq_jax.generator.position_cache import HIDDEN
+from mergevq_jax.generator.sampling.position_cache import HIDDEN
 
 
 @flax.struct.dataclass

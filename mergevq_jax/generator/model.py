@@ -15,20 +15,21 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Int, UInt8
 
-from mergevq_jax import convert, model_folder
+from mergevq_jax import model_folder
+from mergevq_jax.generator import convert
 from mergevq_jax.generator.config import GeneratorConfig
 from mergevq_jax.generator.data import check_tokenizer
-from mergevq_jax.generator.plan import SamplingConfig
-from mergevq_jax.generator.positions import new_counts
-from mergevq_jax.generator.randar import Codes
-from mergevq_jax.generator.randar_sampling import randar_sample
-from mergevq_jax.generator.sampling import Samples, sample
+from mergevq_jax.generator.kinds.positions import new_counts
+from mergevq_jax.generator.kinds.randar import Codes
+from mergevq_jax.generator.sampling.plan import SamplingConfig
+from mergevq_jax.generator.sampling.random_order import randar_sample
+from mergevq_jax.generator.sampling.raster import Samples, sample
 from mergevq_jax.generator.train import Kind
 from mergevq_jax.generator.transformer import SHARDING_RULES, Params, param_shapes
-from mergevq_jax.pretrained import GENERATORS, load_tokenizer
-from mergevq_jax.tokenizer.model import Tokenizer, Tokens
-from runtime_jax.compute import Compute
+from mergevq_jax.pretrained import shipped
+from mergevq_jax.tokenizer.model import Tokenizer, Tokens, load_tokenizer
 from runtime_jax.messages import cut
+from runtime_jax.nn.compute import Compute
 from runtime_jax.sharding import param_shardings, place
 from runtime_jax.weights import import_weights
 
@@ -97,12 +98,12 @@ class GeneratorModel:
 
     @classmethod
     def from_pretrained(cls, path: str | os.PathLike, *, compute: Compute = Compute()) -> "GeneratorModel":
-        """Loads a folder with config.json and model.safetensors, or a hub id.
+        """Loads a folder with config.json and model.safetensors, a hub id, or a shipped one by its name.
 
         Raises:
           ValueError: folder, a file in it or a parameter missing; another kind of model.
         """
-        folder = model_folder.find_folder(path, "generator")
+        folder = model_folder.find_folder(shipped(path), "generator")
         info = read_info(folder)
         config, shapes = info.architecture, param_shapes(info.architecture)
         if info.kind == "random":
@@ -213,7 +214,7 @@ def read_info(source: str | os.PathLike) -> GeneratorInfo:
     Raises:
       ValueError: as `GeneratorModel.from_pretrained`.
     """
-    folder = model_folder.find_folder(GENERATORS.get(str(source), source), "generator")
+    folder = model_folder.find_folder(shipped(source), "generator")
     return model_folder.read_config(folder / model_folder.CONFIG_NAME, GeneratorInfo, MODEL_TYPE, "generator")
 
 
@@ -223,7 +224,7 @@ def load_generator(source: str | os.PathLike, *, compute: Compute = Compute()) -
     Raises:
       ValueError: as `GeneratorModel.from_pretrained`.
     """
-    return GeneratorModel.from_pretrained(GENERATORS.get(str(source), source), compute=compute)
+    return GeneratorModel.from_pretrained(source, compute=compute)
 
 
 def import_released(

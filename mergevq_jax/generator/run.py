@@ -23,22 +23,22 @@ from mergevq_jax.generator.model import (
     load_generator,
     recovered_to_images,
 )
-from mergevq_jax.generator.plan import WINDOW, SamplingConfig, make_plan
-from mergevq_jax.generator.randar_sampling import make_randar_plan
+from mergevq_jax.generator.sampling.plan import WINDOW, SamplingConfig, make_plan
+from mergevq_jax.generator.sampling.random_order import make_randar_plan
 from mergevq_jax.generator.transformer import SHARDING_RULES
-from mergevq_jax.pretrained import load_tokenizer
-from mergevq_jax.tokenizer.merge_ratio import MergeRatioConfig, draw_keep
-from mergevq_jax.tokenizer.model import Tokenizer
+from mergevq_jax.merge_ratio import MergeRatioConfig, draw_keep
+from mergevq_jax.tokenizer.model import Tokenizer, load_tokenizer
 from runtime_jax import config as config_lib
-from runtime_jax import loop, sharding
-from runtime_jax.compute import Compute
+from runtime_jax import sharding
 from runtime_jax.config import naming
+from runtime_jax.cost import peak_flops
 from runtime_jax.data import DataConfig
-from runtime_jax.flops import peak_flops
-from runtime_jax.initial_state import initial_state
-from runtime_jax.optimizer import OptimizerConfig, make_optimizer, make_schedule
+from runtime_jax.nn.compute import Compute
 from runtime_jax.pictures import image_grid
-from runtime_jax.program import Program
+from runtime_jax.training import loop
+from runtime_jax.training.initial_state import initial_state
+from runtime_jax.training.optimizer import OptimizerConfig, make_optimizer, make_schedule
+from runtime_jax.training.program import Program
 from runtime_jax.workdir import only_writer
 
 MODEL_FOLDER = "generator"

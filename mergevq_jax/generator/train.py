@@ -22,21 +22,21 @@ import optax
 from jaxtyping import Array, Key
 
 from mergevq_jax.generator.config import GeneratorConfig
+from mergevq_jax.generator.kinds.positions import count_starts, new_counts
+from mergevq_jax.generator.kinds.randar import randar_loss
 from mergevq_jax.generator.losses import Means, next_code_loss
 from mergevq_jax.generator.mask import first_members, merge_mask
 from mergevq_jax.generator.merged_attention import merged_keys
-from mergevq_jax.generator.plan import WINDOW
-from mergevq_jax.generator.positions import count_starts, new_counts
-from mergevq_jax.generator.randar import randar_loss
+from mergevq_jax.generator.sampling.plan import WINDOW
 from mergevq_jax.generator.transformer import Params, init_params
 from mergevq_jax.tokenizer import lfq
 from mergevq_jax.tokenizer import model as tokenizer_model
 from mergevq_jax.tokenizer.config import TokenizerConfig
-from runtime_jax.accumulate import accumulate
-from runtime_jax.compute import Compute
-from runtime_jax.optimizer import ema_update
+from runtime_jax.nn.compute import Compute
 from runtime_jax.prng import Stream, stream_key
 from runtime_jax.sharding import Axis, constrain
+from runtime_jax.training.accumulate import accumulate
+from runtime_jax.training.optimizer import ema_update
 
 Kind = Literal["merge", "plain", "random"]
 Groups = Literal["source_map", "codes"]

@@ -21,12 +21,12 @@ from jaxtyping import Array, Bool, Float, Int
 from mergevq_jax.generator.config import GeneratorConfig
 from mergevq_jax.generator.mask import causal_mask
 from mergevq_jax.generator.merged_attention import MergedKeys, merged_attention
-from mergevq_jax.generator.position_cache import attend, write
+from mergevq_jax.generator.sampling.position_cache import attend, write
 from mergevq_jax.tokenizer.layers import linear_normal
 from mergevq_jax.tokenizer.lfq import split_indices
-from runtime_jax.attention import attention
-from runtime_jax.compute import Compute
-from runtime_jax.rotary import apply_rope
+from runtime_jax.nn.attention import attention
+from runtime_jax.nn.compute import Compute
+from runtime_jax.nn.rotary import apply_rope
 from runtime_jax.sharding import Axis, Rule, constrain
 
 Params = dict[str, Any]

@@ -10,8 +10,8 @@ from jaxtyping import Array, Float
 
 from mergevq_jax.tokenizer.config import TokenizerConfig
 from mergevq_jax.tokenizer.layers import Block, DepthwiseConv, ResBlock, conv, conv_uniform
-from runtime_jax.compute import Compute
-from runtime_jax.group_norm import GroupNorm
+from runtime_jax.nn.compute import Compute
+from runtime_jax.nn.group_norm import GroupNorm
 from runtime_jax.sharding import Axis, constrain
 
 

@@ -10,9 +10,17 @@ from einops import rearrange
 from jaxtyping import Array, Float, Int
 
 from mergevq_jax.tokenizer.config import TokenizerConfig
-from mergevq_jax.tokenizer.layers import Block, ResBlock, conv, conv_uniform, dense, gelu, layer_norm
-from runtime_jax.compute import Compute
-from runtime_jax.group_norm import GroupNorm
+from mergevq_jax.tokenizer.layers import (
+    Block,
+    ResBlock,
+    conv,
+    conv_uniform,
+    dense,
+    gelu,
+    layer_norm,
+)
+from runtime_jax.nn.compute import Compute
+from runtime_jax.nn.group_norm import GroupNorm
 from runtime_jax.sharding import Axis, constrain
 
 

@@ -9,9 +9,9 @@ from einops import rearrange
 from jaxtyping import Array, Float, Int
 
 from mergevq_jax.tokenizer import tome
-from runtime_jax.attention import attention
-from runtime_jax.compute import Compute
-from runtime_jax.group_norm import GroupNorm
+from runtime_jax.nn.attention import attention
+from runtime_jax.nn.compute import Compute
+from runtime_jax.nn.group_norm import GroupNorm
 from runtime_jax.sharding import Axis, constrain
 
 LAYER_NORM_EPSILON = 1e-5

@@ -16,14 +16,15 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, UInt8
 
-from mergevq_jax import convert, model_folder
-from mergevq_jax.tokenizer import lfq, tome
+from mergevq_jax import model_folder
+from mergevq_jax.pretrained import shipped
+from mergevq_jax.tokenizer import convert, lfq, tome
 from mergevq_jax.tokenizer.config import TokenizerConfig, ratio_keep
 from mergevq_jax.tokenizer.decoder import Decoder
 from mergevq_jax.tokenizer.encoder import Encoded, Encoder
 from mergevq_jax.tokenizer.recovery import SourceRecovery, recovered_source_map
-from runtime_jax.compute import Compute
 from runtime_jax.finite import all_finite, check_finite
+from runtime_jax.nn.compute import Compute
 from runtime_jax.sharding import constrain
 
 Params = dict[str, Any]
@@ -139,13 +140,13 @@ class Tokenizer:
 
     @classmethod
     def from_pretrained(cls, path: str | os.PathLike, *, compute: Compute = Compute()) -> "Tokenizer":
-        """Loads a folder with config.json and model.safetensors, or a hub id.
+        """Loads a folder with config.json and model.safetensors, a hub id, or a shipped one by its name.
 
         Raises:
           ValueError: folder, a file in it or a parameter missing; another kind of model.
         """
-        folder = model_folder.find_folder(path, "tokenizer")
-        config = read_config(folder / model_folder.CONFIG_NAME)
+        folder = model_folder.find_folder(shipped(path), "tokenizer")
+        config = read_tokenizer_config(folder)
         params = model_folder.read_params(folder, convert.tokenizer_table(config), param_shapes(config))
         return cls(config, params, compute)
 
@@ -209,12 +210,22 @@ class Tokenizer:
         return self.decode(self.encode(images, keep=keep))
 
 
-def read_config(path: Path) -> TokenizerConfig:
-    """The architecture in a folder's config.json.
+def load_tokenizer(source: str | os.PathLike, *, compute: Compute = Compute()) -> Tokenizer:
+    """A shipped tokenizer by its name ("tiny"), otherwise a folder or hub id.
 
     Raises:
-      ValueError: not JSON, another kind of model, or a key that does not fit.
+      ValueError: as `Tokenizer.from_pretrained`.
     """
+    return Tokenizer.from_pretrained(source, compute=compute)
+
+
+def read_tokenizer_config(source: str | os.PathLike) -> TokenizerConfig:
+    """The architecture of what `load_tokenizer` would load: its config.json alone, without weights.
+
+    Raises:
+      ValueError: as `Tokenizer.from_pretrained`.
+    """
+    path = model_folder.find_folder(shipped(source), "tokenizer") / model_folder.CONFIG_NAME
     return model_folder.read_config(path, TokenizerConfig, MODEL_TYPE, "tokenizer")
 
 

@@ -11,8 +11,8 @@ from jaxtyping import Array, Float, Int
 
 from mergevq_jax.tokenizer.config import RecoveryConfig
 from mergevq_jax.tokenizer.layers import Block, LayerScale, Mlp, dense, layer_norm
-from runtime_jax.attention import attention
-from runtime_jax.compute import Compute
+from runtime_jax.nn.attention import attention
+from runtime_jax.nn.compute import Compute
 
 
 class SourceRecovery(nn.Module):

@@ -10,22 +10,23 @@ from typing import Any, Literal, NamedTuple
 import jax
 import numpy as np
 
-from mergevq_jax.evaluate import report
-from mergevq_jax.tokenizer import alignment
+from mergevq_jax.merge_ratio import MergeRatioConfig, draw_keep
+from mergevq_jax.tokenizer import report
 from mergevq_jax.tokenizer import train as stage1
 from mergevq_jax.tokenizer.config import TokenizerConfig
-from mergevq_jax.tokenizer.dinov2 import load_dinov2
-from mergevq_jax.tokenizer.merge_ratio import MergeRatioConfig, draw_keep
+from mergevq_jax.tokenizer.losses import alignment
+from mergevq_jax.tokenizer.losses.dinov2 import load_dinov2
+from mergevq_jax.tokenizer.losses.perceptual import load_lpips
 from mergevq_jax.tokenizer.model import Tokenizer
-from mergevq_jax.tokenizer.perceptual import load_lpips
 from runtime_jax import config as config_lib
-from runtime_jax import loop, program, sharding
-from runtime_jax.compute import Compute
+from runtime_jax import sharding
 from runtime_jax.config import naming
+from runtime_jax.cost import peak_flops
 from runtime_jax.data import DataConfig, make_batches, num_examples, open_source
-from runtime_jax.flops import peak_flops
-from runtime_jax.initial_state import initial_state
-from runtime_jax.optimizer import OptimizerConfig, make_optimizer, make_schedule
+from runtime_jax.nn.compute import Compute
+from runtime_jax.training import loop, program
+from runtime_jax.training.initial_state import initial_state
+from runtime_jax.training.optimizer import OptimizerConfig, make_optimizer, make_schedule
 from runtime_jax.workdir import only_writer
 
 MODEL_FOLDER = "tokenizer"

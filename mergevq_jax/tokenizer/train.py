@@ -15,16 +15,17 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float
 
-from mergevq_jax.tokenizer import adversarial, alignment, dinov2, lfq, model, recovery
-from mergevq_jax.tokenizer.adversarial import LeCam, PatchDiscriminator
+from mergevq_jax.tokenizer import lfq, model, recovery
 from mergevq_jax.tokenizer.config import TokenizerConfig
-from mergevq_jax.tokenizer.dinov2 import DINOv2Config
-from mergevq_jax.tokenizer.perceptual import LPIPS
-from runtime_jax.accumulate import accumulate
-from runtime_jax.compute import Compute
-from runtime_jax.optimizer import ema_update
+from mergevq_jax.tokenizer.losses import adversarial, alignment, dinov2
+from mergevq_jax.tokenizer.losses.adversarial import LeCam, PatchDiscriminator
+from mergevq_jax.tokenizer.losses.dinov2 import DINOv2Config
+from mergevq_jax.tokenizer.losses.perceptual import LPIPS
+from runtime_jax.nn.compute import Compute
 from runtime_jax.prng import Stream, example_keys, stream_key
 from runtime_jax.sharding import Axis, Rule, constrain
+from runtime_jax.training.accumulate import accumulate
+from runtime_jax.training.optimizer import ema_update
 
 Params = Any
 Metrics = dict[str, tuple[Array, Array]]

@@ -149,7 +149,7 @@ class TfdsSource:
 
 def _recipe(name: str, data_dir: str) -> str:
     if name.split("/")[0] == "mini_scenes":
-        return f"runtime_jax.data.mini_scenes.prepare({data_dir!r}, size) writes it"
+        return f"mini_scenes.prepare({data_dir!r}, size) writes it"
     return f"write it with: tfds build {name} --data_dir={data_dir} --file_format=array_record"
 
 

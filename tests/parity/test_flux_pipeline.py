@@ -11,10 +11,10 @@ from diffusers import FluxPipeline
 from tiny_pipeline import FLUX, write_tiny_pipeline
 
 from runtime_jax.prng import Stream, stream_key
-from tokenverse_jax.autoencoder import PATCH
-from tokenverse_jax.pipeline import Pipeline
-from tokenverse_jax.pretrained import SHIPPED
-from tokenverse_jax.sampling import initial_noise
+from tokenverse_jax.flux.autoencoder import PATCH
+from tokenverse_jax.flux.pipeline import Pipeline
+from tokenverse_jax.flux.pretrained import SHIPPED
+from tokenverse_jax.flux.sampling import initial_noise
 
 # In steps of 255. Float32 sums in another order, then 24 steps and two networks on top of each other.
 TOLERANCE = 2

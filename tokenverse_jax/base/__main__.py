@@ -23,7 +23,7 @@ def _evaluate(args: argparse.Namespace, _: list[str]) -> None:
 
     from runtime_jax.workdir import check_output
     from tokenverse_jax.base.report import report
-    from tokenverse_jax.pipeline import Pipeline
+    from tokenverse_jax.flux.pipeline import Pipeline
 
     if args.num < 1:
         raise ValueError(f"--num {args.num}: at least 1")

@@ -14,7 +14,7 @@ import numpy as np
 from einops import rearrange
 from jaxtyping import Float, Float16, UInt8
 
-from runtime_jax.data.mini_scenes import (
+from mini_scenes import (
     SPLITS,
     Scene,
     caption,
@@ -23,13 +23,13 @@ from runtime_jax.data.mini_scenes import (
     in_a_row,
     render_scene,
 )
-from runtime_jax.data.mini_scenes.scene import MAX_IN_A_ROW
+from mini_scenes.scene import MAX_IN_A_ROW
 from runtime_jax.files import replacing
 from runtime_jax.prng import Stream, host_rng
 from tokenverse_jax.base.tokenizers import Tokenizers
 from tokenverse_jax.base.words import words
-from tokenverse_jax.isolation import IsolationConfig
-from tokenverse_jax.text import encode
+from tokenverse_jax.concepts.isolation import IsolationConfig
+from tokenverse_jax.flux.text import encode
 
 Scenes = tuple[Scene, ...]
 PAIR = IsolationConfig.template  # learning a concept puts pictures side by side under such captions

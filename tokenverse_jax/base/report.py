@@ -10,8 +10,8 @@ from runtime_jax.files import write_text
 from runtime_jax.pictures import image_grid, save_png
 from runtime_jax.prng import Stream, host_rng
 from tokenverse_jax.base.corpus import describe, rows
-from tokenverse_jax.pipeline import Pipeline
-from tokenverse_jax.sampling import UsualSampling
+from tokenverse_jax.flux.pipeline import Pipeline
+from tokenverse_jax.flux.sampling import UsualSampling
 
 BATCH_SIZE = 32
 SHOWN = 32  # images in the picture
@@ -38,7 +38,7 @@ def captioned_grid(
 
 def report(pipeline: Pipeline, out: Path, *, count: int, sampling: UsualSampling) -> str:
     """Draws `count` test captions, writes follows.md (the table that is returned) and follows.png into `out`."""
-    from runtime_jax.judge import accuracies, follows
+    from mini_scenes.judge import accuracies, follows
 
     captions = held_out_captions("test", count)
     settings = vars(sampling) | {"height": sampling.size, "width": sampling.size}

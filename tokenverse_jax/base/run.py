@@ -12,11 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from runtime_jax import config as config_lib
-from runtime_jax import loop
-from runtime_jax.compute import Compute
+from runtime_jax.nn.compute import Compute
 from runtime_jax.pictures import image_grid
+from runtime_jax.training import loop
 from runtime_jax.workdir import only_writer
-from tokenverse_jax import autoencoder
 from tokenverse_jax.base import corpus, text_to_image, vae
 from tokenverse_jax.base.corpus import Corpus
 from tokenverse_jax.base.layout import layout
@@ -25,11 +24,12 @@ from tokenverse_jax.base.text_to_image import Networks, TextToImageConfig
 from tokenverse_jax.base.tokenizers import Tokenizers, make_tokenizers, scene_words
 from tokenverse_jax.base.training import fit
 from tokenverse_jax.base.vae import VAEConfig
-from tokenverse_jax.fingerprint import fingerprint
-from tokenverse_jax.model_folder import Part
-from tokenverse_jax.pipeline import Pipeline
-from tokenverse_jax.sampling import SamplingConfig, UsualSampling
-from tokenverse_jax.schedule import ScheduleConfig
+from tokenverse_jax.flux import autoencoder
+from tokenverse_jax.flux.fingerprint import fingerprint
+from tokenverse_jax.flux.model_folder import Part
+from tokenverse_jax.flux.pipeline import Pipeline
+from tokenverse_jax.flux.sampling import SamplingConfig, UsualSampling
+from tokenverse_jax.flux.schedule import ScheduleConfig
 
 Params = Any
 FOLDER = "pipeline"

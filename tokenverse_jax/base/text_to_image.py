@@ -10,21 +10,21 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from runtime_jax.compute import Compute
+from runtime_jax.nn.compute import Compute
 from runtime_jax.prng import Stream, example_keys, stream_key
-from tokenverse_jax import autoencoder, model
 from tokenverse_jax.base.corpus import CaptionConfig
 from tokenverse_jax.base.layout import LayoutHead, layout_loss
 from tokenverse_jax.base.tokenizers import Tokenizers
 from tokenverse_jax.base.training import Metrics, TrainingConfig
 from tokenverse_jax.base.words import WordsHead, words_loss
-from tokenverse_jax.model import Flux, FluxConfig
-from tokenverse_jax.model_folder import Part
-from tokenverse_jax.pipeline import Pipeline
-from tokenverse_jax.sampling import UsualSampling
-from tokenverse_jax.schedule import ScheduleConfig, flow, logit_normal_times
-from tokenverse_jax.text_encoders.clip import CLIPTextConfig, CLIPTextEncoder
-from tokenverse_jax.text_encoders.t5 import T5Config, T5Encoder
+from tokenverse_jax.flux import autoencoder, model
+from tokenverse_jax.flux.model import Flux, FluxConfig
+from tokenverse_jax.flux.model_folder import Part
+from tokenverse_jax.flux.pipeline import Pipeline
+from tokenverse_jax.flux.sampling import UsualSampling
+from tokenverse_jax.flux.schedule import ScheduleConfig, flow, logit_normal_times
+from tokenverse_jax.flux.text_encoders.clip import CLIPTextConfig, CLIPTextEncoder
+from tokenverse_jax.flux.text_encoders.t5 import T5Config, T5Encoder
 
 Params = Any
 

@@ -13,8 +13,8 @@ from typing import NamedTuple
 import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
-from runtime_jax.data.mini_scenes import vocabulary
-from tokenverse_jax.text import Tokenizer, load_tokenizer
+from mini_scenes import vocabulary
+from tokenverse_jax.flux.text import Tokenizer, load_tokenizer
 
 SPACE = "▁"  # SentencePiece's sign for the space before a word
 START, END = "<|startoftext|>", "<|endoftext|>"

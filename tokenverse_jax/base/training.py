@@ -13,10 +13,11 @@ import numpy as np
 import optax
 from jaxtyping import Array
 
-from runtime_jax import loop, sharding
-from runtime_jax.initial_state import initial_state
-from runtime_jax.optimizer import OptimizerConfig, ema_update, make_optimizer, make_schedule
-from runtime_jax.program import Program
+from runtime_jax import sharding
+from runtime_jax.training import loop
+from runtime_jax.training.initial_state import initial_state
+from runtime_jax.training.optimizer import OptimizerConfig, ema_update, make_optimizer, make_schedule
+from runtime_jax.training.program import Program
 
 Params = Any
 Metrics = dict[str, Array]

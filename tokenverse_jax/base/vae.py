@@ -11,10 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, UInt8
 
-from runtime_jax.compute import Compute
+from runtime_jax.nn.compute import Compute
 from runtime_jax.prng import Stream, example_keys, stream_key
-from tokenverse_jax.autoencoder import Autoencoder, AutoencoderConfig
 from tokenverse_jax.base.training import Metrics, TrainingConfig
+from tokenverse_jax.flux.autoencoder import Autoencoder, AutoencoderConfig
 
 Params = Any
 

@@ -14,10 +14,10 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float, Int, Int32
 
-from runtime_jax.data.mini_scenes import CLASSES, COLORS, POSES, TEXTURES
-from runtime_jax.data.mini_scenes.scene import MAX_IN_A_ROW
-from runtime_jax.judge.captions import WantedObject, objects_in
-from tokenverse_jax.text import Tokenizer
+from mini_scenes import CLASSES, COLORS, POSES, TEXTURES
+from mini_scenes.judge.captions import WantedObject, objects_in
+from mini_scenes.scene import MAX_IN_A_ROW
+from tokenverse_jax.flux.text import Tokenizer
 
 MOST_OBJECTS = 2 * MAX_IN_A_ROW  # of a caption: two pictures side by side
 # Values of the attributes: class, colour, texture, pose, and which object of the caption it is.

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Float
 
-from runtime_jax.data.mini_scenes import SYMMETRY, TEXTURES, Light, SceneObject
-from runtime_jax.judge import color_difference
+from mini_scenes import SYMMETRY, TEXTURES, Light, SceneObject
+from mini_scenes.judge import color_difference
 
 # Where likeness ends. Two colours of mini_scenes with one name are 10 apart on average, with different names 70.
 COLOR_REACH = 50.0  # ΔE

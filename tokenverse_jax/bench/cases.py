@@ -21,7 +21,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from runtime_jax.data.mini_scenes import (
+from mini_scenes import (
     BACKGROUNDS,
     CLASSES,
     TEXTURES,
@@ -34,7 +34,7 @@ from runtime_jax.data.mini_scenes import (
     sample_color,
     sample_scene,
 )
-from runtime_jax.data.mini_scenes.scene import ROW_HEIGHT, ROW_HORIZON, ROW_SIZE
+from mini_scenes.scene import ROW_HEIGHT, ROW_HORIZON, ROW_SIZE
 from runtime_jax.prng import Stream, host_rng
 from tokenverse_jax.bench.appearance import Appearance
 

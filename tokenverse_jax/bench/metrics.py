@@ -26,7 +26,7 @@ import numpy as np
 from jaxtyping import Bool, UInt8
 from scipy import ndimage
 
-from runtime_jax.judge import Seen, Verdict, compare, parse_caption
+from mini_scenes.judge import Seen, Verdict, compare, parse_caption
 from tokenverse_jax.bench.appearance import light_likeness, object_likeness
 from tokenverse_jax.bench.cases import Case, Use
 

@@ -11,13 +11,13 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
-from tokenverse_jax.bank import Concept
 from tokenverse_jax.bench.cases import Case
-from tokenverse_jax.compose import compose, place_stored
-from tokenverse_jax.learn import LearnConfig, steer
-from tokenverse_jax.offsets import direction, place_on_tokens
-from tokenverse_jax.pipeline import Pipeline
-from tokenverse_jax.text import find_word
+from tokenverse_jax.concepts.bank import Concept
+from tokenverse_jax.concepts.compose import compose, place_stored
+from tokenverse_jax.concepts.learn import LearnConfig, steer
+from tokenverse_jax.concepts.offsets import direction, place_on_tokens
+from tokenverse_jax.flux.pipeline import Pipeline
+from tokenverse_jax.flux.text import find_word
 
 PROMPT = "prompt only"
 RENDERED = "rendered"  # true scenes

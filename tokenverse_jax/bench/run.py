@@ -10,20 +10,20 @@ import numpy as np
 from jaxtyping import UInt8
 from tqdm import tqdm
 
+from mini_scenes import render_scene
+from mini_scenes.judge import Judge
 from runtime_jax import config as config_lib
-from runtime_jax.data.mini_scenes import render_scene
 from runtime_jax.files import write_text
-from runtime_jax.judge import Judge
 from runtime_jax.workdir import only_writer
-from tokenverse_jax import bank
-from tokenverse_jax.bank import Concept, ConceptFile
 from tokenverse_jax.bench.cases import Case, ConceptImage, make_cases, make_images
 from tokenverse_jax.bench.metrics import View, measure
 from tokenverse_jax.bench.picture import write_picture
 from tokenverse_jax.bench.rows import FULL, PROMPT, RENDERED, Row, make_rows, steer_case
 from tokenverse_jax.bench.table import Record, complete, markdown
 from tokenverse_jax.bench.workdir import Workdir
-from tokenverse_jax.concept_data import (
+from tokenverse_jax.concepts import bank
+from tokenverse_jax.concepts.bank import Concept, ConceptFile
+from tokenverse_jax.concepts.concept_data import (
     ConceptData,
     bind_captions,
     encode_concept,
@@ -31,12 +31,12 @@ from tokenverse_jax.concept_data import (
     encode_prompts,
     make_concepts,
 )
-from tokenverse_jax.fingerprint import fingerprint
-from tokenverse_jax.learn import LearnConfig
-from tokenverse_jax.learner import Learner
-from tokenverse_jax.pipeline import PARTS, Pipeline, PromptEncoding
-from tokenverse_jax.pool import make_pool
-from tokenverse_jax.sampling import SamplingConfig
+from tokenverse_jax.concepts.learn import LearnConfig
+from tokenverse_jax.concepts.learner import Learner
+from tokenverse_jax.concepts.pool import make_pool
+from tokenverse_jax.flux.fingerprint import fingerprint
+from tokenverse_jax.flux.pipeline import PARTS, Pipeline, PromptEncoding
+from tokenverse_jax.flux.sampling import SamplingConfig
 
 AT_ONCE = 4  # concept images between two reports: both pairs of each kind
 Images = UInt8[np.ndarray, "N H W 3"]

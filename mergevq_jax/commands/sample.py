@@ -1,0 +1,298 @@
+"""`mergevq sample`: images of classes by a trained generator, and all that is needed to draw them again.
+
+Each batch is a file under `parts` until all are there: a run that was stopped goes on with the first missing one.
+
+Axes: B batch, N images, H W image, L raster tokens.
+"""
+
+import json
+import shutil
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jaxtyping import Array, Bool, Int, UInt8
+from tqdm import tqdm
+
+from mergevq_jax.generator.model import (
+    GeneratorInfo,
+    GeneratorModel,
+    codes_to_images,
+    load_generator,
+    read_info,
+    recovered_to_images,
+)
+from mergevq_jax.generator.sampling.plan import Plan, SamplingConfig, make_plan
+from mergevq_jax.generator.sampling.random_order import RandarPlan, make_randar_plan
+from mergevq_jax.tokenizer.model import Tokenizer, read_tokenizer_config
+from runtime_jax import config as config_lib
+from runtime_jax.files import replacing, write_json
+from runtime_jax.nn.compute import Compute
+from runtime_jax.pictures import dim_tokens, image_grid, loss_curve, save_png
+from runtime_jax.sharding import MeshConfig, make_mesh
+from runtime_jax.workdir import check_free, only_writer
+
+CLAIM_NAME = "samples.json"
+COLUMNS = 8
+MAX_SHOWN = 64  # images in a picture
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """What is asked for."""
+
+    num: int = 64
+    classes: tuple[str, ...] = ()  # as `GeneratorInfo.class_number` takes them, in turn; none: all
+    merge_number: int | None = None  # None: GeneratorConfig.usual_merge_number
+    sampling: SamplingConfig = SamplingConfig()
+    steps: int | None = None  # calls of the network by a generator in random order; None: 64
+    seed: int = 0
+    batch_size: int = 64
+
+    def __post_init__(self):
+        if self.num < 1 or self.batch_size < 1:
+            raise ValueError(f"--num {self.num} and --batch-size {self.batch_size}: at least 1")
+
+
+class StoreUse(NamedTuple):
+    """What the sampler's store did for each image."""
+
+    first_occurrence: Bool[np.ndarray, "N L"]
+    kept: Bool[np.ndarray, "N L"]  # at the end
+    occupancy: Int[np.ndarray, "N L"]  # slots
+    overflows: Int[np.ndarray, "N"]
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """Images, and how they came about."""
+
+    images: UInt8[np.ndarray, "N H W 3"]
+    labels: Int[np.ndarray, "N"]
+    store: StoreUse | None  # None in random order, where every code is kept
+    seconds: float
+    seconds_per_image: float | None  # of the batches for which nothing was compiled, if there are any
+
+
+def sample(
+    source: str,
+    request: Request,
+    *,
+    out: Path,
+    tokenizer: str | None = None,
+    compute: Compute = Compute(),
+    mesh: MeshConfig = MeshConfig(),
+    show_cache: bool = False,
+) -> str:
+    """Writes samples.png, samples.npz and protocol.json, with `show_cache` cache.png and occupancy.png; a summary line.
+
+    samples.npz is in ADM's layout: arr_0 uint8 [N, H, W, 3], and arr_1 int [N], the labels.
+
+    Args:
+      mesh: over all devices; a batch is split over as many of its data axis as divide it.
+
+    Raises:
+      ValueError: no such generator, tokenizer or class, or settings that are not possible, or `out` has a part of other
+        samples; before anything is compiled.
+      WorkdirError: `out` cannot be written, or another run is writing it.
+      NotFiniteError: logits or pixels that are not finite.
+    """
+    with only_writer(out):
+        return _sample(source, request, out, tokenizer, compute, mesh, show_cache)
+
+
+def _sample(
+    source: str,
+    request: Request,
+    out: Path,
+    tokenizer: str | None,
+    compute: Compute,
+    mesh: MeshConfig,
+    show_cache: bool,
+) -> str:
+    devices = make_mesh(mesh)
+    info = read_info(source)  # what is not possible is found out before the weights are read
+    labels, parts = _labels(info, request), out / "parts"
+    plan = _plan(info, request, compute, show_cache=show_cache)
+    codes_of = info.tokenizer.name if tokenizer is None else tokenizer
+    tokenizer_config = read_tokenizer_config(codes_of)
+    size = 2 * request.num * 3 * tokenizer_config.resolution**2  # in parts, and as a whole
+    check_free(out, size, f"{request.num} images")
+    if info.kind == "random" and tokenizer_config.recovery is None:
+        raise ValueError("a generator in random order needs a tokenizer with source recovery, and this one has none")
+    model = load_generator(source, compute=compute)
+    loaded = model.load_tokenizer(tokenizer)
+    made_by = {"device": jax.devices()[0].device_kind, "mesh": dict(devices.shape), "jax": jax.__version__}
+    _claim(parts, {"fingerprint": model.fingerprint(), "compute": compute, "request": request, **made_by})
+    try:
+        with jax.set_mesh(devices):
+            drawn = draw(model.place(devices), loaded, request, labels, parts)
+    except BaseException:
+        if not any(parts.glob("[0-9]*.npz")):  # there is nothing to go on with
+            shutil.rmtree(parts)
+        raise
+    names = [info.classes[label] if info.classes else str(label) for label in drawn.labels.tolist()]
+
+    (out / "protocol.json").unlink(missing_ok=True)  # it says that the images beside it are its own
+    with replacing(out / "samples.npz") as new:
+        np.savez(new, drawn.images, drawn.labels)
+    protocol = {
+        "model": source,
+        "fingerprint": model.fingerprint(),
+        "tokenizer": codes_of,
+        "generator": config_lib.to_dict(info),
+        "num": request.num,
+        "labels": drawn.labels.tolist(),
+        "merge_number": _merge_number(info, request),
+        "sampling": config_lib.to_dict(_settings(info, request)),
+        "steps": len(plan.counts) if isinstance(plan, RandarPlan) else info.architecture.length,
+        "seed": request.seed,
+        "batch_size": request.batch_size,
+        "compute": config_lib.to_dict(compute),
+        "slots": plan.slots,
+        "measured": _measured(drawn),
+        **made_by,
+    }
+    write_json(out / "protocol.json", protocol)
+    save_png(out / "samples.png", _picture(list(drawn.images), names))
+    if show_cache:
+        save_png(out / "cache.png", _picture(_dimmed(drawn.images, drawn.store, info.architecture.grid), names))
+        steps, used = np.arange(1, info.architecture.length + 1), drawn.store.occupancy
+        curves = {"slots, mean": (steps, used.mean(axis=0)), "slots, largest": (steps, used.max(axis=0))}
+        title = f"{plan.slots} slots for {info.architecture.prefix + info.architecture.length} tokens"
+        loss_curve(curves, out / "occupancy.png", title=title)
+    (parts / CLAIM_NAME).unlink()  # first: parts without it are of nobody
+    shutil.rmtree(parts)
+    overflowed = "" if drawn.store is None else f"; the store overflowed {drawn.store.overflows.sum()} times"
+    return f"{request.num} images are in {out}{overflowed}"
+
+
+def _plan(info: GeneratorInfo, request: Request, compute: Compute, *, show_cache: bool) -> Plan | RandarPlan:
+    """What will be compiled; ValueError for what this generator cannot do."""
+    settings, number = _settings(info, request), _merge_number(info, request)
+    if info.kind != "random":
+        if request.steps is not None:
+            raise ValueError(f"--steps {request.steps}: this generator draws one code a step, in raster order")
+        return make_plan(info.architecture, settings, number, compute)[0]
+    if show_cache:
+        raise ValueError("--show-cache: a generator in random order keeps every code")
+    return make_randar_plan(info.architecture, settings, number, request.steps, compute)[0]
+
+
+def _claim(parts: Path, wanted: Mapping[str, Any]) -> None:
+    """Makes sure that the parts which are there are of these samples, and writes down whose they are."""
+    path, wanted = parts / CLAIM_NAME, config_lib.to_dict(wanted)
+    if not path.exists():
+        shutil.rmtree(parts, ignore_errors=True)
+        write_json(path, wanted)
+    elif differing := [name for name, value in wanted.items() if json.loads(path.read_text()).get(name) != value]:
+        raise ValueError(
+            f"{parts} is of other samples, which are not finished (another {', '.join(differing)}): give the same "
+            "settings to go on with them, choose another --out, or delete the folder"
+        )
+
+
+def _labels(info: GeneratorInfo, request: Request) -> Int[np.ndarray, "N"]:
+    classes = [info.class_number(name) for name in request.classes] or range(info.architecture.num_classes)
+    return np.resize(np.asarray(classes, np.int32), request.num)
+
+
+def draw(
+    model: GeneratorModel, tokenizer: Tokenizer, request: Request, labels: Int[np.ndarray, "N"], parts: Path
+) -> Drawn:
+    """The images; every batch is of one size, so that there is one program. What is in `parts` is not drawn again."""
+    size = request.batch_size
+    batches = -(-request.num // size)
+    padded = np.resize(labels, batches * size)
+    paths = [parts / f"{number:06d}.npz" for number in range(batches)]
+    missing = [number for number, path in enumerate(paths) if not path.exists()]
+    for number in tqdm(missing, initial=batches - len(missing), total=batches, desc="batches", disable=None):
+        examples = np.arange(number * size, (number + 1) * size, dtype=np.int32)
+        begin = time.perf_counter()
+        images, store = jax.device_get(_draw_batch(model, tokenizer, request, padded[examples], examples))
+        seconds = {"seconds": time.perf_counter() - begin, "compiled": number == missing[0]}
+        with replacing(paths[number]) as new:
+            np.savez(new, images=images, **({} if store is None else store._asdict()), **seconds)
+    return _joined(paths, labels, size)
+
+
+def _joined(paths: Sequence[Path], labels: Int[np.ndarray, "N"], size: int) -> Drawn:
+    whole: dict[str, np.ndarray] = {}
+    timed = []
+    for start, path in zip(range(0, len(labels), size), paths, strict=True):
+        with np.load(path) as arrays:
+            timed.append((float(arrays["seconds"]), bool(arrays["compiled"])))
+            for name in ("images", *(StoreUse._fields if "kept" in arrays else ())):
+                part = arrays[name]
+                if name not in whole:
+                    whole[name] = np.empty((len(labels), *part.shape[1:]), part.dtype)
+                whole[name][start : start + size] = part[: len(labels) - start]
+    images = whole.pop("images")
+    others = [seconds for seconds, compiled in timed if not compiled]
+    return Drawn(
+        images,
+        labels,
+        StoreUse(**whole) if whole else None,
+        sum(seconds for seconds, _ in timed),
+        sum(others) / (len(others) * size) if others else None,
+    )
+
+
+def _draw_batch(
+    model: GeneratorModel,
+    tokenizer: Tokenizer,
+    request: Request,
+    labels: Int[np.ndarray, "B"],
+    examples: Int[np.ndarray, "B"],
+) -> tuple[UInt8[Array, "B H W 3"], StoreUse | None]:
+    number = _merge_number(model.info, request)
+    how = {"sampling": request.sampling, "seed": request.seed, "examples": examples}
+    if model.info.kind == "random":
+        codes = model.sample_randar(labels, number, steps=request.steps, **how)
+        return recovered_to_images(tokenizer, codes), None
+    samples = model.sample(labels, number, **how)
+    store = StoreUse(samples.first_occurrence, samples.kept, samples.occupancy, samples.overflows)
+    return codes_to_images(tokenizer, samples.indices), store
+
+
+def _settings(info: GeneratorInfo, request: Request) -> SamplingConfig:
+    return request.sampling if info.kind == "random" else info.sampling(request.sampling)
+
+
+def _merge_number(info: GeneratorInfo, request: Request) -> int | None:
+    return info.architecture.usual_merge_number if request.merge_number is None else request.merge_number
+
+
+def _measured(drawn: Drawn) -> dict[str, Any]:
+    """How long it took, and what the store did."""
+    seconds = {
+        "seconds": drawn.seconds,
+        "seconds_per_image": drawn.seconds_per_image,  # without the batches that compiled
+    }
+    if (store := drawn.store) is None:
+        return seconds
+    return seconds | {
+        "first_occurrences_mean": float(store.first_occurrence.sum(axis=1).mean()),
+        "slots_used_mean": float(store.occupancy.mean()),
+        "slots_used_most": int(store.occupancy.max()),
+        "overflows": int(store.overflows.sum()),
+        "images_with_overflow": int((store.overflows > 0).sum()),
+    }
+
+
+def _dimmed(
+    images: UInt8[np.ndarray, "N H W 3"], store: StoreUse, grid: tuple[int, int]
+) -> list[UInt8[np.ndarray, "H W 3"]]:
+    """The images with the tokens dimmed that are no longer in the store when the last one is drawn."""
+    shown = zip(images[:MAX_SHOWN], store.kept[:MAX_SHOWN], strict=True)
+    return [dim_tokens(image, kept, grid=grid) for image, kept in shown]
+
+
+def _picture(images: Sequence[np.ndarray], names: Sequence[str]) -> np.ndarray:
+    rows = [slice(start, start + COLUMNS) for start in range(0, min(len(images), MAX_SHOWN), COLUMNS)]
+    scale = max(1, 128 // images[0].shape[0])
+    return image_grid([images[row] for row in rows], captions=[names[row] for row in rows], scale=scale)

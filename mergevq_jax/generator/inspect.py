@@ -1,0 +1,94 @@
+"""`mergevq inspect` of a generator's config: parameters, a train step, and what sampling has to remember."""
+
+import functools
+from dataclasses import replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from mergevq_jax.generator import train as stage2
+from mergevq_jax.generator.run import TrainConfig
+from mergevq_jax.generator.sampling.decode import new_store
+from mergevq_jax.generator.sampling.plan import make_plan
+from mergevq_jax.generator.sampling.random_order import make_randar_plan
+from runtime_jax.cost import count, program_row, size_of, table
+from runtime_jax.training.optimizer import make_optimizer
+
+
+def inspect_generator(config: TrainConfig, *, compile: bool = False) -> str:
+    """Tables: parameters, train state, FLOPs of a step on codes without its tokenizer, and the sampler's store."""
+    model, batch_size = config.model, config.data.batch_size
+    state, step = trace_train_step(config, batch_size)
+    head = (
+        f"kind {config.kind}: {model.length} raster tokens of {sum(model.code_bits)} bits, {model.prefix} before them"
+    )
+    return "\n".join(
+        [
+            head,
+            "",
+            *table(
+                ("part", "parameters", "MB, float32"),
+                [(name, f"{count(part):,}", f"{size_of(part) / 1e6:.1f}") for name, part in state.params.items()],
+            ),
+            "",
+            *table(
+                ("train state", "numbers", "MB"),
+                [
+                    (name, f"{count(part):,}", f"{size_of(part) / 1e6:.1f}")
+                    for name, part in (
+                        ("parameters", state.params),
+                        ("optimizer", state.opt_state),
+                        ("moving average", state.ema),
+                        ("whole train state", state),
+                    )
+                ],
+            ),
+            "",
+            *table(
+                (f"batch of {batch_size}", "GFLOP", "temporary MB"),
+                [program_row(f"train step on codes, K = {step_keep(config)}", step, compile)],
+            ),
+            "",
+            *table(
+                ("K", "slots", "of all", f"store of an image, kB in {config.compute.dtype}"),
+                [_store_row(config, keep) for keep in config.merge_ratio.keeps],
+            ),
+        ]
+    )
+
+
+def step_keep(config: TrainConfig) -> int:
+    """The largest K that is drawn, at which a step is the dearest."""
+    return max(config.merge_ratio.keeps)
+
+
+def trace_train_step(config: TrainConfig, batch_size: int) -> tuple[stage2.TrainState, Any]:
+    """Shapes of the train state, and the traced step on codes."""
+    step_config = config.step_config(None)
+    schedule = lambda step: config.optimizer.learning_rate  # noqa: E731
+    optimizer = stage2.Optimizer(make_optimizer(config.optimizer, schedule), schedule)
+    state = jax.eval_shape(functools.partial(stage2.init_state, step_config, optimizer))
+    numbers = jax.ShapeDtypeStruct((batch_size,), jnp.int32)
+    raster = jax.ShapeDtypeStruct((batch_size, config.model.length), jnp.int32)
+    batch = {"indices": raster, "source_map": raster, "label": numbers, "index": numbers}
+    step = functools.partial(stage2.train_step, config=step_config, optimizer=optimizer, keep=step_keep(config))
+    return state, jax.jit(step, donate_argnums=0).trace(state, None, batch)
+
+
+def _store_row(config: TrainConfig, keep: int) -> tuple[str, ...]:
+    """Slots and bytes for one image, both rows of it where the preview is guided."""
+    model, sampling = config.model, config.evaluation.sampling
+    number = keep if model.merge_instruction else None
+    if config.kind == "random":
+        steps = config.evaluation.sampling_steps
+        steps = None if steps is None else min(steps, keep)
+        plan, full = make_randar_plan(model, sampling, number, steps, config.compute)[0], 2 * model.length
+    else:
+        if config.kind == "merge" and sampling.window is None:
+            sampling = replace(sampling, window=config.window)
+        plan, full = make_plan(model, sampling, number, config.compute)[0], model.length
+    full += model.prefix
+    store = functools.partial(new_store, model, config.compute, layers=model.num_layers, rows=plan.rows)
+    size = size_of(jax.eval_shape(functools.partial(store, slots=plan.slots)))
+    return str(keep), str(plan.slots), f"{plan.slots / full:.0%}", f"{size / 1000:,.0f}"

@@ -1,0 +1,110 @@
+"""`mergevq inspect`: what a model costs, from its config alone."""
+
+import functools
+from dataclasses import replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from mergevq_jax.tokenizer import model
+from mergevq_jax.tokenizer import train as stage1
+from mergevq_jax.tokenizer.config import TokenizerConfig
+from mergevq_jax.tokenizer.losses.perceptual import lpips_shapes
+from mergevq_jax.tokenizer.run import TrainConfig, load_frozen
+from runtime_jax.cost import count, program_row, size_of, table
+from runtime_jax.nn.compute import Compute
+from runtime_jax.training.optimizer import make_optimizer
+
+
+def parameter_counts(params: model.Params) -> dict[str, int]:
+    """Parameters of each part; the alignment head is not counted to the encoder, as in the paper's table."""
+    encoder = dict(params["encoder"])
+    head = encoder.pop("head", {})
+    others = {name: count(part) for name, part in params.items() if name != "encoder"}
+    return {"encoder": count(encoder), "alignment head": count(head), **others}
+
+
+def forward_programs(
+    config: TokenizerConfig, params: model.Params, batch_size: int, compute: Compute = Compute()
+) -> dict[str, Any]:
+    """Traced encode and decode of training-size images, not compiled; `params` may be shapes."""
+    side = config.resolution
+    images = jax.ShapeDtypeStruct((batch_size, side, side, config.in_channels), jnp.float32)
+    codes = jax.ShapeDtypeStruct((batch_size, config.keep, config.z_channels), jnp.float32)
+    source_map = jax.ShapeDtypeStruct((batch_size, config.raw_tokens), jnp.int32)
+    grid = config.grid(side, side)
+    encode = lambda params, images: model.encode(params, config, images, keep=config.keep, compute=compute)  # noqa: E731
+    decode = lambda params, codes, sources: model.decode(params, config, codes, sources, grid, compute=compute)  # noqa: E731
+    return {
+        "encode": jax.jit(encode).trace(params, images),
+        "decode": jax.jit(decode).trace(params, codes, source_map),
+    }
+
+
+def inspect_model(
+    config: TokenizerConfig,
+    batch_size: int,
+    *,
+    params: model.Params | None = None,
+    compute: Compute = Compute(),
+    compile: bool = False,
+) -> str:
+    """Tables of parameters, and of FLOPs and bytes of encode and decode; `params`: their shapes, where known."""
+    params = model.param_shapes(config) if params is None else params
+    lines = [
+        f"{config.resolution} px, {config.raw_tokens} raw tokens, {config.keep} kept, {config.z_channels} bits",
+        "",
+    ]
+    lines += table(
+        ("part", "parameters", "MB, float32"),
+        [(name, f"{number:,}", f"{4 * number / 1e6:.1f}") for name, number in parameter_counts(params).items()],
+    )
+    programs = forward_programs(config, params, batch_size, compute)
+    rows = [program_row(name, program, compile) for name, program in programs.items()]
+    return "\n".join([*lines, "", *table((f"batch of {batch_size}", "GFLOP", "temporary MB"), rows)])
+
+
+def inspect_config(config: TrainConfig, *, compile: bool = False) -> str:
+    """As `inspect_model`, and the train step: bytes of its state, FLOPs, and with `compile` its temporary memory."""
+    batch_size = config.data.batch_size
+    state, step = trace_train_step(config, batch_size)
+    forward = inspect_model(config.model, batch_size, params=state.params, compute=config.compute, compile=compile)
+    name = "train step" + (", without the alignment loss" if config.losses.alignment_weight else "")
+    rows = [
+        (name, f"{count(part):,}", f"{size_of(part) / 1e6:.1f}")
+        for name, part in (
+            ("parameters", state.params),
+            ("optimizer", state.opt_state),
+            ("moving average", state.ema),
+            ("discriminator and its optimizer", (state.disc_params, state.disc_stats, state.disc_opt_state)),
+            ("whole train state", state),
+        )
+    ]
+    return "\n".join(
+        [
+            forward,
+            "",
+            *table(("train state", "numbers", "MB"), rows),
+            "",
+            *table((f"batch of {batch_size}", "GFLOP", "temporary MB"), [program_row(name, step, compile)]),
+        ]
+    )
+
+
+def trace_train_step(config: TrainConfig, batch_size: int) -> tuple[stage1.TrainState, Any]:
+    """Shapes of the train state, and the traced step; without the alignment loss, whose teacher is not known here."""
+    losses = replace(config.losses, perceptual_weight=0.0, alignment_weight=0.0)
+    step_config, frozen = load_frozen(replace(config, losses=losses))
+    if config.losses.perceptual_weight:
+        losses = replace(losses, perceptual_weight=config.losses.perceptual_weight)
+        step_config, frozen = replace(step_config, losses=losses), stage1.Frozen(lpips=lpips_shapes())
+    schedule = lambda step: config.optimizer.learning_rate  # noqa: E731
+    optimizers = stage1.Optimizers(
+        make_optimizer(config.optimizer, schedule), make_optimizer(config.discriminator_optimizer, schedule), schedule
+    )
+    state = jax.eval_shape(functools.partial(stage1.init_state, step_config, optimizers))
+    side = config.model.resolution
+    batch = {"image": jax.ShapeDtypeStruct((batch_size, side, side, config.model.in_channels), jnp.uint8)}
+    step = functools.partial(stage1.train_step, config=step_config, optimizers=optimizers, keep=config.model.keep)
+    return state, jax.jit(step, donate_argnums=0).trace(state, frozen, batch)

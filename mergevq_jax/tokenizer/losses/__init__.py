@@ -1,0 +1,1 @@
+"""Losses of stage 1 that have networks of their own."""

@@ -1,0 +1,79 @@
+"""Captions: several word orders, each attribute named only some of the time, or everything at once."""
+
+from collections.abc import Callable
+
+import numpy as np
+
+from mini_scenes.scene import Scene, SceneObject
+from mini_scenes.vocabulary import BACKGROUNDS, MENTION_RATES
+
+Mention = Callable[[str], bool]
+
+
+def caption(scene: Scene, rng: np.random.Generator, *, left_to_right: bool = False) -> str:
+    """A caption that always names the shapes, and each other attribute with the probability of MENTION_RATES.
+
+    Objects come in random order, or from left to right.
+    """
+
+    def mention(attribute: str) -> bool:
+        return bool(rng.uniform() < MENTION_RATES[attribute])
+
+    order = rng.permutation(len(scene.objects))
+    if left_to_right:
+        order = np.argsort([item.x for item in scene.objects])
+    phrases = [_object_phrase(scene.objects[i], mention, int(rng.integers(3))) for i in order]
+    subject = _join([scene.objects[i] for i in order], phrases, int(rng.integers(3)))
+    return _compose(subject, _surroundings(scene, mention), int(rng.integers(4)))
+
+
+def full_caption(scene: Scene) -> str:
+    """The caption that names everything that has a name, from left to right, in one fixed word order."""
+    objects = sorted(scene.objects, key=lambda item: item.x)
+    phrases = [_object_phrase(item, lambda _: True, 0) for item in objects]
+    return _compose(_join(objects, phrases, 0), _surroundings(scene, lambda _: True), 0)
+
+
+def _object_phrase(item: SceneObject, mention: Mention, form: int) -> str:
+    size = item.size_name if item.size_name != "medium" and mention("size") else ""
+    color = item.color if mention("color") else ""
+    texture = item.texture if mention("texture") else ""
+    pose = item.pose if item.pose and mention("pose") else ""
+    if form == 2:
+        detail = " and ".join(filter(None, (color, texture)))
+        noun = " ".join(filter(None, (size, item.shape, detail and f"that is {detail}")))
+    else:
+        adjectives = (size, color, texture) if form == 0 else (size, texture, color)
+        noun = " ".join(filter(None, (*adjectives, item.shape)))
+    article = "an" if noun[0] in "aeiou" else "a"
+    return " ".join(filter(None, (article, noun, pose)))
+
+
+def _join(objects: list[SceneObject], phrases: list[str], form: int) -> str:
+    if len(phrases) == 2 and form == 1:
+        return f"{phrases[0]} next to {phrases[1]}"
+    if len(phrases) == 2 and form == 2:
+        side = "left" if objects[0].x < objects[1].x else "right"
+        return f"{phrases[0]} to the {side} of {phrases[1]}"
+    return " and ".join(filter(None, (", ".join(phrases[:-1]), phrases[-1])))
+
+
+def _surroundings(scene: Scene, mention: Mention) -> tuple[str, str]:
+    """The phrases of the background and of the light, each possibly empty."""
+    place = BACKGROUNDS[scene.background.kind] if mention("background") else ""
+    warmth = scene.light.warmth_name
+    warm = f"in {warmth} light" if warmth != "neutral" and mention("warmth") else ""
+    side = scene.light.direction_name
+    lit = f"lit from {side if side == 'above' else 'the ' + side}" if mention("direction") else ""
+    return place, " ".join(filter(None, (warm, lit)))
+
+
+def _compose(subject: str, surroundings: tuple[str, str], form: int) -> str:
+    place, light = surroundings
+    if form == 1:
+        return ", ".join(filter(None, (place, subject, light)))
+    if form == 2:
+        subject = f"a picture of {subject}"
+    if form == 3:
+        return ", ".join(filter(None, (light, " ".join(filter(None, (subject, place))))))
+    return ", ".join(filter(None, (" ".join(filter(None, (subject, place))), light)))

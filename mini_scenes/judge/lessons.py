@@ -1,0 +1,121 @@
+"""What the judge learns from: scenes of a wider world than mini_scenes, and the truth about each in arrays.
+
+Wider, so that its measurements do not lean towards what mini_scenes holds: half of the objects have a colour from
+anywhere between and around the named ones, and lights lie between the named ones too. A judge that has seen the named
+colours only would report every colour as one of them.
+"""
+
+import colorsys
+import dataclasses
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Float32, Int32, UInt8
+
+from mini_scenes import (
+    BACKGROUNDS,
+    CLASSES,
+    COLORS,
+    SYMMETRY,
+    TEXTURES,
+    Light,
+    Scene,
+    accent_of,
+    render_scene,
+    sample_scene,
+)
+from mini_scenes.scene import MAX_OBJECTS
+from runtime_jax.prng import Stream, host_rng
+
+FREE_COLOR = 0.5  # share of objects
+FREE_LIGHT = 0.5  # share of scenes
+SAME_CLASS = 0.15  # share of scenes of two or more objects
+EMPTY = 0.03
+UNNAMED = -1  # number of a colour outside the named ones
+
+
+def sample_lesson(rng: np.random.Generator) -> tuple[Scene, tuple[bool, ...]]:
+    """A scene, and of each object whether its colour is one of the named (its `color` means nothing otherwise)."""
+    scene = sample_scene(rng)
+    named = tuple(bool(rng.uniform() >= FREE_COLOR) for _ in scene.objects)
+    for i, is_named in enumerate(named):
+        if not is_named:
+            rgb = _any_color(rng)
+            scene = scene.with_object(i, rgb=rgb, accent=accent_of(rgb))
+    if len(scene.objects) > 1 and rng.uniform() < SAME_CLASS:
+        scene = scene.with_object(1, shape=scene.objects[0].shape)
+    if rng.uniform() < FREE_LIGHT:
+        light = Light(azimuth=rng.uniform(5, 175), elevation=rng.uniform(35, 60), warmth=rng.uniform(-1, 1))
+        scene = dataclasses.replace(scene, light=light)
+    if rng.uniform() < EMPTY:
+        scene, named = dataclasses.replace(scene, objects=()), ()
+    return scene, named
+
+
+def _any_color(rng: np.random.Generator) -> tuple[int, int, int]:
+    hue, saturation, value = rng.uniform(), rng.uniform() ** 0.5, rng.uniform(0.3, 1)
+    red, green, blue = (round(255 * channel) for channel in colorsys.hsv_to_rgb(hue, saturation, value))
+    return red, green, blue
+
+
+class Truth(NamedTuple):
+    """About a batch of images; objects are numbered as in the masks, number 0 stands for none."""
+
+    mask: UInt8[np.ndarray, "B H W"]
+    kind: Int32[np.ndarray, "B objects"]  # 0 for none, then CLASSES
+    texture: Int32[np.ndarray, "B objects"]
+    color: Int32[np.ndarray, "B objects"]  # UNNAMED outside the named ones
+    rgb: Float32[np.ndarray, "B objects 3"]  # in [0, 1]
+    turn: Float32[np.ndarray, "B objects 2"]  # cosine and sine of SYMMETRY x rotation; zeros where that is no rotation
+    background: Int32[np.ndarray, "B"]
+    warmth: Float32[np.ndarray, "B"]
+    azimuth: Float32[np.ndarray, "B 2"]  # cosine and sine
+
+
+def draw_batch(seed: int, step: int, batch_size: int, size: int) -> dict[str, np.ndarray]:
+    """Images [B, size, size, 3] uint8 under "image", and the fields of `Truth`: a pure function of the arguments."""
+    lessons = [sample_lesson(host_rng(seed, Stream.DATA, step, row)) for row in range(batch_size)]
+    drawn = [render_scene(scene, size) for scene, _ in lessons]
+    truth = describe(lessons, np.stack([mask for _, mask in drawn]))
+    return {"image": np.stack([image for image, _ in drawn]), **truth._asdict()}
+
+
+def batches(seed: int, start_step: int, batch_size: int, size: int) -> Iterator[dict[str, np.ndarray]]:
+    """`draw_batch` of every step from `start_step` on."""
+    step = start_step
+    while True:
+        yield draw_batch(seed, step, batch_size, size)
+        step += 1
+
+
+def describe(lessons: list[tuple[Scene, tuple[bool, ...]]], mask: UInt8[np.ndarray, "B H W"]) -> Truth:
+    """What is known about scenes (see `sample_lesson`) and the masks of their images, in arrays."""
+    shape = (len(lessons), 1 + MAX_OBJECTS)
+    kind, texture, color = (np.zeros(shape, np.int32) for _ in range(3))
+    rgb, turn = np.zeros((*shape, 3), np.float32), np.zeros((*shape, 2), np.float32)
+    colors = tuple(COLORS)
+    for i, (scene, named) in enumerate(lessons):
+        for j, item in enumerate(scene.objects, start=1):
+            kind[i, j] = 1 + CLASSES.index(item.shape)
+            texture[i, j] = TEXTURES.index(item.texture)
+            color[i, j] = colors.index(item.color) if named[j - 1] else UNNAMED
+            rgb[i, j] = np.float32(item.rgb) / 255
+            if order := SYMMETRY[item.shape]:
+                turn[i, j] = _unit(order * item.rotation)
+    backgrounds = tuple(BACKGROUNDS)
+    return Truth(
+        mask=mask,
+        kind=kind,
+        texture=texture,
+        color=color,
+        rgb=rgb,
+        turn=turn,
+        background=np.array([backgrounds.index(scene.background.kind) for scene, _ in lessons], np.int32),
+        warmth=np.array([scene.light.warmth for scene, _ in lessons], np.float32),
+        azimuth=np.array([_unit(scene.light.azimuth) for scene, _ in lessons], np.float32),
+    )
+
+
+def _unit(degrees: float) -> tuple[float, float]:
+    return float(np.cos(np.deg2rad(degrees))), float(np.sin(np.deg2rad(degrees)))

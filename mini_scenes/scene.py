@@ -1,0 +1,226 @@
+"""A scene as plain data, how one is drawn at random, and its exact JSON form."""
+
+import colorsys
+import dataclasses
+import json
+
+import numpy as np
+
+from mini_scenes import vocabulary as words
+
+MAX_OBJECTS = 3
+RGB = tuple[int, int, int]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SceneObject:
+    """One object. Lengths are shares of the image side, angles degrees clockwise from upright, colours 8-bit sRGB."""
+
+    shape: str
+    color: str
+    rgb: RGB
+    texture: str
+    accent: RGB
+    size: float
+    x: float
+    y: float
+    rotation: float
+
+    @property
+    def size_name(self) -> str:
+        """ "small", "medium" or "big"."""
+        if self.size < words.SMALL_BELOW:
+            return "small"
+        return "big" if self.size > words.BIG_ABOVE else "medium"
+
+    @property
+    def pose(self) -> str | None:
+        """The nearest named pose, or None for a shape whose outline returns before a full turn."""
+        if words.SYMMETRY[self.shape] != 1:
+            return None
+        return min(words.POSES, key=lambda name: abs((self.rotation - words.POSES[name][0] + 180) % 360 - 180))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Light:
+    """azimuth: degrees counter-clockwise from the right; elevation: degrees out of the plane; warmth in [-1, 1]."""
+
+    azimuth: float
+    elevation: float
+    warmth: float
+
+    @property
+    def direction_name(self) -> str:
+        """ "left", "right" or "above"."""
+        return min(words.LIGHT_DIRECTIONS, key=lambda name: abs(2 * self.azimuth - sum(words.LIGHT_DIRECTIONS[name])))
+
+    @property
+    def warmth_name(self) -> str:
+        """ "cool", "neutral" or "warm"."""
+        return "neutral" if abs(self.warmth) < 0.375 else ("warm" if self.warmth > 0 else "cool")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Background:
+    """kind: a key of BACKGROUNDS; horizon: the ground's edge, from the top; tone in [0, 1] and seed vary it."""
+
+    kind: str
+    horizon: float
+    tone: float
+    seed: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Scene:
+    """objects[0] is the main (largest) one and gives the label; object i has the value i + 1 in the mask."""
+
+    objects: tuple[SceneObject, ...]
+    light: Light
+    background: Background
+
+    @property
+    def label(self) -> int:
+        """Index of the main object's class in CLASSES."""
+        return words.CLASSES.index(self.objects[0].shape)
+
+    def with_object(self, index: int, **changes) -> "Scene":
+        """The same scene with attributes of one object replaced (a new rgb wants its accent: see `accent_of`)."""
+        objects = list(self.objects)
+        objects[index] = dataclasses.replace(objects[index], **changes)
+        return dataclasses.replace(self, objects=tuple(objects))
+
+    def to_json(self) -> str:
+        """One line of JSON, exact: `from_json(scene.to_json()) == scene`."""
+        return json.dumps(self, default=vars, separators=(",", ":"))
+
+    @classmethod
+    def from_json(cls, text: str) -> "Scene":
+        """The inverse of `to_json`."""
+        data = json.loads(text)
+        objects = tuple(
+            SceneObject(**{**item, "rgb": tuple(item["rgb"]), "accent": tuple(item["accent"])})
+            for item in data["objects"]
+        )
+        return cls(objects=objects, light=Light(**data["light"]), background=Background(**data["background"]))
+
+
+def sample_color(rng: np.random.Generator, name: str) -> RGB:
+    """A colour drawn uniformly from the HSV box of `name`."""
+    box = words.COLORS[name]
+    hue, saturation, value = (rng.uniform(*limits) for limits in box)
+    return tuple(round(255 * channel) for channel in colorsys.hsv_to_rgb(hue / 360 % 1, saturation, value))
+
+
+def accent_of(rgb: RGB) -> RGB:
+    """The second colour of a texture: a dark shade of light colours, a pale tint of dark ones."""
+    luminance = 0.299 * rgb[0] + 0.587 * rgb[1] + 0.114 * rgb[2]
+    if luminance > 150:
+        return tuple(round(0.42 * channel) for channel in rgb)
+    return tuple(round(0.25 * channel + 0.75 * tint) for channel, tint in zip(rgb, (255, 248, 232), strict=True))
+
+
+def sample_scene(rng: np.random.Generator) -> Scene:
+    """One to three objects of different classes and colours, arranged without much overlap, on a random background."""
+    kind = _pick(rng, tuple(words.BACKGROUNDS))
+    background = Background(
+        kind=kind, horizon=rng.uniform(0.4, 0.56), tone=rng.uniform(), seed=int(rng.integers(2**31))
+    )
+    direction = words.LIGHT_DIRECTIONS[_pick(rng, tuple(words.LIGHT_DIRECTIONS))]
+    warmth = words.LIGHT_WARMTHS[_pick(rng, tuple(words.LIGHT_WARMTHS))]
+    light = Light(azimuth=rng.uniform(*direction), elevation=rng.uniform(35, 60), warmth=rng.uniform(*warmth))
+    count = int(rng.integers(1, MAX_OBJECTS + 1))
+    shapes = rng.permutation(words.CLASSES)[:count]
+    colors = rng.permutation(tuple(words.COLORS))[:count]
+    places = _arrange(rng, _sample_sizes(rng, count), background)
+    objects = tuple(
+        _sample_object(rng, str(shape), str(color), *place)
+        for shape, color, place in zip(shapes, colors, places, strict=True)
+    )
+    return Scene(objects=objects, light=light, background=background)
+
+
+# The world of `in_a_row`.
+MAX_IN_A_ROW = 2
+ROW_SIZE = 0.23  # the largest that leaves a gap
+# An object of a pair looks as one that is alone does, a quarter of the side away: by whole tokens of a model that has a
+# multiple of four of them in a row.
+ROW_DISTANCE = 0.5
+ROW_HEIGHT = 0.625  # a multiple of an eighth, for the same reason
+ROW_HORIZON = 0.48
+ALONE_SIZE = 0.32  # the largest that leaves room below it
+
+
+def in_a_row(scene: Scene, rng: np.random.Generator, size: float = ROW_SIZE) -> Scene:
+    """The scene with its first two objects side by side, of one size: a world that a small model can learn to draw.
+
+    Classes, colours, textures, the kind and details of the background, the light's warmth and the order from left to
+    right stay. The rest has a few values only: shapes with a named pose stand in it exactly half of the time, all
+    others upright, and light comes from the middle of its direction.
+    """
+    kept = scene.objects[:MAX_IN_A_ROW]
+    columns = np.argsort(np.argsort([item.x for item in kept])) - (len(kept) - 1) / 2
+    objects = []
+    for column, item in zip(columns.tolist(), kept, strict=True):
+        keeps = words.SYMMETRY[item.shape] == 1 and rng.uniform() < 0.5
+        rotation = (words.POSES[item.pose][0] + 180.0) % 360 - 180 if keeps else 0.0
+        objects.append(
+            dataclasses.replace(item, size=size, x=0.5 + column * ROW_DISTANCE, y=ROW_HEIGHT, rotation=rotation)
+        )
+    azimuth = sum(words.LIGHT_DIRECTIONS[scene.light.direction_name]) / 2
+    return dataclasses.replace(
+        scene,
+        objects=tuple(objects),
+        light=dataclasses.replace(scene.light, azimuth=azimuth, elevation=45.0),
+        background=dataclasses.replace(scene.background, horizon=ROW_HORIZON),
+    )
+
+
+def alone(scene: Scene, rng: np.random.Generator) -> Scene:
+    """The scene with its first object alone in the middle, as large as fits there; all else as `in_a_row`."""
+    return in_a_row(dataclasses.replace(scene, objects=scene.objects[:1]), rng, size=ALONE_SIZE)
+
+
+def _pick(rng: np.random.Generator, options: tuple[str, ...]) -> str:
+    return options[rng.integers(len(options))]
+
+
+def _sample_object(rng: np.random.Generator, shape: str, color: str, x: float, y: float, size: float) -> SceneObject:
+    rgb = sample_color(rng, color)
+    centre, spread = words.POSES[_pick(rng, tuple(words.POSES))]
+    rotation = centre + rng.uniform(-spread, spread)
+    return SceneObject(
+        shape=shape,
+        color=color,
+        rgb=rgb,
+        texture=_pick(rng, words.TEXTURES),
+        accent=accent_of(rgb),
+        size=size,
+        x=x,
+        y=y,
+        rotation=(rotation + 180) % 360 - 180,
+    )
+
+
+def _sample_sizes(rng: np.random.Generator, count: int) -> list[float]:
+    main = rng.uniform(*((0.2, 0.34), (0.19, 0.27), (0.175, 0.21))[count - 1])
+    return [main, *(max(0.14, main * rng.uniform(0.6, 0.88)) for _ in range(count - 1))]
+
+
+def _arrange(rng: np.random.Generator, sizes: list[float], background: Background) -> list[tuple[float, float, float]]:
+    """(x, y, size) of each object, redrawn until the bounding circles overlap by less than a tenth.
+
+    After every failed draw the objects shrink a little, so that the loop ends.
+    """
+    while True:
+        places = [(rng.uniform(0.02 + r, 0.98 - r), _sample_height(rng, r, background), r) for r in sizes]
+        pairs = [(a, b) for i, a in enumerate(places) for b in places[:i]]
+        if all(np.hypot(a[0] - b[0], a[1] - b[1]) > 0.92 * (a[2] + b[2]) for a, b in pairs):
+            return places
+        sizes = [0.997 * r for r in sizes]
+
+
+def _sample_height(rng: np.random.Generator, radius: float, background: Background) -> float:
+    if background.kind in words.UPRIGHT_BACKGROUNDS:
+        return rng.uniform(0.04 + radius, 0.96 - radius)
+    foot = rng.uniform(background.horizon + 0.1, 0.94)
+    return max(foot - 0.85 * radius, 0.04 + radius)

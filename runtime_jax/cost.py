@@ -1,0 +1,71 @@
+"""What programs cost: operations counted from their jaxprs, sizes from shapes alone, and tables of them.
+
+XLA's own count of operations takes the body of a scan once, whatever its number of turns.
+"""
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import jax
+import jax.extend as jex
+import numpy as np
+
+# Dense bfloat16 peaks of one device, FLOP/s, from the makers' data sheets; the first name that fits counts.
+PEAKS = (
+    ("H100 PCIe", 756e12),
+    ("H100", 989e12),
+    ("H200", 989e12),
+    ("A100", 312e12),
+    ("TPU v6", 918e12),
+    ("TPU v5 lite", 197e12),
+    ("TPU v5e", 197e12),
+    ("TPU v5", 459e12),
+    ("TPU v4", 275e12),
+)
+
+
+def peak_flops(device_kind: str, dtype: str) -> float | None:
+    """FLOP/s of one device by its data sheet; None where it is not known, or `dtype` is not bfloat16."""
+    return next((peak for name, peak in PEAKS if name in device_kind and dtype == "bfloat16"), None)
+
+
+def count_flops(jaxpr: jex.core.Jaxpr) -> float:
+    """FLOPs of the matmuls and convolutions of a program, those in a scan once for every turn."""
+    total = 0.0
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "dot_general":
+            (contracted, _), _ = equation.params["dimension_numbers"]
+            left = equation.invars[0].aval.shape
+            total += 2 * math.prod(equation.outvars[0].aval.shape) * math.prod(left[axis] for axis in contracted)
+        elif equation.primitive.name == "conv_general_dilated":
+            kernel, numbers = equation.invars[1].aval.shape, equation.params["dimension_numbers"]
+            taps = math.prod(kernel) // kernel[numbers.rhs_spec[0]]  # of one output number
+            holes = math.prod(equation.params["lhs_dilation"])  # zeros between inputs: a strided one's gradient
+            groups = equation.params["batch_group_count"]
+            total += 2 * math.prod(equation.outvars[0].aval.shape) * taps / holes / groups
+        turns = equation.params["length"] if equation.primitive.name == "scan" else 1
+        total += turns * sum(map(count_flops, jex.core.jaxprs_in_params(equation.params)))
+    return total
+
+
+def count(tree: Any) -> int:
+    """Numbers in a tree of arrays or shapes."""
+    return sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(tree))
+
+
+def size_of(tree: Any) -> int:
+    """Bytes of a tree of arrays or shapes."""
+    return sum(int(np.prod(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    """Lines of a Markdown table."""
+    return [f"| {' | '.join(row)} |" for row in (head, ("---",) * len(head), *rows)]
+
+
+def program_row(name: str, traced: Any, compile: bool) -> tuple[str, str, str]:
+    """A traced program's name, its GFLOP, and, if it is to be compiled, the MB of temporary memory that it takes."""
+    flops = count_flops(traced.jaxpr.jaxpr)
+    memory = f"{traced.lower().compile().memory_analysis().temp_size_in_bytes / 1e6:.1f}" if compile else "(--compile)"
+    return name, f"{flops / 1e9:,.1f}", memory

@@ -1,0 +1,1 @@
+"""Training, whatever is trained: optimizers, checkpoints, the loop and what it writes."""

@@ -1,0 +1,41 @@
+"""Weights of other programs: where they come from, what they are, and the table that turns them into parameters."""
+
+from runtime_jax.weights.table import (
+    CONV,
+    IDENTITY,
+    LINEAR,
+    POINTWISE,
+    Rule,
+    Transform,
+    WeightError,
+    export_weights,
+    fits,
+    import_weights,
+    joined,
+    layer,
+    norm,
+    not_safetensors,
+    prefixed,
+    read_safetensors,
+    write_safetensors,
+)
+
+__all__ = [
+    "CONV",
+    "IDENTITY",
+    "LINEAR",
+    "POINTWISE",
+    "Rule",
+    "Transform",
+    "WeightError",
+    "export_weights",
+    "fits",
+    "import_weights",
+    "joined",
+    "layer",
+    "norm",
+    "not_safetensors",
+    "prefixed",
+    "read_safetensors",
+    "write_safetensors",
+]

@@ -1,0 +1,179 @@
+"""`tokenverse concepts inspect`: what concept files hold, and which of their words would blend in one picture."""
+
+import functools
+import itertools
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from runtime_jax.cost import table
+from runtime_jax.finite import check_finite
+from tokenverse_jax.concepts import bank
+from tokenverse_jax.concepts.bank import Concept, ConceptFile
+from tokenverse_jax.concepts.compose import Composition, PlacedConcept, compose
+from tokenverse_jax.concepts.concept_data import encode_prompts
+from tokenverse_jax.flux import autoencoder
+from tokenverse_jax.flux.model import Flux
+from tokenverse_jax.flux.model_folder import Params
+from tokenverse_jax.flux.pipeline import GUIDANCE, Loader, Pipeline, PromptEncoding
+from tokenverse_jax.flux.text import find_span, split_number
+
+GRID = (8, 8)  # of the noise that the keys are looked at with
+# Mean cosine of the keys of two words that are likely to blend. Of the benchmark's pairs, on the tiny model, the fifth
+# above it had lost a third of CP (docs/benchmark.md); other models have not been measured.
+PARALLEL = 0.47
+
+
+class Pair(NamedTuple):
+    """Two words of different files, and the mean cosine of their attention keys."""
+
+    first: str
+    second: str
+    plain: float  # of the words themselves
+    with_concepts: float
+
+
+def inspect_bank(paths: Sequence[Path], loader: Callable[[str], Loader], model: str | None) -> str:
+    """Tables of files and words; with several files also of the similarity of their words' attention keys.
+
+    Args:
+      loader: of the base model, by its name.
+      model: that of the base model; None: as the files say.
+
+    Raises:
+      ValueError: a file that is not a concept file, or files of several bases.
+    """
+    files = {path: bank.load(path, base_hash=None) for path in paths}
+    lines = [
+        *table(
+            ("file", "caption", "base", "Concept-Mod", "kB"),
+            [
+                (
+                    str(path),
+                    file.caption,
+                    f"{file.base} ({file.base_hash[:8]})",
+                    "no" if file.params is None else "yes",
+                    f"{path.stat().st_size / 1e3:,.0f}",
+                )
+                for path, file in files.items()
+            ],
+        ),
+        "",
+        *table(
+            ("word", "file", "tokens", "blocks", "strength", "norm", "norm of what blocks add"),
+            [_word_row(path, concept) for path, file in files.items() for concept in file.concepts],
+        ),
+    ]
+    if len(files) > 1:
+        bases = {file.base_hash: file.base for file in files.values()}
+        if len(bases) > 1:
+            raise ValueError(f"learned on different models, not to be composed: {', '.join(bases.values())}")
+        ((base_hash, base),) = bases.items()
+        lines += ["", *_similarity_lines(key_similarities(loader(model or base), files, base_hash))]
+    return "\n".join(lines)
+
+
+def _word_row(path: Path, concept: Concept) -> tuple[str, ...]:
+    norm = lambda array: f"{np.linalg.norm(array, axis=-1).mean():.2f}"  # noqa: E731
+    per_block = "-" if concept.block_offset is None else norm(concept.block_offset)
+    cells = (concept.word, path.name, len(concept.token_ids), concept.blocks, concept.strength)
+    return (*map(str, cells), norm(concept.offset), per_block)
+
+
+def _similarity_lines(pairs: Sequence[Pair]) -> list[str]:
+    rows = [(p.first, p.second, f"{p.with_concepts:.3f}", f"{p.plain:.3f}") for p in pairs]
+    lines = table(("word", "other word", "cosine of their keys", "without the concepts"), rows)
+    for pair in pairs:
+        if pair.with_concepts > PARALLEL:
+            lines.append(
+                f"warning: {pair.first} and {pair.second} have similar attention keys "
+                f"({pair.with_concepts:.3f} > {PARALLEL}): in one picture they tend to blend"
+            )
+    return lines
+
+
+def key_similarities(load: Loader, files: dict[Path, ConceptFile], base_hash: str) -> list[Pair]:
+    """The similarity of every two words of different files, each pair in a prompt of its own, on pure noise.
+
+    The text encoders are gone when the transformer comes.
+
+    Raises:
+      ValueError: the model is another one than the files' base, or two concepts were learned in unlike blocks.
+      NotFiniteError: keys that are not finite.
+    """
+    tokenizer = load().tokenizer_2
+    words = [(path, concept) for path, file in files.items() for concept in file.concepts]
+    names, prompts, placed = [], [], []
+    for (path, first), (other, second) in itertools.combinations(words, 2):
+        if path != other:
+            name, twin = (split_number(concept.word)[0] for concept in (first, second))
+            prompt = f"a {name} and a {twin}"
+            spans = (2, 2 + len(name)), (len(prompt) - len(twin), len(prompt))
+            where = [find_span(tokenizer, prompt, *span) for span in spans]
+            names.append((f"{path.stem}:{first.word}", f"{other.stem}:{second.word}"))
+            prompts.append(prompt)
+            placed.append([PlacedConcept(first, where[0]), PlacedConcept(second, where[1])])
+    if not prompts:
+        return []
+    encoded = encode_prompts(load("clip", "t5"), prompts)
+    pipeline = load("transformer")
+    if pipeline.base_hash() != base_hash:
+        raise ValueError(f"{pipeline.source}: not the model that the concepts were learned on ({base_hash})")
+    keys = compiled_keys(pipeline)
+    pairs = []
+    for i, (two, concepts) in enumerate(zip(names, placed, strict=True)):
+        one_prompt = PromptEncoding(*(part[i : i + 1] for part in encoded))
+        pairs.append(Pair(*two, *cosine_in_prompt(keys, one_prompt, concepts)))
+    finite = np.isfinite([pair[2:] for pair in pairs]).all(axis=1)
+    check_finite({"the attention keys of pair": finite}, {"transformer": pipeline.transformer.params})
+    return pairs
+
+
+Keys = Callable[[PromptEncoding, Composition | None], jax.Array]
+
+
+def cosine_in_prompt(keys: Keys, encoded: PromptEncoding, placed: Sequence[PlacedConcept]) -> tuple[float, float]:
+    """The similarity of the keys of two words of a prompt, without and with the concepts on them.
+
+    Args:
+      keys: of `compiled_keys`.
+      encoded: the prompt.
+      placed: two concepts.
+    """
+    composed = compose(placed, encoded.txt.shape[1])
+    where = [item.places for item in placed]
+    plain, steered = (float(bank.key_similarity(keys(encoded, each), *where)) for each in (None, composed))
+    return plain, steered
+
+
+def compiled_keys(pipeline: Pipeline) -> Keys:
+    """(prompt, concepts on it) -> attention keys [blocks, T, H, head] of its tokens."""
+    part = pipeline.transformer
+    flux = Flux(part.config, pipeline.compute)
+    noise = jax.random.normal(jax.random.key(0), (1, GRID[0] * GRID[1], part.config.in_channels))
+
+    @functools.partial(jax.jit, static_argnames="blocks")
+    def compiled(params: Params, txt: jax.Array, vec: jax.Array, blocks: str, **offsets: jax.Array | None) -> jax.Array:
+        inputs = {
+            "img": noise,
+            "img_ids": autoencoder.image_ids(GRID),
+            "txt": txt,
+            "txt_ids": jnp.zeros((txt.shape[1], 3)),
+            "timesteps": jnp.ones(1),
+            "vec": vec,
+            "guidance": jnp.full(1, GUIDANCE) if part.config.guidance_embeds else None,
+        }
+        return bank.text_keys(flux, params, inputs | offsets | {"blocks": blocks})[:, 0]
+
+    def keys(encoded: PromptEncoding, composition: Composition | None) -> jax.Array:
+        if composition is None:
+            return compiled(part.params, encoded.txt, encoded.vec, "both")
+        offsets, blocks = (None if own is None else own[None] for own in composition[:2])
+        steered = {"offsets": offsets, "block_offsets": blocks}
+        return compiled(part.params, encoded.txt, encoded.vec, composition.blocks, **steered)
+
+    return keys

@@ -1,0 +1,223 @@
+"""`tokenverse generate`: images of a prompt with concepts on its words.
+
+Axes: N images, H W image.
+"""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Int, UInt8
+
+from runtime_jax.pictures import image_grid, save_png
+from runtime_jax.workdir import check_output
+from tokenverse_jax.concepts import bank
+from tokenverse_jax.concepts.bank import Concept
+from tokenverse_jax.concepts.compose import (
+    Composition,
+    ConceptRequest,
+    compose,
+    place_recomputed,
+    place_stored,
+)
+from tokenverse_jax.concepts.concept_mod import Params
+from tokenverse_jax.flux import text
+from tokenverse_jax.flux.pipeline import Loader, Pipeline, PromptEncoding
+from tokenverse_jax.flux.sampling import SamplingConfig
+
+Mode = Literal["stored", "recomputed"]
+Compare = Literal["base", "each"]
+COLUMNS = 4  # images in a row of the overview
+SHOWN_SIDE = 256  # smaller images are drawn larger
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling(SamplingConfig):
+    """All that images of a prompt depend on, and how many are made at once, which changes none of them."""
+
+    height: int
+    width: int
+    seed: int = 0
+    batch_size: int = 4
+
+    def __post_init__(self):
+        if min(self.num_steps, self.batch_size) < 1:
+            raise ValueError(f"num_steps={self.num_steps}, batch_size={self.batch_size}: at least 1 is needed")
+
+
+def sample(
+    pipeline: Pipeline,
+    prompt: PromptEncoding,
+    sampling: Sampling,
+    indices: Int[np.ndarray, " N"],
+    *,
+    negative_prompt: PromptEncoding | None = None,
+    blocks: str = "both",
+    **offsets: Any,
+) -> UInt8[np.ndarray, "N H W 3"]:
+    """Images of one encoded prompt, batch by batch in one program.
+
+    Args:
+      indices: numbers of the images, which with the seed choose their noise.
+      offsets: `offsets`, `block_offsets`, `global_offset` as in `Pipeline.generate`, each [N, ...] or None.
+    """
+    settings = dataclasses.asdict(sampling)
+    batch = min(settings.pop("batch_size"), len(indices))
+    repeated = PromptEncoding(*(jnp.repeat(jnp.asarray(part), batch, axis=0) for part in prompt))
+    whole = np.resize(np.arange(len(indices)), math.ceil(len(indices) / batch) * batch)  # the last batch is filled up
+    images = []
+    for picks in whole.reshape(-1, batch):
+        own = {name: None if offset is None else offset[picks] for name, offset in offsets.items()}
+        made = pipeline.generate(
+            repeated, indices=indices[picks], negative_prompt=negative_prompt, blocks=blocks, **own, **settings
+        )
+        images.append(np.asarray(made))
+    return np.concatenate(images)[: len(indices)]
+
+
+class _Chosen(NamedTuple):
+    """What is asked for, and what there is of it."""
+
+    request: ConceptRequest
+    concept: Concept
+    params: Params | None
+
+
+def _choose(requests: Sequence[ConceptRequest], base_hash: str | None, mode: Mode) -> list[_Chosen]:
+    """The concepts that are asked for; with `base_hash` None, whatever model they were learned on."""
+    files = {path: bank.load(path, base_hash=base_hash) for path in {request.path for request in requests}}
+    for path, file in files.items():
+        if mode == "recomputed" and file.params is None:
+            raise ValueError(f"{path}: holds no Concept-Mod, without which there are stored directions only")
+    return [_Chosen(request, request.choose(files[request.path]), files[request.path].params) for request in requests]
+
+
+def _compose(chosen: Sequence[_Chosen], tokenizer: text.Tokenizer, prompt: str, txt: Array | None) -> Composition:
+    """Offsets of the first tokens only, up to the last one that has any.
+
+    Args:
+      txt: T5's outputs for the prompt, from which directions are made anew; None: as they are stored.
+    """
+    placed = []
+    for request, concept, params in chosen:
+        target, strength = request.target, request.strength
+        if txt is None:
+            placed.append(place_stored(concept, tokenizer, prompt, target, strength))
+        else:
+            placed.append(place_recomputed(concept, params, tokenizer, prompt, txt, target, strength))
+    return compose(placed, 1 + max(place for item in placed for place in item.places))
+
+
+def encode(
+    load: Loader, prompts: Sequence[str], sampling: SamplingConfig
+) -> tuple[PromptEncoding, PromptEncoding | None]:
+    """Prompts, and the empty one if guidance needs it; the text encoders are loaded for this only."""
+    encoders = load("clip", "t5")
+    negative = None if sampling.cfg_scale == 1.0 else encoders.encode_prompts([""])
+    return encoders.encode_prompts(prompts), negative
+
+
+def generate(
+    load: Loader,
+    prompt: str,
+    requests: Sequence[ConceptRequest],
+    sampling: Sampling,
+    *,
+    num: int,
+    mode: Mode = "stored",
+    compare: Compare | None = None,
+    out: Path,
+) -> None:
+    """Writes `out/0000.png` and so on, and `out/overview.png`: what the concepts are from, and the images below.
+
+    The text encoders are gone when the transformer comes, and so is what they took.
+
+    Args:
+      load: gives parts of the model.
+      requests: the concepts; none for the base model's images.
+      num: of images.
+      mode: "stored" takes directions from the files as they are, "recomputed" makes them anew from the prompt by the
+        Concept-Mod in the files.
+      compare: "base": also the base model's images from the same noise, as `out/0000_base.png`; "each": also those with
+        each concept alone, as `out/0000_only_1.png` for the first.
+
+    Raises:
+      ValueError: what is not possible, before anything is loaded: sizes; a prompt that is too long; a file that cannot
+        be read, has no such word or no Concept-Mod; a word that the prompt does not have, or has with another number
+        of tokens. A file that was learned on another model, once the transformer is loaded.
+      WorkdirError: `out` cannot be written.
+      NotFiniteError: values that are not finite, see `Pipeline.generate`.
+    """
+    if num < 1:
+        raise ValueError(f"num={num}: at least 1 image is needed")
+    if compare and not requests:
+        raise ValueError("compare: without concepts there is nothing to compare the base model with")
+    check_output(out)
+    load.check_size(sampling.height, sampling.width)
+    bare = load()
+    tokenizer = bare.tokenizer_2
+    text.encode(tokenizer, [prompt], bare.text_length)
+    for request in requests:
+        text.find_word(tokenizer, prompt, request.target)
+    chosen = _choose(requests, None, mode)
+    if mode == "stored" and requests:
+        _compose(chosen, tokenizer, prompt, None)
+    encoded, negative = encode(load, [prompt], sampling)
+    pipeline = load("transformer", "vae")
+    chosen = _choose(requests, pipeline.base_hash(), mode) if requests else []
+    chosen_of = {"": chosen}
+    if compare == "each" and len(chosen) > 1:
+        chosen_of |= {f"_only_{number}": [one] for number, one in enumerate(chosen, start=1)}
+    if compare is not None:
+        chosen_of["_base"] = []
+    kinds = {}
+    for kind, some in chosen_of.items():
+        offsets: dict[str, Any] = {}
+        if some:
+            composed = _compose(some, tokenizer, prompt, None if mode == "stored" else encoded.txt[0])
+            offsets = {name: _for_all(value, num) for name, value in composed._asdict().items() if name != "blocks"}
+            offsets["blocks"] = composed.blocks
+        kinds[kind] = sample(pipeline, encoded, sampling, np.arange(num), negative_prompt=negative, **offsets)
+    for kind, images in kinds.items():
+        for i, image in enumerate(images):
+            save_png(out / f"{i:04}{kind}.png", image)
+    notes = {kind: ", ".join(one.request.target for one in some) or "without" for kind, some in chosen_of.items()}
+    save_png(out / "overview.png", _overview(kinds, notes, prompt, requests))
+
+
+def _for_all(offset: Any, num: int) -> np.ndarray | None:
+    """One prompt's offset for each of its images."""
+    return None if offset is None else np.broadcast_to(np.asarray(offset), (num, *offset.shape))
+
+
+def _overview(
+    kinds: dict[str, np.ndarray], notes: dict[str, str], prompt: str, requests: Sequence[ConceptRequest]
+) -> np.ndarray:
+    """The images that the concepts were learned from, then those of each kind in turn, with the prompt below."""
+    num, side = len(kinds[""]), max(kinds[""].shape[1:3])
+    starts = range(0, num, COLUMNS)
+    rows = [list(images[i : i + COLUMNS]) for i in starts for images in kinds.values()]
+    captions = [[prompt] * len(row) for row in rows]
+    labels = [notes[kind] for _ in starts for kind in kinds]
+    sources = _sources(requests)
+    for i in reversed(range(0, len(sources), COLUMNS)):
+        images, texts = zip(*sources[i : i + COLUMNS], strict=True)
+        rows, captions, labels = [list(images), *rows], [list(texts), *captions], ["learned from", *labels]
+    return image_grid(rows, row_labels=labels if requests else (), captions=captions, scale=max(1, SHOWN_SIDE // side))
+
+
+def _sources(requests: Sequence[ConceptRequest]) -> list[tuple[np.ndarray, str]]:
+    """The image of each file that has one, and which of its words go where."""
+    sources = []
+    for path in dict.fromkeys(request.path for request in requests):
+        file = bank.load(path, base_hash=None)
+        uses = [(request.choose(file).word, request.target) for request in requests if request.path == path]
+        text = ", ".join(word if word == target else f"{word} as {target}" for word, target in uses)
+        if file.image is not None:
+            sources.append((file.image, f"{Path(path).stem}: {text}"))
+    return sources

@@ -1,0 +1,208 @@
+"""Concepts in a new prompt: which one goes on which word, and several of them at once.
+
+Axes: T text tokens, J width of the text encoder, n tokens of a word, D width.
+"""
+
+import functools
+import logging
+import math
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from tokenverse_jax.concepts.bank import Concept, ConceptFile
+from tokenverse_jax.concepts.concept_mod import Params, word_directions
+from tokenverse_jax.concepts.offsets import place_on_tokens
+from tokenverse_jax.flux.model import OffsetBlocks
+from tokenverse_jax.flux.text import Tokenizer, find_word, split_number, word_key
+
+_LOG = logging.getLogger(__name__)
+MAX_STRENGTH = 10.0  # beyond it, images tend to fall apart
+
+
+@functools.cache
+def warn_strength(strength: float, what: str) -> None:
+    """Logs a strength beyond reason, once in a process.
+
+    Args:
+      what: the strength's owner, as the line names it: "concept 'dog'".
+    """
+    if abs(strength) > MAX_STRENGTH:
+        _LOG.warning(
+            "%s: strength %g; usual is about 1, and beyond %g in absolute value images tend to fall apart",
+            what,
+            strength,
+            MAX_STRENGTH,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConceptRequest:
+    """A concept for a word of a prompt.
+
+    Attributes:
+      target: word of the prompt; "doll#2" is its second "doll".
+      path: of the concept file.
+      word: of the file; None: that of the prompt ("doll#2" if the file has one of that name, else "doll"), or the only
+        one there is.
+      strength: factor on the concept's own.
+    """
+
+    target: str
+    path: str
+    word: str | None = None
+    strength: float = 1.0
+
+    def choose(self, file: ConceptFile) -> Concept:
+        """The concept that is asked for.
+
+        Raises:
+          ValueError: the file has none of that word, or several words and neither is the prompt's.
+        """
+        if self.word is None and len(file.concepts) == 1:
+            return file.concepts[0]
+        own = {word_key(concept.word) for concept in file.concepts}
+        word = self.target if word_key(self.target) in own else split_number(self.target)[0]
+        try:
+            return file.concept(self.word or word)
+        except ValueError as error:
+            hint = "" if self.word else f"; name one of them: {self.target}={self.path}:WORD"
+            raise ValueError(f"{self.path}: {error}{hint}") from error
+
+
+def parse_request(text: str) -> ConceptRequest:
+    """Reads TARGET=FILE[:WORD][@STRENGTH].
+
+    "doll=bank/doll.safetensors" puts the file's "doll" (or its only word) on the prompt's "doll",
+    "dawn=bank/street.safetensors:light@0.8" the file's "light", weakened, on the prompt's "dawn".
+
+    Raises:
+      ValueError: another form, or a strength that is not a finite number.
+    """
+    match = re.fullmatch(r"([^=]+)=(.+\.safetensors)(?::([^@]+))?(?:@(.+))?", text)
+    if match is None:
+        raise ValueError(f"{text!r}: not of the form TARGET=FILE.safetensors[:WORD][@STRENGTH]")
+    target, path, word, strength = match.groups()
+    try:
+        value = 1.0 if strength is None else float(strength)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        raise ValueError(f"{text!r}: the strength {strength!r} is not a number")
+    return ConceptRequest(target=target.strip(), path=path.strip(), word=word and word.strip(), strength=value)
+
+
+class PlacedConcept(NamedTuple):
+    """A concept, the places of its word's tokens in a prompt, and a factor on the concept's own strength."""
+
+    concept: Concept
+    places: tuple[int, ...]
+    strength: float = 1.0
+
+
+class Composition(NamedTuple):
+    """What one prompt's concepts add to the modulation vector, and the blocks that take it: arguments of `Flux`."""
+
+    offsets: Float[Array, "T D"]
+    block_offsets: Float[Array, "blocks T D"] | None
+    blocks: OffsetBlocks
+
+
+def place_stored(
+    concept: Concept, tokenizer: Tokenizer, prompt: str, target: str, strength: float = 1.0
+) -> PlacedConcept:
+    """Puts a concept as it is on a word of a prompt, token by token.
+
+    Raises:
+      ValueError: the word is not in the prompt, or has another number of tokens than the concept.
+    """
+    try:
+        places = find_word(tokenizer, prompt, target, num_tokens=len(concept.token_ids))
+    except ValueError as error:
+        raise ValueError(f"concept {concept.word!r} ({len(concept.token_ids)} tokens): {error}") from error
+    return PlacedConcept(concept, places, strength)
+
+
+def place_recomputed(
+    concept: Concept,
+    params: Params,
+    tokenizer: Tokenizer,
+    prompt: str,
+    txt: Float[Array, "T J"],
+    target: str,
+    strength: float = 1.0,
+) -> PlacedConcept:
+    """Puts a concept on a word of a prompt with directions made anew from the prompt; any number of tokens will do.
+
+    Args:
+      params: Concept-Mod's, of the concept's file.
+      txt: T5's outputs for the prompt.
+
+    Raises:
+      ValueError: the word is not in the prompt.
+    """
+    places = find_word(tokenizer, prompt, target)
+    ids = tokenizer(prompt, verbose=False)["input_ids"]
+    offset, block_offset = word_directions(params, txt[None], [places])
+    concept = replace(
+        concept,
+        token_ids=tuple(ids[place] for place in places),
+        offset=np.asarray(offset),
+        block_offset=None if block_offset is None else np.asarray(block_offset),
+    )
+    return PlacedConcept(concept, places, strength)
+
+
+def compose(placed: Sequence[PlacedConcept], length: int) -> Composition:
+    """Adds up the concepts of one prompt, those on the same token too; their order changes no bit.
+
+    A strength (a concept's own times that of its place) beyond reason is warned of.
+
+    Args:
+      placed: one or more concepts, of one base model.
+      length: T.
+
+    Raises:
+      ValueError: none; places outside the text or not one for each token; concepts learned in unlike blocks, or of
+        unlike widths or numbers of blocks.
+    """
+    if not placed:
+        raise ValueError("no concepts to compose")
+    concepts = [item.concept for item in placed]
+    for item in placed:
+        warn_strength(float(item.strength * item.concept.strength), f"concept {item.concept.word!r}")
+    with_blocks = [item for item in placed if item.concept.block_offset is not None]
+    for kind, values in {
+        "widths": {concept.offset.shape[-1] for concept in concepts},
+        "numbers of blocks": {len(item.concept.block_offset) for item in with_blocks},
+        "blocks": {concept.blocks for concept in concepts},
+    }.items():
+        if len(values) > 1:
+            words = ", ".join(repr(concept.word) for concept in concepts)
+            raise ValueError(f"concepts {words} do not go together: their {kind} are {sorted(values)}")
+    offsets = _place_sum([(item, item.concept.offset) for item in placed], length)
+    block_offsets = _place_sum([(item, item.concept.block_offset) for item in with_blocks], length)
+    return Composition(offsets, block_offsets, concepts[0].blocks)
+
+
+def _place_sum(items: Iterable[tuple[PlacedConcept, np.ndarray]], length: int) -> Float[Array, "... T D"] | None:
+    """Sums of what lies on the same token, in a text of zeros; None for no items."""
+    terms: dict[int, list[np.ndarray]] = defaultdict(list)
+    for (concept, places, strength), offset in items:
+        if len(places) != len(concept.token_ids) or len(set(places)) < len(places):
+            count = len(concept.token_ids)
+            raise ValueError(f"concept {concept.word!r}: {count} different places are needed, got {places}")
+        scaled = np.moveaxis(offset, -2, 0) * np.float32(strength * concept.strength)
+        for place, term in zip(places, scaled, strict=True):
+            terms[place].append(term)
+    if not terms:
+        return None
+    # A sum of floats depends on the order of its terms: they are added in the order of their values.
+    sums = [np.sort(np.stack(group), axis=0).sum(axis=0) for group in terms.values()]
+    return place_on_tokens(jnp.asarray(np.stack(sums, axis=-2)), tuple(terms), length)

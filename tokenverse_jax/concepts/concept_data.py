@@ -1,0 +1,292 @@
+"""A concept's images and captions: words bound to tokens, everything encoded once, and the batch of every step.
+
+Axes: I images, F an image and its mirror image, V captions of all images, K images of the pool, S sides on which a
+concept's image may stand beside one of these, B batch, N image tokens, C channels of an image token, T text tokens, R
+first text tokens of a caption and M of a merged one, J and P widths of the text encoders.
+"""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Bool, Float, Int, UInt8
+
+from runtime_jax.data import center_crop, decode_image
+from runtime_jax.prng import Stream, host_rng
+from tokenverse_jax.concepts.bank import Concept
+from tokenverse_jax.concepts.concept_mod import Params, word_directions
+from tokenverse_jax.concepts.isolation import IsolationConfig
+from tokenverse_jax.concepts.learn import LearnConfig
+from tokenverse_jax.flux import text
+from tokenverse_jax.flux.pipeline import Pipeline, PromptEncoding
+
+MAX_ASPECT = 2.0  # an image is cut to a square; of one longer than that, more than half would go
+ROWS = 16  # R and M are multiples of it, so that runs with captions of about the same length share a program
+ENCODED_AT_ONCE = 8  # prompts
+
+Places = tuple[int, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Captions:
+    """Captions whose words are bound to T5's tokens; no model was needed for that.
+
+    Attributes:
+      texts: of all images.
+      image: number of the image of each.
+      tokens: places of all tokens of each, the end token left out: it belongs to no word.
+      words: by word, its places in each caption.
+      word_ids: by word, T5's ids of its tokens in the first caption.
+      merged: S K captions for each, all of the pool's on one side first; nothing without isolation.
+      merged_places: how many tokens each of these has before the concept's own.
+    """
+
+    texts: tuple[str, ...]
+    image: tuple[int, ...]
+    tokens: tuple[Places, ...]
+    words: Mapping[str, tuple[Places, ...]]
+    word_ids: Mapping[str, tuple[int, ...]]
+    merged: tuple[tuple[str, ...], ...] = ()
+    merged_places: tuple[Places, ...] = ()
+
+
+def bind_captions(
+    tokenizer: text.Tokenizer,
+    text_length: int,
+    captions: Sequence[Sequence[str]],
+    words: Sequence[str],
+    isolation: IsolationConfig | None,
+) -> Captions:
+    """Finds the words in every caption.
+
+    Args:
+      tokenizer: T5's.
+      text_length: T.
+      captions: those of each image.
+      words: to learn, as `text.find_word` takes them.
+
+    Raises:
+      ValueError: no images, captions or words; a word that a caption lacks, or has in another number of tokens than
+        the first one; a caption, by itself or merged with another, that is too long.
+    """
+    if not words or len({text.word_key(word) for word in words}) < len(words):
+        raise ValueError(f"words: one or more different words of the captions are needed, got {list(words)}")
+    if not captions or not all(captions):
+        raise ValueError("images: at least one image is needed, and a caption for each")
+    texts = tuple(caption for own in captions for caption in own)
+    ids = text.encode(tokenizer, texts, text_length)
+    found = {}
+    for word in words:
+        count = len(text.find_word(tokenizer, texts[0], word))
+        found[word] = tuple(text.find_word(tokenizer, caption, word, num_tokens=count) for caption in texts)
+    bound = Captions(
+        texts=texts,
+        image=tuple(i for i, own in enumerate(captions) for _ in own),
+        tokens=tuple(text.find_span(tokenizer, caption, 0, len(caption)) for caption in texts),
+        words=found,
+        word_ids={word: tuple(map(int, ids[0, list(places[0])])) for word, places in found.items()},
+    )
+    if isolation is None:
+        return bound
+    merged, merged_places = [], []
+    for caption, places in zip(texts, bound.tokens, strict=True):
+        both = [isolation.merge(caption, other, side) for side in isolation.sides for other in isolation.captions]
+        merged.append(tuple(whole for whole, _ in both))
+        text.encode(tokenizer, merged[-1], text_length)
+        merged_places.append(tuple(_moved_by(tokenizer, caption, places, *each) for each in both))
+    return replace(bound, merged=tuple(merged), merged_places=tuple(merged_places))
+
+
+def _moved_by(tokenizer: text.Tokenizer, caption: str, places: Places, both: str, start: int) -> int:
+    """By how many places a caption's tokens are moved in a merged one, where it starts at letter `start`."""
+    moved = text.find_span(tokenizer, both, start, start + len(caption))
+    own, found = (
+        np.asarray(tokenizer(whole, verbose=False)["input_ids"])[list(at)]
+        for whole, at in ((caption, places), (both, moved))
+    )
+    if not np.array_equal(own, found):
+        raise ValueError(
+            f"isolation.template: the caption {caption!r} has other tokens in {both!r} than by itself: put spaces, or "
+            "nothing, before and after {left} and {right}"
+        )
+    return moved[0] - places[0]
+
+
+def read_image(path: str | Path, size: int) -> UInt8[np.ndarray, "{size} {size} 3"]:
+    """The centre of an image file, resized to a square.
+
+    Raises:
+      ValueError: no such file, not an image, or more than twice as long as wide or the other way round.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file")
+    try:
+        image = decode_image(path.read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    height, width = image.shape[:2]
+    if max(height, width) > MAX_ASPECT * min(height, width):
+        raise ValueError(
+            f"{path}: {width} x {height} pixels; of an image more than {MAX_ASPECT:g} times as long as the other side, "
+            "the centre is too little: crop it yourself"
+        )
+    return center_crop(image, size)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class ConceptData:
+    """Everything that the steps of one concept take, on the host.
+
+    Attributes:
+      captions: what it was made from.
+      grid: rows and columns of an image's tokens.
+      latents: of the images, and with flips of their mirror images.
+      txt, vec: T5's outputs and CLIP's pooled output for each caption.
+      mask: tokens that have a direction.
+      pool_latents: of the pool's images.
+      pair_txt, pair_vec: like txt and vec, for each caption merged with each of the pool's on each side.
+      pair_rows: which of the R rows belongs to each of their first M tokens, R for none.
+    """
+
+    captions: Captions
+    grid: tuple[int, int]
+    latents: Float[np.ndarray, "I F N C"]
+    txt: Float[np.ndarray, "V T J"]
+    vec: Float[np.ndarray, "V P"]
+    mask: Bool[np.ndarray, "V R"]
+    pool_latents: Float[np.ndarray, "K N C"] | None = None
+    pair_txt: Float[np.ndarray, "V merged T J"] | None = None
+    pair_vec: Float[np.ndarray, "V merged P"] | None = None
+    pair_rows: Int[np.ndarray, "V merged M"] | None = None
+
+
+def encode_concept(
+    pipeline: Pipeline, config: LearnConfig, images: UInt8[np.ndarray, "I H W 3"], captions: Captions
+) -> ConceptData:
+    """Runs the autoencoder and the text encoders once; they can then be dropped. The pool's images are added later."""
+    grid = pipeline.vae.config.token_grid(*images.shape[1:3])
+    views = [images, images[:, :, ::-1]] if config.flip else [images]
+    encoded = encode_prompts(pipeline, captions.texts)
+    length = encoded.txt.shape[1]
+    last = max(place for places in captions.tokens for place in places)
+    rows = _rows(last + 1, length)
+    mask = np.zeros((len(captions.texts), rows), bool)
+    for i, places in enumerate(captions.tokens):
+        # In the space of all tokens, directions of other tokens would move the image, and be lost.
+        if config.tokens == "words" or config.space == "modulation_all":
+            places = [place for found in captions.words.values() for place in found[i]]
+        mask[i, list(places)] = True
+    data = ConceptData(
+        captions=captions,
+        grid=grid,
+        latents=np.stack([encode_images(pipeline, view) for view in views], axis=1),
+        txt=encoded.txt,
+        vec=encoded.vec,
+        mask=mask,
+    )
+    if not captions.merged:
+        return data
+    pairs = encode_prompts(pipeline, [caption for row in captions.merged for caption in row])
+    txt, vec = (array.reshape(len(captions.merged), -1, *array.shape[1:]) for array in (pairs.txt, pairs.vec))
+    places = np.asarray(captions.merged_places)[..., None]
+    own = np.arange(_rows(last + 1 + int(places.max()), length)) - places
+    own = np.where((own >= 0) & (own < rows), own, rows).astype(np.int32)
+    return replace(data, pair_txt=txt, pair_vec=vec, pair_rows=own)
+
+
+def _rows(tokens: int, length: int) -> int:
+    return min(ROWS * math.ceil(tokens / ROWS), length)
+
+
+def encode_prompts(pipeline: Pipeline, prompts: Sequence[str]) -> PromptEncoding:
+    """Any number of prompts, a few at a time in one program; host arrays."""
+    parts = []
+    for start in range(0, len(prompts), ENCODED_AT_ONCE):
+        some = list(prompts[start : start + ENCODED_AT_ONCE])
+        full = some + some[-1:] * (min(ENCODED_AT_ONCE, len(prompts)) - len(some))
+        encoded = pipeline.encode_prompts(full)
+        parts.append([np.asarray(array)[: len(some)] for array in encoded])
+    return PromptEncoding(*(np.concatenate(arrays) for arrays in zip(*parts, strict=True)))
+
+
+def encode_images(pipeline: Pipeline, images: UInt8[np.ndarray, "B H W 3"]) -> Float[np.ndarray, "B N C"]:
+    """The means of images' latents, one image at a time; a host array."""
+    return np.concatenate([np.asarray(pipeline.encode_images(image[None])) for image in images])
+
+
+# What is random in a step, as a pure function of seed and step.
+
+
+def is_isolated(config: LearnConfig, seed: int, step: int) -> bool:
+    """Whether a step has an isolation loss."""
+    return config.isolation is not None and (
+        host_rng(seed, Stream.AUGMENT, step).random() < config.isolation.probability
+    )
+
+
+def draw_times(config: LearnConfig, rng: np.random.Generator, step: int) -> Float[np.ndarray, " B"]:
+    """Times of the step's stage: from above or below the boundary, uniform in either part."""
+    stage = config.stage_1 if config.stage(step) == 1 else config.stage_2
+    high = rng.random(config.batch_size) < stage.high_share
+    low, span = np.where(high, config.boundary, 0.0), np.where(high, 1.0 - config.boundary, config.boundary)
+    return (low + span * rng.random(config.batch_size)).astype(np.float32)
+
+
+def draw(data: ConceptData, config: LearnConfig, seed: int, step: int) -> dict[str, np.ndarray]:
+    """The batch of a step, see `learn.learn_step`: captions, flips, times, noise and, at some steps, the pool's images.
+
+    All captions are equally likely, so images count by how many they have.
+    """
+    rng = host_rng(seed, Stream.DATA, step)
+    caption = rng.integers(len(data.txt), size=config.batch_size)
+    view = rng.integers(data.latents.shape[1], size=config.batch_size)
+    latents = data.latents[np.asarray(data.captions.image)[caption], view]
+    noise = host_rng(seed, Stream.NOISE, step)
+    batch = {
+        "latents": latents,
+        "times": draw_times(config, noise, step),
+        "noise": noise.standard_normal(latents.shape, np.float32),
+        "txt": data.txt[caption],
+        "vec": data.vec[caption],
+        "mask": data.mask[caption],
+    }
+    if is_isolated(config, seed, step):
+        merged = rng.integers(data.pair_txt.shape[1], size=config.batch_size)
+        side, other = np.divmod(merged, len(data.pool_latents))
+        size, tokens, channels = latents.shape
+        batch |= {
+            "pool_latents": data.pool_latents[other],
+            "on_right": np.asarray(config.isolation.sides)[side] == "right",
+            "pair_noise": noise.standard_normal((size, 2 * tokens, channels), np.float32),
+            "pair_txt": data.pair_txt[caption, merged],
+            "pair_vec": data.pair_vec[caption, merged],
+            "pair_rows": data.pair_rows[caption, merged],
+        }
+    return batch
+
+
+def batches(data: ConceptData, config: LearnConfig, seed: int, start_step: int) -> Iterator[dict[str, np.ndarray]]:
+    """The batches from a step to the end."""
+    return (draw(data, config, seed, step) for step in range(start_step, config.total_steps))
+
+
+def make_concepts(params: Params, data: ConceptData, config: LearnConfig) -> tuple[Concept, ...]:
+    """What was learned for each word, the mean over the captions."""
+    concepts, txt = [], jnp.asarray(data.txt)
+    for word, places in data.captions.words.items():
+        offset, block_offset = jax.device_get(word_directions(params, txt, places))
+        concepts.append(
+            Concept(
+                word=word,
+                token_ids=data.captions.word_ids[word],
+                offset=offset,
+                block_offset=block_offset,
+                blocks=config.blocks,
+            )
+        )
+    return tuple(concepts)

@@ -1,0 +1,231 @@
+"""One step of learning a concept: Concept-Mod is trained on a FLUX model that stays as it is (TokenVerse, section 3).
+
+In the first stage Concept-Mod learns a direction for each token of the captions, mostly at high noise, where an image
+is laid out; in the second, mostly at low noise, a head for each block adds to it. The head's last layer starts at zero,
+so the second stage starts from the first one's function, with an optimizer of its own: moments and warm-up begin anew.
+
+Axes: B batch, h w grid of image tokens, N = h w, C channels of an image token, T text tokens, R first text tokens,
+which hold all captions, J and P widths of the text encoders, D width of the modulation vector.
+"""
+
+import functools
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float
+
+from runtime_jax.config import Duration
+from runtime_jax.training.optimizer import OptimizerConfig, make_optimizer, make_schedule
+from tokenverse_jax.concepts.concept_mod import ConceptModConfig, Params, directions, init_params
+from tokenverse_jax.concepts.isolation import IsolationConfig, halves, isolation_loss, side_by_side
+from tokenverse_jax.flux.autoencoder import image_ids
+from tokenverse_jax.flux.model import Flux, FluxConfig, OffsetBlocks
+from tokenverse_jax.flux.schedule import flow
+
+# What a direction is added to: the modulation of its own token (M+, the method); that of all tokens, image and text
+# (M); its token of T5's output (like textual inversion). The last two are what the method is measured against.
+Space = Literal["modulation", "modulation_all", "text"]
+# The tokens that have a direction while learning: all of the caption, as in the paper, or those of the words alone, so
+# that nothing of a concept goes to a token that is not stored.
+Tokens = Literal["caption", "words"]
+Metrics = dict[str, tuple[Array, Array]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageConfig:
+    """Length of a stage, and the share of its examples that have a time above the boundary, at high noise."""
+
+    steps: int
+    high_share: float
+
+    def __post_init__(self):
+        if self.steps < 0 or not 0 <= self.high_share <= 1:
+            raise ValueError(f"steps={self.steps} is not negative, high_share={self.high_share} in [0, 1]")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LearnConfig:
+    """How concepts are learned. Steps, times and flips are the paper's, which leaves the rest open."""
+
+    space: Space = "modulation"
+    tokens: Tokens = "caption"  # that have a direction
+    blocks: OffsetBlocks = "both"  # that take the directions
+    per_block: bool = True  # whether the second stage has a head for each block
+    concept_mod: ConceptModConfig = ConceptModConfig()
+    stage_1: StageConfig = StageConfig(steps=800, high_share=0.92)
+    stage_2: StageConfig = StageConfig(steps=600, high_share=0.08)
+    boundary: float = 0.8  # between low and high times; either part is drawn from uniformly
+    batch_size: int = 1
+    optimizer: OptimizerConfig = OptimizerConfig(learning_rate=1e-4, warmup=Duration(steps=20))  # of either stage
+    guidance: float = 1.0  # that models with guidance_embeds are told while they are trained on
+    flip: bool = True  # mirror images at random: not for captions that tell left from right
+    isolation: IsolationConfig | None = None  # None: without the loss
+
+    def __post_init__(self):
+        if self.batch_size < 1 or self.stage_1.steps < 1 or not 0 < self.boundary < 1:
+            raise ValueError(
+                f"batch_size={self.batch_size} and stage_1.steps={self.stage_1.steps} are at least 1, "
+                f"boundary={self.boundary} in (0, 1)"
+            )
+        if self.per_block and self.space != "modulation":
+            raise ValueError(f"per_block with space={self.space!r}: only modulations differ from block to block")
+
+    @property
+    def total_steps(self) -> int:
+        """Of both stages."""
+        return self.stage_1.steps + self.stage_2.steps
+
+    def stage(self, step: int) -> int:
+        """1 or 2."""
+        return 1 if step < self.stage_1.steps else 2
+
+
+class Optimizer(NamedTuple):
+    """Of one stage, with its learning rate for the log."""
+
+    transformation: optax.GradientTransformation
+    schedule: optax.Schedule
+
+
+def make_optimizers(config: LearnConfig) -> tuple[Optimizer, ...]:
+    """One for each stage that has steps."""
+    stages = [stage for stage in (config.stage_1, config.stage_2) if stage.steps]
+    schedules = [
+        make_schedule(config.optimizer, total_steps=stage.steps, batch_size=config.batch_size, num_examples=None)
+        for stage in stages
+    ]
+    return tuple(Optimizer(make_optimizer(config.optimizer, schedule), schedule) for schedule in schedules)
+
+
+@flax.struct.dataclass
+class LearnState:
+    """What a checkpoint holds; the FLUX model is no part of it."""
+
+    step: Any  # untyped, as trees of shapes and of shardings have this structure too
+    params: Params
+    opt_state: Any
+
+
+def init_state(config: LearnConfig, flux: FluxConfig, key: Array) -> LearnState:
+    """A new state; the second stage's head is there from the start, unused in the first."""
+    params = init_params(
+        config.concept_mod,
+        key,
+        text_width=flux.joint_attention_dim,
+        width=flux.joint_attention_dim if config.space == "text" else flux.width,
+        num_blocks=flux.num_blocks if config.per_block else None,
+    )
+    opt_state = make_optimizers(config)[0].transformation.init(params)
+    return LearnState(step=jnp.zeros((), jnp.int32), params=params, opt_state=opt_state)
+
+
+def steer(
+    space: Space,
+    txt: Float[Array, "B T J"],
+    offsets: Float[Array, "B R D"],
+    block_offsets: Float[Array, "B blocks R D"] | None,
+) -> tuple[Float[Array, "B T J"], dict[str, Array | None]]:
+    """What directions of the first R tokens change: T5's outputs, and arguments of `Flux` or `Pipeline.generate`.
+
+    In the space "modulation_all" all tokens take the sum of the directions, those of unused tokens being zero.
+    """
+    if space == "text":
+        return txt.astype(jnp.float32).at[:, : offsets.shape[1]].add(offsets), {}
+    if space == "modulation_all":
+        return txt, {"global_offset": offsets.sum(axis=1)}
+    return txt, {"offsets": offsets, "block_offsets": block_offsets}
+
+
+def learn_step(
+    state: LearnState,
+    frozen: Params,
+    batch: Mapping[str, Array],
+    *,
+    config: LearnConfig,
+    flux: Flux,
+    optimizer: Optimizer,
+    stage: int,
+    grid: tuple[int, int],
+) -> tuple[LearnState, Metrics]:
+    """One update of Concept-Mod. A batch holds everything random, see `concept_data.draw`, so there are no keys.
+
+    Args:
+      state: donated by the caller's jit.
+      frozen: parameters of `flux`, never donated.
+      batch: latents and noise [B, N, C], times [B], txt [B, T, J], vec [B, P], mask [B, R] of the tokens that have a
+        direction. Where the step has an isolation loss also pool_latents [B, N, C], pair_noise [B, 2 N, C], on_right
+        [B], the side of the concept's image, txt and vec of the merged captions as pair_txt and pair_vec, and
+        pair_rows [B, M], which of the R rows belongs to each of their first M tokens, R for none. So steps with and
+        without it are two programs.
+      config, flux, optimizer, stage, grid: static.
+
+    Returns:
+      The new state and metrics as (sum, count). Where the loss or a gradient is not finite, everything but the step's
+      number is kept as it was and "nonfinite" counts one.
+    """
+    first = 0 if stage == 1 else config.stage_1.steps
+    fresh = optimizer.transformation.init(state.params)
+    opt_state = jax.tree.map(functools.partial(jnp.where, state.step == first), fresh, state.opt_state)
+    state = state.replace(opt_state=opt_state)
+    (loss, metrics), gradients = jax.value_and_grad(_losses, has_aux=True)(
+        state.params, frozen, batch, config, flux, stage, grid
+    )
+    norm = optax.tree.norm(gradients)
+    updates, opt_state = optimizer.transformation.update(gradients, state.opt_state, state.params)
+    updated = state.replace(params=optax.apply_updates(state.params, updates), opt_state=opt_state)
+    finite = jnp.isfinite(loss + norm)
+    updated = jax.tree.map(functools.partial(jnp.where, finite), updated, state).replace(step=state.step + 1)
+    metrics |= {"grad_norm": norm, "lr": jnp.asarray(optimizer.schedule(state.step - first), jnp.float32)}
+    counted = finite.astype(jnp.float32)  # a skipped step's values would make every average of the interval NaN
+    metrics = {name: (jnp.where(finite, value, 0.0), counted) for name, value in metrics.items()}
+    return updated, metrics | {"nonfinite": (1.0 - counted, jnp.ones(()))}
+
+
+def _losses(
+    params: Params,
+    frozen: Params,
+    batch: Mapping[str, Array],
+    config: LearnConfig,
+    flux: Flux,
+    stage: int,
+    grid: tuple[int, int],
+) -> tuple[Array, dict[str, Array]]:
+    """Sum of the flow matching loss and the weighted losses of isolation, and each of them."""
+    times = batch["times"]
+    guidance = jnp.full_like(times, config.guidance) if flux.config.guidance_embeds else None
+
+    def velocity(x: Array, columns: int, txt: Array, vec: Array, **arguments: Array | None) -> Array:
+        ids, txt_ids = image_ids((grid[0], columns)), jnp.zeros((txt.shape[1], 3))
+        variables = {"params": frozen}
+        return flux.apply(variables, x, ids, txt, txt_ids, times, vec, guidance, **arguments, blocks=config.blocks)
+
+    trained = params if stage == 2 else {"concept_mod": params["concept_mod"]}
+    rows = batch["mask"].shape[1]
+    offsets, block_offsets = directions(trained, batch["txt"][:, :rows], batch["mask"])
+    x, target = flow(batch["latents"], batch["noise"], times)
+    txt, arguments = steer(config.space, batch["txt"], offsets, block_offsets)
+    loss = jnp.mean(jnp.square(velocity(x, grid[1], txt, batch["vec"], **arguments) - target))
+    if "pair_noise" not in batch:
+        return loss, {"loss": loss}
+
+    own, other, on_right = batch["latents"], batch["pool_latents"], batch["on_right"]
+    pair = jnp.where(on_right[:, None, None], side_by_side(other, own, grid), side_by_side(own, other, grid))
+    x, target = flow(pair, batch["pair_noise"], times)
+    txt, vec = batch["pair_txt"], batch["pair_vec"]
+    base = velocity(x, 2 * grid[1], txt, vec)
+    # The concept's caption stands further back in the merged one; what is no token of its takes no direction.
+    move = jax.vmap(functools.partial(jnp.take, axis=-2, mode="fill", fill_value=0))
+    moved = [None if given is None else move(given, batch["pair_rows"]) for given in (offsets, block_offsets)]
+    txt, arguments = steer(config.space, txt, *moved)
+    steered = velocity(x, 2 * grid[1], txt, vec, **arguments)
+    metrics = {"loss": loss, "isolation": isolation_loss(steered, base, grid, on_right)}
+    loss += config.isolation.weight * metrics["isolation"]
+    if config.isolation.own_weight:
+        metrics["own_half"] = jnp.mean(jnp.square(halves(steered - target, grid, on_right)[0]))
+        loss += config.isolation.own_weight * metrics["own_half"]
+    return loss, metrics

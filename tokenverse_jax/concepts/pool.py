@@ -1,0 +1,70 @@
+"""The base model's own images that the isolation loss puts beside a concept's; made once and kept on disk."""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import UInt8
+
+from runtime_jax.config import to_dict
+from runtime_jax.data import decode_image
+from runtime_jax.files import write_text
+from runtime_jax.pictures import save_png
+from tokenverse_jax.concepts.isolation import IsolationConfig
+from tokenverse_jax.flux.pipeline import Pipeline, PromptEncoding
+from tokenverse_jax.flux.sampling import SamplingConfig
+
+
+def make_pool(
+    pipeline: Pipeline,
+    prompts: PromptEncoding,
+    config: IsolationConfig,
+    *,
+    size: int,
+    sampling: SamplingConfig,
+    cache: Path,
+    weights: Mapping[str, str],
+    negative: PromptEncoding | None = None,
+) -> UInt8[np.ndarray, "K H W 3"]:
+    """The images of the pool, from the base model or, where they have been made before, from disk.
+
+    They are PNG files in a folder of `cache` that is named after the model's weights and everything else that the
+    images depend on; one by one, so that nothing is lost if the program is stopped.
+
+    Args:
+      pipeline: with transformer and autoencoder.
+      prompts: the encoded captions of the pool.
+      size: side of an image, pixels.
+      weights: fingerprints of all parts of the model, the text encoders too.
+      negative: for sampling.cfg_scale other than 1, see `Pipeline.generate`.
+
+    Raises:
+      ValueError: a file of the cache cannot be read, or the size is not possible.
+    """
+    settings = {
+        "weights": dict(sorted(weights.items())),
+        "schedule": to_dict(pipeline.schedule),
+        "dtype": pipeline.compute.dtype,
+        "captions": config.captions,
+        "size": size,
+        "sampling": to_dict(sampling),
+    }
+    text = json.dumps(settings, indent=2)
+    folder = cache / hashlib.sha256(text.encode()).hexdigest()[:16]
+    write_text(folder / "pool.json", text + "\n")
+    images = []
+    for i in range(len(config.captions)):
+        path = folder / f"{i:03}.png"
+        if not path.is_file():
+            prompt = PromptEncoding(*(array[i : i + 1] for array in prompts))
+            image = pipeline.generate(
+                prompt, height=size, width=size, indices=np.array([i]), negative_prompt=negative, **vars(sampling)
+            )
+            save_png(path, np.asarray(image[0]))
+        try:
+            images.append(decode_image(path.read_bytes()))
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}; delete it, and it is made again") from error
+    return np.stack(images)

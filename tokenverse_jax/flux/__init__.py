@@ -1,0 +1,1 @@
+"""A FLUX-style pipeline: transformer with offsets of its modulation, autoencoder, text encoders, folders, sampling."""
