@@ -43,7 +43,7 @@ def tokenizer_program(parts: int, mesh: jax.sharding.Mesh) -> tuple[Program, int
         schedules[0],
     )
     step_config, frozen = tokenizer_run.load_frozen(config)
-    return tokenizer_run.Program(step_config, optimizers, mesh, frozen), config.data.batch_size
+    return tokenizer_run.make_program(step_config, optimizers, mesh, frozen), config.data.batch_size
 
 
 def generator_program(parts: int, mesh: jax.sharding.Mesh) -> tuple[Program, int]:

@@ -177,6 +177,11 @@ def place(tree: Any, shardings: Any) -> Any:
     return jax.tree.map(put, tree, shardings)
 
 
+def replicate(tree: Any, mesh: Mesh) -> Any:
+    """Host arrays as global device arrays, whole on every device."""
+    return place(tree, jax.tree.map(lambda _: replicated(mesh), tree))
+
+
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """The sharding that splits the first dimension over the batch axes of the mesh."""
     return NamedSharding(mesh, PartitionSpec(_SPLIT_OVER[Axis.BATCH]))

@@ -285,7 +285,7 @@ def test_a_new_run_starts_from_the_teachers_blocks(folder, teacher):
 
     from mergevq_jax.tokenizer import train
     from mergevq_jax.tokenizer.config import TokenizerConfig
-    from mergevq_jax.tokenizer.run import Program
+    from mergevq_jax.tokenizer.run import make_program, new_state
     from runtime_jax.sharding import MeshConfig, make_mesh
 
     sizes = {"resolution": 32, "ch": 32, "ch_mult": (1, 1, 1), "num_res_blocks": (0, 0, 0), "num_att_blocks": 2}
@@ -297,8 +297,8 @@ def test_a_new_run_starts_from_the_teachers_blocks(folder, teacher):
         config = train.StepConfig(
             model=model, losses=losses, discriminator=train.DiscriminatorConfig(ndf=8, num_layers=1)
         )
-        program = Program(config, optimizers, mesh, train.Frozen())
-        plain, filled = (jax.device_get(program.init(source)) for source in (None, str(folder)))
+        program = make_program(config, optimizers, mesh, train.Frozen())
+        plain, filled = (jax.device_get(new_state(program, source)) for source in (None, str(folder)))
     blocks = {name: block for name, block in plain.params["encoder"]["attn"].items() if name != "cls_token"}
     expected = init_blocks_from_dinov2(blocks, teacher[1])
     for params in (filled.params, filled.ema):

@@ -22,11 +22,11 @@ from mini_scenes import (
 from runtime_jax import config as config_lib
 from runtime_jax import sharding
 from runtime_jax.nn.compute import Compute
+from runtime_jax.training.network import train_network
 from tokenverse_jax.base import corpus, run, text_to_image, vae
 from tokenverse_jax.base.corpus import CaptionConfig, Corpus, describe
 from tokenverse_jax.base.layout import COVERS, FEATURES, layout, layout_loss
 from tokenverse_jax.base.tokenizers import make_tokenizers, scene_words
-from tokenverse_jax.base.training import fit
 from tokenverse_jax.base.words import UNSAID, VALUES, words, words_loss
 from tokenverse_jax.flux.pipeline import Pipeline
 from tokenverse_jax.flux.text import find_word
@@ -326,7 +326,7 @@ def test_a_training_spreads_its_batches_over_all_devices(tmp_path):
     x = np.random.default_rng(0).normal(size=(16, 3)).astype(np.float32)
     batch = {"x": x, "y": x @ np.float32([[1], [2], [3]])}
     config = dataclasses.replace(_config().vae.training, batch_size=16)
-    result = fit(
+    result = train_network(
         config,
         tmp_path,
         resolved_config={},
@@ -334,6 +334,7 @@ def test_a_training_spreads_its_batches_over_all_devices(tmp_path):
         init=lambda: {"w": jnp.zeros((3, 1))},
         loss=loss,
         batches=lambda step: itertools.repeat(batch),
+        dtype="float32",
         preview=preview,
     )
     assert result.step == 2 and rows == [(2, 3)]

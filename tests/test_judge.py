@@ -22,20 +22,14 @@ from mini_scenes.judge.lessons import UNNAMED, draw_batch, sample_lesson
 from mini_scenes.judge.model import JudgeConfig, JudgeNet, init_params
 from mini_scenes.judge.report import DAMAGES, measure
 from mini_scenes.judge.run import TrainConfig, train
-from mini_scenes.judge.train import (
-    StepConfig,
-    Truth,
-    blur,
-    compare,
-    init_state,
-    soften,
-    train_step,
-)
+from mini_scenes.judge.train import Truth, blur, compare, loss, soften
 from runtime_jax import config as config_lib
 from runtime_jax.config import Duration
 from runtime_jax.estimate import Estimate
 from runtime_jax.training.loop import LoopConfig
-from runtime_jax.training.optimizer import OptimizerConfig, make_optimizer, make_schedule
+from runtime_jax.training.network import init_state, train_step
+from runtime_jax.training.optimizer import OptimizerConfig
+from runtime_jax.training.update import Optimizer
 
 TINY = JudgeConfig(width=8, bottom_width=8, blocks=(1, 1, 1))
 SIZE = 16
@@ -117,11 +111,11 @@ def test_losses_vanish_for_views_that_are_the_truth():
 
 
 def test_a_step_learns_and_one_that_is_not_finite_changes_nothing():
-    optimizer_config = OptimizerConfig(learning_rate=3e-3)
-    schedule = make_schedule(optimizer_config, total_steps=9, batch_size=4, num_examples=None)
-    config = StepConfig(TINY, make_optimizer(optimizer_config, schedule), 0.9, 0)
-    step = jax.jit(functools.partial(train_step, config=config))
-    state, batch = init_state(config), draw_batch(0, 0, 4, SIZE)
+    optimizer = Optimizer.make(OptimizerConfig(learning_rate=3e-3), total_steps=9, batch_size=4)
+    judged = functools.partial(loss, config=TINY, seed=0)
+    step = jax.jit(functools.partial(train_step, loss=judged, optimizer=optimizer, ema_decay=0.9))
+    state = init_state(init_params(TINY, jax.random.key(0)), optimizer)
+    batch = draw_batch(0, 0, 4, SIZE)
     losses = []
     for _ in range(8):
         after, metrics = step(state.replace(step=jnp.zeros_like(state.step)), batch)

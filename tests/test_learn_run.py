@@ -11,11 +11,11 @@ from safetensors.numpy import load_file
 from tiny_pipeline import FLUX, SIDE, write_tiny_pipeline
 
 from runtime_jax.config import build, load, to_dict
+from runtime_jax.training.program import Program
 from tokenverse_jax.commands.learn import CONCEPT_FILE, LearnRunConfig, learn
 from tokenverse_jax.concepts import bank
 from tokenverse_jax.concepts.compose import compose, place_recomputed, place_stored
 from tokenverse_jax.concepts.concept_data import read_image
-from tokenverse_jax.concepts.learner import Learner
 from tokenverse_jax.flux import model_folder
 from tokenverse_jax.flux.pipeline import Pipeline
 
@@ -112,17 +112,17 @@ def test_a_run_tells_what_it_does(trained):
 
 def test_a_killed_run_goes_on_bit_equal(trained, config, tmp_path, monkeypatch):
     """Killed in the first stage, and where the second begins."""
-    step = Learner.step
+    step = Program.step
 
     for dies_at in (3, 4):
 
-        def dying(self, state, batch, number, data, last=dies_at):
-            if number == last:
+        def dying(self, state, batch, variant, last=dies_at):
+            if state.step == last:
                 raise KeyboardInterrupt
-            return step(self, state, batch, number, data)
+            return step(self, state, batch, variant)
 
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-            patch.setattr(Learner, "step", dying)
+            patch.setattr(Program, "step", dying)
             learn(config, tmp_path)
         assert not (tmp_path / CONCEPT_FILE).exists()
     learn(config, tmp_path)

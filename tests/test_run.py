@@ -118,7 +118,7 @@ def test_a_killed_run_goes_on_bit_equal(folder, trained):
 
 def test_the_state_restores_on_eight_devices(folder, trained):
     from mergevq_jax.tokenizer import train as stage1
-    from mergevq_jax.tokenizer.run import Program, TrainConfig, load_frozen
+    from mergevq_jax.tokenizer.run import TrainConfig, load_frozen, make_program
     from runtime_jax import config as config_lib
     from runtime_jax.sharding import MeshConfig, make_mesh
     from runtime_jax.training.checkpoint import Checkpointer
@@ -132,7 +132,7 @@ def test_the_state_restores_on_eight_devices(folder, trained):
     for shape, devices in ((MeshConfig(data=2, fsdp=2, tensor=2), 8), (MeshConfig(), 1)):
         mesh = make_mesh(shape, jax.devices()[:devices])
         with jax.set_mesh(mesh):
-            program = Program(step_config, optimizers, mesh, frozen)
+            program = make_program(step_config, optimizers, mesh, frozen)
             with Checkpointer(trained, read_only=True) as checkpointer:
                 states.append(jax.device_get(checkpointer.restore(program.abstract_state)))
     jax.tree.map(np.testing.assert_array_equal, *states)

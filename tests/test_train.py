@@ -12,7 +12,7 @@ import pytest
 from mergevq_jax.tokenizer import model, train
 from mergevq_jax.tokenizer.config import PRESETS, RecoveryConfig, TokenizerConfig
 from mergevq_jax.tokenizer.losses.dinov2 import DINOv2, DINOv2Config
-from mergevq_jax.tokenizer.run import Program
+from mergevq_jax.tokenizer.run import make_program
 from runtime_jax.sharding import MeshConfig, make_mesh, shard_batch
 from runtime_jax.training.optimizer import OptimizerConfig, make_optimizer, make_schedule
 
@@ -75,7 +75,7 @@ def assert_close(got, expected, tolerance):
 def test_a_step_on_any_mesh_is_the_step_of_one_device(shape, state, batch, reference):
     mesh = make_mesh(MeshConfig(data=shape[0], fsdp=shape[1], tensor=shape[2]))
     with jax.set_mesh(mesh):
-        program = Program(CONFIG, PLAIN, mesh, train.Frozen())
+        program = make_program(CONFIG, PLAIN, mesh, train.Frozen())
         placed = jax.tree.map(lambda x, spec: jax.device_put(x, spec.sharding), state, program.abstract_state)
         new, metrics = jax.device_get(program.step(placed, shard_batch(batch, mesh), 36))
     assert program.flops(36) > 1e8 and program.flops(40) == 0
@@ -95,7 +95,7 @@ def test_a_step_on_any_mesh_is_the_step_of_one_device(shape, state, batch, refer
 def test_parameters_are_really_split():
     mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
     with jax.set_mesh(mesh):
-        specs = Program(CONFIG, PLAIN, mesh, train.Frozen()).abstract_state.params
+        specs = make_program(CONFIG, PLAIN, mesh, train.Frozen()).abstract_state.params
     qkv = specs["encoder"]["attn"]["blocks_0"]["attn"]["qkv"]["kernel"].sharding.spec
     assert tuple(qkv) == ("fsdp", "tensor")
 

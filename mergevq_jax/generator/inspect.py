@@ -8,12 +8,14 @@ import jax
 import jax.numpy as jnp
 
 from mergevq_jax.generator import train as stage2
-from mergevq_jax.generator.run import TrainConfig
+from mergevq_jax.generator.run import TrainConfig, make_program
 from mergevq_jax.generator.sampling.decode import new_store
 from mergevq_jax.generator.sampling.plan import make_plan
 from mergevq_jax.generator.sampling.random_order import make_randar_plan
 from runtime_jax.cost import count, program_row, size_of, table
+from runtime_jax.sharding import MeshConfig, make_mesh
 from runtime_jax.training.optimizer import make_optimizer
+from runtime_jax.training.update import Optimizer
 
 
 def inspect_generator(config: TrainConfig, *, compile: bool = False) -> str:
@@ -67,13 +69,12 @@ def trace_train_step(config: TrainConfig, batch_size: int) -> tuple[stage2.Train
     """Shapes of the train state, and the traced step on codes."""
     step_config = config.step_config(None)
     schedule = lambda step: config.optimizer.learning_rate  # noqa: E731
-    optimizer = stage2.Optimizer(make_optimizer(config.optimizer, schedule), schedule)
-    state = jax.eval_shape(functools.partial(stage2.init_state, step_config, optimizer))
+    optimizer = Optimizer(make_optimizer(config.optimizer, schedule), schedule)
     numbers = jax.ShapeDtypeStruct((batch_size,), jnp.int32)
     raster = jax.ShapeDtypeStruct((batch_size, config.model.length), jnp.int32)
     batch = {"indices": raster, "source_map": raster, "label": numbers, "index": numbers}
-    step = functools.partial(stage2.train_step, config=step_config, optimizer=optimizer, keep=step_keep(config))
-    return state, jax.jit(step, donate_argnums=0).trace(state, None, batch)
+    program = make_program(step_config, optimizer, make_mesh(MeshConfig(), jax.devices()[:1]), None)
+    return program.abstract_state, program.trace(batch, step_keep(config))
 
 
 def _store_row(config: TrainConfig, keep: int) -> tuple[str, ...]:

@@ -31,14 +31,14 @@ from mergevq_jax.tokenizer.model import Tokenizer, load_tokenizer
 from runtime_jax import config as config_lib
 from runtime_jax import sharding
 from runtime_jax.config import naming
-from runtime_jax.cost import peak_flops
 from runtime_jax.data import DataConfig
 from runtime_jax.nn.compute import Compute
 from runtime_jax.pictures import image_grid
 from runtime_jax.training import loop
-from runtime_jax.training.initial_state import initial_state
-from runtime_jax.training.optimizer import OptimizerConfig, make_optimizer, make_schedule
+from runtime_jax.training.fit import fit
+from runtime_jax.training.optimizer import OptimizerConfig
 from runtime_jax.training.program import Program
+from runtime_jax.training.update import Optimizer
 from runtime_jax.workdir import only_writer
 
 MODEL_FOLDER = "generator"
@@ -161,8 +161,7 @@ def _train(config: TrainConfig, workdir: Path) -> Trained:
         raise ValueError(f"init_from {config.init_from}: its codes are not those of the tokenizer {config.tokenizer}")
     examples, batch_size = generator_data.num_examples(config.data), config.data.batch_size
     total_steps = config.loop.duration.to_steps(batch_size, examples)
-    schedule = make_schedule(config.optimizer, total_steps=total_steps, batch_size=batch_size, num_examples=examples)
-    optimizer = stage2.Optimizer(make_optimizer(config.optimizer, schedule), schedule)
+    optimizer = Optimizer.make(config.optimizer, total_steps=total_steps, batch_size=batch_size, num_examples=examples)
     mesh = sharding.make_mesh(config.mesh)
     _check_mesh(config, mesh)
     # A tokenizer may lie elsewhere when a run goes on, but it must be the same one.
@@ -170,33 +169,22 @@ def _train(config: TrainConfig, workdir: Path) -> Trained:
     draw = functools.partial(draw_keep, config.merge_ratio, config.seed)
     with jax.set_mesh(mesh):
         run = Run(config, tokenizer, info, optimizer, mesh)
-        found = initial_state(
-            workdir,
-            run.program.abstract_state,
-            config=resolved,
-            init=run.program.init,
+        result = fit(
+            run.program,
+            workdir=workdir,
+            config=config.loop,
+            resolved_config=resolved,
+            total_steps=total_steps,
+            batch_size=batch_size,
+            batches=lambda step: generator_data.make_batches(config.data, draw, step, **_hosts()),
+            dtype=config.compute.dtype,
+            variant=draw,
+            preview=run.preview,
+            evaluate=run.evaluate,
             init_from=functools.partial(run.with_weights, start) if start else None,
             resume_from=config.resume_from,
             must_match=("kind", "model", "window", "groups", "codes_of", "seed", "data", "merge_ratio"),
             may_differ=("data.num_workers", "data.folders", "data.sources.*.data_dir", "data.sources.*.path"),
-        )
-        if jax.process_index() == 0:
-            print(f"{total_steps} steps of {batch_size} images, from step {found.step} ({found.origin})", flush=True)
-        result = loop.run(
-            config=config.loop,
-            workdir=workdir,
-            resolved_config=resolved,
-            state=found.state,
-            start_step=found.step,
-            total_steps=total_steps,
-            train_step=lambda state, batch, step: run.program.step(state, batch, draw(step)),
-            batches=lambda step: generator_data.make_batches(config.data, draw, step, **_hosts()),
-            shard=lambda batch: sharding.shard_batch(batch, mesh),
-            preview=run.preview,
-            evaluate=run.evaluate,
-            variant=draw,
-            flops_per_step=lambda step: run.program.flops(draw(step)),
-            peak_flops=peak_flops(mesh.devices.flat[0].device_kind, config.compute.dtype),
         )
         folder = workdir / MODEL_FOLDER
         averaged = run.averaged(result.state)
@@ -251,6 +239,20 @@ def _hosts() -> dict[str, int]:
     return {"process_index": jax.process_index(), "process_count": jax.process_count()}
 
 
+def make_program(config: stage2.StepConfig, optimizer: Optimizer, mesh: jax.sharding.Mesh, tokenizer: Any) -> Program:
+    """The train step, whose variants are the K, and its state.
+
+    Args:
+      tokenizer: its parameters, on every device; to trace the step, shapes will do, and for codes None.
+    """
+
+    def train_step(state, frozen, batch, keep):
+        return stage2.train_step(state, frozen, batch, config=config, optimizer=optimizer, keep=keep)
+
+    init_state = functools.partial(stage2.init_state, config, optimizer)
+    return Program(init_state, train_step, SHARDING_RULES, mesh, tokenizer)
+
+
 class Run:
     """The compiled side of a run: its step, its held-out loss, its pictures. Use it under `jax.set_mesh(mesh)`."""
 
@@ -259,18 +261,14 @@ class Run:
         config: TrainConfig,
         tokenizer: Tokenizer,
         info: GeneratorInfo,
-        optimizer: stage2.Optimizer,
+        optimizer: Optimizer,
         mesh: jax.sharding.Mesh,
     ):
         """Arguments as `train` makes them: a checked config with its tokenizer and `GeneratorInfo`."""
         step_config = config.step_config(tokenizer)
 
-        def train_step(state, frozen, batch, keep):
-            return stage2.train_step(state, frozen, batch, config=step_config, optimizer=optimizer, keep=keep)
-
         self._config, self._info, self._mesh = config, info, mesh
-        init_state = functools.partial(stage2.init_state, step_config, optimizer)
-        self.program = Program(init_state, train_step, SHARDING_RULES, mesh, tokenizer.params)
+        self.program = make_program(step_config, optimizer, mesh, sharding.replicate(tokenizer.params, mesh))
         self._tokenizer = dataclasses.replace(tokenizer, params=self.program.frozen)
         self._losses = jax.jit(
             functools.partial(stage2.evaluate, config=step_config),

@@ -13,12 +13,11 @@ Axes: B batch, A parts of an update, L raster tokens, P prefix tokens, N = P + L
 import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import flax.struct
 import jax
 import jax.numpy as jnp
-import optax
 from jaxtyping import Array, Key
 
 from mergevq_jax.generator.config import GeneratorConfig
@@ -35,12 +34,13 @@ from mergevq_jax.tokenizer.config import TokenizerConfig
 from runtime_jax.nn.compute import Compute
 from runtime_jax.prng import Stream, stream_key
 from runtime_jax.sharding import Axis, constrain
+from runtime_jax.training import network
 from runtime_jax.training.accumulate import accumulate
-from runtime_jax.training.optimizer import ema_update
+from runtime_jax.training.network import TrainState, updated
+from runtime_jax.training.update import Metrics, Optimizer
 
 Kind = Literal["merge", "plain", "random"]
 Groups = Literal["source_map", "codes"]
-Metrics = dict[str, tuple[Array, Array]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,23 +67,6 @@ class StepConfig:
             raise ValueError(f"kind={self.kind!r} with model.position_instruction={self.model.position_instruction}")
 
 
-class Optimizer(NamedTuple):
-    """The gradient transformation, and its learning rate for the log."""
-
-    transformation: optax.GradientTransformation
-    schedule: optax.Schedule
-
-
-@flax.struct.dataclass
-class TrainState:
-    """What a checkpoint holds; all of it is donated to the step."""
-
-    step: Any  # untyped, as trees of shapes and of shardings have this structure too
-    params: Params
-    opt_state: Any
-    ema: Params
-
-
 @flax.struct.dataclass
 class CountingState(TrainState):
     """Of kind "random", which also counts where groups start."""
@@ -93,13 +76,7 @@ class CountingState(TrainState):
 
 def init_state(config: StepConfig, optimizer: Optimizer) -> TrainState:
     """A new state from the config's seed."""
-    params = init_params(config.model, stream_key(config.seed, Stream.PARAMS))
-    state = TrainState(
-        step=jnp.zeros((), jnp.int32),
-        params=params,
-        opt_state=optimizer.transformation.init(params),
-        ema=jax.tree.map(jnp.copy, params),
-    )
+    state = network.init_state(init_params(config.model, stream_key(config.seed, Stream.PARAMS)), optimizer)
     return CountingState(**vars(state), group_starts=new_counts(config.model)) if config.kind == "random" else state
 
 
@@ -137,20 +114,8 @@ def train_step(
     counting = isinstance(state, CountingState)
     starts = state.group_starts if counting else None
     gradients, starts, means = accumulate(part, starts, batch, config.accumulate)
-    norm = optax.tree.norm(gradients)
-
-    updates, opt_state = optimizer.transformation.update(gradients, state.opt_state, state.params)
-    params = optax.apply_updates(state.params, updates)
-    ema = ema_update(state.ema, params, state.step, config.ema_decay)
-    new_state = state.replace(
-        params=params, opt_state=opt_state, ema=ema, **({"group_starts": starts} if counting else {})
-    )
-    finite = jnp.isfinite(means["loss"] + norm)
-    new_state = jax.tree.map(lambda new, old: jnp.where(finite, new, old), new_state, state)
-    means |= {"grad_norm": norm, "lr": jnp.asarray(optimizer.schedule(state.step), jnp.float32)}
-    counted = finite.astype(jnp.float32)  # a skipped step's values would make every average of the interval NaN
-    metrics = {name: (jnp.where(finite, value, 0.0), counted) for name, value in means.items()}
-    return new_state.replace(step=state.step + 1), metrics | {"nonfinite": (1.0 - counted, jnp.ones(()))}
+    fields = {"group_starts": starts} if counting else {}
+    return updated(state, gradients, means, optimizer=optimizer, ema_decay=config.ema_decay, **fields)
 
 
 def evaluate(

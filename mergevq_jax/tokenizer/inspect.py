@@ -1,6 +1,5 @@
 """`mergevq inspect`: what a model costs, from its config alone."""
 
-import functools
 from dataclasses import replace
 from typing import Any
 
@@ -11,9 +10,10 @@ from mergevq_jax.tokenizer import model
 from mergevq_jax.tokenizer import train as stage1
 from mergevq_jax.tokenizer.config import TokenizerConfig
 from mergevq_jax.tokenizer.losses.perceptual import lpips_shapes
-from mergevq_jax.tokenizer.run import TrainConfig, load_frozen
+from mergevq_jax.tokenizer.run import TrainConfig, load_frozen, make_program
 from runtime_jax.cost import count, program_row, size_of, table
 from runtime_jax.nn.compute import Compute
+from runtime_jax.sharding import MeshConfig, make_mesh
 from runtime_jax.training.optimizer import make_optimizer
 
 
@@ -103,8 +103,7 @@ def trace_train_step(config: TrainConfig, batch_size: int) -> tuple[stage1.Train
     optimizers = stage1.Optimizers(
         make_optimizer(config.optimizer, schedule), make_optimizer(config.discriminator_optimizer, schedule), schedule
     )
-    state = jax.eval_shape(functools.partial(stage1.init_state, step_config, optimizers))
     side = config.model.resolution
     batch = {"image": jax.ShapeDtypeStruct((batch_size, side, side, config.model.in_channels), jnp.uint8)}
-    step = functools.partial(stage1.train_step, config=step_config, optimizers=optimizers, keep=config.model.keep)
-    return state, jax.jit(step, donate_argnums=0).trace(state, frozen, batch)
+    program = make_program(step_config, optimizers, make_mesh(MeshConfig(), jax.devices()[:1]), frozen)
+    return program.abstract_state, program.trace(batch, config.model.keep)

@@ -21,12 +21,12 @@ from mergevq_jax.tokenizer.model import Tokenizer
 from runtime_jax import config as config_lib
 from runtime_jax import sharding
 from runtime_jax.config import naming
-from runtime_jax.cost import peak_flops
 from runtime_jax.data import DataConfig, make_batches, num_examples, open_source
 from runtime_jax.nn.compute import Compute
-from runtime_jax.training import loop, program
-from runtime_jax.training.initial_state import initial_state
+from runtime_jax.training import loop
+from runtime_jax.training.fit import fit
 from runtime_jax.training.optimizer import OptimizerConfig, make_optimizer, make_schedule
+from runtime_jax.training.program import Program
 from runtime_jax.workdir import only_writer
 
 MODEL_FOLDER = "tokenizer"
@@ -125,44 +125,33 @@ def _train(config: TrainConfig, workdir: Path) -> Trained:
     parts = mesh.shape["data"] * mesh.shape["fsdp"] * config.accumulate
     if batch_size % parts:
         raise ValueError(f"data.batch_size={batch_size} does not divide by data x fsdp x accumulate = {parts}")
-    resolved = config_lib.to_dict(config)
+    notes = []
+    if config.accumulate > 1 and (terms := step_config.taken_by_part()):
+        part = batch_size // config.accumulate
+        notes.append(f"accumulate={config.accumulate}: of each part of {part} images by itself: {', '.join(terms)}")
+    looks = _Looks(config, images)
     with jax.set_mesh(mesh):
-        compiled = Program(step_config, optimizers, mesh, frozen)
-        found = initial_state(
-            workdir,
-            compiled.abstract_state,
-            config=resolved,
-            init=functools.partial(compiled.init, blocks_from=config.blocks_from),
-            init_from=functools.partial(compiled.with_weights, start) if start else None,
-            resume_from=config.resume_from,
-            must_match=("model", "discriminator", "seed", "data", "merge_ratio"),
-            may_differ=("data.num_workers", "data.sources.*.data_dir", "data.sources.*.path"),
-        )
-        if jax.process_index() == 0:
-            print(f"{total_steps} steps of {batch_size} images, from step {found.step} ({found.origin})", flush=True)
-            if config.accumulate > 1 and (terms := step_config.taken_by_part()):
-                part = batch_size // config.accumulate
-                print(f"accumulate={config.accumulate}: of each part of {part} images by itself: {', '.join(terms)}")
-        looks = _Looks(config, images)
-        result = loop.run(
-            config=config.loop,
+        program = make_program(step_config, optimizers, mesh, sharding.replicate(frozen, mesh))
+        result = fit(
+            program,
             workdir=workdir,
-            resolved_config=resolved,
-            state=found.state,
-            start_step=found.step,
+            config=config.loop,
+            resolved_config=config_lib.to_dict(config),
             total_steps=total_steps,
-            train_step=lambda state, batch, step: compiled.step(
-                state, batch, draw_keep(config.merge_ratio, config.seed, step)
-            ),
+            batch_size=batch_size,
             batches=lambda step: make_batches(
                 config.data, step, process_index=jax.process_index(), process_count=jax.process_count()
             ),
-            shard=lambda batch: sharding.shard_batch(batch, mesh),
+            dtype=config.compute.dtype,
+            variant=functools.partial(draw_keep, config.merge_ratio, config.seed),
             preview=looks.preview,
             evaluate=looks.evaluate,
-            variant=lambda step: draw_keep(config.merge_ratio, config.seed, step),
-            flops_per_step=lambda step: compiled.flops(draw_keep(config.merge_ratio, config.seed, step)),
-            peak_flops=peak_flops(mesh.devices.flat[0].device_kind, config.compute.dtype),
+            init=functools.partial(new_state, program, config.blocks_from),
+            init_from=functools.partial(with_weights, program, start) if start else None,
+            resume_from=config.resume_from,
+            must_match=("model", "discriminator", "seed", "data", "merge_ratio"),
+            may_differ=("data.num_workers", "data.sources.*.data_dir", "data.sources.*.path"),
+            notes=notes,
         )
         folder = workdir / MODEL_FOLDER
         ema = jax.device_get(jax.jit(lambda ema: ema, out_shardings=sharding.replicated(mesh))(result.state.ema))
@@ -220,40 +209,39 @@ def evaluation_images(config: EvaluationConfig) -> np.ndarray:
     return np.concatenate([batch["image"] for batch in itertools.islice(batches, config.batches)])
 
 
-class Program(program.Program):
-    """The train step, compiled for each K, and its state. Use it under `jax.set_mesh(mesh)`."""
+def make_program(
+    config: stage1.StepConfig, optimizers: stage1.Optimizers, mesh: jax.sharding.Mesh, frozen: stage1.Frozen
+) -> Program:
+    """The train step, whose variants are the K, and its state.
 
-    def __init__(
-        self,
-        config: stage1.StepConfig,
-        optimizers: stage1.Optimizers,
-        mesh: jax.sharding.Mesh,
-        frozen: stage1.Frozen,
-    ):
-        def train_step(state, frozen, batch, keep):
-            return stage1.train_step(state, frozen, batch, config=config, optimizers=optimizers, keep=keep)
+    Args:
+      frozen: on every device; to trace the step, shapes will do.
+    """
 
-        init_state = functools.partial(stage1.init_state, config, optimizers)
-        super().__init__(init_state, train_step, stage1.SHARDING_RULES, mesh, frozen)
+    def train_step(state, frozen, batch, keep):
+        return stage1.train_step(state, frozen, batch, config=config, optimizers=optimizers, keep=keep)
 
-    def init(self, blocks_from: str | None = None) -> stage1.TrainState:
-        """A new state, made where it belongs; with the encoder's blocks from a DINOv2, if one is named."""
-        state = super().init()
-        if blocks_from is None:
-            return state
-        attn = {
-            name: block for name, block in self.abstract_state.params["encoder"]["attn"].items() if name != "cls_token"
-        }
-        _, dinov2 = load_dinov2(blocks_from)
-        filled = alignment.init_blocks_from_dinov2(attn, dinov2)
-        shardings = self.shardings.params["encoder"]["attn"]
-        filled = sharding.place(filled, {name: shardings[name] for name in filled})
-        encoder = state.params["encoder"]
-        return _with_params(state, {**state.params, "encoder": {**encoder, "attn": {**encoder["attn"], **filled}}})
+    init_state = functools.partial(stage1.init_state, config, optimizers)
+    return Program(init_state, train_step, stage1.SHARDING_RULES, mesh, frozen)
 
-    def with_weights(self, tokenizer: Tokenizer, state: stage1.TrainState) -> stage1.TrainState:
-        """The state with the weights of a saved tokenizer of the same architecture."""
-        return _with_params(state, sharding.place(tokenizer.params, self.shardings.params))
+
+def new_state(program: Program, blocks_from: str | None = None) -> stage1.TrainState:
+    """A new state, made where it belongs; with the encoder's blocks from a DINOv2, if one is named."""
+    state = program.init()
+    if blocks_from is None:
+        return state
+    blocks = program.abstract_state.params["encoder"]["attn"]
+    _, dinov2 = load_dinov2(blocks_from)
+    filled = alignment.init_blocks_from_dinov2({k: v for k, v in blocks.items() if k != "cls_token"}, dinov2)
+    shardings = program.shardings.params["encoder"]["attn"]
+    filled = sharding.place(filled, {name: shardings[name] for name in filled})
+    encoder = state.params["encoder"]
+    return _with_params(state, {**state.params, "encoder": {**encoder, "attn": {**encoder["attn"], **filled}}})
+
+
+def with_weights(program: Program, tokenizer: Tokenizer, state: stage1.TrainState) -> stage1.TrainState:
+    """The state with the weights of a saved tokenizer of the same architecture."""
+    return _with_params(state, sharding.place(tokenizer.params, program.shardings.params))
 
 
 def _with_params(state: stage1.TrainState, params: Any) -> stage1.TrainState:

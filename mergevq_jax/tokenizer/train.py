@@ -26,9 +26,9 @@ from runtime_jax.prng import Stream, example_keys, stream_key
 from runtime_jax.sharding import Axis, Rule, constrain
 from runtime_jax.training.accumulate import accumulate
 from runtime_jax.training.optimizer import ema_update
+from runtime_jax.training.update import Metrics, guarded
 
 Params = Any
-Metrics = dict[str, tuple[Array, Array]]
 
 DISCRIMINATOR_LOSSES = {
     "hinge": adversarial.hinge_d_loss,
@@ -228,13 +228,9 @@ def train_step(
         disc_opt_state=disc_opt_state,
         lecam=lecam,
     )
-    finite = jnp.isfinite(metrics["loss"] + metrics["disc/loss"] + norms["grad_norm"] + norms["disc/grad_norm"])
-    new_state = jax.tree.map(lambda new, old: jnp.where(finite, new, old), new_state, state)
-    new_state = new_state.replace(step=state.step + 1)
-    metrics |= norms | {"lr": jnp.asarray(optimizers.schedule(state.step), jnp.float32)}
-    counted = finite.astype(jnp.float32)  # a skipped step's values would make every average of the interval NaN
-    metrics = {name: (jnp.where(finite, value, 0.0), counted) for name, value in metrics.items()}
-    return new_state, metrics | {"nonfinite": (1.0 - counted, jnp.ones(()))}
+    watched = metrics["loss"] + metrics["disc/loss"] + norms["grad_norm"] + norms["disc/grad_norm"]
+    means = metrics | norms | {"lr": jnp.asarray(optimizers.schedule(state.step), jnp.float32)}
+    return guarded(state, new_state, means, watched=watched)
 
 
 def _losses(trained, disc_stats, lecam, frozen, batch, step, config: StepConfig, keep: int):

@@ -1,4 +1,4 @@
-"""A training run of the judge: config, state and loop put together."""
+"""A training run of the judge."""
 
 import functools
 from dataclasses import dataclass
@@ -9,14 +9,13 @@ import jax
 
 from mini_scenes.judge import lessons
 from mini_scenes.judge.judge import save_weights
-from mini_scenes.judge.model import JudgeConfig
-from mini_scenes.judge.train import StepConfig, init_state, train_step
+from mini_scenes.judge.model import JudgeConfig, init_params
+from mini_scenes.judge.train import loss
 from runtime_jax import config as config_lib
-from runtime_jax import sharding
-from runtime_jax.training import loop
-from runtime_jax.training.initial_state import initial_state
-from runtime_jax.training.optimizer import OptimizerConfig, make_optimizer, make_schedule
-from runtime_jax.training.program import Program
+from runtime_jax.prng import Stream, stream_key
+from runtime_jax.training.loop import LoopConfig
+from runtime_jax.training.network import TrainingConfig, train_network
+from runtime_jax.training.optimizer import OptimizerConfig
 from runtime_jax.workdir import only_writer
 
 WEIGHTS = "judge.safetensors"
@@ -32,7 +31,7 @@ class TrainConfig:
     batch_size: int = 32
     optimizer: OptimizerConfig
     ema_decay: float = 0.99
-    loop: loop.LoopConfig
+    loop: LoopConfig
 
     def __post_init__(self):
         if self.image_size % 8 or self.batch_size < 1:
@@ -60,33 +59,18 @@ def train(config: TrainConfig, workdir: str | Path) -> Trained:
 
 
 def _train(config: TrainConfig, workdir: Path) -> Trained:
-    total_steps = config.loop.duration.to_steps(config.batch_size)
-    schedule = make_schedule(config.optimizer, total_steps=total_steps, batch_size=config.batch_size, num_examples=None)
-    step_config = StepConfig(config.model, make_optimizer(config.optimizer, schedule), config.ema_decay, config.seed)
-    mesh = sharding.make_mesh(sharding.MeshConfig())
-    resolved = config_lib.to_dict(config)
-    with jax.set_mesh(mesh):
-        program = Program(
-            functools.partial(init_state, step_config),
-            lambda state, frozen, batch, variant: train_step(state, batch, config=step_config),
-            sharding.EVERYWHERE,
-            mesh,
-        )
-        found = initial_state(
-            workdir, program.abstract_state, config=resolved, init=program.init, must_match=("model", "seed")
-        )
-        result = loop.run(
-            config=config.loop,
-            workdir=workdir,
-            resolved_config=resolved,
-            state=found.state,
-            start_step=found.step,
-            total_steps=total_steps,
-            train_step=lambda state, batch, _: program.step(state, batch, None),
-            batches=lambda start: lessons.batches(config.seed, start, config.batch_size, config.image_size),
-            shard=lambda batch: sharding.shard_batch(batch, mesh),
-            flops_per_step=lambda _: program.flops(None),
-        )
+    result = train_network(
+        TrainingConfig(
+            batch_size=config.batch_size, optimizer=config.optimizer, ema_decay=config.ema_decay, loop=config.loop
+        ),
+        workdir,
+        resolved_config=config_lib.to_dict(config),
+        must_match=("model", "seed"),
+        init=lambda: init_params(config.model, stream_key(config.seed, Stream.PARAMS)),
+        loss=functools.partial(loss, config=config.model, seed=config.seed),
+        batches=lambda start: lessons.batches(config.seed, start, config.batch_size, config.image_size),
+        dtype="float32",
+    )
     path = workdir / WEIGHTS
     save_weights(path, config.model, jax.device_get(result.state.ema), step=result.step)
     return Trained(path, result.step, result.stopped_by)

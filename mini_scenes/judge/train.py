@@ -1,12 +1,10 @@
-"""The judge's training step: softened images, one loss for each thing that it says, an average of the weights.
+"""What the judge is taught by: softened images, and one loss for each thing that it says.
 
 Axes: B batch, H W image, h w cells of 4 x 4 pixels.
 """
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple
 
-import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,66 +13,23 @@ from einops import rearrange, reduce
 from jaxtyping import Array, Float, Int, Key
 
 from mini_scenes.judge.lessons import UNNAMED, Truth
-from mini_scenes.judge.model import CELL, JudgeConfig, JudgeNet, Views, init_params
+from mini_scenes.judge.model import CELL, JudgeConfig, JudgeNet, Views
 from runtime_jax.prng import Stream, stream_key
-from runtime_jax.training.optimizer import ema_update
+from runtime_jax.training.network import Means
+from runtime_jax.training.update import Params
 
 BLOCK = 8  # pixels of a side, as in JPEG
 WEIGHTS = {"kind": 1.0, "texture": 0.5, "color": 0.3, "rgb": 4.0, "turn": 0.5, "background": 0.3, "light": 0.5}
 
 
-@flax.struct.dataclass
-class TrainState:
-    """What a checkpoint holds; all of it is donated to the step."""
-
-    step: Any
-    params: Any
-    opt_state: Any
-    ema: Any
-
-
-class StepConfig(NamedTuple):
-    """The static part of a step."""
-
-    model: JudgeConfig
-    optimizer: optax.GradientTransformation
-    ema_decay: float
-    seed: int
-
-
-def init_state(config: StepConfig) -> TrainState:
-    """A new state from the config's seed."""
-    params = init_params(config.model, stream_key(config.seed, Stream.PARAMS))
-    return TrainState(
-        step=jnp.zeros((), jnp.int32),
-        params=params,
-        opt_state=config.optimizer.init(params),
-        ema=jax.tree.map(jnp.copy, params),
-    )
-
-
-def train_step(state: TrainState, batch: Mapping[str, Array], *, config: StepConfig) -> tuple[TrainState, dict]:
-    """One update on a batch of `lessons.draw_batch`; one that is not finite changes nothing but the step."""
+def loss(
+    params: Params, batch: Mapping[str, Array], step: Array, *, config: JudgeConfig, seed: int
+) -> tuple[Array, Means]:
+    """Weighted sum of the losses on softened images of a batch of `lessons.draw_batch`, and each of them."""
     truth = Truth(**{name: value for name, value in batch.items() if name != "image"})
-    key = stream_key(config.seed, Stream.AUGMENT, state.step)
-    images = soften(batch["image"].astype(jnp.float32) / 255, key)
-
-    def objective(params):
-        losses = compare(JudgeNet(config.model).apply({"params": params}, images), truth)
-        return sum(WEIGHTS[name] * value for name, value in losses.items()), losses
-
-    (loss, losses), gradient = jax.value_and_grad(objective, has_aux=True)(state.params)
-    norm = optax.tree.norm(gradient)
-    finite = jnp.isfinite(loss) & jnp.isfinite(norm)
-    updates, opt_state = config.optimizer.update(gradient, state.opt_state, state.params)
-    params = optax.apply_updates(state.params, updates)
-    ema = ema_update(state.ema, params, state.step, config.ema_decay)
-    changed = TrainState(step=state.step, params=params, opt_state=opt_state, ema=ema)
-    kept = jax.tree.map(lambda new, old: jnp.where(finite, new, old), changed, state)
-    counted = finite.astype(jnp.float32)
-    metrics = {name: (jnp.where(finite, value, 0), counted) for name, value in {"loss": loss, **losses}.items()}
-    metrics |= {"grad_norm": (jnp.where(finite, norm, 0), counted), "nonfinite": (1 - counted, jnp.ones(()))}
-    return kept.replace(step=state.step + 1), metrics
+    images = soften(batch["image"].astype(jnp.float32) / 255, stream_key(seed, Stream.AUGMENT, step))
+    losses = compare(JudgeNet(config).apply({"params": params}, images), truth)
+    return sum(WEIGHTS[name] * value for name, value in losses.items()), losses
 
 
 def compare(views: Views, truth: Truth) -> dict[str, Float[Array, ""]]:

@@ -1,17 +1,12 @@
 """The compiled side of a training run: how its state lies on the mesh, and a program for each variant of the step."""
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 
 from runtime_jax import sharding
 from runtime_jax.cost import count_flops
-
-
-class _Compiled(NamedTuple):
-    program: Any
-    flops: float
 
 
 class Program:
@@ -20,6 +15,8 @@ class Program:
     Attributes:
       abstract_state: shapes, dtypes and shardings of the state.
       shardings: the same tree, shardings alone.
+      frozen: parameters that the step reads and never changes.
+      mesh: what it was made for.
     """
 
     def __init__(
@@ -38,34 +35,39 @@ class Program:
             is static.
           rules: of `sharding.param_shardings` for the state.
           mesh: of `sharding.make_mesh`.
-          frozen: parameters that the step reads and never changes; a copy on every device.
+          frozen: parameters where they belong (see `sharding.replicate`), or for `trace` their shapes alone.
         """
-        self._init_state, self._train_step, self._mesh = init_state, train_step, mesh
+        self._init_state, self._train_step = init_state, train_step
+        self.mesh, self.frozen = mesh, frozen
         shapes = jax.eval_shape(init_state)
         self.shardings = sharding.param_shardings(shapes, rules, mesh)
         self.abstract_state = jax.tree.map(
             lambda shape, place: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=place), shapes, self.shardings
         )
-        self.frozen = sharding.place(frozen, jax.tree.map(lambda _: sharding.replicated(mesh), frozen))
-        self._compiled: dict[Hashable, _Compiled] = {}
+        self._compiled: dict[Hashable, Any] = {}
+        self._flops: dict[Hashable, float] = {}
 
     def init(self) -> Any:
         """A new state, made where it belongs."""
         return jax.jit(self._init_state, out_shardings=self.shardings)()
 
+    def trace(self, batch: Mapping[str, Any], variant: Hashable) -> Any:
+        """The step of a variant for a batch of these shapes, traced: `.jaxpr`, `.lower()`, `.lower().compile()`."""
+        jitted = jax.jit(
+            lambda state, frozen, batch: self._train_step(state, frozen, batch, variant),
+            donate_argnums=0,
+            out_shardings=(self.shardings, sharding.replicated(self.mesh)),
+        )
+        return jitted.trace(self.abstract_state, self.frozen, dict(batch))
+
     def step(self, state: Any, batch: Mapping[str, Any], variant: Hashable) -> tuple[Any, Any]:
-        """One update; `state` is donated. The first call of each variant compiles."""
-        arguments = (state, self.frozen, dict(batch))
-        if variant not in self._compiled:
-            jitted = jax.jit(
-                lambda state, frozen, batch: self._train_step(state, frozen, batch, variant),
-                donate_argnums=0,
-                out_shardings=(self.shardings, sharding.replicated(self._mesh)),
-            )
-            traced = jitted.trace(*arguments)
-            self._compiled[variant] = _Compiled(traced.lower().compile(), count_flops(traced.jaxpr.jaxpr))
-        return self._compiled[variant].program(*arguments)
+        """One update; `state` is donated. The first call for a variant and shapes of a batch compiles."""
+        key = variant, tuple((name, value.shape) for name, value in sorted(batch.items()))
+        if key not in self._compiled:
+            traced = self.trace(batch, variant)
+            self._compiled[key], self._flops[variant] = traced.lower().compile(), count_flops(traced.jaxpr.jaxpr)
+        return self._compiled[key](state, self.frozen, dict(batch))
 
     def flops(self, variant: Hashable) -> float:
         """FLOPs of a step of this variant, over all devices; 0 before its first call."""
-        return self._compiled[variant].flops if variant in self._compiled else 0.0
+        return self._flops.get(variant, 0.0)

@@ -15,6 +15,7 @@ from runtime_jax import config as config_lib
 from runtime_jax.nn.compute import Compute
 from runtime_jax.pictures import image_grid
 from runtime_jax.training import loop
+from runtime_jax.training.network import train_network
 from runtime_jax.workdir import only_writer
 from tokenverse_jax.base import corpus, text_to_image, vae
 from tokenverse_jax.base.corpus import Corpus
@@ -22,7 +23,6 @@ from tokenverse_jax.base.layout import layout
 from tokenverse_jax.base.report import captioned_grid, held_out_captions
 from tokenverse_jax.base.text_to_image import Networks, TextToImageConfig
 from tokenverse_jax.base.tokenizers import Tokenizers, make_tokenizers, scene_words
-from tokenverse_jax.base.training import fit
 from tokenverse_jax.base.vae import VAEConfig
 from tokenverse_jax.flux import autoencoder
 from tokenverse_jax.flux.fingerprint import fingerprint
@@ -131,10 +131,11 @@ def _train_vae(config: BaseConfig, workdir: Path) -> loop.Result:
         rows = [list(pictures[start : start + 8]) for start in (0, 8, 16) for pictures in both]
         return {"reconstructions": image_grid(rows, row_labels=["scenes", "rebuilt"] * 3, scale=2)}
 
-    return fit(
+    return train_network(
         config.vae.training,
         workdir,
         resolved_config=config_lib.to_dict(config),
+        dtype=config.compute.dtype,
         must_match=("vae", "seed", "image_size"),
         init=lambda: vae.init_params(config.vae, config.seed),
         loss=functools.partial(vae.loss, config=config.vae, compute=config.compute, seed=config.seed),
@@ -153,10 +154,11 @@ def _train_reading(
         params = text_to_image.init_params(networks, config.seed)
         return {name: params[name] for name in ("t5", "words_head")}
 
-    return fit(
+    return train_network(
         stage.reading,
         workdir,
         resolved_config=config_lib.to_dict(config),
+        dtype=config.compute.dtype,
         must_match=("seed", "num_scenes", "text_to_image"),
         init=init,
         loss=functools.partial(text_to_image.reading_loss, networks=networks),
@@ -200,10 +202,11 @@ def _train_text_to_image(
         return {"samples": captioned_grid(np.asarray(images), captions)}
 
     stage = config.text_to_image
-    return fit(
+    return train_network(
         stage.training,
         workdir,
         resolved_config=config_lib.to_dict(config),
+        dtype=config.compute.dtype,
         must_match=("seed", "image_size", "num_scenes", "vae", "text_to_image"),
         init=lambda: text_to_image.init_params(networks, config.seed) | jax.tree.map(jnp.asarray, reads),
         loss=functools.partial(text_to_image.loss, config=stage, networks=networks, seed=config.seed),

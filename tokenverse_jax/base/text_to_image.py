@@ -12,10 +12,10 @@ from jaxtyping import Array
 
 from runtime_jax.nn.compute import Compute
 from runtime_jax.prng import Stream, example_keys, stream_key
+from runtime_jax.training.network import Means, TrainingConfig
 from tokenverse_jax.base.corpus import CaptionConfig
 from tokenverse_jax.base.layout import LayoutHead, layout_loss
 from tokenverse_jax.base.tokenizers import Tokenizers
-from tokenverse_jax.base.training import Metrics, TrainingConfig
 from tokenverse_jax.base.words import WordsHead, words_loss
 from tokenverse_jax.flux import autoencoder, model
 from tokenverse_jax.flux.model import Flux, FluxConfig
@@ -130,7 +130,7 @@ def make_pipeline(
     )
 
 
-def reading_loss(params: Params, batch: dict[str, Array], step: Array, *, networks: Networks) -> tuple[Array, Metrics]:
+def reading_loss(params: Params, batch: dict[str, Array], step: Array, *, networks: Networks) -> tuple[Array, Means]:
     """What T5 alone, {"t5", "words_head"} of the parameters, is taught by "t5_ids" int [B, T] and "words" [B, T, A]."""
     txt = T5Encoder(networks.t5, networks.compute).apply({"params": params["t5"]}, batch["t5_ids"])
     return words_loss(WordsHead().apply({"params": params["words_head"]}, txt), batch["words"]), {}
@@ -138,7 +138,7 @@ def reading_loss(params: Params, batch: dict[str, Array], step: Array, *, networ
 
 def loss(
     params: Params, batch: dict[str, Array], step: Array, *, config: TextToImageConfig, networks: Networks, seed: int
-) -> tuple[Array, Metrics]:
+) -> tuple[Array, Means]:
     """Mean square error of the velocity, and the weighted losses of the layout and of the words.
 
     Args:

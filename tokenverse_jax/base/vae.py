@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, UInt8
 
 from runtime_jax.nn.compute import Compute
 from runtime_jax.prng import Stream, example_keys, stream_key
-from tokenverse_jax.base.training import Metrics, TrainingConfig
+from runtime_jax.training.network import Means, TrainingConfig
 from tokenverse_jax.flux.autoencoder import Autoencoder, AutoencoderConfig
 
 Params = Any
@@ -43,7 +43,7 @@ def to_float(images: UInt8[Array, "B H W 3"]) -> Float[Array, "B H W 3"]:
 
 def loss(
     params: Params, batch: dict[str, Array], step: Array, *, config: VAEConfig, compute: Compute, seed: int
-) -> tuple[Array, Metrics]:
+) -> tuple[Array, Means]:
     """Error of what is decoded from samples of the latents, and the latents' divergence from a standard normal.
 
     Args:

@@ -14,12 +14,11 @@ import numpy as np
 from runtime_jax import config as config_lib
 from runtime_jax import sharding
 from runtime_jax.config import Duration
-from runtime_jax.cost import peak_flops
 from runtime_jax.data import center_crop
 from runtime_jax.nn.compute import Compute
 from runtime_jax.pictures import image_grid
 from runtime_jax.training import loop
-from runtime_jax.training.initial_state import initial_state
+from runtime_jax.training.fit import fit
 from runtime_jax.workdir import only_writer
 from tokenverse_jax.concepts.bank import ConceptFile
 from tokenverse_jax.concepts.compose import compose, place_stored
@@ -31,7 +30,6 @@ from tokenverse_jax.concepts.concept_data import (
     encode_concept,
     encode_images,
     encode_prompts,
-    is_isolated,
     make_concepts,
     read_image,
 )
@@ -145,35 +143,22 @@ def _learn(config: LearnRunConfig, loop_config: loop.LoopConfig, workdir: Path) 
     must_match = ("weights", "pixels", "images", "words", "size", "dtype", "learn", "seed")
     must_match += ("sampling",) if config.learn.isolation else ()
 
-    def variant(step: int) -> tuple[int, bool]:
-        return config.learn.stage(step), is_isolated(config.learn, config.seed, step)
-
     with jax.set_mesh(mesh):
         ready = _prepare(config, load, np.stack(images), captions)
         learner = Learner(ready.pipeline, config.learn, mesh)
-        resolved = config_lib.to_dict(config) | {"weights": ready.weights, "pixels": pixels}
-        found = initial_state(
-            workdir,
-            learner.abstract_state,
-            config=resolved,
+        result = fit(
+            learner.program,
+            workdir=workdir,
+            config=loop_config,
+            resolved_config=config_lib.to_dict(config) | {"weights": ready.weights, "pixels": pixels},
+            total_steps=config.learn.total_steps,
+            batch_size=config.learn.batch_size,
+            batches=functools.partial(batches, ready.data, config.learn, config.seed),
+            dtype=config.compute.dtype,
+            variant=lambda step: learner.variant(step, config.seed, ready.data),
+            preview=_Previews(config, ready, shown).draw if config.prompts else None,
             init=functools.partial(learner.init, config.seed),
             must_match=must_match,
-        )
-        print(f"{config.learn.total_steps} steps, from step {found.step} ({found.origin})", flush=True)
-        result = loop.run(
-            config=loop_config,
-            workdir=workdir,
-            resolved_config=resolved,
-            state=found.state,
-            start_step=found.step,
-            total_steps=config.learn.total_steps,
-            train_step=lambda state, batch, step: learner.step(state, batch, step, ready.data),
-            batches=functools.partial(batches, ready.data, config.learn, config.seed),
-            shard=lambda batch: sharding.shard_batch(batch, mesh),
-            preview=_Previews(config, ready, shown).draw if config.prompts else None,
-            variant=variant,
-            flops_per_step=lambda step: learner.flops.get(variant(step), 0.0),
-            peak_flops=peak_flops(mesh.devices.flat[0].device_kind, config.compute.dtype),
         )
         path = workdir / CONCEPT_FILE
         if result.stopped_by is None:

@@ -11,7 +11,7 @@ which hold all captions, J and P widths of the text encoders, D width of the mod
 import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import flax.struct
 import jax
@@ -20,7 +20,8 @@ import optax
 from jaxtyping import Array, Float
 
 from runtime_jax.config import Duration
-from runtime_jax.training.optimizer import OptimizerConfig, make_optimizer, make_schedule
+from runtime_jax.training.optimizer import OptimizerConfig
+from runtime_jax.training.update import Metrics, Optimizer, guarded
 from tokenverse_jax.concepts.concept_mod import ConceptModConfig, Params, directions, init_params
 from tokenverse_jax.concepts.isolation import IsolationConfig, halves, isolation_loss, side_by_side
 from tokenverse_jax.flux.autoencoder import image_ids
@@ -33,7 +34,6 @@ Space = Literal["modulation", "modulation_all", "text"]
 # The tokens that have a direction while learning: all of the caption, as in the paper, or those of the words alone, so
 # that nothing of a concept goes to a token that is not stored.
 Tokens = Literal["caption", "words"]
-Metrics = dict[str, tuple[Array, Array]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,21 +85,13 @@ class LearnConfig:
         return 1 if step < self.stage_1.steps else 2
 
 
-class Optimizer(NamedTuple):
-    """Of one stage, with its learning rate for the log."""
-
-    transformation: optax.GradientTransformation
-    schedule: optax.Schedule
-
-
 def make_optimizers(config: LearnConfig) -> tuple[Optimizer, ...]:
     """One for each stage that has steps."""
-    stages = [stage for stage in (config.stage_1, config.stage_2) if stage.steps]
-    schedules = [
-        make_schedule(config.optimizer, total_steps=stage.steps, batch_size=config.batch_size, num_examples=None)
-        for stage in stages
-    ]
-    return tuple(Optimizer(make_optimizer(config.optimizer, schedule), schedule) for schedule in schedules)
+    return tuple(
+        Optimizer.make(config.optimizer, total_steps=stage.steps, batch_size=config.batch_size)
+        for stage in (config.stage_1, config.stage_2)
+        if stage.steps
+    )
 
 
 @flax.struct.dataclass
@@ -176,14 +168,10 @@ def learn_step(
         state.params, frozen, batch, config, flux, stage, grid
     )
     norm = optax.tree.norm(gradients)
-    updates, opt_state = optimizer.transformation.update(gradients, state.opt_state, state.params)
-    updated = state.replace(params=optax.apply_updates(state.params, updates), opt_state=opt_state)
-    finite = jnp.isfinite(loss + norm)
-    updated = jax.tree.map(functools.partial(jnp.where, finite), updated, state).replace(step=state.step + 1)
-    metrics |= {"grad_norm": norm, "lr": jnp.asarray(optimizer.schedule(state.step - first), jnp.float32)}
-    counted = finite.astype(jnp.float32)  # a skipped step's values would make every average of the interval NaN
-    metrics = {name: (jnp.where(finite, value, 0.0), counted) for name, value in metrics.items()}
-    return updated, metrics | {"nonfinite": (1.0 - counted, jnp.ones(()))}
+    params, opt_state = optimizer.update(gradients, state.opt_state, state.params)
+    new = state.replace(params=params, opt_state=opt_state)
+    means = metrics | {"grad_norm": norm, "lr": optimizer.rate(state.step - first)}
+    return guarded(state, new, means, watched=loss + norm)
 
 
 def _losses(

@@ -7,10 +7,10 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from runtime_jax.cost import count_flops
 from runtime_jax.prng import Stream, stream_key
-from runtime_jax.sharding import param_shardings, replicated
-from tokenverse_jax.concepts.concept_data import ConceptData, draw
+from runtime_jax.sharding import MeshConfig, make_mesh
+from runtime_jax.training.program import Program
+from tokenverse_jax.concepts.concept_data import ConceptData, draw, is_isolated
 from tokenverse_jax.concepts.concept_mod import SHARDING_RULES, Params
 from tokenverse_jax.concepts.learn import (
     LearnConfig,
@@ -34,44 +34,38 @@ class Learner:
     """
 
     def __init__(self, pipeline: Pipeline, config: LearnConfig, mesh: Mesh | None = None):
-        """`pipeline` needs its transformer only; with a mesh, use all of this under `jax.set_mesh(mesh)`."""
-        self._config, self._frozen = config, pipeline.transformer.params
+        """`pipeline` needs its transformer only, which lies on the mesh; without one, on the default device."""
+        self._config = config
         flux = Flux(pipeline.transformer.config, pipeline.compute)
+        optimizers = make_optimizers(config)
+
+        def train_step(state, frozen, batch, variant):
+            stage, _, grid = variant
+            static = {"config": config, "flux": flux, "optimizer": optimizers[stage - 1], "stage": stage, "grid": grid}
+            return learn_step(state, frozen, batch, **static)
+
         self._init = functools.partial(init_state, config, flux.config)
-        shapes = jax.eval_shape(self._init, jax.random.key(0))
-        self._shardings = None if mesh is None else param_shardings(shapes, SHARDING_RULES, mesh)
-        self.abstract_state = shapes
-        if mesh is not None:
-            self.abstract_state = jax.tree.map(
-                lambda shape, place: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=place),
-                shapes,
-                self._shardings,
-            )
-        self._steps = [
-            jax.jit(
-                functools.partial(learn_step, config=config, flux=flux, optimizer=optimizer, stage=stage),
-                static_argnames="grid",
-                donate_argnums=0,
-                out_shardings=None if mesh is None else (self._shardings, replicated(mesh)),
-            )
-            for stage, optimizer in enumerate(make_optimizers(config), start=1)
-        ]
-        self.flops: dict[tuple[int, bool], float] = {}  # of the programs used so far, by stage and isolation
+        self.program = Program(
+            lambda: self._init(jax.random.key(0)),
+            train_step,
+            SHARDING_RULES,
+            make_mesh(MeshConfig(), jax.devices()[:1]) if mesh is None else mesh,
+            pipeline.transformer.params,
+        )
 
     def init(self, seed: int) -> LearnState:
         """A new state, made where it belongs."""
-        return jax.jit(self._init, out_shardings=self._shardings)(stream_key(seed, Stream.PARAMS))
+        return jax.jit(self._init, out_shardings=self.program.shardings)(stream_key(seed, Stream.PARAMS))
+
+    def variant(self, step: int, seed: int, data: ConceptData) -> tuple[int, bool, tuple[int, int]]:
+        """Which program a step is: its stage, whether it has an isolation loss, and the grid of image tokens."""
+        return self._config.stage(step), is_isolated(self._config, seed, step), data.grid
 
     def step(
         self, state: LearnState, batch: Mapping[str, Any], step: int, data: ConceptData
     ) -> tuple[LearnState, Metrics]:
         """One update with a batch of `concept_data.draw`; `state` is donated."""
-        stage = self._config.stage(step)
-        arguments = (state, self._frozen, dict(batch))
-        variant = (stage, "pair_noise" in batch)
-        if variant not in self.flops:
-            self.flops[variant] = count_flops(self._steps[stage - 1].trace(*arguments, grid=data.grid).jaxpr.jaxpr)
-        return self._steps[stage - 1](*arguments, grid=data.grid)
+        return self.program.step(state, batch, (self._config.stage(step), "pair_noise" in batch, data.grid))
 
     def learn(self, data: ConceptData, seed: int) -> Params:
         """All steps of both stages, without a run's files: Concept-Mod's parameters.

@@ -1,0 +1,81 @@
+"""A whole training run, whatever is trained."""
+
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from runtime_jax import sharding
+from runtime_jax.cost import peak_flops
+from runtime_jax.training import loop
+from runtime_jax.training.initial_state import initial_state
+from runtime_jax.training.program import Program
+
+
+def fit(
+    program: Program,
+    *,
+    workdir: Path,
+    config: loop.LoopConfig,
+    resolved_config: Mapping[str, Any],
+    total_steps: int,
+    batch_size: int,
+    batches: Callable[[int], Iterator[loop.Batch]],
+    dtype: str,
+    variant: Callable[[int], Hashable] = lambda step: None,
+    preview: Callable[[Any, int], Mapping[str, np.ndarray] | None] | None = None,
+    evaluate: Callable[[Any, int], Mapping[str, float] | None] | None = None,
+    init: Callable[[], Any] | None = None,
+    init_from: Callable[[Any], Any] | None = None,
+    resume_from: str | Path | None = None,
+    must_match: Sequence[str] = (),
+    may_differ: Sequence[str] = (),
+    notes: Sequence[str] = (),
+) -> loop.Result:
+    """Trains, or goes on training, in `workdir`; to be called under `jax.set_mesh(program.mesh)`.
+
+    Args:
+      program: the train step and its state.
+      workdir: of `only_writer`.
+      config, resolved_config, total_steps, batches, preview, evaluate: as in `loop.run`.
+      batch_size: examples of a step, over all hosts.
+      dtype: that matmuls are computed in, for the share of the device's peak.
+      variant: step -> variant of the program.
+      init: makes a new state; None: the program does.
+      init_from, resume_from, must_match, may_differ: as in `initial_state`.
+      notes: lines that are printed before the first step.
+
+    Raises:
+      as `initial_state` and `loop.run`.
+    """
+    found = initial_state(
+        workdir,
+        program.abstract_state,
+        config=resolved_config,
+        init=init or program.init,
+        init_from=init_from,
+        resume_from=resume_from,
+        must_match=must_match,
+        may_differ=may_differ,
+    )
+    if jax.process_index() == 0:
+        start = f"{workdir}: {total_steps} steps of {batch_size} images, from step {found.step} ({found.origin})"
+        print("\n".join([start, *notes]), flush=True)
+    return loop.run(
+        config=config,
+        workdir=workdir,
+        resolved_config=resolved_config,
+        state=found.state,
+        start_step=found.step,
+        total_steps=total_steps,
+        train_step=lambda state, batch, step: program.step(state, batch, variant(step)),
+        batches=batches,
+        shard=lambda batch: sharding.shard_batch(batch, program.mesh),
+        preview=preview,
+        evaluate=evaluate,
+        variant=variant,
+        flops_per_step=lambda step: program.flops(variant(step)),
+        peak_flops=peak_flops(program.mesh.devices.flat[0].device_kind, dtype),
+    )

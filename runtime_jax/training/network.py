@@ -1,0 +1,131 @@
+"""The training of one network: its state, one update of it, and the run."""
+
+import functools
+from collections.abc import Callable, Hashable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jaxtyping import Array
+
+from runtime_jax import sharding
+from runtime_jax.training import loop
+from runtime_jax.training.fit import fit
+from runtime_jax.training.optimizer import OptimizerConfig, ema_update
+from runtime_jax.training.program import Program
+from runtime_jax.training.update import Metrics, Optimizer, Params, guarded
+
+Means = dict[str, Array]
+# (params, batch, step) -> loss and what else is logged
+Loss = Callable[[Params, dict[str, Array], Array], tuple[Array, Means]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingConfig:
+    """How a network is trained, whichever it is."""
+
+    batch_size: int
+    optimizer: OptimizerConfig
+    ema_decay: float = 0.999
+    loop: loop.LoopConfig
+
+    def __post_init__(self):
+        if self.batch_size < 1 or not 0 <= self.ema_decay < 1:
+            raise ValueError(f"batch_size={self.batch_size} is at least 1, ema_decay={self.ema_decay} in [0, 1)")
+
+
+@flax.struct.dataclass
+class TrainState:
+    """What a checkpoint holds; all of it is donated to the step."""
+
+    step: Any  # untyped, as trees of shapes and of shardings have this structure too
+    params: Params
+    opt_state: Any
+    ema: Params
+
+
+def init_state(params: Params, optimizer: Optimizer) -> TrainState:
+    """A state that has seen no step."""
+    return TrainState(
+        step=jnp.zeros((), jnp.int32),
+        params=params,
+        opt_state=optimizer.transformation.init(params),
+        ema=jax.tree.map(jnp.copy, params),
+    )
+
+
+def updated(
+    state: TrainState, gradients: Params, means: Means, *, optimizer: Optimizer, ema_decay: float, **fields: Any
+) -> tuple[TrainState, Metrics]:
+    """One update by mean gradients; see `guarded`.
+
+    Args:
+      means: what is logged; "loss" among them.
+      fields: new values of further fields of the state.
+    """
+    norm = optax.tree.norm(gradients)
+    params, opt_state = optimizer.update(gradients, state.opt_state, state.params)
+    ema = ema_update(state.ema, params, state.step, ema_decay)
+    new = state.replace(params=params, opt_state=opt_state, ema=ema, **fields)
+    logged = means | {"grad_norm": norm, "lr": optimizer.rate(state.step)}
+    return guarded(state, new, logged, watched=means["loss"] + norm)
+
+
+def train_step(
+    state: TrainState, batch: dict[str, Array], *, loss: Loss, optimizer: Optimizer, ema_decay: float
+) -> tuple[TrainState, Metrics]:
+    """One update on a batch; the new state, and metrics as (sum, count)."""
+    (value, means), gradients = jax.value_and_grad(loss, has_aux=True)(state.params, batch, state.step)
+    return updated(state, gradients, means | {"loss": value}, optimizer=optimizer, ema_decay=ema_decay)
+
+
+def train_network(
+    config: TrainingConfig,
+    workdir: Path,
+    *,
+    resolved_config: Mapping[str, Any],
+    must_match: tuple[str, ...],
+    init: Callable[[], Params],
+    loss: Loss,
+    batches: Callable[[int], Iterator[Mapping[str, np.ndarray]]],
+    dtype: str,
+    preview: Callable[[Params, int], Mapping[str, np.ndarray]] | None = None,
+    evaluate: Callable[[Params, int], Mapping[str, float]] | None = None,
+    variant: Callable[[int], Hashable] = lambda step: None,
+) -> loop.Result:
+    """Trains, or goes on training, in `workdir`, with the whole network on every device; see `fit`.
+
+    Args:
+      init: new parameters; traced here.
+      preview, evaluate: as in `loop.run`, of the averaged parameters.
+      variant: step -> key; steps of one key have batches of the same shapes.
+    """
+    total_steps = config.loop.duration.to_steps(config.batch_size, None)
+    optimizer = Optimizer.make(config.optimizer, total_steps=total_steps, batch_size=config.batch_size)
+    step = functools.partial(train_step, loss=loss, optimizer=optimizer, ema_decay=config.ema_decay)
+    mesh = sharding.make_mesh(sharding.MeshConfig())
+    with jax.set_mesh(mesh):
+        return fit(
+            Program(
+                lambda: init_state(init(), optimizer),
+                lambda state, frozen, batch, variant: step(state, batch),
+                sharding.EVERYWHERE,
+                mesh,
+            ),
+            workdir=workdir,
+            config=config.loop,
+            resolved_config=resolved_config,
+            total_steps=total_steps,
+            batch_size=config.batch_size,
+            batches=batches,
+            dtype=dtype,
+            variant=variant,
+            preview=preview and (lambda state, number: preview(state.ema, number)),
+            evaluate=evaluate and (lambda state, number: evaluate(state.ema, number)),
+            must_match=must_match,
+        )
