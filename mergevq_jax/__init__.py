@@ -26,7 +26,8 @@ __getattr__, __dir__, __all__ = lazy.attributes(
         ),
         "mergevq_jax.tokenizer.lfq": ("quantize",),
         "mergevq_jax.tokenizer.tome": ("bipartite_soft_matching", "merge", "unmerge"),
-        "mergevq_jax.generator.model": ("GeneratorModel", "codes_to_images", "load_generator", "recovered_to_images"),
+        "mergevq_jax.generator.images": ("codes_to_images", "recovered_to_images"),
+        "mergevq_jax.generator.model": ("GeneratorModel", "load_generator"),
         "mergevq_jax.generator.sampling.plan": ("SamplingConfig",),
     },
 )

@@ -1,10 +1,14 @@
 """Updates in parts: the same numbers as in one, as a loop on accelerators and one after the other on CPUs."""
 
+from unittest import mock
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from mergevq_jax.tokenizer import run as tokenizer_run
+from runtime_jax.config import build, load
 from runtime_jax.sharding import MeshConfig, make_mesh, platform
 from runtime_jax.training import accumulate as accumulating
 from runtime_jax.training.accumulate import accumulate
@@ -41,6 +45,26 @@ def test_a_loop_on_accelerators_only(monkeypatch):
     for on, loops in (("tpu", 1), ("gpu", 1), ("cpu", 0)):
         monkeypatch.setattr(accumulating, "platform", lambda on=on: on)
         assert run(4).lower(BATCH).as_text().count("stablehlo.while") == loops
+
+
+@pytest.mark.parametrize(
+    ("parts", "weight", "notes"),
+    [
+        (1, 0.1, []),
+        (2, 0.0, []),
+        (2, 0.1, ["accumulate=2: each part of 16 images has its own entropy of the mean code"]),
+    ],
+)
+def test_a_tokenizers_run_names_the_terms_that_see_the_parts(monkeypatch, tmp_path, parts, weight, notes):
+    fields = load("configs/mergevq_tiny.py", [], new_keys=True)
+    photos = {"image_size": 64, "batch_size": 32, "sources": [{"kind": "photos"}]}
+    fields.update({"accumulate": parts, "data": photos, "evaluation": {"data": photos, "batches": 1}})
+    fields["losses"].update({"adversarial_weight": 0.0, "entropy_weight": weight})
+    fit = mock.Mock(side_effect=InterruptedError)
+    monkeypatch.setattr(tokenizer_run, "fit", fit)
+    with pytest.raises(InterruptedError):
+        tokenizer_run.train(build(tokenizer_run.TrainConfig, fields), tmp_path)
+    assert fit.call_args.kwargs["notes"] == notes
 
 
 def test_the_platform_is_that_of_the_mesh():

@@ -13,13 +13,8 @@ from PIL import Image
 from mergevq_jax import cli
 from mergevq_jax.commands import sample as sampling_command
 from mergevq_jax.generator.convert import generator_table
-from mergevq_jax.generator.model import (
-    GeneratorModel,
-    codes_to_images,
-    import_released,
-    load_generator,
-    recovered_to_images,
-)
+from mergevq_jax.generator.images import codes_to_images, recovered_to_images
+from mergevq_jax.generator.model import GeneratorModel, import_released, load_generator
 from mergevq_jax.generator.sampling.plan import SamplingConfig
 from runtime_jax.messages import cut
 from runtime_jax.weights import export_weights

@@ -14,8 +14,8 @@ from jaxtyping import Array, UInt8
 
 from mergevq_jax.evaluate.generation import Gaussian, Labelled, Quality, gaussian, measure
 from mergevq_jax.evaluate.held_out import BATCH_SIZE, read_scenes
+from mergevq_jax.generator.images import recovered_to_images
 from mergevq_jax.generator.kinds.randar import Codes
-from mergevq_jax.generator.model import recovered_to_images
 from mergevq_jax.tokenizer.model import Tokenizer, load_tokenizer, read_tokenizer_config
 from mergevq_jax.tokenizer.tome import first_members
 from mini_scenes import CLASSES

@@ -11,23 +11,17 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
-from jaxtyping import Array, Bool, Int, UInt8
+from jaxtyping import Array, Int, UInt8
 from tqdm import tqdm
 
-from mergevq_jax.generator.model import (
-    GeneratorInfo,
-    GeneratorModel,
-    codes_to_images,
-    load_generator,
-    read_info,
-    recovered_to_images,
-)
-from mergevq_jax.generator.sampling.plan import Plan, SamplingConfig, make_plan
-from mergevq_jax.generator.sampling.random_order import RandarPlan, make_randar_plan
+from mergevq_jax.generator.kinds.kind import StoreUse
+from mergevq_jax.generator.kinds.table import KINDS
+from mergevq_jax.generator.model import GeneratorInfo, GeneratorModel, load_generator, read_info
+from mergevq_jax.generator.sampling.plan import DrawPlan, SamplingConfig
 from mergevq_jax.tokenizer.model import Tokenizer, read_tokenizer_config
 from runtime_jax import config as config_lib
 from runtime_jax.files import replacing, write_json
@@ -56,15 +50,6 @@ class Request:
     def __post_init__(self):
         if self.num < 1 or self.batch_size < 1:
             raise ValueError(f"--num {self.num} and --batch-size {self.batch_size}: at least 1")
-
-
-class StoreUse(NamedTuple):
-    """What the sampler's store did for each image."""
-
-    first_occurrence: Bool[np.ndarray, "N L"]
-    kept: Bool[np.ndarray, "N L"]  # at the end
-    occupancy: Int[np.ndarray, "N L"]  # slots
-    overflows: Int[np.ndarray, "N"]
 
 
 @dataclass(frozen=True)
@@ -122,7 +107,7 @@ def _sample(
     tokenizer_config = read_tokenizer_config(codes_of)
     size = 2 * request.num * 3 * tokenizer_config.resolution**2  # in parts, and as a whole
     check_free(out, size, f"{request.num} images")
-    if info.kind == "random" and tokenizer_config.recovery is None:
+    if KINDS[info.kind].recovers and tokenizer_config.recovery is None:
         raise ValueError("a generator in random order needs a tokenizer with source recovery, and this one has none")
     model = load_generator(source, compute=compute)
     loaded = model.load_tokenizer(tokenizer)
@@ -148,8 +133,8 @@ def _sample(
         "num": request.num,
         "labels": drawn.labels.tolist(),
         "merge_number": _merge_number(info, request),
-        "sampling": config_lib.to_dict(_settings(info, request)),
-        "steps": len(plan.counts) if isinstance(plan, RandarPlan) else info.architecture.length,
+        "sampling": config_lib.to_dict(info.sampling(request.sampling)),
+        "steps": KINDS[info.kind].calls(info.architecture, plan),
         "seed": request.seed,
         "batch_size": request.batch_size,
         "compute": config_lib.to_dict(compute),
@@ -171,16 +156,13 @@ def _sample(
     return f"{request.num} images are in {out}{overflowed}"
 
 
-def _plan(info: GeneratorInfo, request: Request, compute: Compute, *, show_cache: bool) -> Plan | RandarPlan:
+def _plan(info: GeneratorInfo, request: Request, compute: Compute, *, show_cache: bool) -> DrawPlan:
     """What will be compiled; ValueError for what this generator cannot do."""
-    settings, number = _settings(info, request), _merge_number(info, request)
-    if info.kind != "random":
-        if request.steps is not None:
-            raise ValueError(f"--steps {request.steps}: this generator draws one code a step, in raster order")
-        return make_plan(info.architecture, settings, number, compute)[0]
-    if show_cache:
+    kind, sampling, number = KINDS[info.kind], info.sampling(request.sampling), _merge_number(info, request)
+    plan = kind.plan(info.architecture, sampling, number, steps=request.steps, compute=compute)
+    if show_cache and not kind.store:
         raise ValueError("--show-cache: a generator in random order keeps every code")
-    return make_randar_plan(info.architecture, settings, number, request.steps, compute)[0]
+    return plan
 
 
 def _claim(parts: Path, wanted: Mapping[str, Any]) -> None:
@@ -249,18 +231,10 @@ def _draw_batch(
     labels: Int[np.ndarray, "B"],
     examples: Int[np.ndarray, "B"],
 ) -> tuple[UInt8[Array, "B H W 3"], StoreUse | None]:
-    number = _merge_number(model.info, request)
-    how = {"sampling": request.sampling, "seed": request.seed, "examples": examples}
-    if model.info.kind == "random":
-        codes = model.sample_randar(labels, number, steps=request.steps, **how)
-        return recovered_to_images(tokenizer, codes), None
-    samples = model.sample(labels, number, **how)
-    store = StoreUse(samples.first_occurrence, samples.kept, samples.occupancy, samples.overflows)
-    return codes_to_images(tokenizer, samples.indices), store
-
-
-def _settings(info: GeneratorInfo, request: Request) -> SamplingConfig:
-    return request.sampling if info.kind == "random" else info.sampling(request.sampling)
+    kind, number = KINDS[model.info.kind], _merge_number(model.info, request)
+    how = {"sampling": request.sampling, "steps": request.steps, "seed": request.seed, "examples": examples}
+    drawn = model.draw(labels, number, **how)
+    return kind.images(tokenizer, drawn), kind.use(drawn)
 
 
 def _merge_number(info: GeneratorInfo, request: Request) -> int | None:

@@ -1,17 +1,15 @@
 """`mergevq inspect` of a generator's config: parameters, a train step, and what sampling has to remember."""
 
 import functools
-from dataclasses import replace
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from mergevq_jax.generator import train as stage2
+from mergevq_jax.generator.kinds.table import KINDS
 from mergevq_jax.generator.run import TrainConfig, make_program
 from mergevq_jax.generator.sampling.decode import new_store
-from mergevq_jax.generator.sampling.plan import make_plan
-from mergevq_jax.generator.sampling.random_order import make_randar_plan
 from runtime_jax.cost import count, program_row, size_of, table
 from runtime_jax.sharding import MeshConfig, make_mesh
 from runtime_jax.training.optimizer import make_optimizer
@@ -79,17 +77,12 @@ def trace_train_step(config: TrainConfig, batch_size: int) -> tuple[stage2.Train
 
 def _store_row(config: TrainConfig, keep: int) -> tuple[str, ...]:
     """Slots and bytes for one image, both rows of it where the preview is guided."""
-    model, sampling = config.model, config.evaluation.sampling
-    number = keep if model.merge_instruction else None
-    if config.kind == "random":
-        steps = config.evaluation.sampling_steps
-        steps = None if steps is None else min(steps, keep)
-        plan, full = make_randar_plan(model, sampling, number, steps, config.compute)[0], 2 * model.length
-    else:
-        if config.kind == "merge" and sampling.window is None:
-            sampling = replace(sampling, window=config.window)
-        plan, full = make_plan(model, sampling, number, config.compute)[0], model.length
-    full += model.prefix
+    model, kind, sampling = config.model, KINDS[config.kind], config.evaluation.sampling
+    number, steps = keep if model.merge_instruction else None, config.evaluation.sampling_steps
+    sampling = kind.settings(sampling, model, kind.window(model, config.window))
+    steps = None if steps is None else min(steps, keep)
+    plan = kind.plan(model, sampling, number, steps=steps, compute=config.compute)
+    full = model.prefix + kind.tokens(model)
     store = functools.partial(new_store, model, config.compute, layers=model.num_layers, rows=plan.rows)
     size = size_of(jax.eval_shape(functools.partial(store, slots=plan.slots)))
     return str(keep), str(plan.slots), f"{plan.slots / full:.0%}", f"{size / 1000:,.0f}"

@@ -13,28 +13,27 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Array, Int, UInt8
+from jaxtyping import Array, Int
 
 from mergevq_jax import model_folder
 from mergevq_jax.generator import convert
 from mergevq_jax.generator.config import GeneratorConfig
 from mergevq_jax.generator.data import check_tokenizer
-from mergevq_jax.generator.kinds.positions import new_counts
 from mergevq_jax.generator.kinds.randar import Codes
+from mergevq_jax.generator.kinds.random import GROUP_STARTS
+from mergevq_jax.generator.kinds.table import KINDS, KindName
 from mergevq_jax.generator.sampling.plan import SamplingConfig
 from mergevq_jax.generator.sampling.random_order import randar_sample
 from mergevq_jax.generator.sampling.raster import Samples, sample
-from mergevq_jax.generator.train import Kind
 from mergevq_jax.generator.transformer import SHARDING_RULES, Params, param_shapes
 from mergevq_jax.pretrained import shipped
-from mergevq_jax.tokenizer.model import Tokenizer, Tokens, load_tokenizer
+from mergevq_jax.tokenizer.model import Tokenizer, load_tokenizer
 from runtime_jax.messages import cut
 from runtime_jax.nn.compute import Compute
 from runtime_jax.sharding import param_shardings, place
 from runtime_jax.weights import import_weights
 
 MODEL_TYPE = "mergevq_generator"
-GROUP_STARTS = "group_starts"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,17 +48,15 @@ class TokenizerRef:
 class GeneratorInfo:
     """What a generator's config.json says."""
 
-    kind: Kind  # how it was trained
+    kind: KindName  # how it was trained
     window: int  # recent tokens that it always saw
     classes: tuple[str, ...]  # their names
     tokenizer: TokenizerRef
     architecture: GeneratorConfig
 
     def sampling(self, settings: SamplingConfig) -> SamplingConfig:
-        """Settings with the window of the training, and every token kept by a plain generator, unless they say more."""
-        window = self.window if settings.window is None else settings.window
-        keeps_all = settings.capacity is None and self.kind == "plain"
-        return replace(settings, window=window, capacity=self.architecture.length if keeps_all else settings.capacity)
+        """Settings as its kind samples, unless they say more; see `Kind.settings`."""
+        return KINDS[self.kind].settings(settings, self.architecture, self.window)
 
     def class_number(self, name: str) -> int:
         """A class by its name; or by its number, unless all names are numbers themselves.
@@ -88,7 +85,7 @@ class GeneratorModel:
 
     info: GeneratorInfo
     params: Params
-    group_starts: Int[Array | np.ndarray, "M C L"] | None = None  # kind "random" only; counted as in `positions`
+    group_starts: Int[Array | np.ndarray, "M C L"] | None = None  # of RandAR; counted as in `positions`
     compute: Compute = Compute()
 
     @property
@@ -106,8 +103,7 @@ class GeneratorModel:
         folder = model_folder.find_folder(shipped(path), "generator")
         info = read_info(folder)
         config, shapes = info.architecture, param_shapes(info.architecture)
-        if info.kind == "random":
-            shapes = shapes | {GROUP_STARTS: jax.eval_shape(lambda: new_counts(config))}
+        shapes = shapes | jax.eval_shape(lambda: KINDS[info.kind].new_counts(config))
         params = model_folder.read_params(folder, convert.generator_table(config), shapes)
         starts = params.pop(GROUP_STARTS, None)
         return cls(info, params, None if starts is None else starts.astype(jnp.int32), compute)
@@ -147,6 +143,30 @@ class GeneratorModel:
             )
         return tokenizer
 
+    def draw(
+        self,
+        labels: Sequence[int] | Int[np.ndarray, "B"],
+        merge_number: int | None = None,
+        *,
+        sampling: SamplingConfig,
+        seed: int,
+        steps: int | None = None,
+        examples: Int[np.ndarray, "B"] | None = None,
+    ) -> Any:
+        """Codes of one image for each label, whatever the kind; see `Kind.draw`."""
+        return KINDS[self.info.kind].draw(
+            self.params,
+            np.asarray(labels, np.int32),
+            merge_number,
+            config=self.config,
+            sampling=self.info.sampling(sampling),
+            steps=steps,
+            seed=seed,
+            examples=examples,
+            counts={} if self.group_starts is None else {GROUP_STARTS: self.group_starts},
+            compute=self.compute,
+        )
+
     def sample(
         self,
         labels: Sequence[int] | Int[np.ndarray, "B"],
@@ -179,7 +199,7 @@ class GeneratorModel:
         examples: Int[np.ndarray, "B"] | None = None,
         positions: Int[np.ndarray, "B K"] | None = None,
     ) -> Codes:
-        """Distinct codes of one image for each label, by a generator of kind "random"; see `randar_sample`."""
+        """Distinct codes of one image for each label, by RandAR; see `randar_sample`."""
         return randar_sample(
             self.params,
             np.asarray(labels, np.int32),
@@ -193,19 +213,6 @@ class GeneratorModel:
             positions=positions,
             compute=self.compute,
         )
-
-
-def recovered_to_images(tokenizer: Tokenizer, codes: Codes) -> UInt8[Array, "B H W 3"]:
-    """Distinct codes to images: source recovery says which raster tokens are whose.
-
-    Raises:
-      ValueError: this tokenizer has no source recovery.
-    """
-    side = tokenizer.config.resolution
-    source_map = tokenizer.recover(codes.indices, codes.positions)
-    return tokenizer.decode(
-        Tokens(indices=codes.indices, source_map=source_map, grid=tokenizer.config.grid(side, side))
-    )
 
 
 def read_info(source: str | os.PathLike) -> GeneratorInfo:
@@ -247,10 +254,3 @@ def import_released(
     reference = TokenizerRef(name=str(tokenizer), fingerprint=loaded.fingerprint())
     info = GeneratorInfo(kind="plain", window=config.length, classes=(), tokenizer=reference, architecture=config)
     return GeneratorModel(info, params)
-
-
-def codes_to_images(tokenizer: Tokenizer, indices: Int[Array, "B L"]) -> UInt8[Array, "B H W 3"]:
-    """Codes of all raster tokens, as a generator in raster order makes them, to images."""
-    side = tokenizer.config.resolution
-    raster = jnp.broadcast_to(jnp.arange(indices.shape[1]), indices.shape)
-    return tokenizer.decode(Tokens(indices=indices, source_map=raster, grid=tokenizer.config.grid(side, side)))

@@ -15,16 +15,9 @@ from mergevq_jax.generator import data as generator_data
 from mergevq_jax.generator import train as stage2
 from mergevq_jax.generator.config import GeneratorConfig
 from mergevq_jax.generator.data import TokensConfig
-from mergevq_jax.generator.model import (
-    GeneratorInfo,
-    GeneratorModel,
-    TokenizerRef,
-    codes_to_images,
-    load_generator,
-    recovered_to_images,
-)
-from mergevq_jax.generator.sampling.plan import WINDOW, SamplingConfig, make_plan
-from mergevq_jax.generator.sampling.random_order import make_randar_plan
+from mergevq_jax.generator.kinds.table import KINDS, KindName
+from mergevq_jax.generator.model import GeneratorInfo, GeneratorModel, TokenizerRef, load_generator
+from mergevq_jax.generator.sampling.plan import WINDOW, SamplingConfig
 from mergevq_jax.generator.transformer import SHARDING_RULES
 from mergevq_jax.merge_ratio import MergeRatioConfig, draw_keep
 from mergevq_jax.tokenizer.model import Tokenizer, load_tokenizer
@@ -55,7 +48,7 @@ class EvaluationConfig:
     preview_classes: int = 6  # one in each row of the picture
     preview_images: int = 6  # of each class
     sampling: SamplingConfig = SamplingConfig()
-    sampling_steps: int | None = None  # calls of the network for a picture, kind "random" only; None: 64
+    sampling_steps: int | None = None  # calls of the network for a picture, of RandAR; None: 64
 
     def __post_init__(self):
         sizes = ("batches", "preview_classes", "preview_images")
@@ -69,7 +62,7 @@ class TrainConfig:
 
     task: Literal["generator"] = "generator"
     seed: int = 0  # of parameters, merge numbers and class dropout; data.seed orders the data
-    kind: stage2.Kind = "merge"
+    kind: KindName = "merge"
     model: GeneratorConfig
     tokenizer: str = "tiny"  # shipped, folder or hub id; frozen
     window: int = WINDOW
@@ -91,10 +84,7 @@ class TrainConfig:
         known = self.model.merge_numbers
         if self.model.merge_instruction and (unknown := sorted(set(self.all_keeps) - set(known))):
             raise ValueError(f"K = {unknown} in merge_ratio or evaluation.keeps: model.merge_numbers has only {known}")
-        if self.kind == "random" and not self.model.merge_instruction and self.all_keeps != (self.model.length,):
-            raise ValueError(
-                f"K = {self.all_keeps}: without model.merge_instruction RandAR draws {self.model.length} codes"
-            )
+        KINDS[self.kind].check_keeps(self.model, self.all_keeps)
         if self.data.batch_size % self.accumulate:
             raise ValueError(f"data.batch_size={self.data.batch_size} does not divide by accumulate={self.accumulate}")
         self.step_config(None)
@@ -208,20 +198,18 @@ def check(config: TrainConfig, tokenizer: Tokenizer) -> GeneratorInfo:
         others = generator_data.check_data(config.evaluation.data, config.model, tokenizer, config.evaluated_keeps)
         if others != classes:
             raise ValueError("classes of other names than those of data")
+    kind = KINDS[config.kind]
     info = GeneratorInfo(
         kind=config.kind,
-        window=config.model.length if config.kind == "plain" else config.window,
+        window=kind.window(config.model, config.window),
         classes=classes,
         tokenizer=TokenizerRef(name=config.tokenizer, fingerprint=tokenizer.fingerprint()),
         architecture=config.model,
     )
-    sampling, number = config.evaluation.sampling, config.preview_number
-    if config.kind != "random":
-        make_plan(config.model, info.sampling(sampling), number, config.compute)
-    elif tokenizer.config.recovery is None:
-        raise ValueError(f"tokenizer {config.tokenizer} has no source recovery, which kind='random' needs")
-    else:
-        make_randar_plan(config.model, sampling, number, config.evaluation.sampling_steps, config.compute)
+    if kind.recovers and tokenizer.config.recovery is None:
+        raise ValueError(f"tokenizer {config.tokenizer} has no source recovery, which kind={config.kind!r} needs")
+    sampling, steps = info.sampling(config.evaluation.sampling), config.evaluation.sampling_steps
+    kind.plan(config.model, sampling, config.preview_number, steps=steps, compute=config.compute)
     return info
 
 
@@ -319,13 +307,9 @@ class Run:
         rows, columns = min(config.preview_classes, self._config.model.num_classes), config.preview_images
         model = self._model(state)
         labels = np.repeat(np.arange(rows), columns)
-        request = {"sampling": config.sampling, "seed": self._config.seed}
-        if self._config.kind == "random":
-            codes = model.sample_randar(labels, self._config.preview_number, steps=config.sampling_steps, **request)
-            images = recovered_to_images(self._tokenizer, codes)
-        else:
-            samples = model.sample(labels, self._config.preview_number, **request)
-            images = codes_to_images(self._tokenizer, samples.indices)
+        number, seed = self._config.preview_number, self._config.seed
+        drawn = model.draw(labels, number, sampling=config.sampling, seed=seed, steps=config.sampling_steps)
+        images = KINDS[self._config.kind].images(self._tokenizer, drawn)
         images = np.asarray(self._on_every_device(images))
         grid = [list(row) for row in np.split(images, rows)]
         return {"samples": image_grid(grid, row_labels=self._info.classes[:rows])}

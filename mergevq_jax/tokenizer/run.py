@@ -128,7 +128,7 @@ def _train(config: TrainConfig, workdir: Path) -> Trained:
     notes = []
     if config.accumulate > 1 and (terms := step_config.taken_by_part()):
         part = batch_size // config.accumulate
-        notes.append(f"accumulate={config.accumulate}: of each part of {part} images by itself: {', '.join(terms)}")
+        notes.append(f"accumulate={config.accumulate}: each part of {part} images has its own {', '.join(terms)}")
     looks = _Looks(config, images)
     with jax.set_mesh(mesh):
         program = make_program(step_config, optimizers, mesh, sharding.replicate(frozen, mesh))

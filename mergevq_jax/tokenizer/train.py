@@ -104,10 +104,10 @@ class StepConfig:
     def taken_by_part(self) -> tuple[str, ...]:
         """Terms that are no means over examples: with `accumulate` they are those of each part, not of the batch."""
         losses = self.losses
-        terms = ["the entropy of the mean code"] if losses.entropy_weight else []
+        terms = ["entropy of the mean code"] if losses.entropy_weight else []
         if losses.adversarial_weight:
-            terms.append("the discriminator's batch statistics")
-            terms += ["LeCam's running averages"] if losses.lecam_weight else []
+            terms.append("batch statistics of the discriminator")
+            terms += ["update of LeCam's running averages"] if losses.lecam_weight else []
         return tuple(terms)
 
     def patch_discriminator(self) -> PatchDiscriminator:

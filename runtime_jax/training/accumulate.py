@@ -27,7 +27,7 @@ def accumulate(
 
     On accelerators the parts are a loop, which holds the activations of one part. On CPUs they stand one after the
     other in the program: inside a loop XLA leaves convolutions in a form that it has no fast kernel for, and a step
-    takes ten times as long (benchmarks/README.md).
+    takes ten times as long. So a CPU saves no memory: XLA computes the parts side by side (benchmarks/README.md).
 
     Args:
       part: (carry, micro-batch) -> (gradients, carry, metrics).

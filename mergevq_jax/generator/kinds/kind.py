@@ -1,0 +1,133 @@
+"""What each kind of generator does in its own way; here, what those in raster order share.
+
+Axes: B batch, L raster tokens, M merge numbers, C classes.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any, NamedTuple, Protocol, runtime_checkable
+
+import numpy as np
+from jaxtyping import Array, Bool, Int, Key, UInt8
+
+from mergevq_jax.generator.config import GeneratorConfig
+from mergevq_jax.generator.images import codes_to_images
+from mergevq_jax.generator.losses import Means
+from mergevq_jax.generator.sampling.plan import DrawPlan, SamplingConfig, make_plan
+from mergevq_jax.generator.sampling.raster import Samples, sample
+from mergevq_jax.generator.transformer import Params
+from mergevq_jax.tokenizer.model import Tokenizer
+from runtime_jax.nn.compute import Compute
+
+Counts = Mapping[str, Array]  # what training counts beside the parameters, by name
+
+
+class StoreUse(NamedTuple):
+    """What the sampler's store did for each image."""
+
+    first_occurrence: Bool[Array, "B L"] | Bool[np.ndarray, "B L"]
+    kept: Bool[Array, "B L"] | Bool[np.ndarray, "B L"]  # at the end
+    occupancy: Int[Array, "B L"] | Int[np.ndarray, "B L"]  # slots
+    overflows: Int[Array, "B"] | Int[np.ndarray, "B"]
+
+
+@runtime_checkable
+class LossConfig(Protocol):
+    """What the losses read of `train.StepConfig`."""
+
+    model: GeneratorConfig
+    window: int
+    groups: str
+    compute: Compute
+
+
+class Kind:
+    """A kind of generator that draws all raster tokens, one by one."""
+
+    positions = False  # whether the model has a position instruction
+    recovers = False  # whether its images need source recovery
+    store = True  # whether its sampler keeps some tokens and not others
+
+    def loss(
+        self, params: Params, batch: Mapping[str, Array], key: Key[Array, ""] | None, *, config: LossConfig, keep: int
+    ) -> tuple[Array, Means]:
+        """The loss, and what is logged of it.
+
+        Args:
+          params: of `Generator`.
+          batch: of `train.tokenize`.
+          key: of the class dropout; None: no dropout.
+          config, keep: static.
+        """
+        raise NotImplementedError
+
+    def check_keeps(self, model: GeneratorConfig, keeps: Sequence[int]) -> None:
+        """Raises ValueError for numbers of kept tokens that this kind cannot be trained with."""
+
+    def window(self, model: GeneratorConfig, window: int) -> int:
+        """Recent tokens that a trained generator always sees."""
+        return window
+
+    def new_counts(self, model: GeneratorConfig) -> Counts:
+        """What is counted, before the first step."""
+        return {}
+
+    def count(self, counts: Counts, batch: Mapping[str, Array], *, model: GeneratorConfig, keep: int) -> Counts:
+        """The counts with those of one more batch."""
+        return counts
+
+    def settings(self, sampling: SamplingConfig, model: GeneratorConfig, window: int) -> SamplingConfig:
+        """Settings with the window of the training, unless they say more."""
+        return replace(sampling, window=window if sampling.window is None else sampling.window)
+
+    def plan(
+        self,
+        model: GeneratorConfig,
+        sampling: SamplingConfig,
+        merge_number: int | None,
+        *,
+        steps: int | None,
+        compute: Compute,
+    ) -> DrawPlan:
+        """What the sampler is compiled for.
+
+        Raises:
+          ValueError: lists all settings that are not possible with this generator.
+        """
+        if steps is not None:
+            raise ValueError(f"--steps {steps}: this generator draws one code a step, in raster order")
+        return make_plan(model, sampling, merge_number, compute)[0]
+
+    def calls(self, model: GeneratorConfig, plan: DrawPlan) -> int:
+        """How often the sampler calls the network for codes."""
+        return model.length
+
+    def tokens(self, model: GeneratorConfig) -> int:
+        """What a store that keeps everything holds beside the prefix."""
+        return model.length
+
+    def draw(
+        self,
+        params: Params,
+        labels: Int[np.ndarray, "B"],
+        merge_number: int | None,
+        *,
+        config: GeneratorConfig,
+        sampling: SamplingConfig,
+        steps: int | None,
+        seed: int,
+        examples: Int[np.ndarray, "B"] | None,
+        counts: Counts,
+        compute: Compute,
+    ) -> Any:
+        """Codes of one image for each label; what `images` and `use` take. Arguments as of `raster.sample`."""
+        static = {"config": config, "sampling": sampling, "compute": compute}
+        return sample(params, labels, merge_number, seed=seed, examples=examples, **static)
+
+    def images(self, tokenizer: Tokenizer, drawn: Samples) -> UInt8[Array, "B H W 3"]:
+        """What was drawn, as images."""
+        return codes_to_images(tokenizer, drawn.indices)
+
+    def use(self, drawn: Samples) -> StoreUse | None:
+        """What the store did; None where it keeps everything."""
+        return StoreUse(drawn.first_occurrence, drawn.kept, drawn.occupancy, drawn.overflows)

@@ -1,0 +1,100 @@
+"""RandAR as a kind of generator: the distinct codes in random order, each after its position; see `randar`."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from jaxtyping import Array, Int, Key, UInt8
+
+from mergevq_jax.generator.config import GeneratorConfig
+from mergevq_jax.generator.images import recovered_to_images
+from mergevq_jax.generator.kinds.kind import Counts, Kind, LossConfig, StoreUse
+from mergevq_jax.generator.kinds.positions import count_starts, new_counts
+from mergevq_jax.generator.kinds.randar import Codes, randar_loss
+from mergevq_jax.generator.losses import Means
+from mergevq_jax.generator.sampling.plan import DrawPlan, SamplingConfig
+from mergevq_jax.generator.sampling.random_order import make_randar_plan, randar_sample
+from mergevq_jax.generator.transformer import Params
+from mergevq_jax.tokenizer.model import Tokenizer
+from runtime_jax.nn.compute import Compute
+
+GROUP_STARTS = "group_starts"  # int32 [M, C, L], counted as in `positions`
+
+
+class RandAR(Kind):
+    """Parallel decoding; every code is kept, and source recovery spreads the codes over the raster."""
+
+    positions = True
+    recovers = True
+    store = False
+
+    def loss(
+        self, params: Params, batch: Mapping[str, Array], key: Key[Array, ""] | None, *, config: LossConfig, keep: int
+    ) -> tuple[Array, Means]:
+        """As of `Kind`."""
+        return randar_loss(params, batch, key, config=config.model, compute=config.compute, keep=keep)
+
+    def check_keeps(self, model: GeneratorConfig, keeps: Sequence[int]) -> None:
+        """Without a merge instruction all codes are drawn."""
+        if not model.merge_instruction and tuple(keeps) != (model.length,):
+            raise ValueError(f"K = {tuple(keeps)}: without model.merge_instruction RandAR draws {model.length} codes")
+
+    def new_counts(self, model: GeneratorConfig) -> Counts:
+        """Where groups start."""
+        return {GROUP_STARTS: new_counts(model)}
+
+    def count(self, counts: Counts, batch: Mapping[str, Array], *, model: GeneratorConfig, keep: int) -> Counts:
+        """As of `Kind`."""
+        starts = count_starts(counts[GROUP_STARTS], batch["label"], batch["source_map"], config=model, keep=keep)
+        return {GROUP_STARTS: starts}
+
+    def settings(self, sampling: SamplingConfig, model: GeneratorConfig, window: int) -> SamplingConfig:
+        """As they are: there is no window."""
+        return sampling
+
+    def plan(
+        self,
+        model: GeneratorConfig,
+        sampling: SamplingConfig,
+        merge_number: int | None,
+        *,
+        steps: int | None,
+        compute: Compute,
+    ) -> DrawPlan:
+        """As of `Kind`."""
+        return make_randar_plan(model, sampling, merge_number, steps, compute)[0]
+
+    def calls(self, model: GeneratorConfig, plan: DrawPlan) -> int:
+        """As of `Kind`."""
+        return len(plan.counts)
+
+    def tokens(self, model: GeneratorConfig) -> int:
+        """Codes, and the instruction before each of them."""
+        return 2 * model.length
+
+    def draw(
+        self,
+        params: Params,
+        labels: Int[np.ndarray, "B"],
+        merge_number: int | None,
+        *,
+        config: GeneratorConfig,
+        sampling: SamplingConfig,
+        steps: int | None,
+        seed: int,
+        examples: Int[np.ndarray, "B"] | None,
+        counts: Counts,
+        compute: Compute,
+    ) -> Any:
+        """As of `Kind`; arguments as of `randar_sample`."""
+        static = {"config": config, "sampling": sampling, "steps": steps, "compute": compute}
+        starts = counts[GROUP_STARTS]
+        return randar_sample(params, labels, merge_number, seed=seed, examples=examples, group_starts=starts, **static)
+
+    def images(self, tokenizer: Tokenizer, drawn: Codes) -> UInt8[Array, "B H W 3"]:
+        """As of `Kind`."""
+        return recovered_to_images(tokenizer, drawn)
+
+    def use(self, drawn: Codes) -> StoreUse | None:
+        """None."""
+        return None
