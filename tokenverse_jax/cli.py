@@ -132,7 +132,7 @@ def _sampler(args) -> Iterator[tuple[Any, Any]]:
     import jax
 
     from runtime_jax.sharding import MeshConfig, make_mesh
-    from tokenverse_jax.commands.generate import Sampling
+    from tokenverse_jax.concepts.draw import Sampling
 
     mesh = make_mesh(MeshConfig(data=1, tensor=args.tensor), devices=jax.devices()[: args.tensor])
     load = _loader(args, args.model, mesh)

@@ -82,7 +82,20 @@ def encode(
     with_head: bool = False,
     compute: Compute = Compute(),
 ) -> Encoded:
-    """Images in [-1, 1] to `keep` features each; see `Encoder`."""
+    """Images to the features of their kept tokens (paper section 3.2); `quantize` makes codes of these.
+
+    Args:
+      params: of `init_params`, or a loaded tokenizer's.
+      images: float pixels in [-1, 1].
+      keep: K, the kept tokens of each image; static.
+      with_head: also the alignment head's output.
+
+    Returns:
+      `z` [B, K, C], `source_map` [B, L], and `head`, None without one; see `Encoder`.
+
+    Raises:
+      ValueError: sides that are no multiples of a token's, or a K that is not possible.
+    """
     return TokenizerModule(config, compute).apply(
         {"params": params}, images, keep=keep, with_head=with_head, method="encode"
     )
@@ -97,7 +110,13 @@ def decode(
     *,
     compute: Compute = Compute(),
 ) -> Float[Array, "B H W 3"]:
-    """Codes of the kept tokens, unmerged by `source_map` onto the grid (h, w), to images."""
+    """Codes of the kept tokens, unmerged by `source_map` onto the grid (h, w), to images in [-1, 1], not clipped.
+
+    Args:
+      codes: +1 and -1, of `quantize`.
+      source_map: kept token of each raw position, 0 to K - 1.
+      grid: rows and columns of raw tokens; static.
+    """
     full = tome.unmerge(codes, source_map)
     full = full.reshape(full.shape[0], *grid, full.shape[-1])
     return TokenizerModule(config, compute).apply({"params": params}, full, method="decode")

@@ -13,8 +13,9 @@ from jaxtyping import Float, UInt8
 
 from runtime_jax.finite import all_finite, check_finite
 from runtime_jax.pictures import heat_map, image_grid, save_png
-from tokenverse_jax.commands.generate import SHOWN_SIDE, Sampling, encode, sample
+from tokenverse_jax.commands.generate import SHOWN_SIDE, encode
 from tokenverse_jax.concepts.compose import warn_strength
+from tokenverse_jax.concepts.draw import Sampling, sample
 from tokenverse_jax.concepts.offsets import direction, place_on_tokens
 from tokenverse_jax.flux import text
 from tokenverse_jax.flux.pipeline import Loader, PromptEncoding

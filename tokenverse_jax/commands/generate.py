@@ -3,16 +3,12 @@
 Axes: N images, H W image.
 """
 
-import dataclasses
-import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Int, UInt8
+from jaxtyping import Array
 
 from runtime_jax.pictures import image_grid, save_png
 from runtime_jax.workdir import check_output
@@ -26,58 +22,15 @@ from tokenverse_jax.concepts.compose import (
     place_stored,
 )
 from tokenverse_jax.concepts.concept_mod import Params
+from tokenverse_jax.concepts.draw import Sampling, for_all, sample
 from tokenverse_jax.flux import text
-from tokenverse_jax.flux.pipeline import Loader, Pipeline, PromptEncoding
+from tokenverse_jax.flux.pipeline import Loader, PromptEncoding
 from tokenverse_jax.flux.sampling import SamplingConfig
 
 Mode = Literal["stored", "recomputed"]
 Compare = Literal["base", "each"]
 COLUMNS = 4  # images in a row of the overview
 SHOWN_SIDE = 256  # smaller images are drawn larger
-
-
-@dataclass(frozen=True, kw_only=True)
-class Sampling(SamplingConfig):
-    """All that images of a prompt depend on, and how many are made at once, which changes none of them."""
-
-    height: int
-    width: int
-    seed: int = 0
-    batch_size: int = 4
-
-    def __post_init__(self):
-        if min(self.num_steps, self.batch_size) < 1:
-            raise ValueError(f"num_steps={self.num_steps}, batch_size={self.batch_size}: at least 1 is needed")
-
-
-def sample(
-    pipeline: Pipeline,
-    prompt: PromptEncoding,
-    sampling: Sampling,
-    indices: Int[np.ndarray, " N"],
-    *,
-    negative_prompt: PromptEncoding | None = None,
-    blocks: str = "both",
-    **offsets: Any,
-) -> UInt8[np.ndarray, "N H W 3"]:
-    """Images of one encoded prompt, batch by batch in one program.
-
-    Args:
-      indices: numbers of the images, which with the seed choose their noise.
-      offsets: `offsets`, `block_offsets`, `global_offset` as in `Pipeline.generate`, each [N, ...] or None.
-    """
-    settings = dataclasses.asdict(sampling)
-    batch = min(settings.pop("batch_size"), len(indices))
-    repeated = PromptEncoding(*(jnp.repeat(jnp.asarray(part), batch, axis=0) for part in prompt))
-    whole = np.resize(np.arange(len(indices)), math.ceil(len(indices) / batch) * batch)  # the last batch is filled up
-    images = []
-    for picks in whole.reshape(-1, batch):
-        own = {name: None if offset is None else offset[picks] for name, offset in offsets.items()}
-        made = pipeline.generate(
-            repeated, indices=indices[picks], negative_prompt=negative_prompt, blocks=blocks, **own, **settings
-        )
-        images.append(np.asarray(made))
-    return np.concatenate(images)[: len(indices)]
 
 
 class _Chosen(NamedTuple):
@@ -180,19 +133,13 @@ def generate(
         offsets: dict[str, Any] = {}
         if some:
             composed = _compose(some, tokenizer, prompt, None if mode == "stored" else encoded.txt[0])
-            offsets = {name: _for_all(value, num) for name, value in composed._asdict().items() if name != "blocks"}
-            offsets["blocks"] = composed.blocks
+            offsets = for_all(composed, num)
         kinds[kind] = sample(pipeline, encoded, sampling, np.arange(num), negative_prompt=negative, **offsets)
     for kind, images in kinds.items():
         for i, image in enumerate(images):
             save_png(out / f"{i:04}{kind}.png", image)
     notes = {kind: ", ".join(one.request.target for one in some) or "without" for kind, some in chosen_of.items()}
     save_png(out / "overview.png", _overview(kinds, notes, prompt, requests))
-
-
-def _for_all(offset: Any, num: int) -> np.ndarray | None:
-    """One prompt's offset for each of its images."""
-    return None if offset is None else np.broadcast_to(np.asarray(offset), (num, *offset.shape))
 
 
 def _overview(

@@ -20,7 +20,7 @@ from runtime_jax.pictures import image_grid
 from runtime_jax.training import loop
 from runtime_jax.training.fit import fit
 from runtime_jax.workdir import only_writer
-from tokenverse_jax.concepts.bank import ConceptFile
+from tokenverse_jax.concepts.bank import KEPT_SIDE, ConceptFile
 from tokenverse_jax.concepts.compose import compose, place_stored
 from tokenverse_jax.concepts.concept_data import (
     Captions,
@@ -43,7 +43,6 @@ from tokenverse_jax.flux.sampling import SamplingConfig
 from tokenverse_jax.flux.text import Tokenizer, find_word
 
 CONCEPT_FILE = "concept.safetensors"
-KEPT_SIDE = 128  # pixels of the image that goes into the file
 
 
 @dataclass(frozen=True, kw_only=True)

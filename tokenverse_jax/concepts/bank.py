@@ -34,10 +34,12 @@ from runtime_jax.weights import read_safetensors, write_safetensors
 from tokenverse_jax.concepts.concept_mod import Params
 from tokenverse_jax.flux.layers import QKNorm
 from tokenverse_jax.flux.model import Flux, OffsetBlocks
+from tokenverse_jax.flux.pipeline import Pipeline
 from tokenverse_jax.flux.text import word_key
 
 FORMAT = "tokenverse-concepts"
 FORMAT_VERSION = "1"
+KEPT_SIDE = 128  # pixels of the image that goes into a file
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -164,6 +166,19 @@ class ConceptFile:
         metadata = {name: getattr(self, name) for name in ("tool_version", "caption", "base", "base_hash")}
         metadata |= {"format": FORMAT, "format_version": FORMAT_VERSION, "words": json.dumps(words)}
         write_safetensors(path, tensors, metadata)
+
+
+def load_concepts(path: str | os.PathLike, pipeline: Pipeline | None = None) -> ConceptFile:
+    """The concepts in a file.
+
+    Args:
+      path: of the file.
+      pipeline: that they are meant for; None to look into the file only.
+
+    Raises:
+      ValueError: no such file, another format or version, damaged, or learned on another model.
+    """
+    return load(path, base_hash=None if pipeline is None else pipeline.base_hash())
 
 
 def load(path: str | os.PathLike, *, base_hash: str | None) -> ConceptFile:

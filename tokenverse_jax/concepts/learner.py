@@ -1,16 +1,29 @@
 """Learns concepts of one model, one after the other, with programs that are compiled once."""
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import Mesh
+from jaxtyping import UInt8
 
+from runtime_jax.data import center_crop
 from runtime_jax.prng import Stream, stream_key
 from runtime_jax.sharding import MeshConfig, make_mesh
 from runtime_jax.training.program import Program
-from tokenverse_jax.concepts.concept_data import ConceptData, draw, is_isolated
+from tokenverse_jax.concepts.bank import KEPT_SIDE, ConceptFile
+from tokenverse_jax.concepts.concept_data import (
+    ConceptData,
+    bind_captions,
+    draw,
+    encode_concept,
+    encode_images,
+    is_isolated,
+    make_concepts,
+)
 from tokenverse_jax.concepts.concept_mod import SHARDING_RULES, Params
 from tokenverse_jax.concepts.learn import (
     LearnConfig,
@@ -80,3 +93,47 @@ class Learner:
         if skipped:
             raise FloatingPointError(f"loss or gradient not finite in {skipped:.0f} of {step + 1} updates")
         return state.params
+
+
+def learn_concepts(
+    pipeline: Pipeline,
+    image: UInt8[np.ndarray, "H W 3"],
+    captions: Sequence[str],
+    words: Sequence[str],
+    *,
+    config: LearnConfig = LearnConfig(),
+    seed: int = 0,
+    pool: UInt8[np.ndarray, "K H W 3"] | None = None,
+) -> ConceptFile:
+    """The concepts of an image: a direction in the modulation space for each token of the words (paper section 3).
+
+    >>> learned = learn_concepts(pipeline, image, ["a star and a drop in the snow"], ["a star", "a drop"])
+    >>> learned.save("star.safetensors")
+
+    Args:
+      pipeline: with all its parts; its weights stay as they are.
+      image: what the concepts are of; sides are multiples of a token's (16 pixels for FLUX).
+      captions: of the image, in other words and orders; all name the words.
+      words: to learn.
+      config: how; the defaults are the paper's, but for the isolation loss.
+      seed: of parameters and noise.
+      pool: for the isolation loss, the base model's images of `config.isolation.captions`; see `pool.make_pool`.
+
+    Raises:
+      ValueError: a caption without one of the words, a size that is not possible, or no pool where one is needed.
+      FloatingPointError: updates were not finite.
+    """
+    if (config.isolation is None) != (pool is None):
+        raise ValueError("config.isolation and pool: both, or neither, are needed")
+    bound = bind_captions(pipeline.tokenizer_2, pipeline.text_length, [tuple(captions)], list(words), config.isolation)
+    data = encode_concept(pipeline, config, image[None], bound)
+    if pool is not None:
+        data = replace(data, pool_latents=encode_images(pipeline, pool))
+    params = Learner(pipeline, config).learn(data, seed)
+    return ConceptFile(
+        concepts=make_concepts(params, data, config),
+        caption=captions[0],
+        base=pipeline.source,
+        base_hash=pipeline.base_hash(),
+        image=center_crop(image, min(*image.shape[:2], KEPT_SIDE)),
+    )

@@ -266,6 +266,11 @@ class Pipeline:
         return part
 
 
+def load_pipeline(source: str | os.PathLike, **options: Any) -> Pipeline:
+    """A shipped pipeline by its name ("tiny"), a folder in diffusers' layout or a hub id; see `from_pretrained`."""
+    return Pipeline.from_pretrained(source, **options)
+
+
 class Loader:
     """Loads parts of a model that may be too large to be on a device as a whole.
 

@@ -1,0 +1,113 @@
+"""Images of a prompt with concepts on its words.
+
+Axes: N images, H W image.
+"""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Int, UInt8
+
+from tokenverse_jax.concepts.bank import Concept
+from tokenverse_jax.concepts.compose import Composition, compose, place_stored
+from tokenverse_jax.flux.pipeline import Pipeline, PromptEncoding
+from tokenverse_jax.flux.sampling import SamplingConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling(SamplingConfig):
+    """All that images of a prompt depend on, and how many are made at once, which changes none of them."""
+
+    height: int
+    width: int
+    seed: int = 0
+    batch_size: int = 4
+
+    def __post_init__(self):
+        if min(self.num_steps, self.batch_size) < 1:
+            raise ValueError(f"num_steps={self.num_steps}, batch_size={self.batch_size}: at least 1 is needed")
+
+
+def sample(
+    pipeline: Pipeline,
+    prompt: PromptEncoding,
+    sampling: Sampling,
+    indices: Int[np.ndarray, " N"],
+    *,
+    negative_prompt: PromptEncoding | None = None,
+    blocks: str = "both",
+    **offsets: Any,
+) -> UInt8[np.ndarray, "N H W 3"]:
+    """Images of one encoded prompt, batch by batch in one program.
+
+    Args:
+      indices: numbers of the images, which with the seed choose their noise.
+      offsets: `offsets`, `block_offsets`, `global_offset` as in `Pipeline.generate`, each [N, ...] or None.
+    """
+    settings = dataclasses.asdict(sampling)
+    batch = min(settings.pop("batch_size"), len(indices))
+    repeated = PromptEncoding(*(jnp.repeat(jnp.asarray(part), batch, axis=0) for part in prompt))
+    whole = np.resize(np.arange(len(indices)), math.ceil(len(indices) / batch) * batch)  # the last batch is filled up
+    images = []
+    for picks in whole.reshape(-1, batch):
+        own = {name: None if offset is None else offset[picks] for name, offset in offsets.items()}
+        made = pipeline.generate(
+            repeated, indices=indices[picks], negative_prompt=negative_prompt, blocks=blocks, **own, **settings
+        )
+        images.append(np.asarray(made))
+    return np.concatenate(images)[: len(indices)]
+
+
+def for_all(composed: Composition, num: int) -> dict[str, Any]:
+    """One prompt's composition for each of `num` images, as arguments of `sample`."""
+    offsets = {name: value for name, value in composed._asdict().items() if name != "blocks"}
+    spread = {
+        name: None if value is None else np.broadcast_to(np.asarray(value), (num, *value.shape))
+        for name, value in offsets.items()
+    }
+    return spread | {"blocks": composed.blocks}
+
+
+def generate(
+    pipeline: Pipeline,
+    prompt: str,
+    concepts: Mapping[str, Concept] | None = None,
+    *,
+    num: int = 1,
+    seed: int = 0,
+    batch_size: int = 4,
+    **settings: Any,
+) -> UInt8[np.ndarray, "N H W 3"]:
+    """Images of a prompt with concepts on its words; without concepts the base model's, from the same noise.
+
+    >>> images = generate(pipeline, "a star on the beach", {"a star": concepts.concept("a star")}, num=4)
+
+    Args:
+      pipeline: with all its parts.
+      prompt: what is drawn.
+      concepts: by the word of the prompt that takes each of them; "dog#2" is its second "dog".
+      num: N; image i is the same whatever N is.
+      seed: of the noise.
+      batch_size: images at once.
+      settings: `height`, `width` (pixels), `num_steps`, `guidance`, `cfg_scale`; by default the model's own.
+
+    Raises:
+      ValueError: a word that the prompt does not have, or has with another number of tokens; sizes that are not
+        possible.
+      NotFiniteError: values that are not finite.
+    """
+    usual = vars(pipeline.usual) | {"height": pipeline.usual.size, "width": pipeline.usual.size} | settings
+    usual.pop("size")
+    sampling = Sampling(**usual, seed=seed, batch_size=batch_size)
+    placed = [place_stored(concept, pipeline.tokenizer_2, prompt, word) for word, concept in (concepts or {}).items()]
+    offsets = {}
+    if placed:
+        offsets = for_all(compose(placed, 1 + max(place for item in placed for place in item.places)), num)
+    negative = None if sampling.cfg_scale == 1.0 else pipeline.encode_prompts([""])
+    encoded = pipeline.encode_prompts([prompt])
+    return sample(pipeline, encoded, sampling, np.arange(num), negative_prompt=negative, **offsets)
