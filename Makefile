@@ -10,7 +10,7 @@ KEEP_PAGES := glibc.malloc.hugetlb=1:glibc.malloc.mmap_max=0:glibc.malloc.trim_t
 FAST := GLIBC_TUNABLES=$(KEEP_PAGES) JAX_COMPILATION_CACHE_DIR=$(RUN)/compiled \
 	XLA_FLAGS="$(XLA_FLAGS) --xla_backend_optimization_level=1"
 
-.PHONY: demo test parity lint format clean
+.PHONY: demo test test-fast parity lint format clean
 
 demo: $(VENV)/.installed
 	$(BIN)/mergevq scenes --data-dir data
@@ -32,6 +32,10 @@ demo: $(VENV)/.installed
 # One worker a core, up to four: a worker needs some gigabytes. Neighbours share what they compile: work moves only to idle workers.
 test: $(VENV)/.installed
 	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal
+
+# Those that train nothing and run no command whole: a minute or so, for who changes a function.
+test-fast: $(VENV)/.installed
+	$(BIN)/python -m pytest tests/unit --numprocesses auto --maxprocesses 4 --dist worksteal
 
 # Against diffusers and transformers, which need PyTorch: here its build for CPUs, where that can be had.
 parity: $(VENV)-parity/.installed

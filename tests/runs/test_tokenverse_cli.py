@@ -398,7 +398,7 @@ def learn(base: Path, files: Path, workdir: Path, **changes) -> int:
 
 
 def test_a_learned_concept_is_inspected_and_drawn(model, files, tmp_path, capsys, monkeypatch):
-    # Programs for one device take a fraction of the time to compile; tests/test_learn_run.py has a mesh.
+    # Programs for one device take a fraction of the time to compile; test_learn_run.py has a mesh.
     one_device = functools.partial(sharding.make_mesh, devices=jax.devices()[:1])
     monkeypatch.setattr(sharding, "make_mesh", one_device)
     assert learn(model, files, tmp_path / "run") == 0

@@ -22,7 +22,7 @@ from mergevq_jax.tokenizer.losses import adversarial
 from mergevq_jax.tokenizer.recovery import SourceRecovery
 from runtime_jax.weights import export_weights, read_safetensors, write_safetensors
 
-GOLDEN = Path(__file__).parent / "golden"
+GOLDEN = Path(__file__).parents[1] / "golden"
 FILES = sorted(path.name for path in GOLDEN.iterdir())
 
 # Measured on a CPU: 1.5e-6 at most, but 2.3e-6 for the entropy's gradient, 3.9e-6 for the recovery's softmax, and up to

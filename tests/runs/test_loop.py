@@ -49,7 +49,7 @@ def whole(tmp_path_factory) -> Path:
 
 def killed(workdir: Path, how: str, when: int) -> None:
     """A run in a process of its own that dies by SIGKILL."""
-    env = os.environ | {"JAX_DEFAULT_MATMUL_PRECISION": "highest", "PYTHONPATH": str(Path(loop.__file__).parents[1])}
+    env = os.environ | {"JAX_DEFAULT_MATMUL_PRECISION": "highest", "PYTHONPATH": str(Path(loop.__file__).parents[2])}
     command = [sys.executable, toy_run.__file__, str(workdir), how, str(when)]
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120)
     assert done.returncode == -signal.SIGKILL, done.stderr

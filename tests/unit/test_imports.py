@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 PACKAGES = ("runtime_jax", "mini_scenes", "mergevq_jax", "tokenverse_jax")
 FORBIDDEN = {
     "runtime_jax": {"mini_scenes", "mergevq_jax", "tokenverse_jax"},
