@@ -14,8 +14,8 @@ from runtime_jax.data.picture import decode_image
 from runtime_jax.messages import cut
 
 _LOG = logging.getLogger(__name__)
-# What systems and programs leave in folders, besides names that begin with a dot.
-LITTER = {"__MACOSX", "$RECYCLE.BIN", "System Volume Information", "lost+found", "Thumbs.db", "desktop.ini"}
+# What systems leave in folders, besides names that begin with a dot; in lower case.
+LITTER = {"__macosx", "@eadir", "$recycle.bin", "system volume information", "lost+found", "thumbs.db", "desktop.ini"}
 # Formats that Pillow knows without reading pixels (or only by another program, which no unknown file should start).
 _UNREAD = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}
 
@@ -24,9 +24,8 @@ _UNREAD = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}
 def suffixes() -> frozenset[str]:
     """Suffixes of pictures, in lower case: those of every format that Pillow reads."""
     Image.init()
-    return frozenset(
-        suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN.keys() - _UNREAD
-    )
+    read = (Image.OPEN.keys() - _UNREAD) | {"MPO"}  # several JPEGs in one, opened as the first
+    return frozenset(suffix for suffix, kind in Image.registered_extensions().items() if kind in read)
 
 
 def image_files(root: Path) -> list[Path]:
@@ -52,8 +51,10 @@ def _scan(root: Path) -> _Found:
             entries = sorted(entries, key=lambda entry: entry.name)
         for entry in entries:
             path, suffix = folder / entry.name, os.path.splitext(entry.name)[1].lower()
-            if entry.name.startswith(".") or entry.name in LITTER:
+            if entry.name.startswith(".") or entry.name.lower() in LITTER:
                 found.passed_over["hidden"] += 1
+            elif entry.is_symlink() and not os.path.exists(entry.path):
+                found.passed_over["broken links"] += 1
             elif entry.is_dir():
                 if entry.is_symlink() and (entry.stat().st_dev, entry.stat().st_ino) in ancestors:
                     found.passed_over["links to a folder that they are in"] += 1
@@ -62,7 +63,7 @@ def _scan(root: Path) -> _Found:
                     found.folders.append(entry.name)
                 visit(path, ancestors)
             elif not entry.is_file():
-                found.passed_over["broken links" if entry.is_symlink() else "no files"] += 1
+                found.passed_over["pipes, sockets or devices"] += 1
             elif suffix in suffixes():
                 found.files.append(path)
             else:
@@ -96,7 +97,7 @@ class FolderSource:
         Raises:
             ValueError: no folder, nothing readable in it, or images outside of `classes`, if these are given.
         """
-        root = Path(path)
+        root = Path(os.path.expanduser(path))
         if not path or not root.is_dir():
             raise ValueError(f"image folder {path!r} does not exist or is not a folder")
         found = _scan(root)

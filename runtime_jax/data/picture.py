@@ -10,7 +10,8 @@ from jaxtyping import Bool, Num, UInt8
 from PIL import Image, ImageCms, ImageOps
 
 ORIENTATION = 0x0112  # EXIF tag; from 5 on, the sides are exchanged
-BITS, PHOTOMETRIC = 258, 262  # TIFF tags: bits of a sample; 0 where white is zero
+BITS, PHOTOMETRIC, PLANES = 258, 262, 284  # TIFF tags: bits of a sample; 0 where white is zero; 2 where each has its own
+PNG_BITS = 24  # where a PNG has the bits of a sample
 SIXTEEN_BITS = ("PNG", "PPM")  # formats whose integers beyond 8 bits, of mode "I", are of 0 to 65535
 
 
@@ -22,10 +23,14 @@ def decode_image(data: bytes) -> UInt8[np.ndarray, "H W 3"]:
     whole ones as integers.
 
     Raises:
-        ValueError: not a picture, a damaged one, or one whose range is not known.
+        ValueError: not a picture, a damaged one, one whose range is not known, or one that Pillow reads wrongly.
     """
     with _readable(), Image.open(io.BytesIO(data)) as image:
-        _check_transparency(image, data)
+        if reason := _misread(image, data):
+            raise ValueError(reason)
+        if image.format == "PNG" and image.mode == "L" and "transparency" in image.info:
+            # Pillow scales samples of 2 and 4 bits to 8, but not the transparent one.
+            image.info["transparency"] *= 255 // (2 ** data[PNG_BITS] - 1)
         white, negative = _white(image), _is_negative(image)
         upright = ImageOps.exif_transpose(image)
         if upright.mode == "F" or upright.mode.startswith("I"):
@@ -59,10 +64,23 @@ def _readable() -> Iterator[None]:
         raise ValueError(f"not a readable image ({error})") from error
 
 
-def _check_transparency(image: Image.Image, data: bytes) -> None:
-    """Refuses a transparent colour of 16 bits a channel: Pillow reads such channels with 8 bits, and many are alike."""
-    if image.format == "PNG" and image.mode == "RGB" and "transparency" in image.info and data[24] == 16:
-        raise ValueError("a transparent colour of 16 bits a channel: save it with an alpha channel, or with 8 bits")
+def _misread(image: Image.Image, data: bytes) -> str | None:
+    """Why Pillow would give other pixels than the file has, where it would."""
+    if image.format == "PNG" and image.mode == "RGB" and "transparency" in image.info and data[PNG_BITS] == 16:
+        # Pillow cuts the samples to 8 bits, where many look like the transparent colour.
+        return "a transparent colour of 16 bits a channel: save it with an alpha channel, or with 8 bits"
+    if image.format == "FITS" and image.mode == "I;16":
+        # Signed samples with an offset in the header; Pillow ignores both.
+        return "a FITS of 16 bits: save it as TIFF or PNG"
+    if image.format != "TIFF":
+        return None
+    codec, bits, mode = image.tile[0][0], image.tag_v2.get(BITS, (1,))[0], image.mode
+    if codec == "libtiff" and image.tag_v2.prefix == b"MM" and mode in ("I", "F"):
+        return "a compressed big-endian TIFF of signed or float samples: save it without compression"
+    if image.tag_v2.get(PLANES) == 2 and len(image.getbands()) > 1:
+        if mode not in ("RGB", "RGBA", "CMYK") or (bits == 16 and codec != "libtiff"):
+            return f"a TIFF with a plane of {bits} bits for each channel of {mode}: save it with interleaved channels"
+    return None
 
 
 def _white(image: Image.Image) -> int | None:
@@ -74,7 +92,7 @@ def _white(image: Image.Image) -> int | None:
 
 def _is_negative(image: Image.Image) -> bool:
     """Whether white is zero and Pillow has not turned it, as it does for samples of 8 bits."""
-    return image.format == "TIFF" and image.mode.startswith("I;16") and image.tag_v2.get(PHOTOMETRIC) == 0
+    return image.format == "TIFF" and image.mode in ("I;16", "F") and image.tag_v2.get(PHOTOMETRIC) == 0
 
 
 def _from_samples(
@@ -108,7 +126,11 @@ def _has_fractions(samples: Num[np.ndarray, "H W"]) -> Bool[np.ndarray, "H W"]:
 def _from_eight_bits(image: Image.Image) -> UInt8[np.ndarray, "H W 3"]:
     if image.mode == "LAB":
         profiles = ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB")
-        image = ImageCms.profileToProfile(image, *profiles, outputMode="RGB")
+        # Without optimization, whose table of colours errs by up to 5 of 255.
+        flags = ImageCms.Flags.NOOPTIMIZE
+        image = ImageCms.profileToProfile(image, *profiles, outputMode="RGB", flags=flags)
+    if image.mode == "La":  # which Pillow converts to nothing else
+        image = image.convert("LA")
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
