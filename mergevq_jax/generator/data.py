@@ -170,14 +170,15 @@ def check_data(
         side = tokenizer.config.resolution
         if config.image_size != side:
             raise ValueError(f"data.image_size={config.image_size}: the tokenizer's images have {side} pixels a side")
-        classes = {source.name or source.path or source.kind: open_source(source).classes for source in config.sources}
+        sources = config.sources
+        classes = [(source.name or source.path or source.kind, open_source(source).classes) for source in sources]
     else:
-        classes = _check_tokens(_Tokens(config.folders), tokenizer, keeps)
-    for where, names in classes.items():
+        classes = list(_check_tokens(_Tokens(config.folders), tokenizer, keeps).items())
+    for where, names in classes:
         if names is None or len(names) != model.num_classes:
             have = "no labels" if names is None else f"{len(names)} classes"
             raise ValueError(f"{where} has {have}, the generator model.num_classes={model.num_classes}")
-    (first, names), *others = classes.items()
+    (first, names), *others = classes
     for where, other in others:
         if other != names:
             raise ValueError(f"{where} and {first} have classes of other names")

@@ -161,9 +161,10 @@ def _train(config: TrainConfig, workdir: Path) -> Trained:
 
 
 def _check_labels(config: TrainConfig) -> None:
-    classes = {source.name or source.path or source.kind: open_source(source).classes for source in config.data.sources}
-    (first, known), *_ = classes.items()
-    for source, names in classes.items():
+    sources = config.data.sources
+    classes = [(source.name or source.path or source.kind, open_source(source).classes) for source in sources]
+    first, known = classes[0]
+    for source, names in classes:
         if names is None or len(names) > config.model.num_classes:
             have = "has no labels" if names is None else f"has {len(names)} classes"
             raise ValueError(

@@ -105,7 +105,7 @@ class FolderSource:
             passed = f" (passed over: {_counted(found.passed_over)})" if found.passed_over else ""
             raise ValueError(f"image folder {path!r} holds no image that Pillow reads, sub-folders included{passed}")
         self._root, self._files = root, found.files
-        outside = sum(len(file.parts) == 1 for file in found.files)
+        outside = [file.name for file in found.files if len(file.parts) == 1]
         names = _natural(found.folders) if classes is None else list(classes)
         if classes is not None and (outside or not set(found.folders) <= set(names)):
             unknown = [*(["(none)"] if outside else []), *sorted(set(found.folders) - set(names))]
@@ -113,7 +113,7 @@ class FolderSource:
         self.classes = None if outside else names
         self._labels = {name: label for label, name in enumerate(names)}
         empty = sorted(set(names) - {file.parts[0] for file in found.files}) if self.classes else []
-        _tell_once(path, _counted(found.passed_over), cut(empty))
+        _tell_once(path, _counted(found.passed_over), cut(empty), cut(outside) if len(outside) < len(self) else "")
         # Ends with an error, before any training, when no file at all can be read.
         self[0]
 
@@ -139,8 +139,9 @@ def _counted(passed_over: Counter[str]) -> str:
 
 
 @functools.cache
-def _tell_once(path: str, passed_over: str, empty: str) -> None:
+def _tell_once(path: str, passed_over: str, empty: str, outside: str) -> None:
     """Once for each folder in a process: a run opens its sources several times."""
     notes = [f"passed over {passed_over}"] * bool(passed_over) + [f"classes without images: {empty}"] * bool(empty)
+    notes += [f"no classes, because of images outside of their folders: {outside}"] * bool(outside)
     if notes:
         _LOG.warning("image folder %s: %s", path, "; ".join(notes))

@@ -10,7 +10,8 @@ from jaxtyping import Bool, Num, UInt8
 from PIL import Image, ImageCms, ImageOps
 
 ORIENTATION = 0x0112  # EXIF tag; from 5 on, the sides are exchanged
-BITS, PHOTOMETRIC, PLANES = 258, 262, 284  # TIFF tags: bits of a sample; 0 where white is zero; 2 where each has its own
+BITS, PHOTOMETRIC = 258, 262  # TIFF tags: bits of a sample; 0 where white is zero
+PLANES = 284  # TIFF tag: 2 where each channel has a plane of its own
 PNG_BITS = 24  # where a PNG has the bits of a sample
 SIXTEEN_BITS = ("PNG", "PPM")  # formats whose integers beyond 8 bits, of mode "I", are of 0 to 65535
 
@@ -72,14 +73,18 @@ def _misread(image: Image.Image, data: bytes) -> str | None:
     if image.format == "FITS" and image.mode == "I;16":
         # Signed samples with an offset in the header; Pillow ignores both.
         return "a FITS of 16 bits: save it as TIFF or PNG"
-    if image.format != "TIFF":
-        return None
+    return _misread_tiff(image) if image.format == "TIFF" else None
+
+
+def _misread_tiff(image: Image.Image) -> str | None:
     codec, bits, mode = image.tile[0][0], image.tag_v2.get(BITS, (1,))[0], image.mode
     if codec == "libtiff" and image.tag_v2.prefix == b"MM" and mode in ("I", "F"):
+        # Their bytes are swapped twice: by libtiff and by Pillow.
         return "a compressed big-endian TIFF of signed or float samples: save it without compression"
-    if image.tag_v2.get(PLANES) == 2 and len(image.getbands()) > 1:
-        if mode not in ("RGB", "RGBA", "CMYK") or (bits == 16 and codec != "libtiff"):
-            return f"a TIFF with a plane of {bits} bits for each channel of {mode}: save it with interleaved channels"
+    planes = image.tag_v2.get(PLANES) == 2 and len(image.getbands()) > 1
+    if planes and (mode not in ("RGB", "RGBA", "CMYK") or (bits == 16 and codec != "libtiff")):
+        # Pillow reads such a plane as 8 unsigned bits.
+        return f"a TIFF with a plane of {bits} bits for each channel of {mode}: save it with interleaved channels"
     return None
 
 
@@ -92,7 +97,7 @@ def _white(image: Image.Image) -> int | None:
 
 def _is_negative(image: Image.Image) -> bool:
     """Whether white is zero and Pillow has not turned it, as it does for samples of 8 bits."""
-    return image.format == "TIFF" and image.mode in ("I;16", "F") and image.tag_v2.get(PHOTOMETRIC) == 0
+    return image.format == "TIFF" and image.mode.startswith(("I;16", "F")) and image.tag_v2.get(PHOTOMETRIC) == 0
 
 
 def _from_samples(

@@ -1,12 +1,17 @@
 """Folders of images: what is a class, what is an image, and what is passed over."""
 
+import dataclasses
 import os
 
 import numpy as np
 import pytest
+from generator_run_tools import MODEL, random_tokenizer
 from PIL import Image
 
-from runtime_jax.data import SourceConfig, image_files, open_source
+from mergevq_jax.generator.data import check_data
+from mergevq_jax.tokenizer.run import TrainConfig, _check_labels
+from runtime_jax.config import build, load
+from runtime_jax.data import DataConfig, SourceConfig, image_files, open_source
 from runtime_jax.data import folder as folders
 
 
@@ -30,12 +35,14 @@ def test_what_systems_leave_behind_is_no_class_and_no_image(tmp_path, caplog):
         picture(tmp_path / name, color)
     for litter in (".ipynb_checkpoints/a.png", ".hidden/b.png", "__MACOSX/cat/._a.png", "cat/._a.png", "dog/.x/c.png"):
         picture(tmp_path / litter, 99)
+    for litter in ("@eaDir/cat/a.png", "$Recycle.Bin/a.png"):
+        picture(tmp_path / litter, 99)
     (tmp_path / ".DS_Store").touch()
-    (tmp_path / "cat" / "Thumbs.db").touch()
+    (tmp_path / "cat" / "thumbs.db").touch()
     (tmp_path / "cat" / "notes.txt").touch()
     source = opened(tmp_path)
     assert source.classes == ["cat", "dog"] and labels(source) == {10: "cat", 20: "dog"}
-    assert caplog.messages == [f"image folder {tmp_path}: passed over 7 hidden, 1 .txt"]
+    assert caplog.messages == [f"image folder {tmp_path}: passed over 9 hidden, 1 .txt"]
     opened(tmp_path)
     assert len(caplog.messages) == 1  # once in a process
 
@@ -48,19 +55,23 @@ def test_links_are_followed_and_those_that_lead_back_are_not(tmp_path, caplog):
     (root / "twin").symlink_to(tmp_path / "elsewhere")  # two classes may be of one folder
     (root / "real" / "loop").symlink_to(root)
     (root / "real" / "lost.png").symlink_to(tmp_path / "nothing.png")
+    (root / "real" / "own.png").symlink_to("own.png")
+    (root / "own").symlink_to("own")
     (root / "real" / "c.png").symlink_to(root / "real" / "b.png")
     source = opened(root)
     assert source.classes == ["linked", "real", "twin"] and len(source) == 4
     assert [source[i]["label"] for i in range(4)] == [0, 1, 1, 2]
-    assert "1 links to a folder that they are in" in caplog.text and "1 broken links" in caplog.text
+    assert "1 links to a folder that they are in" in caplog.text and "3 broken links" in caplog.text
 
 
 def test_every_suffix_that_pillow_reads_whatever_its_case(tmp_path):
     names = ["a.jfif", "b.JPE", "c.bmp", "d.gif", "e.tif", "f.TIFF", "g.avif", "h.PNG", "i.webp", "j.ppm", "k.tga"]
     for name in names:
         picture(tmp_path / name)
-    (tmp_path / "l.eps").touch()
-    (tmp_path / "m.mpg").touch()
+    picture(tmp_path / "l.mpo", save_all=True, append_images=[Image.new("RGB", (6, 4))])
+    names.append("l.mpo")
+    (tmp_path / "m.eps").touch()
+    (tmp_path / "n.mpg").touch()
     assert [str(path) for path in image_files(tmp_path)] == sorted(names)
     source = opened(tmp_path)
     assert all((source[i]["image"] > 90).all() and not source[i]["skipped"] for i in range(len(names)))
@@ -84,6 +95,8 @@ def test_names_that_are_numbers_are_in_the_order_of_the_numbers(tmp_path):
     source = opened(tmp_path / "numbers")
     assert source.classes == [str(number) for number in range(12)]
     assert labels(source) == {10 * number: str(number) for number in range(12)}
+    picture(tmp_path / "numbers" / "007" / "1.png", 200)
+    assert opened(tmp_path / "numbers").classes[6:9] == ["6", "007", "7"]
     assert opened(tmp_path / "words").classes[:3] == ["c0", "c1", "c10"]
 
 
@@ -97,11 +110,31 @@ def test_a_list_of_classes_fixes_the_labels(tmp_path, caplog):
         opened(tmp_path, classes=("a",))
     picture(tmp_path / "outside.png")
     assert opened(tmp_path).classes is None
+    assert "no classes, because of images outside of their folders: outside.png" in caplog.text
     with pytest.raises(ValueError, match=r"images of classes that are not in `classes`: \(none\)$"):
         opened(tmp_path, classes=("a", "b"))
     for kind, classes in (("photos", ("a",)), ("folder", ("a", "a"))):
         with pytest.raises(ValueError, match="for kind 'folder' only, and each name once"):
             SourceConfig(kind=kind, classes=classes)
+
+
+def test_one_folder_under_two_lists_of_classes_is_refused(tmp_path):
+    """Label 0 would be a in one source and b in the other."""
+    for name in "ab":
+        picture(tmp_path / name / "1.png")
+    source = SourceConfig(kind="folder", path=str(tmp_path), classes=("a", "b"))
+    sources = source, dataclasses.replace(source, classes=("b", "a"))
+    with pytest.raises(ValueError, match="have classes of other names"):
+        check_data(DataConfig(image_size=8, batch_size=1, sources=sources), MODEL, random_tokenizer(), ())
+    tiny = build(TrainConfig, load("configs/mergevq_tiny.py"))
+    with pytest.raises(ValueError, match="have classes of other names"):
+        _check_labels(dataclasses.replace(tiny, data=dataclasses.replace(tiny.data, sources=sources)))
+
+
+def test_home_is_found(tmp_path, monkeypatch):
+    picture(tmp_path / "pictures" / "a" / "1.png")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert opened("~/pictures").classes == ["a"]
 
 
 def test_a_folder_without_images_says_what_it_passed_over(tmp_path):
