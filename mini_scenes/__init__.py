@@ -11,24 +11,10 @@ from runtime_jax import lazy
 __getattr__, __dir__, __all__ = lazy.attributes(
     __name__,
     {
-        "mini_scenes.builder": (
-            "MiniScenes",
-            "MiniScenesConfig",
-            "make_config",
-            "prepare",
-        ),
-        "mini_scenes.captions": (
-            "caption",
-            "full_caption",
-        ),
-        "mini_scenes.examples": (
-            "SPLITS",
-            "example_scene",
-        ),
-        "mini_scenes.render": (
-            "Rendering",
-            "render_scene",
-        ),
+        "mini_scenes.builder": ("MiniScenes", "MiniScenesConfig", "make_config", "prepare"),
+        "mini_scenes.captions": ("caption", "full_caption"),
+        "mini_scenes.examples": ("SPLITS", "example_scene"),
+        "mini_scenes.render": ("Rendering", "render_scene"),
         "mini_scenes.scene": (
             "Background",
             "Light",

@@ -12,10 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool
 
+from runtime_jax.messages import cut
 from runtime_jax.sharding import constrain
 
 Flags = Bool[Array, "..."] | Bool[np.ndarray, "..."]
-SHOWN = 5  # parameters in a message
 
 
 class NotFiniteError(FloatingPointError):
@@ -51,8 +51,7 @@ def _cause(params: Mapping[str, Any]) -> str:
     bad = [line for name, tree in params.items() for line in _not_finite(tree, name)]
     if not bad:
         return "all parameters are finite, so the values have outgrown their dtype (try float32) or the input has them"
-    more = f" and {len(bad) - SHOWN} more" if len(bad) > SHOWN else ""
-    return f"parameters that are not finite: {', '.join(bad[:SHOWN])}{more}"
+    return f"parameters that are not finite: {cut(bad)}"
 
 
 def _not_finite(tree: Any, name: str) -> list[str]:

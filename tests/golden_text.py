@@ -4,13 +4,7 @@ from collections.abc import Callable
 
 from golden_tools import Tensors, apply, require_equal
 
-from tokenverse_jax.flux.convert.text_encoders import (
-    convert_clip,
-    convert_t5,
-    export_clip,
-    export_t5,
-    parse_config,
-)
+from tokenverse_jax.flux.convert.text_encoders import convert_clip, convert_t5, export_clip, export_t5, parse_config
 from tokenverse_jax.flux.text_encoders.clip import CLIPTextConfig, CLIPTextEncoder
 from tokenverse_jax.flux.text_encoders.t5 import T5Config, T5Encoder
 

@@ -16,14 +16,7 @@ import optax
 
 from runtime_jax.config import Duration
 from runtime_jax.prng import Stream, host_rng, stream_key
-from runtime_jax.sharding import (
-    Axis,
-    MeshConfig,
-    constrain,
-    make_mesh,
-    param_shardings,
-    shard_batch,
-)
+from runtime_jax.sharding import Axis, MeshConfig, constrain, make_mesh, param_shardings, shard_batch
 from runtime_jax.training import loop
 from runtime_jax.training.initial_state import initial_state
 

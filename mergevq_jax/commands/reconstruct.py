@@ -114,15 +114,16 @@ def reconstruct(
     check_output(out)
     config = read_tokenizer_config(tokenizer)
     multiple, size = config.downsampling, config.resolution if size is None else size
-    plans, images = [], []
+    plans = []
     for picture in pictures:
         with naming(str(picture.path)):
             plans.append(_keeps(config, plan_sides(image_size(picture.path), multiple, size).cropped, keeps))
     for picture in pictures:
         with naming(str(picture.path)):
-            images.append(read_picture(picture.path, multiple, size)[None])
+            decode_image(picture.path.read_bytes())  # not kept: a folder's pictures may not fit in memory
     loaded = load_tokenizer(tokenizer)
-    for picture, image, plan in zip(pictures, images, plans, strict=True):
+    for picture, plan in zip(pictures, plans, strict=True):
+        image = read_picture(picture.path, multiple, size)[None]
         raw = math.prod(config.grid(*image.shape[1:3]))
         print(f"{picture.path}: {image.shape[2]} x {image.shape[1]} pixels, {raw} raw tokens")
         for keep in plan:

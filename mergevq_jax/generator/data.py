@@ -20,7 +20,7 @@ from mergevq_jax.tokenizer.model import Tokenizer
 from mergevq_jax.tokens_folder import TokensFolder, open_tokens
 from runtime_jax import data as image_data
 from runtime_jax.config import config_changes
-from runtime_jax.data import DataConfig, open_source, read_batches
+from runtime_jax.data import DataConfig, check_same_classes, classes_of, read_batches
 from runtime_jax.prng import Stream, host_rng
 
 
@@ -170,18 +170,14 @@ def check_data(
         side = tokenizer.config.resolution
         if config.image_size != side:
             raise ValueError(f"data.image_size={config.image_size}: the tokenizer's images have {side} pixels a side")
-        sources = config.sources
-        classes = [(source.name or source.path or source.kind, open_source(source).classes) for source in sources]
+        classes = classes_of(config.sources)
     else:
         classes = list(_check_tokens(_Tokens(config.folders), tokenizer, keeps).items())
     for where, names in classes:
         if names is None or len(names) != model.num_classes:
             have = "no labels" if names is None else f"{len(names)} classes"
             raise ValueError(f"{where} has {have}, the generator model.num_classes={model.num_classes}")
-    (first, names), *others = classes
-    for where, other in others:
-        if other != names:
-            raise ValueError(f"{where} and {first} have classes of other names")
+    check_same_classes(classes)
     return tuple(names)
 
 

@@ -8,15 +8,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from mergevq_jax.tokenizer.config import TokenizerConfig
-from runtime_jax.weights import (
-    CONV,
-    POINTWISE,
-    Rule,
-    WeightError,
-    layer,
-    norm,
-    prefixed,
-)
+from runtime_jax.weights import CONV, POINTWISE, Rule, WeightError, layer, norm, prefixed
 from runtime_jax.weights.published import recognized, unwrapped
 
 

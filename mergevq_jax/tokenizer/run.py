@@ -21,7 +21,7 @@ from mergevq_jax.tokenizer.model import Tokenizer
 from runtime_jax import config as config_lib
 from runtime_jax import sharding
 from runtime_jax.config import naming
-from runtime_jax.data import DataConfig, make_batches, num_examples, open_source
+from runtime_jax.data import DataConfig, check_same_classes, classes_of, make_batches, num_examples
 from runtime_jax.nn.compute import Compute
 from runtime_jax.training import loop
 from runtime_jax.training.fit import fit
@@ -115,7 +115,7 @@ def _train(config: TrainConfig, workdir: Path) -> Trained:
         schedules[0],
     )
     if config.losses.alignment_weight and config.losses.alignment == "label":
-        _check_labels(config)
+        check_labels(config)
     step_config, frozen = load_frozen(config)
     start = Tokenizer.from_pretrained(config.init_from) if config.init_from else None
     if start and start.config != config.model:
@@ -160,19 +160,17 @@ def _train(config: TrainConfig, workdir: Path) -> Trained:
     return Trained(folder, result.step, result.stopped_by)
 
 
-def _check_labels(config: TrainConfig) -> None:
-    sources = config.data.sources
-    classes = [(source.name or source.path or source.kind, open_source(source).classes) for source in sources]
-    first, known = classes[0]
-    for source, names in classes:
-        if names is None or len(names) > config.model.num_classes:
-            have = "has no labels" if names is None else f"has {len(names)} classes"
-            raise ValueError(
-                f"losses.alignment='label': source {source!r} {have}, the head's model.num_classes is "
-                f"{config.model.num_classes}"
-            )
-        if names != known:
-            raise ValueError(f"losses.alignment='label': {source!r} and {first!r} have classes of other names")
+def check_labels(config: TrainConfig) -> None:
+    """Raises ValueError where the sources have not the labels that losses.alignment='label' learns."""
+    with naming("losses.alignment='label'"):
+        classes = classes_of(config.data.sources)
+        for source, names in classes:
+            if names is None or len(names) > config.model.num_classes:
+                have = "has no labels" if names is None else f"has {len(names)} classes"
+                raise ValueError(
+                    f"source {source!r} {have}, the head's model.num_classes is {config.model.num_classes}"
+                )
+        check_same_classes(classes)
 
 
 def load_frozen(config: TrainConfig) -> tuple[stage1.StepConfig, stage1.Frozen]:

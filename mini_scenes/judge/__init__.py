@@ -22,13 +22,7 @@ __getattr__, __dir__, __all__ = lazy.attributes(
             "follows",
             "parse_caption",
         ),
-        "mini_scenes.judge.color": (
-            "color_difference",
-            "to_lab",
-        ),
-        "mini_scenes.judge.judge": (
-            "Judge",
-            "Seen",
-        ),
+        "mini_scenes.judge.color": ("color_difference", "to_lab"),
+        "mini_scenes.judge.judge": ("Judge", "Seen"),
     },
 )

@@ -8,14 +8,7 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image
 
-from mini_scenes import (
-    SYMMETRY,
-    Rendering,
-    Scene,
-    caption,
-    example_scene,
-    render_scene,
-)
+from mini_scenes import SYMMETRY, Rendering, Scene, caption, example_scene, render_scene
 from mini_scenes.judge.captions import accuracies, compare, parse_caption
 from mini_scenes.judge.color import color_difference
 from mini_scenes.judge.judge import Judge, Seen

@@ -16,6 +16,8 @@ from runtime_jax.data.sources import (
     MissingDatasetError,
     Source,
     SourceConfig,
+    check_same_classes,
+    classes_of,
     open_source,
     photo_region,
 )
@@ -28,6 +30,8 @@ __all__ = [
     "Source",
     "SourceConfig",
     "center_crop",
+    "check_same_classes",
+    "classes_of",
     "decode_image",
     "image_files",
     "image_size",

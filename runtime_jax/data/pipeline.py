@@ -12,6 +12,7 @@ from jaxtyping import UInt8
 from PIL import Image
 
 from runtime_jax.data.sources import SourceConfig, open_source
+from runtime_jax.messages import cut
 from runtime_jax.prng import Stream, host_rng
 
 Batch = dict[str, np.ndarray]
@@ -138,8 +139,8 @@ class Batches(Iterator[Batch]):
             self.skipped[name] = self.skipped.get(name, 0) + 1
         # Reported at the first file and whenever their number has doubled, so that a bad disk does not flood the log.
         if len(self.skipped).bit_length() > before.bit_length():
-            listed = ", ".join(list(self.skipped)[:5])
-            warnings.warn(f"{len(self.skipped)} unreadable image file(s) replaced so far: {listed}", stacklevel=3)
+            message = f"{len(self.skipped)} unreadable image file(s) replaced so far: {cut(self.skipped)}"
+            warnings.warn(message, stacklevel=3)
 
 
 def _stream(config: DataConfig) -> grain.MapDataset:

@@ -6,6 +6,7 @@ the dataset has one, and "skipped" naming the unreadable files that stood in the
 
 import dataclasses
 import importlib.util
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, Protocol, runtime_checkable
 
@@ -100,6 +101,19 @@ def open_source(config: SourceConfig) -> Source:
     if config.kind == "photos":
         return PhotoSource(config.split)
     raise ValueError(f"source: kind is {config.kind!r}, allowed are 'tfds', 'folder', 'photos'")
+
+
+def classes_of(sources: Sequence[SourceConfig]) -> list[tuple[str, list[str] | None]]:
+    """What each source is called in messages, and its classes; raises as `open_source`."""
+    return [(source.name or source.path or source.kind, open_source(source).classes) for source in sources]
+
+
+def check_same_classes(classes: Sequence[tuple[str, list[str] | None]]) -> None:
+    """Raises ValueError where sources, as `classes_of` gives them, have labels that mean different things."""
+    (first, names), *others = classes
+    for where, other in others:
+        if other != names:
+            raise ValueError(f"{where!r} and {first!r} have classes of other names")
 
 
 class TfdsSource:

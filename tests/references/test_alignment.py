@@ -12,12 +12,7 @@ from einops import rearrange
 from mergevq_jax.tokenizer.losses import alignment, dinov2
 from mergevq_jax.tokenizer.losses.alignment import init_blocks_from_dinov2, select_uniform
 from mergevq_jax.tokenizer.losses.dinov2 import DINOv2, DINOv2Config, bicubic_matrix, load_dinov2
-from runtime_jax.weights import (
-    WeightError,
-    export_weights,
-    read_safetensors,
-    write_safetensors,
-)
+from runtime_jax.weights import WeightError, export_weights, read_safetensors, write_safetensors
 
 
 @pytest.fixture(scope="module")

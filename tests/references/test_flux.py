@@ -21,14 +21,7 @@ from runtime_jax.weights import WeightError, export_weights
 from tokenverse_jax.flux import layers, model
 from tokenverse_jax.flux.convert import transformer
 from tokenverse_jax.flux.math import layer_norm, rope, timestep_embedding
-from tokenverse_jax.flux.model import (
-    PRESETS,
-    SHARDING_RULES,
-    Flux,
-    FluxConfig,
-    param_shapes,
-    parse_config,
-)
+from tokenverse_jax.flux.model import PRESETS, SHARDING_RULES, Flux, FluxConfig, param_shapes, parse_config
 
 CONFIG = FluxConfig(
     in_channels=8,

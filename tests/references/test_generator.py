@@ -35,12 +35,7 @@ from mergevq_jax.generator.transformer import (
 )
 from runtime_jax.nn.compute import Compute
 from runtime_jax.sharding import MeshConfig, make_mesh, param_shardings, shard_batch
-from runtime_jax.weights import (
-    WeightError,
-    export_weights,
-    import_weights,
-    read_safetensors,
-)
+from runtime_jax.weights import WeightError, export_weights, import_weights, read_safetensors
 
 L = CONFIG.length
 LABELS, MERGE = np.asarray([0, 5, 3], np.int32), np.asarray([0, 2, 1], np.int32)

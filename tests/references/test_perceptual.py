@@ -8,12 +8,7 @@ import pytest
 
 from mergevq_jax.tokenizer.losses import perceptual
 from mergevq_jax.tokenizer.losses.perceptual import LPIPS, load_lpips, unit_normalize
-from runtime_jax.weights import (
-    WeightError,
-    export_weights,
-    read_safetensors,
-    write_safetensors,
-)
+from runtime_jax.weights import WeightError, export_weights, read_safetensors, write_safetensors
 
 WIDTHS = (4, 4, 6, 8, 8)
 PLACES = ((0, 2), (5, 7), (10, 12, 14), (17, 19, 21), (24, 26, 28))

@@ -10,15 +10,7 @@ import numpy as np
 import pytest
 from tiny_pipeline import random_params
 
-from mini_scenes import (
-    CLASSES,
-    COLORS,
-    TEXTURES,
-    SceneObject,
-    caption,
-    example_scene,
-    full_caption,
-)
+from mini_scenes import CLASSES, COLORS, TEXTURES, SceneObject, caption, example_scene, full_caption
 from runtime_jax import config as config_lib
 from runtime_jax import sharding
 from runtime_jax.nn.compute import Compute

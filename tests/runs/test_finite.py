@@ -28,8 +28,8 @@ def test_with_finite_parameters_the_dtype_or_the_input_is_the_cause():
 
 
 def test_many_parameters_are_cut():
-    params = {"net": {f"layer_{i}": np.full(1, np.nan) for i in range(8)}}
-    with pytest.raises(NotFiniteError, match=r"net/layer_4 \(1 of 1 values\) and 3 more$"):
+    params = {"net": {f"layer_{i}": np.full(1, np.nan) for i in range(13)}}
+    with pytest.raises(NotFiniteError, match=r"net/layer_6 \(1 of 1 values\), and 3 more$"):
         check_finite({"first": BAD}, params)
 
 

@@ -19,13 +19,7 @@ from generator_run_tools import (
 )
 
 from mergevq_jax.commands.tokenize import tokenize
-from mergevq_jax.generator.data import (
-    TokensConfig,
-    check_data,
-    check_tokenizer,
-    make_batches,
-    num_examples,
-)
+from mergevq_jax.generator.data import TokensConfig, check_data, check_tokenizer, make_batches, num_examples
 from mergevq_jax.generator.model import GeneratorModel
 from mergevq_jax.generator.run import train
 from mergevq_jax.merge_ratio import MergeRatioConfig, draw_keep

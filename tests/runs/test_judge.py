@@ -7,15 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mini_scenes import (
-    CLASSES,
-    COLORS,
-    SYMMETRY,
-    TEXTURES,
-    caption,
-    example_scene,
-    render_scene,
-)
+from mini_scenes import CLASSES, COLORS, SYMMETRY, TEXTURES, caption, example_scene, render_scene
 from mini_scenes.judge import Judge, accuracies, color_difference, follows, to_lab
 from mini_scenes.judge.judge import SHIPPED, save_weights
 from mini_scenes.judge.lessons import UNNAMED, draw_batch, sample_lesson

@@ -16,12 +16,7 @@ from tiny_pipeline import FLUX, SIDE, TEXT_LENGTH, VAE, tiny_pipeline, write_tin
 from runtime_jax.config import ConfigError
 from runtime_jax.prng import Stream, stream_key
 from runtime_jax.sharding import MeshConfig, make_mesh, param_shardings
-from runtime_jax.weights import (
-    WeightError,
-    export_weights,
-    read_safetensors,
-    write_safetensors,
-)
+from runtime_jax.weights import WeightError, export_weights, read_safetensors, write_safetensors
 from runtime_jax.weights.mapped import map_safetensors
 from tokenverse_jax.flux import autoencoder, model, sampling, schedule
 from tokenverse_jax.flux.convert.autoencoder import FLUX as FLUX_AUTOENCODER

@@ -221,7 +221,7 @@ def test_inspect_says_what_sampling_remembers(kind, row, capsys):
         (["--temperature", "1", "1", "1"], "one value, or one for each of 2 sub-tokens"),
         (["--capacity", "1"], "window=3, capacity=1: needed is 1 <= window <= capacity <= 16"),
         (["--num", "0"], "--num 0"),
-        (["--steps", "4"], "--steps 4: this generator draws one code a step"),
+        (["--steps", "4"], "4 steps: this generator draws one code a step"),
         (["--tensor", "3"], "needs a multiple of 3 devices, but there are 8"),
         (["--model", "RANDAR", "--steps", "17"], "17 steps: allowed are 1 to 10"),
         (["--model", "RANDAR", "--window", "2"], "window=2: for raster order"),
@@ -234,3 +234,9 @@ def test_what_is_not_possible_is_one_line(root, tmp_path, capsys, options, messa
     assert sample(root, tmp_path / "out", *(names.get(option, option) for option in options)) == 1
     assert message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_a_generator_in_raster_order_refuses_a_number_of_steps(root):
+    generator = load_generator(root / "generator")
+    with pytest.raises(ValueError, match="4 steps: this generator draws one code a step"):
+        generator.draw([0], 10, sampling=SamplingConfig(), seed=0, steps=4)

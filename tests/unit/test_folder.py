@@ -9,7 +9,7 @@ from generator_run_tools import MODEL, random_tokenizer
 from PIL import Image
 
 from mergevq_jax.generator.data import check_data
-from mergevq_jax.tokenizer.run import TrainConfig, _check_labels
+from mergevq_jax.tokenizer.run import TrainConfig, check_labels
 from runtime_jax.config import build, load
 from runtime_jax.data import DataConfig, SourceConfig, image_files, open_source
 from runtime_jax.data import folder as folders
@@ -128,7 +128,7 @@ def test_one_folder_under_two_lists_of_classes_is_refused(tmp_path):
         check_data(DataConfig(image_size=8, batch_size=1, sources=sources), MODEL, random_tokenizer(), ())
     tiny = build(TrainConfig, load("configs/mergevq_tiny.py"))
     with pytest.raises(ValueError, match="have classes of other names"):
-        _check_labels(dataclasses.replace(tiny, data=dataclasses.replace(tiny.data, sources=sources)))
+        check_labels(dataclasses.replace(tiny, data=dataclasses.replace(tiny.data, sources=sources)))
 
 
 def test_home_is_found(tmp_path, monkeypatch):

@@ -9,23 +9,8 @@ import pytest
 from scipy.linalg import sqrtm
 
 from mergevq_jax.commands import compare as comparison
-from mergevq_jax.commands.compare import (
-    Curve,
-    Row,
-    cache_bytes,
-    compare,
-    read_samples,
-    render,
-    trade_off,
-)
-from mergevq_jax.evaluate.generation import (
-    Labelled,
-    Quality,
-    frechet_distance,
-    gaussian,
-    main_classes,
-    measure,
-)
+from mergevq_jax.commands.compare import Curve, Row, cache_bytes, compare, read_samples, render, trade_off
+from mergevq_jax.evaluate.generation import Labelled, Quality, frechet_distance, gaussian, main_classes, measure
 from mergevq_jax.pretrained import TOKENIZERS
 from mergevq_jax.tokenizer.model import Tokenizer
 from mini_scenes import CLASSES, example_scene, render_scene

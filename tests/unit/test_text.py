@@ -14,15 +14,7 @@ from tokenizers import models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
 from tokenverse_jax.flux.pretrained import SHIPPED
-from tokenverse_jax.flux.text import (
-    INVISIBLE,
-    encode,
-    find_word,
-    fold,
-    load_tokenizer,
-    warn_unread,
-    word_key,
-)
+from tokenverse_jax.flux.text import INVISIBLE, encode, find_word, fold, load_tokenizer, warn_unread, word_key
 
 CORPUS = [
     "a dog and a cat on the beach",

@@ -14,14 +14,7 @@ import numpy as np
 from einops import rearrange, reduce
 from jaxtyping import Array, Float, Float32
 
-from mini_scenes import (
-    CLASSES,
-    SYMMETRY,
-    TEXTURES,
-    Scene,
-    SceneObject,
-    render_scene,
-)
+from mini_scenes import CLASSES, SYMMETRY, TEXTURES, Scene, SceneObject, render_scene
 
 COVERS = len(CLASSES)  # the first features: how much of a token each class covers
 OWNER = len(TEXTURES) + 9  # those of the object that covers most of a token, and that there is one

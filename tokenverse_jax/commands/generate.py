@@ -14,13 +14,7 @@ from runtime_jax.pictures import image_grid, save_png
 from runtime_jax.workdir import check_output
 from tokenverse_jax.concepts import bank
 from tokenverse_jax.concepts.bank import Concept
-from tokenverse_jax.concepts.compose import (
-    Composition,
-    ConceptRequest,
-    compose,
-    place_recomputed,
-    place_stored,
-)
+from tokenverse_jax.concepts.compose import Composition, ConceptRequest, compose, place_recomputed, place_stored
 from tokenverse_jax.concepts.concept_mod import Params
 from tokenverse_jax.concepts.draw import Sampling, for_all, sample
 from tokenverse_jax.flux import text

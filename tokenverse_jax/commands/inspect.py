@@ -13,13 +13,7 @@ import jax.numpy as jnp
 from runtime_jax.cost import count, count_flops, size_of, table
 from runtime_jax.nn.compute import Compute
 from tokenverse_jax.concepts.concept_data import ROWS
-from tokenverse_jax.concepts.learn import (
-    LearnConfig,
-    LearnState,
-    init_state,
-    learn_step,
-    make_optimizers,
-)
+from tokenverse_jax.concepts.learn import LearnConfig, LearnState, init_state, learn_step, make_optimizers
 from tokenverse_jax.flux import autoencoder, model_folder
 from tokenverse_jax.flux.autoencoder import Autoencoder, AutoencoderConfig
 from tokenverse_jax.flux.model import PRESETS, Flux, FluxConfig, param_shapes

@@ -25,14 +25,7 @@ from tokenverse_jax.concepts.concept_data import (
     make_concepts,
 )
 from tokenverse_jax.concepts.concept_mod import SHARDING_RULES, Params
-from tokenverse_jax.concepts.learn import (
-    LearnConfig,
-    LearnState,
-    Metrics,
-    init_state,
-    learn_step,
-    make_optimizers,
-)
+from tokenverse_jax.concepts.learn import LearnConfig, LearnState, Metrics, init_state, learn_step, make_optimizers
 from tokenverse_jax.flux.model import Flux
 from tokenverse_jax.flux.pipeline import Pipeline
 

@@ -23,13 +23,7 @@ from runtime_jax import sharding
 from runtime_jax.config import build, to_dict
 from runtime_jax.files import write_json
 from runtime_jax.messages import cut
-from runtime_jax.weights import (
-    WeightError,
-    export_weights,
-    fits,
-    import_weights,
-    write_safetensors,
-)
+from runtime_jax.weights import WeightError, export_weights, fits, import_weights, write_safetensors
 from runtime_jax.weights.hub import local_path
 from runtime_jax.weights.mapped import map_safetensors
 from runtime_jax.weights.published import unwrapped

@@ -3,6 +3,7 @@
 Axes: B batch, L raster tokens, M merge numbers, C classes.
 """
 
+import abc
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple, Protocol, runtime_checkable
@@ -41,13 +42,14 @@ class LossConfig(Protocol):
     compute: Compute
 
 
-class Kind:
+class Kind(abc.ABC):
     """A kind of generator that draws all raster tokens, one by one."""
 
     positions = False  # whether the model has a position instruction
     recovers = False  # whether its images need source recovery
     store = True  # whether its sampler keeps some tokens and not others
 
+    @abc.abstractmethod
     def loss(
         self, params: Params, batch: Mapping[str, Array], key: Key[Array, ""] | None, *, config: LossConfig, keep: int
     ) -> tuple[Array, Means]:
@@ -59,9 +61,8 @@ class Kind:
           key: of the class dropout; None: no dropout.
           config, keep: static.
         """
-        raise NotImplementedError
 
-    def check_keeps(self, model: GeneratorConfig, keeps: Sequence[int]) -> None:
+    def check_keeps(self, model: GeneratorConfig, keeps: Sequence[int]) -> None:  # noqa: B027 (some check nothing)
         """Raises ValueError for numbers of kept tokens that this kind cannot be trained with."""
 
     def window(self, model: GeneratorConfig, window: int) -> int:
@@ -94,8 +95,7 @@ class Kind:
         Raises:
           ValueError: lists all settings that are not possible with this generator.
         """
-        if steps is not None:
-            raise ValueError(f"--steps {steps}: this generator draws one code a step, in raster order")
+        _check_steps(steps)
         return make_plan(model, sampling, merge_number, compute)[0]
 
     def calls(self, model: GeneratorConfig, plan: DrawPlan) -> int:
@@ -112,17 +112,23 @@ class Kind:
         labels: Int[np.ndarray, "B"],
         merge_number: int | None,
         *,
-        config: GeneratorConfig,
-        sampling: SamplingConfig,
         steps: int | None,
-        seed: int,
-        examples: Int[np.ndarray, "B"] | None,
         counts: Counts,
-        compute: Compute,
+        **settings: Any,
     ) -> Any:
-        """Codes of one image for each label; what `images` and `use` take. Arguments as of `raster.sample`."""
-        static = {"config": config, "sampling": sampling, "compute": compute}
-        return sample(params, labels, merge_number, seed=seed, examples=examples, **static)
+        """Codes of one image for each label; what `images` and `use` take.
+
+        Args:
+          steps: as in `plan`.
+          counts: of training.
+          settings: further arguments of the sampler, the same for all kinds: see `raster.sample`.
+
+        Raises:
+          ValueError: what is asked for is not possible with this generator.
+          NotFiniteError: logits that are not finite.
+        """
+        _check_steps(steps)
+        return sample(params, labels, merge_number, **settings)
 
     def images(self, tokenizer: Tokenizer, drawn: Samples) -> UInt8[Array, "B H W 3"]:
         """What was drawn, as images."""
@@ -131,3 +137,8 @@ class Kind:
     def use(self, drawn: Samples) -> StoreUse | None:
         """What the store did; None where it keeps everything."""
         return StoreUse(drawn.first_occurrence, drawn.kept, drawn.occupancy, drawn.overflows)
+
+
+def _check_steps(steps: int | None) -> None:
+    if steps is not None:
+        raise ValueError(f"{steps} steps: this generator draws one code a step, in raster order")

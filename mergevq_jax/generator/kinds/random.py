@@ -78,18 +78,12 @@ class RandAR(Kind):
         labels: Int[np.ndarray, "B"],
         merge_number: int | None,
         *,
-        config: GeneratorConfig,
-        sampling: SamplingConfig,
         steps: int | None,
-        seed: int,
-        examples: Int[np.ndarray, "B"] | None,
         counts: Counts,
-        compute: Compute,
+        **settings: Any,
     ) -> Any:
-        """As of `Kind`; arguments as of `randar_sample`."""
-        static = {"config": config, "sampling": sampling, "steps": steps, "compute": compute}
-        starts = counts[GROUP_STARTS]
-        return randar_sample(params, labels, merge_number, seed=seed, examples=examples, group_starts=starts, **static)
+        """As of `Kind`."""
+        return randar_sample(params, labels, merge_number, steps=steps, group_starts=counts[GROUP_STARTS], **settings)
 
     def images(self, tokenizer: Tokenizer, drawn: Codes) -> UInt8[Array, "B H W 3"]:
         """As of `Kind`."""

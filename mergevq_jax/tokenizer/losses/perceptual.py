@@ -13,14 +13,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from runtime_jax.sharding import Axis, constrain
-from runtime_jax.weights import (
-    CONV,
-    IDENTITY,
-    Rule,
-    Transform,
-    WeightError,
-    import_weights,
-)
+from runtime_jax.weights import CONV, IDENTITY, Rule, Transform, WeightError, import_weights
 from runtime_jax.weights.hub import merge_tensors, read_tensors
 
 Images = Float[Array, "batch height width 3"]

@@ -14,15 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from runtime_jax.config import build, to_dict
-from runtime_jax.weights import (
-    LINEAR,
-    Rule,
-    WeightError,
-    export_weights,
-    import_weights,
-    layer,
-    norm,
-)
+from runtime_jax.weights import LINEAR, Rule, WeightError, export_weights, import_weights, layer, norm
 from tokenverse_jax.flux.text_encoders.clip import CLIPTextConfig, CLIPTextEncoder
 from tokenverse_jax.flux.text_encoders.t5 import T5Config, T5Encoder
 

@@ -9,15 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from runtime_jax.weights import (
-    LINEAR,
-    Rule,
-    Transform,
-    fits,
-    import_weights,
-    joined,
-    layer,
-)
+from runtime_jax.weights import LINEAR, Rule, Transform, fits, import_weights, joined, layer
 from runtime_jax.weights.published import unwrapped
 from tokenverse_jax.flux.layers import MLP_RATIO
 from tokenverse_jax.flux.model import FluxConfig, param_shapes
