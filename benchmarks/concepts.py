@@ -79,9 +79,7 @@ class Study:
             width=2 * config.size,
             seed=config.seed,
             indices=number * config.seeds + np.arange(config.seeds),
-            offsets=repeat(composed.offsets[None]),
-            block_offsets=repeat(composed.block_offsets[None]),
-            blocks=composed.blocks,
+            offsets=composed.repeat(config.seeds),
             **vars(config.sampling),
         )
         return np.asarray(images)

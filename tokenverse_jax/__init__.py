@@ -12,11 +12,12 @@ from runtime_jax import lazy
 __getattr__, __dir__, __all__ = lazy.attributes(
     __name__,
     {
+        "tokenverse_jax.flux.offsets": ("Offsets",),
         "tokenverse_jax.flux.pipeline": ("Loader", "Pipeline", "PromptEncoding", "load_pipeline"),
         "tokenverse_jax.concepts.learn": ("LearnConfig", "StageConfig"),
         "tokenverse_jax.concepts.learner": ("Learner", "learn_concepts"),
         "tokenverse_jax.concepts.bank": ("Concept", "ConceptFile", "load_concepts"),
-        "tokenverse_jax.concepts.compose": ("Composition", "PlacedConcept", "compose", "place_stored"),
+        "tokenverse_jax.concepts.compose": ("PlacedConcept", "compose", "place_stored"),
         "tokenverse_jax.concepts.draw": ("generate",),
     },
 )

@@ -22,6 +22,7 @@ from tokenverse_jax.flux import layers, model
 from tokenverse_jax.flux.convert import transformer
 from tokenverse_jax.flux.math import layer_norm, rope, timestep_embedding
 from tokenverse_jax.flux.model import PRESETS, SHARDING_RULES, Flux, FluxConfig, param_shapes, parse_config
+from tokenverse_jax.flux.offsets import Offsets
 
 CONFIG = FluxConfig(
     in_channels=8,
@@ -72,20 +73,18 @@ def random_offsets(*shape, seed=2):
 
 
 @functools.partial(jit, static_argnames=("module", "blocks"))
-def run(params, inputs, offsets=None, block_offsets=None, global_offset=None, *, module=MODEL, blocks="both"):
-    offsets = {"offsets": offsets, "block_offsets": block_offsets, "global_offset": global_offset}
-    return module.apply({"params": params}, **inputs, **offsets, blocks=blocks)
+def run(params, inputs, offsets=None, block_offsets=None, everywhere=None, image=None, *, module=MODEL, blocks="both"):
+    offsets = Offsets(offsets, block_offsets, image, everywhere, blocks)
+    return module.apply({"params": params}, **inputs, offsets=offsets)
 
 
 @functools.partial(jit, static_argnames="blocks")
-def modulations(params, inputs, offsets=None, block_offsets=None, *, blocks="both"):
+def modulations(params, inputs, offsets=None, block_offsets=None, image=None, *, blocks="both"):
     """What every block is modulated by: name -> [blocks, B, 1 or tokens, vectors x D]."""
     _, state = MODEL.apply(
         {"params": params},
         **inputs,
-        offsets=offsets,
-        block_offsets=block_offsets,
-        blocks=blocks,
+        offsets=Offsets(offsets, block_offsets, image, None, blocks),
         capture_intermediates=lambda module, _: isinstance(module, layers.Modulation),
         mutable="intermediates",
     )
@@ -282,6 +281,35 @@ def test_the_blocks_that_take_offsets(params, inputs):
             assert {name for name in before if (after[name] != before[name]).any()} == changed
 
 
+def test_an_offset_of_an_image_token(params, inputs):
+    """In the double blocks the image's own modulation, in the single blocks its row after those of all text tokens."""
+    before, image = modulations(params, inputs), np.zeros((BATCH, HEIGHT * WIDTH, CONFIG.width), np.float32)
+    image[1, 5] = random_offsets()
+    for text in (None, np.zeros((BATCH, 3, CONFIG.width), np.float32)):
+        after = modulations(params, inputs, text, image=image)
+        assert not (after["txt"] - before["txt"]).any()
+        for name, row in (("img", 5), ("single", TEXT + 5)):
+            change = np.array(after[name] - before[name])
+            assert change[:, 1, row].all()
+            change[:, 1, row] = 0
+            assert not change.any()
+    only = modulations(params, inputs, image=image, blocks="double")
+    assert not (only["single"] - before["single"]).any() and (only["img"] - before["img"]).any()
+
+
+def test_one_offset_on_all_tokens_differs_from_everywhere_by_the_last_layer_alone(params, inputs):
+    step = random_offsets(BATCH)
+    text, image = (np.repeat(step[:, None], count, axis=1) for count in (TEXT, HEIGHT * WIDTH))
+    y = jnp.asarray(step)
+    tokens, everywhere = run(params, inputs, text, None, None, image), run(params, inputs, None, None, y)
+    assert relative_error(tokens, everywhere) > 1e-3
+    last = params["final_layer"]
+    off = {"adaLN_modulation": jax.tree.map(np.zeros_like, last["adaLN_modulation"])}
+    no_last = params | {"final_layer": last | off}
+    tokens, everywhere = run(no_last, inputs, text, None, None, image), run(no_last, inputs, None, None, y)
+    assert relative_error(tokens, everywhere) < 1e-4
+
+
 def test_an_offset_of_one_block(params, inputs):
     before = modulations(params, inputs)
     for block in range(CONFIG.num_blocks):
@@ -306,12 +334,12 @@ def test_offsets_of_all_blocks_and_of_one_add_up(params, inputs):
 class LiteralModulation(layers.Modulation):
     """The definition, row by row: the linear layer of SiLU(y + offset), where rows without an offset add zero."""
 
-    def __call__(self, vec, offsets=None, plain_rows=0):
+    def __call__(self, vec, num_tokens, offsets=None):
         if offsets is not None:
-            rows = vec[:, None] + jnp.pad(offsets, ((0, 0), (0, plain_rows), (0, 0)))
-            out = super().__call__(rows.reshape(-1, rows.shape[-1]))
+            rows = vec[:, None] + jnp.pad(offsets, ((0, 0), (0, num_tokens - offsets.shape[1]), (0, 0)))
+            out = super().__call__(rows.reshape(-1, rows.shape[-1]), 1)
             return jax.tree.map(lambda vectors: vectors.reshape(rows.shape), out)
-        return super().__call__(vec)
+        return super().__call__(vec, num_tokens)
 
 
 def test_offsets_and_their_gradient_are_those_of_the_definition(params, inputs, base, monkeypatch):
@@ -320,7 +348,7 @@ def test_offsets_and_their_gradient_are_those_of_the_definition(params, inputs, 
 
     def value_and_gradient():
         def loss(offsets):
-            out = MODEL.apply({"params": params}, **given, offsets=offsets[0], block_offsets=offsets[1])
+            out = MODEL.apply({"params": params}, **given, offsets=Offsets(*offsets))
             return jnp.square(out).mean(), out
 
         return jit(jax.grad(loss, has_aux=True))((offsets, per_block))
@@ -349,9 +377,9 @@ def test_small_offsets_survive_bfloat16(params, inputs):
     mod = layers.Modulation(1, Compute(dtype="bfloat16"))
     weights = {"lin": {"kernel": params["single_blocks"]["modulation"]["lin"]["kernel"][0]}, "bias": jnp.ones(96)}
     offsets = jnp.asarray(1e-4 * random_offsets(1, TEXT))
-    (plain,), (got,) = (mod.apply({"params": weights}, active, given) for given in (None, offsets))
+    (plain,), (got,) = (mod.apply({"params": weights}, active, TEXT, given) for given in (None, offsets))
     (exact,), (plain32,) = (
-        layers.Modulation(1, Compute()).apply({"params": weights}, active, given) for given in (offsets, None)
+        layers.Modulation(1, Compute()).apply({"params": weights}, active, TEXT, given) for given in (offsets, None)
     )
     assert relative_error(got.shift - plain.shift, exact.shift - plain32.shift) < 2e-2
 
@@ -381,7 +409,7 @@ def test_examples_of_a_batch_do_not_mix(params, inputs, base):
 def test_unrolled_and_recomputed_blocks_agree(inputs):
     config = dataclasses.replace(CONFIG, num_single_layers=2)
     params, per_block = random_params(config), random_offsets(BATCH, config.num_blocks, TEXT)
-    given = jax.tree.map(jnp.asarray, inputs | {"block_offsets": per_block})
+    given = jax.tree.map(jnp.asarray, inputs | {"offsets": Offsets(per_block=per_block)})
 
     def loss(params, module):
         return jnp.square(module.apply({"params": params}, **given)).mean()
@@ -462,18 +490,24 @@ def no_type_hook():
         ({"txt": np.zeros((BATCH, TEXT, 13))}, r"txt has shape \(2, 4, 13\), not \(2, 4, 12\)"),
         ({"img": np.zeros((15, 8))}, r"img \(15, 8\) and txt \(2, 4, 12\) must be \[batch, tokens, channels\]"),
         ({"timesteps": np.zeros((BATCH, 1)), "vec": np.zeros((3, 10))}, r"timesteps has .*; vec has shape \(3, 10\)"),
-        ({"offsets": np.zeros((BATCH, 5, 32))}, r"offsets has shape \(2, 5, 32\), not \(2, 4, 32\)"),
-        ({"block_offsets": np.zeros((BATCH, 4, TEXT, 32))}, r"block_offsets .* not \(2, 5, 4, 32\)"),
+        ({"offsets": Offsets(np.zeros((BATCH, 5, 32)))}, r"offsets.shared has shape \(2, 5, 32\), not \(2, 4, 32\)"),
+        ({"offsets": Offsets(None, np.zeros((BATCH, 4, TEXT, 32)))}, r"offsets.per_block .* not \(2, 5, 4, 32\)"),
         (
-            {"offsets": np.zeros((BATCH, 3, 32)), "block_offsets": np.zeros((BATCH, 5, TEXT, 32))},
-            r"block_offsets .* not \(2, 5, 3, 32\)",
+            {"offsets": Offsets(np.zeros((BATCH, 3, 32)), np.zeros((BATCH, 5, TEXT, 32)))},
+            r"offsets.per_block .* not \(2, 5, 3, 32\)",
         ),
-        ({"blocks": "all"}, "blocks='all': allowed are both, double, single"),
+        ({"offsets": Offsets(image=np.zeros((BATCH, 3, 32)))}, r"offsets.image has shape \(2, 3, 32\)"),
+        ({"offsets": Offsets(everywhere=np.zeros((BATCH, 4)))}, r"offsets.everywhere has shape \(2, 4\)"),
     ],
 )
 def test_bad_inputs(changes, message, inputs, no_type_hook):
     with pytest.raises(ValueError, match=message):
         jax.eval_shape(lambda: MODEL.init(jax.random.key(0), **inputs | changes))
+
+
+def test_blocks_that_are_none(inputs, no_type_hook):
+    with pytest.raises(ValueError, match=r"offsets.blocks='all': allowed are both, double, single"):
+        jax.eval_shape(lambda: MODEL.init(jax.random.key(0), **inputs, offsets=Offsets(blocks="all")))
 
 
 def test_guidance_for_a_model_that_takes_none(inputs, no_type_hook):

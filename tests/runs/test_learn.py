@@ -22,6 +22,7 @@ from tokenverse_jax.concepts.learner import Learner
 from tokenverse_jax.flux import model
 from tokenverse_jax.flux.autoencoder import image_ids
 from tokenverse_jax.flux.model import Flux
+from tokenverse_jax.flux.offsets import Offsets
 
 CAPTIONS = [["a red ball on the beach", "the beach and a ball"], ["a blue ball"]]
 ISOLATION = IsolationConfig(captions=("a dog", "a cat and a dog"), template="two {left} beside {right}")
@@ -225,12 +226,14 @@ def test_a_mesh_changes_no_value(pipeline, data, at_stage_2, one_step):
 def test_where_directions_go():
     rng = np.random.default_rng(0)
     txt, offsets = (jnp.asarray(rng.normal(size=(2, tokens, 4)), jnp.float32) for tokens in (5, 3))
-    assert steer("modulation", txt, offsets, None) == (txt, {"offsets": offsets, "block_offsets": None})
-    same, arguments = steer("modulation_all", txt, offsets, None)
-    assert same is txt
-    np.testing.assert_allclose(arguments["global_offset"], np.sum(offsets, axis=1), rtol=1e-6)
-    moved, arguments = steer("text", txt, offsets, None)
-    assert not arguments
+    given = Offsets(offsets)
+    same, added = steer("modulation", txt, given)
+    assert same is txt and added is given
+    same, added = steer("modulation_all", txt, given)
+    assert same is txt and added.shared is None
+    np.testing.assert_allclose(added.everywhere, np.sum(offsets, axis=1), rtol=1e-6)
+    moved, added = steer("text", txt, given)
+    assert added == Offsets()
     np.testing.assert_array_equal(moved, np.asarray(txt) + np.pad(offsets, ((0, 0), (0, 2), (0, 0))))
 
 

@@ -92,10 +92,8 @@ def test_a_run_leaves_concepts_that_change_images(trained, folder, config):
         stored = place_stored(ball, pipeline.tokenizer_2, PROMPT, "ball", strength)
         recomputed = place_recomputed(ball, file.params, pipeline.tokenizer_2, PROMPT, encoded.txt[0], "ball", strength)
         for placed in (stored, recomputed):
-            offsets, block_offsets, blocks = compose([placed], pipeline.text_length)
-            images = pipeline.generate(
-                encoded, offsets=offsets[None], block_offsets=block_offsets[None], blocks=blocks, **size
-            )
+            offsets = compose([placed], pipeline.text_length).repeat(1)
+            images = pipeline.generate(encoded, offsets=offsets, **size)
             assert (np.asarray(images) != base).any() == changes
 
 

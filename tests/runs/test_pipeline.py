@@ -24,6 +24,7 @@ from tokenverse_jax.flux.convert.transformer import FLUX as FLUX_TRANSFORMER
 from tokenverse_jax.flux.fingerprint import fingerprint
 from tokenverse_jax.flux.model import Flux
 from tokenverse_jax.flux.model_folder import Part
+from tokenverse_jax.flux.offsets import Offsets
 from tokenverse_jax.flux.pipeline import PARTS, Pipeline
 from tokenverse_jax.flux.sampling import UsualSampling
 
@@ -322,19 +323,19 @@ def test_every_option_changes_the_image(pipeline, encoded, base):
     options = {
         "guidance": {"guidance": 30.0},
         "seed": {"seed": 1},
-        "offsets": {"offsets": offsets},
-        "block_offsets": {"block_offsets": np.stack([offsets] * 3, axis=1)},
-        "double": {"offsets": offsets, "blocks": "double"},
-        "global_offset": {"global_offset": offsets[:, 0]},
+        "shared": {"offsets": Offsets(offsets)},
+        "per_block": {"offsets": Offsets(per_block=np.stack([offsets] * 3, axis=1))},
+        "double": {"offsets": Offsets(offsets, blocks="double")},
+        "everywhere": {"offsets": Offsets(everywhere=offsets[:, 0])},
         "cfg": {"cfg_scale": 4.0},
         "negative": {"cfg_scale": 4.0, "negative_prompt": "a blue star"},
     }
     images = {name: np.asarray(pipeline.generate(encoded, **SIZE, **option)) for name, option in options.items()}
-    np.testing.assert_array_equal(images["offsets"], images["block_offsets"])
-    del images["block_offsets"]
+    np.testing.assert_array_equal(images["shared"], images["per_block"])
+    del images["per_block"]
     seen = [base, *images.values()]
     assert len({image.tobytes() for image in seen}) == len(seen)
-    zero = pipeline.generate(encoded, **SIZE, offsets=np.zeros_like(offsets))
+    zero = pipeline.generate(encoded, **SIZE, offsets=Offsets(np.zeros_like(offsets)))
     np.testing.assert_array_equal(zero, base)
 
 

@@ -135,12 +135,12 @@ def test_a_recomputed_concept_has_the_prompts_own_directions(tokenizer):
     txt = jax.random.normal(jax.random.key(1), (LENGTH, 5))
     concept = make_concept(strength=2.0, blocks="double")
     placed = place_recomputed(concept, params, tokenizer, "a cat and dogs", txt, "dogs", 0.5)
-    offsets, block_offsets = concept_mod.directions(params, txt[None])
+    own = concept_mod.directions(params, txt[None])
     assert placed.places == (3, 4) and placed.strength == 0.5
     assert placed.concept.token_ids == tuple(tokenizer("dogs")["input_ids"][:2])
     assert (placed.concept.word, placed.concept.strength, placed.concept.blocks) == ("dog", 2.0, "double")
-    np.testing.assert_allclose(placed.concept.offset, offsets[0, 3:5], rtol=1e-5)
-    np.testing.assert_allclose(placed.concept.block_offset, block_offsets[0, :, 3:5], rtol=1e-5)
+    np.testing.assert_allclose(placed.concept.offset, own.shared[0, 3:5], rtol=1e-5)
+    np.testing.assert_allclose(placed.concept.block_offset, own.per_block[0, :, 3:5], rtol=1e-5)
     assert np.abs(placed.concept.offset).max() > 0.01
 
 
@@ -149,8 +149,9 @@ def test_a_recomputed_concept_has_the_prompts_own_directions(tokenizer):
 
 def test_concepts_lie_on_their_own_tokens():
     dogs, cat = make_concept("dogs", tokens=2), make_concept("cat", seed=1)
-    offsets, block_offsets, blocks = compose([PlacedConcept(dogs, (5, 1)), PlacedConcept(cat, (3,))], LENGTH)
-    assert blocks == "both"
+    composed = compose([PlacedConcept(dogs, (5, 1)), PlacedConcept(cat, (3,))], LENGTH)
+    offsets, block_offsets = composed.shared, composed.per_block
+    assert composed.blocks == "both"
     assert offsets.dtype == block_offsets.dtype == jnp.float32
     np.testing.assert_array_equal(offsets[np.asarray([5, 1])], dogs.offset)
     np.testing.assert_array_equal(offsets[3], cat.offset[0])
@@ -162,10 +163,10 @@ def test_concepts_lie_on_their_own_tokens():
 
 def test_strengths_are_factors():
     concept = make_concept(strength=0.5)
-    offsets, block_offsets, _ = compose([PlacedConcept(concept, (2,), -3.0)], LENGTH)
-    np.testing.assert_array_equal(offsets[2], concept.offset[0] * np.float32(-1.5))
-    np.testing.assert_array_equal(block_offsets[:, 2], concept.block_offset[:, 0] * np.float32(-1.5))
-    assert not any(part.any() for part in compose([PlacedConcept(concept, (2,), 0.0)], LENGTH)[:2])
+    composed = compose([PlacedConcept(concept, (2,), -3.0)], LENGTH)
+    np.testing.assert_array_equal(composed.shared[2], concept.offset[0] * np.float32(-1.5))
+    np.testing.assert_array_equal(composed.per_block[:, 2], concept.block_offset[:, 0] * np.float32(-1.5))
+    assert not any(part.any() for part in jax.tree.leaves(compose([PlacedConcept(concept, (2,), 0.0)], LENGTH)))
 
 
 @pytest.mark.parametrize(
@@ -191,25 +192,25 @@ def test_concepts_on_one_token_add_up_in_any_order():
     placed.append(PlacedConcept(four, (2,), 1 / 3))
     first = compose(placed, LENGTH)
     total = 0.3 * one.offset[1] + two.offset[0] + 1e3 * three.offset[1] - 1e3 / 3 * four.offset[0]
-    np.testing.assert_allclose(first.offsets[2], total, rtol=1e-4, atol=1e-3)
+    np.testing.assert_allclose(first.shared[2], total, rtol=1e-4, atol=1e-3)
     total = 0.3 * one.block_offset[:, 1] + two.block_offset[:, 0] + 1e3 * three.block_offset[:, 1]
-    np.testing.assert_allclose(first.block_offsets[:, 2], total, rtol=1e-4, atol=1e-3)
+    np.testing.assert_allclose(first.per_block[:, 2], total, rtol=1e-4, atol=1e-3)
     for order in itertools.permutations(placed):
         other = compose(order, LENGTH)
-        assert np.asarray(other.offsets).tobytes() == np.asarray(first.offsets).tobytes()
-        assert np.asarray(other.block_offsets).tobytes() == np.asarray(first.block_offsets).tobytes()
+        assert np.asarray(other.shared).tobytes() == np.asarray(first.shared).tobytes()
+        assert np.asarray(other.per_block).tobytes() == np.asarray(first.per_block).tobytes()
 
 
 def test_block_offsets_only_where_a_concept_has_them():
     plain, full = make_concept("plain", per_block=False), make_concept("full", seed=1)
-    assert compose([PlacedConcept(plain, (0,))], LENGTH).block_offsets is None
+    assert compose([PlacedConcept(plain, (0,))], LENGTH).per_block is None
     both = compose([PlacedConcept(plain, (0,)), PlacedConcept(full, (1,))], LENGTH)
-    assert not both.block_offsets[:, 0].any() and both.block_offsets[:, 1].any()
+    assert not both.per_block[:, 0].any() and both.per_block[:, 1].any()
 
 
 def test_nine_concepts():
     placed = [PlacedConcept(make_concept(f"word{i}", seed=i), (i,)) for i in range(9)]
-    offsets = compose(placed, 9).offsets
+    offsets = compose(placed, 9).shared
     np.testing.assert_array_equal(offsets, np.concatenate([item.concept.offset for item in placed]))
 
 

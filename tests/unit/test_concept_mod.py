@@ -44,16 +44,16 @@ def mlp(params, x):
 
 
 def test_training_starts_at_the_base_model(txt):
-    offsets, block_offsets = directions(init(jax.random.key(0), num_blocks=BLOCKS), txt)
-    assert offsets.shape == (2, TEXT, D) and block_offsets.shape == (2, BLOCKS, TEXT, D)
-    assert not offsets.any() and not block_offsets.any()
+    new = directions(init(jax.random.key(0), num_blocks=BLOCKS), txt)
+    assert new.shared.shape == (2, TEXT, D) and new.per_block.shape == (2, BLOCKS, TEXT, D)
+    assert not new.shared.any() and not new.per_block.any()
 
 
 def test_concept_mod_can_learn_from_its_start(txt):
     params = init(jax.random.key(0), num_blocks=BLOCKS)
 
     def loss(params):
-        return sum(jnp.square(part - 1).sum() for part in directions(params, txt))
+        return sum(jnp.square(part - 1).sum() for part in jax.tree.leaves(directions(params, txt)))
 
     grads = jax.jit(jax.grad(loss))(params)
     assert grads["concept_mod"]["out_layer"]["kernel"].any()
@@ -68,35 +68,36 @@ def test_the_second_stage_only_adds_its_head():
 
 
 def test_values_are_those_of_the_definition(params, txt):
-    offsets, block_offsets = directions(params, txt)
-    np.testing.assert_allclose(offsets, mlp(params["concept_mod"], txt), rtol=1e-4, atol=1e-5)
+    own = directions(params, txt)
+    np.testing.assert_allclose(own.shared, mlp(params["concept_mod"], txt), rtol=1e-4, atol=1e-5)
     flat = mlp(params["block_head"]["mlp"], txt)  # the blocks of a token lie side by side
     for block in range(BLOCKS):
         np.testing.assert_allclose(
-            block_offsets[:, block], flat[..., block * D : (block + 1) * D], rtol=1e-4, atol=1e-5
+            own.per_block[:, block], flat[..., block * D : (block + 1) * D], rtol=1e-4, atol=1e-5
         )
-    assert directions({"concept_mod": params["concept_mod"]}, txt)[1] is None
+    assert directions({"concept_mod": params["concept_mod"]}, txt).per_block is None
 
 
 def test_output_is_float32_for_bfloat16_text(params, txt):
-    for part in directions(params, txt.astype(jnp.bfloat16)):
+    for part in jax.tree.leaves(directions(params, txt.astype(jnp.bfloat16))):
         assert part.dtype == jnp.float32
 
 
 def test_a_mask_leaves_its_tokens_bit_equal_and_clears_all_others(params, txt):
     mask = jnp.arange(TEXT)[None] < jnp.asarray([[2], [4]])
-    for whole, masked, axes in zip(directions(params, txt), directions(params, txt, mask), (2, 3), strict=True):
+    both = (jax.tree.leaves(directions(params, txt, *given)) for given in ((), (mask,)))
+    for whole, masked, axes in zip(*both, (2, 3), strict=True):
         keep = np.broadcast_to(mask[:, :, None] if axes == 2 else mask[:, None, :, None], whole.shape)
         np.testing.assert_array_equal(masked, np.where(keep, whole, 0))
 
 
 def test_a_words_directions_are_the_mean_over_captions(params, txt):
-    offset, block_offset = word_directions(params, txt, [(1, 2), (4, 0)])
-    offsets, block_offsets = directions(params, txt)
-    np.testing.assert_allclose(offset, (offsets[0, [1, 2]] + offsets[1, [4, 0]]) / 2, rtol=1e-5, atol=1e-6)
-    expected = (block_offsets[0][:, [1, 2]] + block_offsets[1][:, [4, 0]]) / 2
-    np.testing.assert_allclose(block_offset, expected, rtol=1e-5, atol=1e-6)
-    assert word_directions({"concept_mod": params["concept_mod"]}, txt, [(1,), (1,)])[1] is None
+    word, own = word_directions(params, txt, [(1, 2), (4, 0)]), directions(params, txt)
+    expected = (own.shared[0, [1, 2]] + own.shared[1, [4, 0]]) / 2
+    np.testing.assert_allclose(word.shared, expected, rtol=1e-5, atol=1e-6)
+    expected = (own.per_block[0][:, [1, 2]] + own.per_block[1][:, [4, 0]]) / 2
+    np.testing.assert_allclose(word.per_block, expected, rtol=1e-5, atol=1e-6)
+    assert word_directions({"concept_mod": params["concept_mod"]}, txt, [(1,), (1,)]).per_block is None
 
 
 @pytest.mark.parametrize(

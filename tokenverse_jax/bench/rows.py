@@ -14,8 +14,9 @@ from jaxtyping import Float
 from tokenverse_jax.bench.cases import Case
 from tokenverse_jax.concepts.bank import Concept
 from tokenverse_jax.concepts.compose import compose, place_stored
+from tokenverse_jax.concepts.direction import direction
 from tokenverse_jax.concepts.learn import LearnConfig, steer
-from tokenverse_jax.concepts.offsets import direction, place_on_tokens
+from tokenverse_jax.flux.offsets import Offsets, place_on_tokens
 from tokenverse_jax.flux.pipeline import Pipeline
 from tokenverse_jax.flux.text import find_word
 
@@ -72,9 +73,7 @@ class Steered(NamedTuple):
     """A prompt as the transformer takes it; zeros where a row has nothing to add, so that all rows share a program."""
 
     txt: Float[np.ndarray, "T J"]
-    offsets: Float[np.ndarray, "T D"]
-    block_offsets: Float[np.ndarray, "blocks T D"]
-    global_offset: Float[np.ndarray, "D"]
+    offsets: Offsets
 
 
 def steer_case(
@@ -92,27 +91,24 @@ def steer_case(
     """
     flux = pipeline.transformer.config
     length = len(txt)
-    steered = Steered(
-        txt=txt,
-        offsets=np.zeros((length, flux.width), np.float32),
-        block_offsets=np.zeros((flux.num_blocks, length, flux.width), np.float32),
-        global_offset=np.zeros(flux.width, np.float32),
+    none = Offsets(
+        shared=np.zeros((length, flux.width), np.float32),
+        per_block=np.zeros((flux.num_blocks, length, flux.width), np.float32),
+        everywhere=np.zeros(flux.width, np.float32),
     )
     tokenizer = pipeline.tokenizer_2
     if row.direction is not None:
         step = row.strength * case_direction(pipeline, case)
         if row.direction == "M":
-            return steered._replace(global_offset=step)
+            return Steered(txt, none.replace(everywhere=step))
         places = find_word(tokenizer, case.prompt, case.uses[0].target)
-        return steered._replace(offsets=np.asarray(place_on_tokens(jnp.asarray(step), places, length)))
+        return Steered(txt, none.replace(shared=place_on_tokens(jnp.asarray(step), places, length)))
     if row.learn is None:
-        return steered
+        return Steered(txt, none)
     placed = [place_stored(concepts[use.image, use.word], tokenizer, case.prompt, use.target) for use in case.uses]
-    composed = compose(placed, length)
-    blocks = None if composed.block_offsets is None else composed.block_offsets[None]
-    txt, added = steer(row.learn.space, jnp.asarray(txt)[None], composed.offsets[None], blocks)
-    added = {name: np.asarray(value[0]) for name, value in added.items() if value is not None}
-    return steered._replace(txt=np.asarray(txt[0]), **added)
+    steered, added = steer(row.learn.space, jnp.asarray(txt)[None], compose(placed, length).repeat(1))
+    given = {name: part[0] for name, part in vars(added).items() if name != "blocks" and part is not None}
+    return Steered(steered[0], none.replace(**given))
 
 
 def case_direction(pipeline: Pipeline, case: Case) -> Float[np.ndarray, "D"]:

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import UInt8
@@ -195,8 +196,7 @@ class Bench:
             for case, txt in zip(cases, encoded.txt, strict=True)
         ]
         seeds = self.config.seeds
-        several = [np.repeat(np.stack(parts), seeds, axis=0) for parts in zip(*steered, strict=True)]
-        txt, offsets, block_offsets, global_offset = map(jnp.asarray, several)
+        txt, offsets = jax.tree.map(lambda *parts: jnp.repeat(jnp.stack(parts), seeds, axis=0), *steered)
         vec, ids = (np.repeat(part, seeds, axis=0) for part in (encoded.vec, encoded.ids))
         images = self.pipeline.generate(
             PromptEncoding(txt, jnp.asarray(vec), ids),
@@ -204,10 +204,7 @@ class Bench:
             width=self.config.size,
             seed=self.config.seed,
             indices=np.asarray([self.cases.index(case) * seeds + i for case in cases for i in range(seeds)]),
-            offsets=offsets,
-            block_offsets=block_offsets,
-            global_offset=global_offset,
-            blocks=self.config.learn.blocks,
+            offsets=offsets.replace(blocks=self.config.learn.blocks),
             **vars(self.config.sampling),
         )
         return np.asarray(images)

@@ -1,6 +1,5 @@
 """`tokenverse concepts inspect`: what concept files hold, and which of their words would blend in one picture."""
 
-import functools
 import itertools
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -14,11 +13,12 @@ from runtime_jax.cost import table
 from runtime_jax.finite import check_finite
 from tokenverse_jax.concepts import bank
 from tokenverse_jax.concepts.bank import Concept, ConceptFile
-from tokenverse_jax.concepts.compose import Composition, PlacedConcept, compose
+from tokenverse_jax.concepts.compose import PlacedConcept, compose
 from tokenverse_jax.concepts.concept_data import encode_prompts
 from tokenverse_jax.flux import autoencoder
 from tokenverse_jax.flux.model import Flux
 from tokenverse_jax.flux.model_folder import Params
+from tokenverse_jax.flux.offsets import NO_OFFSETS, Offsets
 from tokenverse_jax.flux.pipeline import GUIDANCE, Loader, Pipeline, PromptEncoding
 from tokenverse_jax.flux.text import find_span, split_number
 
@@ -133,7 +133,7 @@ def key_similarities(load: Loader, files: dict[Path, ConceptFile], base_hash: st
     return pairs
 
 
-Keys = Callable[[PromptEncoding, Composition | None], jax.Array]
+Keys = Callable[[PromptEncoding, Offsets], jax.Array]
 
 
 def cosine_in_prompt(keys: Keys, encoded: PromptEncoding, placed: Sequence[PlacedConcept]) -> tuple[float, float]:
@@ -146,7 +146,7 @@ def cosine_in_prompt(keys: Keys, encoded: PromptEncoding, placed: Sequence[Place
     """
     composed = compose(placed, encoded.txt.shape[1])
     where = [item.places for item in placed]
-    plain, steered = (float(bank.key_similarity(keys(encoded, each), *where)) for each in (None, composed))
+    plain, steered = (float(bank.key_similarity(keys(encoded, each), *where)) for each in (NO_OFFSETS, composed))
     return plain, steered
 
 
@@ -156,8 +156,8 @@ def compiled_keys(pipeline: Pipeline) -> Keys:
     flux = Flux(part.config, pipeline.compute)
     noise = jax.random.normal(jax.random.key(0), (1, GRID[0] * GRID[1], part.config.in_channels))
 
-    @functools.partial(jax.jit, static_argnames="blocks")
-    def compiled(params: Params, txt: jax.Array, vec: jax.Array, blocks: str, **offsets: jax.Array | None) -> jax.Array:
+    @jax.jit
+    def compiled(params: Params, txt: jax.Array, vec: jax.Array, offsets: Offsets) -> jax.Array:
         inputs = {
             "img": noise,
             "img_ids": autoencoder.image_ids(GRID),
@@ -167,13 +167,9 @@ def compiled_keys(pipeline: Pipeline) -> Keys:
             "vec": vec,
             "guidance": jnp.full(1, GUIDANCE) if part.config.guidance_embeds else None,
         }
-        return bank.text_keys(flux, params, inputs | offsets | {"blocks": blocks})[:, 0]
+        return bank.text_keys(flux, params, inputs | {"offsets": offsets})[:, 0]
 
-    def keys(encoded: PromptEncoding, composition: Composition | None) -> jax.Array:
-        if composition is None:
-            return compiled(part.params, encoded.txt, encoded.vec, "both")
-        offsets, blocks = (None if own is None else own[None] for own in composition[:2])
-        steered = {"offsets": offsets, "block_offsets": blocks}
-        return compiled(part.params, encoded.txt, encoded.vec, composition.blocks, **steered)
+    def keys(encoded: PromptEncoding, offsets: Offsets) -> jax.Array:
+        return compiled(part.params, encoded.txt, encoded.vec, offsets.repeat(1))
 
     return keys

@@ -15,9 +15,10 @@ from runtime_jax.finite import all_finite, check_finite
 from runtime_jax.pictures import heat_map, image_grid, save_png
 from tokenverse_jax.commands.generate import SHOWN_SIDE, encode
 from tokenverse_jax.concepts.compose import warn_strength
+from tokenverse_jax.concepts.direction import direction
 from tokenverse_jax.concepts.draw import Sampling, sample
-from tokenverse_jax.concepts.offsets import direction, place_on_tokens
 from tokenverse_jax.flux import text
+from tokenverse_jax.flux.offsets import Offsets, place_on_tokens
 from tokenverse_jax.flux.pipeline import Loader, PromptEncoding
 from tokenverse_jax.flux.text import find_word
 
@@ -72,8 +73,10 @@ def study(
         sampling,
         np.zeros(1 + 2 * len(strengths), int),
         negative_prompt=negative,
-        global_offset=np.concatenate([steps, none[1:]]),
-        offsets=np.asarray(place_on_tokens(jnp.asarray(on_word), places, 1 + max(places))),
+        offsets=Offsets(
+            shared=place_on_tokens(jnp.asarray(on_word), places, 1 + max(places)),
+            everywhere=np.concatenate([steps, none[1:]]),
+        ),
     )
     base, everywhere, on_word = np.split(images, [1, 1 + len(strengths)])
     return Study(base[0], everywhere, on_word)

@@ -5,7 +5,7 @@ Axes: N images, H W image.
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 from jaxtyping import Array
@@ -14,10 +14,11 @@ from runtime_jax.pictures import image_grid, save_png
 from runtime_jax.workdir import check_output
 from tokenverse_jax.concepts import bank
 from tokenverse_jax.concepts.bank import Concept
-from tokenverse_jax.concepts.compose import Composition, ConceptRequest, compose, place_recomputed, place_stored
+from tokenverse_jax.concepts.compose import ConceptRequest, compose, place_recomputed, place_stored
 from tokenverse_jax.concepts.concept_mod import Params
-from tokenverse_jax.concepts.draw import Sampling, for_all, sample
+from tokenverse_jax.concepts.draw import Sampling, sample
 from tokenverse_jax.flux import text
+from tokenverse_jax.flux.offsets import NO_OFFSETS, Offsets
 from tokenverse_jax.flux.pipeline import Loader, PromptEncoding
 from tokenverse_jax.flux.sampling import SamplingConfig
 
@@ -44,7 +45,7 @@ def _choose(requests: Sequence[ConceptRequest], base_hash: str | None, mode: Mod
     return [_Chosen(request, request.choose(files[request.path]), files[request.path].params) for request in requests]
 
 
-def _compose(chosen: Sequence[_Chosen], tokenizer: text.Tokenizer, prompt: str, txt: Array | None) -> Composition:
+def _compose(chosen: Sequence[_Chosen], tokenizer: text.Tokenizer, prompt: str, txt: Array | None) -> Offsets:
     """Offsets of the first tokens only, up to the last one that has any.
 
     Args:
@@ -124,11 +125,10 @@ def generate(
         chosen_of["_base"] = []
     kinds = {}
     for kind, some in chosen_of.items():
-        offsets: dict[str, Any] = {}
+        offsets = NO_OFFSETS
         if some:
-            composed = _compose(some, tokenizer, prompt, None if mode == "stored" else encoded.txt[0])
-            offsets = for_all(composed, num)
-        kinds[kind] = sample(pipeline, encoded, sampling, np.arange(num), negative_prompt=negative, **offsets)
+            offsets = _compose(some, tokenizer, prompt, None if mode == "stored" else encoded.txt[0]).repeat(num)
+        kinds[kind] = sample(pipeline, encoded, sampling, np.arange(num), negative_prompt=negative, offsets=offsets)
     for kind, images in kinds.items():
         for i, image in enumerate(images):
             save_png(out / f"{i:04}{kind}.png", image)

@@ -17,6 +17,7 @@ from tokenverse_jax.concepts.learn import LearnConfig, LearnState, init_state, l
 from tokenverse_jax.flux import autoencoder, model_folder
 from tokenverse_jax.flux.autoencoder import Autoencoder, AutoencoderConfig
 from tokenverse_jax.flux.model import PRESETS, Flux, FluxConfig, param_shapes
+from tokenverse_jax.flux.offsets import Offsets
 from tokenverse_jax.flux.pipeline import PARTS, TEXT_LENGTH
 from tokenverse_jax.flux.text_encoders.clip import CLIP_L, CLIPTextEncoder
 from tokenverse_jax.flux.text_encoders.t5 import T5_XXL, T5Encoder
@@ -166,12 +167,20 @@ def _inputs(grid: Grid, flux: FluxConfig, batch_size: int) -> dict[str, jax.Shap
         "timesteps": (batch_size,),
         "vec": (batch_size, flux.pooled_projection_dim),
         "guidance": (batch_size,),
-        "offsets": (batch_size, CAPTION_TOKENS, flux.width),
-        "block_offsets": (batch_size, flux.num_blocks, CAPTION_TOKENS, flux.width),
     }
     if not flux.guidance_embeds:
         del shapes["guidance"]
-    return {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in shapes.items()}
+    structs = {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in shapes.items()}
+    return structs | {"offsets": _offsets(flux, batch_size)}
+
+
+def _offsets(flux: FluxConfig, batch_size: int) -> Offsets:
+    """Shapes of a caption's directions, per block too."""
+    last = CAPTION_TOKENS, flux.width
+    return Offsets(
+        shared=jax.ShapeDtypeStruct((batch_size, *last), jnp.float32),
+        per_block=jax.ShapeDtypeStruct((batch_size, flux.num_blocks, *last), jnp.float32),
+    )
 
 
 def _batch(images: Sequence[dict[str, Any]], learn: LearnConfig) -> dict[str, jax.ShapeDtypeStruct]:
@@ -192,12 +201,12 @@ def _batch(images: Sequence[dict[str, Any]], learn: LearnConfig) -> dict[str, ja
 def kept_bytes(flux: FluxConfig, inputs: dict[str, Any], *, remat: bool) -> int:
     """Bytes that the forward pass keeps for the gradient with respect to the directions, weights and inputs apart."""
     module, weights = _module(flux, remat=remat), _transformer_shapes(flux)
-    learned = {name: inputs[name] for name in ("offsets", "block_offsets")}
-    inputs = {name: shape for name, shape in inputs.items() if name not in learned}
+    learned = inputs["offsets"]
+    inputs = {name: shape for name, shape in inputs.items() if name != "offsets"}
 
     def residuals(weights: Any, inputs: Any, learned: Any) -> Any:
         """The arrays in the backward pass's closure."""
-        return jax.vjp(lambda learned: module.apply({"params": weights}, **inputs, **learned), learned)[1]
+        return jax.vjp(lambda learned: module.apply({"params": weights}, **inputs, offsets=learned), learned)[1]
 
     jaxpr = jax.make_jaxpr(residuals)(weights, inputs, learned).jaxpr
     given = {*jaxpr.invars, *jaxpr.constvars}
@@ -210,8 +219,6 @@ def block_bytes(flux: FluxConfig, inputs: dict[str, Any]) -> int:
 
     def kept(double: int, single: int) -> int:
         small = replace(flux, num_layers=double, num_single_layers=single)
-        offsets = inputs["block_offsets"]
-        shape = (offsets.shape[0], double + single, *offsets.shape[2:])
-        return kept_bytes(small, inputs | {"block_offsets": jax.ShapeDtypeStruct(shape, offsets.dtype)}, remat=False)
+        return kept_bytes(small, inputs | {"offsets": _offsets(small, inputs["img"].shape[0])}, remat=False)
 
     return max(kept(2, 1), kept(1, 2)) - kept(1, 1)

@@ -5,7 +5,7 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -38,6 +38,7 @@ from tokenverse_jax.concepts.learner import Learner
 from tokenverse_jax.concepts.pool import make_pool
 from tokenverse_jax.flux import text
 from tokenverse_jax.flux.fingerprint import fingerprint
+from tokenverse_jax.flux.offsets import NO_OFFSETS, Offsets
 from tokenverse_jax.flux.pipeline import Loader, Pipeline, PromptEncoding
 from tokenverse_jax.flux.sampling import SamplingConfig
 from tokenverse_jax.flux.text import Tokenizer, find_word
@@ -242,17 +243,13 @@ class _Previews:
         composed = [compose(row, length) for row in placed]
         if self._base is None:
             self._base = self._generate()
-        images = self._generate(
-            offsets=jnp.stack([c.offsets for c in composed]),
-            block_offsets=jnp.stack([c.block_offsets for c in composed]) if config.learn.per_block else None,
-            blocks=config.learn.blocks,
-        )
+        images = self._generate(jax.tree.map(lambda *parts: jnp.stack(parts), *composed))
         labels = ("base", f"step {step}")
         return {
             "prompts": image_grid([list(self._base), list(images)], row_labels=labels, column_labels=config.prompts)
         }
 
-    def _generate(self, **offsets: Any) -> np.ndarray:
+    def _generate(self, offsets: Offsets = NO_OFFSETS) -> np.ndarray:
         config, ready = self._config, self._ready
         images = ready.pipeline.generate(
             ready.prompts,
@@ -260,7 +257,7 @@ class _Previews:
             width=config.size,
             seed=config.seed,
             negative_prompt=ready.negative,
+            offsets=offsets,
             **vars(config.sampling),
-            **offsets,
         )
         return np.asarray(images)

@@ -33,7 +33,8 @@ from runtime_jax.config import build
 from runtime_jax.weights import read_safetensors, write_safetensors
 from tokenverse_jax.concepts.concept_mod import Params
 from tokenverse_jax.flux.layers import QKNorm
-from tokenverse_jax.flux.model import Flux, OffsetBlocks
+from tokenverse_jax.flux.model import Flux
+from tokenverse_jax.flux.offsets import OffsetBlocks
 from tokenverse_jax.flux.pipeline import Pipeline
 from tokenverse_jax.flux.text import word_key
 

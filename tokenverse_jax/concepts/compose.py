@@ -18,8 +18,7 @@ from jaxtyping import Array, Float
 
 from tokenverse_jax.concepts.bank import Concept, ConceptFile
 from tokenverse_jax.concepts.concept_mod import Params, word_directions
-from tokenverse_jax.concepts.offsets import place_on_tokens
-from tokenverse_jax.flux.model import OffsetBlocks
+from tokenverse_jax.flux.offsets import Offsets, place_on_tokens
 from tokenverse_jax.flux.text import Tokenizer, find_word, split_number, word_key
 
 _LOG = logging.getLogger(__name__)
@@ -106,14 +105,6 @@ class PlacedConcept(NamedTuple):
     strength: float = 1.0
 
 
-class Composition(NamedTuple):
-    """What one prompt's concepts add to the modulation vector, and the blocks that take it: arguments of `Flux`."""
-
-    offsets: Float[Array, "T D"]
-    block_offsets: Float[Array, "blocks T D"] | None
-    blocks: OffsetBlocks
-
-
 def place_stored(
     concept: Concept, tokenizer: Tokenizer, prompt: str, target: str, strength: float = 1.0
 ) -> PlacedConcept:
@@ -149,18 +140,20 @@ def place_recomputed(
     """
     places = find_word(tokenizer, prompt, target)
     ids = tokenizer(prompt, verbose=False)["input_ids"]
-    offset, block_offset = word_directions(params, txt[None], [places])
+    own = word_directions(params, txt[None], [places])
     concept = replace(
         concept,
         token_ids=tuple(ids[place] for place in places),
-        offset=np.asarray(offset),
-        block_offset=None if block_offset is None else np.asarray(block_offset),
+        offset=np.asarray(own.shared),
+        block_offset=None if own.per_block is None else np.asarray(own.per_block),
     )
     return PlacedConcept(concept, places, strength)
 
 
-def compose(placed: Sequence[PlacedConcept], length: int) -> Composition:
+def compose(placed: Sequence[PlacedConcept], length: int) -> Offsets:
     """Adds up the concepts of one prompt, those on the same token too; their order changes no bit.
+
+    Returns the prompt's offsets: shared [T, D], and per_block [blocks, T, D] where a concept has some.
 
     A strength (a concept's own times that of its place) beyond reason is warned of.
 
@@ -186,9 +179,11 @@ def compose(placed: Sequence[PlacedConcept], length: int) -> Composition:
         if len(values) > 1:
             words = ", ".join(repr(concept.word) for concept in concepts)
             raise ValueError(f"concepts {words} do not go together: their {kind} are {sorted(values)}")
-    offsets = _place_sum([(item, item.concept.offset) for item in placed], length)
-    block_offsets = _place_sum([(item, item.concept.block_offset) for item in with_blocks], length)
-    return Composition(offsets, block_offsets, concepts[0].blocks)
+    return Offsets(
+        shared=_place_sum([(item, item.concept.offset) for item in placed], length),
+        per_block=_place_sum([(item, item.concept.block_offset) for item in with_blocks], length),
+        blocks=concepts[0].blocks,
+    )
 
 
 def _place_sum(items: Iterable[tuple[PlacedConcept, np.ndarray]], length: int) -> Float[Array, "... T D"] | None:

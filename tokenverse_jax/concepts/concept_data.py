@@ -279,13 +279,13 @@ def make_concepts(params: Params, data: ConceptData, config: LearnConfig) -> tup
     """What was learned for each word, the mean over the captions."""
     concepts, txt = [], jnp.asarray(data.txt)
     for word, places in data.captions.words.items():
-        offset, block_offset = jax.device_get(word_directions(params, txt, places))
+        own = jax.device_get(word_directions(params, txt, places))
         concepts.append(
             Concept(
                 word=word,
                 token_ids=data.captions.word_ids[word],
-                offset=offset,
-                block_offset=block_offset,
+                offset=own.shared,
+                block_offset=own.per_block,
                 blocks=config.blocks,
             )
         )

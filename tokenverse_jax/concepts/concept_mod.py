@@ -14,6 +14,7 @@ from einops import rearrange
 from jaxtyping import Array, Bool, Float
 
 from runtime_jax.sharding import Axis, Rule, constrain
+from tokenverse_jax.flux.offsets import Offsets
 
 Params = dict[str, Any]
 
@@ -81,10 +82,8 @@ def init_params(
     return params
 
 
-def directions(
-    params: Params, txt: Float[Array, "B T J"], mask: Bool[Array, "B T"] | None = None
-) -> tuple[Float[Array, "B T D"], Float[Array, "B blocks T D"] | None]:
-    """A direction for each token, and one for each block and token (None: `params` are those of the first stage).
+def directions(params: Params, txt: Float[Array, "B T J"], mask: Bool[Array, "B T"] | None = None) -> Offsets:
+    """A direction for each token, and per block too (None: `params` are those of the first stage).
 
     Args:
       params: of `init_params`; all sizes are theirs.
@@ -92,21 +91,19 @@ def directions(
       mask: the tokens that get a direction, all others get zero; None: all. Those of padding belong to no caption.
     """
     hidden, width = params["concept_mod"]["out_layer"]["kernel"].shape
-    offsets, block_offsets = ConceptMod(hidden, width).apply({"params": params["concept_mod"]}, txt), None
+    shared, per_block = ConceptMod(hidden, width).apply({"params": params["concept_mod"]}, txt), None
     if "block_head" in params:
         block_hidden, features = params["block_head"]["mlp"]["out_layer"]["kernel"].shape
         head = BlockHead(block_hidden, features // width, width)
-        block_offsets = head.apply({"params": params["block_head"]}, txt)
+        per_block = head.apply({"params": params["block_head"]}, txt)
     if mask is not None:
-        offsets = jnp.where(mask[:, :, None], offsets, 0)
-        block_offsets = None if block_offsets is None else jnp.where(mask[:, None, :, None], block_offsets, 0)
-    return offsets, block_offsets
+        shared = jnp.where(mask[:, :, None], shared, 0)
+        per_block = None if per_block is None else jnp.where(mask[:, None, :, None], per_block, 0)
+    return Offsets(shared, per_block)
 
 
-def word_directions(
-    params: Params, txt: Float[Array, "V T J"], places: Sequence[Sequence[int]]
-) -> tuple[Float[Array, "n D"], Float[Array, "blocks n D"] | None]:
-    """One word's directions, the mean over captions that hold it.
+def word_directions(params: Params, txt: Float[Array, "V T J"], places: Sequence[Sequence[int]]) -> Offsets:
+    """One word's directions, shared [n, D] and per_block [blocks, n, D], the mean over captions that hold it.
 
     With the captions of training this is what a concept file stores; with a new prompt alone it is that prompt's own.
 
@@ -128,5 +125,5 @@ def word_directions(
         raise ValueError(f"places {list(map(list, places))} are not all within a text of {length} tokens")
     index = jnp.asarray(places)[:, :, None]
     # Nothing mixes tokens: only the word's go through, of a block's directions there are many.
-    offsets, block_offsets = directions(params, jnp.take_along_axis(txt, index, axis=1))
-    return offsets.mean(axis=0), None if block_offsets is None else block_offsets.mean(axis=0)
+    own = directions(params, jnp.take_along_axis(txt, index, axis=1))
+    return jax.tree.map(lambda part: part.mean(axis=0), own)

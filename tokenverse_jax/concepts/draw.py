@@ -9,12 +9,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Int, UInt8
 
 from tokenverse_jax.concepts.bank import Concept
-from tokenverse_jax.concepts.compose import Composition, compose, place_stored
+from tokenverse_jax.concepts.compose import compose, place_stored
+from tokenverse_jax.flux.offsets import NO_OFFSETS, Offsets
 from tokenverse_jax.flux.pipeline import Pipeline, PromptEncoding
 from tokenverse_jax.flux.sampling import SamplingConfig
 
@@ -40,14 +42,13 @@ def sample(
     indices: Int[np.ndarray, " N"],
     *,
     negative_prompt: PromptEncoding | None = None,
-    blocks: str = "both",
-    **offsets: Any,
+    offsets: Offsets = NO_OFFSETS,
 ) -> UInt8[np.ndarray, "N H W 3"]:
     """Images of one encoded prompt, batch by batch in one program.
 
     Args:
       indices: numbers of the images, which with the seed choose their noise.
-      offsets: `offsets`, `block_offsets`, `global_offset` as in `Pipeline.generate`, each [N, ...] or None.
+      offsets: of each image.
     """
     settings = dataclasses.asdict(sampling)
     batch = min(settings.pop("batch_size"), len(indices))
@@ -55,22 +56,12 @@ def sample(
     whole = np.resize(np.arange(len(indices)), math.ceil(len(indices) / batch) * batch)  # the last batch is filled up
     images = []
     for picks in whole.reshape(-1, batch):
-        own = {name: None if offset is None else offset[picks] for name, offset in offsets.items()}
+        own = jax.tree.map(lambda part: part[picks], offsets)  # noqa: B023, called here
         made = pipeline.generate(
-            repeated, indices=indices[picks], negative_prompt=negative_prompt, blocks=blocks, **own, **settings
+            repeated, indices=indices[picks], negative_prompt=negative_prompt, offsets=own, **settings
         )
         images.append(np.asarray(made))
     return np.concatenate(images)[: len(indices)]
-
-
-def for_all(composed: Composition, num: int) -> dict[str, Any]:
-    """One prompt's composition for each of `num` images, as arguments of `sample`."""
-    offsets = {name: value for name, value in composed._asdict().items() if name != "blocks"}
-    spread = {
-        name: None if value is None else np.broadcast_to(np.asarray(value), (num, *value.shape))
-        for name, value in offsets.items()
-    }
-    return spread | {"blocks": composed.blocks}
 
 
 def generate(
@@ -105,9 +96,9 @@ def generate(
     usual.pop("size")
     sampling = Sampling(**usual, seed=seed, batch_size=batch_size)
     placed = [place_stored(concept, pipeline.tokenizer_2, prompt, word) for word, concept in (concepts or {}).items()]
-    offsets = {}
+    offsets = NO_OFFSETS
     if placed:
-        offsets = for_all(compose(placed, 1 + max(place for item in placed for place in item.places)), num)
+        offsets = compose(placed, 1 + max(place for item in placed for place in item.places)).repeat(num)
     negative = None if sampling.cfg_scale == 1.0 else pipeline.encode_prompts([""])
     encoded = pipeline.encode_prompts([prompt])
-    return sample(pipeline, encoded, sampling, np.arange(num), negative_prompt=negative, **offsets)
+    return sample(pipeline, encoded, sampling, np.arange(num), negative_prompt=negative, offsets=offsets)

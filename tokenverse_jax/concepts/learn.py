@@ -25,7 +25,8 @@ from runtime_jax.training.update import Metrics, Optimizer, guarded
 from tokenverse_jax.concepts.concept_mod import ConceptModConfig, Params, directions, init_params
 from tokenverse_jax.concepts.isolation import IsolationConfig, halves, isolation_loss, side_by_side
 from tokenverse_jax.flux.autoencoder import image_ids
-from tokenverse_jax.flux.model import Flux, FluxConfig, OffsetBlocks
+from tokenverse_jax.flux.model import Flux, FluxConfig
+from tokenverse_jax.flux.offsets import NO_OFFSETS, OffsetBlocks, Offsets
 from tokenverse_jax.flux.schedule import flow
 
 # What a direction is added to: the modulation of its own token (M+, the method); that of all tokens, image and text
@@ -116,21 +117,16 @@ def init_state(config: LearnConfig, flux: FluxConfig, key: Array) -> LearnState:
     return LearnState(step=jnp.zeros((), jnp.int32), params=params, opt_state=opt_state)
 
 
-def steer(
-    space: Space,
-    txt: Float[Array, "B T J"],
-    offsets: Float[Array, "B R D"],
-    block_offsets: Float[Array, "B blocks R D"] | None,
-) -> tuple[Float[Array, "B T J"], dict[str, Array | None]]:
-    """What directions of the first R tokens change: T5's outputs, and arguments of `Flux` or `Pipeline.generate`.
+def steer(space: Space, txt: Float[Array, "B T J"], offsets: Offsets) -> tuple[Float[Array, "B T J"], Offsets]:
+    """What directions of the first R tokens change: T5's outputs, or the modulation vector.
 
     In the space "modulation_all" all tokens take the sum of the directions, those of unused tokens being zero.
     """
     if space == "text":
-        return txt.astype(jnp.float32).at[:, : offsets.shape[1]].add(offsets), {}
+        return txt.astype(jnp.float32).at[:, : offsets.shared.shape[1]].add(offsets.shared), NO_OFFSETS
     if space == "modulation_all":
-        return txt, {"global_offset": offsets.sum(axis=1)}
-    return txt, {"offsets": offsets, "block_offsets": block_offsets}
+        return txt, Offsets(everywhere=offsets.shared.sum(axis=1))
+    return txt, offsets
 
 
 def learn_step(
@@ -187,17 +183,16 @@ def _losses(
     times = batch["times"]
     guidance = jnp.full_like(times, config.guidance) if flux.config.guidance_embeds else None
 
-    def velocity(x: Array, columns: int, txt: Array, vec: Array, **arguments: Array | None) -> Array:
+    def velocity(x: Array, columns: int, txt: Array, vec: Array, offsets: Offsets = NO_OFFSETS) -> Array:
         ids, txt_ids = image_ids((grid[0], columns)), jnp.zeros((txt.shape[1], 3))
-        variables = {"params": frozen}
-        return flux.apply(variables, x, ids, txt, txt_ids, times, vec, guidance, **arguments, blocks=config.blocks)
+        return flux.apply({"params": frozen}, x, ids, txt, txt_ids, times, vec, guidance, offsets=offsets)
 
     trained = params if stage == 2 else {"concept_mod": params["concept_mod"]}
     rows = batch["mask"].shape[1]
-    offsets, block_offsets = directions(trained, batch["txt"][:, :rows], batch["mask"])
+    learned = directions(trained, batch["txt"][:, :rows], batch["mask"]).replace(blocks=config.blocks)
     x, target = flow(batch["latents"], batch["noise"], times)
-    txt, arguments = steer(config.space, batch["txt"], offsets, block_offsets)
-    loss = jnp.mean(jnp.square(velocity(x, grid[1], txt, batch["vec"], **arguments) - target))
+    txt, offsets = steer(config.space, batch["txt"], learned)
+    loss = jnp.mean(jnp.square(velocity(x, grid[1], txt, batch["vec"], offsets) - target))
     if "pair_noise" not in batch:
         return loss, {"loss": loss}
 
@@ -208,9 +203,9 @@ def _losses(
     base = velocity(x, 2 * grid[1], txt, vec)
     # The concept's caption stands further back in the merged one; what is no token of its takes no direction.
     move = jax.vmap(functools.partial(jnp.take, axis=-2, mode="fill", fill_value=0))
-    moved = [None if given is None else move(given, batch["pair_rows"]) for given in (offsets, block_offsets)]
-    txt, arguments = steer(config.space, txt, *moved)
-    steered = velocity(x, 2 * grid[1], txt, vec, **arguments)
+    moved = jax.tree.map(lambda part: move(part, batch["pair_rows"]), learned)
+    txt, offsets = steer(config.space, txt, moved)
+    steered = velocity(x, 2 * grid[1], txt, vec, offsets)
     metrics = {"loss": loss, "isolation": isolation_loss(steered, base, grid, on_right)}
     loss += config.isolation.weight * metrics["isolation"]
     if config.isolation.own_weight:

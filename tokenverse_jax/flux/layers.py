@@ -2,8 +2,8 @@
 
 Axes: B batch, N image tokens, T text tokens, R first text tokens, S = T + N joint tokens, text first, D width, H heads.
 
-A block is steered by shift, scale and gate vectors, which a linear layer makes of the modulation vector y [B, D]. An
-offset is added to y for each of the first R text tokens; tokens without one share their sample's vectors.
+A block is steered by shift, scale and gate vectors, which a linear layer makes of the modulation vector y [B, D].
+Tokens with an offset of y have vectors of their own (`Offsets`); without any, all tokens share their sample's.
 """
 
 from typing import NamedTuple
@@ -18,6 +18,7 @@ from runtime_jax.nn.compute import Compute
 from runtime_jax.nn.rotary import apply_rope
 from runtime_jax.sharding import Axis, constrain
 from tokenverse_jax.flux.math import layer_norm
+from tokenverse_jax.flux.offsets import Offsets
 
 MLP_RATIO = 4
 QK_NORM_EPSILON = 1e-6
@@ -51,9 +52,9 @@ class Modulation(nn.Module):
 
     @nn.compact
     def __call__(
-        self, vec: Float[Array, "B D"], offsets: Float[Array, "B R D"] | None = None, plain_rows: int = 0
+        self, vec: Float[Array, "B D"], num_tokens: int, offsets: Float[Array, "B R D"] | None = None
     ) -> tuple[ModulationOut, ...]:
-        """With offsets, one triple for each of R tokens, modulated by y + offset, and `plain_rows` more by y."""
+        """With offsets, a triple for each of `num_tokens`: of y + offset for the first R of them, of y for the rest."""
         features = 3 * self.triples * vec.shape[-1]
         lin = nn.Dense(features, use_bias=False, dtype=self.compute.jax_dtype, kernel_init=zeros, name="lin")
         bias = self.param("bias", zeros, (features,))
@@ -63,16 +64,10 @@ class Modulation(nn.Module):
             # Only what an offset changes goes through the layer token by token: no offset, exactly no change, and
             # bfloat16 does not round a small one away.
             change = lin(nn.silu(vec[:, None] + offsets.astype(jnp.float32)) - active)
-            out = out + jnp.pad(change.astype(jnp.float32), ((0, 0), (0, plain_rows), (0, 0)))
+            plain = num_tokens - offsets.shape[1]
+            out = out + jnp.pad(change.astype(jnp.float32), ((0, 0), (0, plain), (0, 0)))
         vectors = jnp.split(constrain(out, Axis.BATCH, None, None), 3 * self.triples, axis=-1)
         return tuple(ModulationOut(*vectors[i : i + 3]) for i in range(0, len(vectors), 3))
-
-
-def total_offsets(offsets: Array | None, block_offsets: Array | None) -> Array | None:
-    """What is added to y in one block: the offsets of all blocks and its own; None is nothing."""
-    if offsets is None or block_offsets is None:
-        return block_offsets if offsets is None else offsets
-    return offsets + block_offsets
 
 
 def dense(features: int, compute: Compute, name: str | None = None) -> nn.Dense:
@@ -166,17 +161,14 @@ class DoubleBlock(nn.Module):
         streams: tuple[Float[Array, "B N D"], Float[Array, "B T D"]],
         vec: Float[Array, "B D"],
         pe: Float[Array, "2 S pairs"],
-        offsets: Float[Array, "B R D"] | None = None,
-        block_offsets: Float[Array, "B R D"] | None = None,
+        offsets: Offsets,
     ) -> tuple[tuple[Float[Array, "B N D"], Float[Array, "B T D"]], None]:
         img, txt = streams
         compute, width, text_tokens = self.compute, img.shape[-1], txt.shape[1]
-        offsets = total_offsets(offsets, block_offsets)
-        plain_text = 0 if offsets is None else text_tokens - offsets.shape[1]
         img_attn = SelfAttention(width, self.num_heads, compute, name="img_attn")
         txt_attn = SelfAttention(width, self.num_heads, compute, name="txt_attn")
-        img_mod1, img_mod2 = Modulation(2, compute, name="img_mod")(vec)
-        txt_mod1, txt_mod2 = Modulation(2, compute, name="txt_mod")(vec, offsets, plain_text)
+        img_mod1, img_mod2 = Modulation(2, compute, name="img_mod")(vec, img.shape[1], offsets.image)
+        txt_mod1, txt_mod2 = Modulation(2, compute, name="txt_mod")(vec, text_tokens, offsets.text_tokens())
 
         img_heads = img_attn.heads(modulate(img, img_mod1.shift, img_mod1.scale, compute))
         txt_heads = txt_attn.heads(modulate(txt, txt_mod1.shift, txt_mod1.scale, compute))
@@ -202,13 +194,11 @@ class SingleBlock(nn.Module):
         x: Float[Array, "B S D"],
         vec: Float[Array, "B D"],
         pe: Float[Array, "2 S pairs"],
-        offsets: Float[Array, "B R D"] | None = None,
-        block_offsets: Float[Array, "B R D"] | None = None,
+        offsets: Offsets,
     ) -> tuple[Float[Array, "B S D"], None]:
         compute, width = self.compute, x.shape[-1]
-        offsets = total_offsets(offsets, block_offsets)
-        plain_rows = 0 if offsets is None else x.shape[1] - offsets.shape[1]
-        (mod,) = Modulation(1, compute, name="modulation")(vec, offsets, plain_rows)
+        tokens = x.shape[1]
+        (mod,) = Modulation(1, compute, name="modulation")(vec, tokens, offsets.joint_tokens(tokens))
         hidden = dense((3 + MLP_RATIO) * width, compute, "linear1")(modulate(x, mod.shift, mod.scale, compute))
         qkv, mlp = jnp.split(hidden, [3 * width], axis=-1)
         query, key, value = split_heads(qkv, self.num_heads)

@@ -1,6 +1,6 @@
 """FLUX's diffusion transformer with an offset of the modulation for every text token (TokenVerse's space M+).
 
-Axes: B batch, N image tokens, T text tokens, R first text tokens, D width, C channels of an image token, J and P the
+Axes: B batch, N image tokens, T text tokens, D width, C channels of an image token, J and P the
 text encoders' widths.
 """
 
@@ -8,7 +8,7 @@ import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import flax.linen as nn
 import jax
@@ -20,8 +20,8 @@ from runtime_jax.nn.compute import Compute
 from runtime_jax.sharding import Axis, Rule, constrain
 from tokenverse_jax.flux.layers import DoubleBlock, LastLayer, MLPEmbedder, SingleBlock, dense
 from tokenverse_jax.flux.math import rope, timestep_embedding
+from tokenverse_jax.flux.offsets import NO_OFFSETS, Offsets
 
-OffsetBlocks = Literal["both", "double", "single"]
 Params = dict[str, Any]
 
 
@@ -110,7 +110,7 @@ class Flux(nn.Module):
             block,
             variable_axes={"params": 0, "intermediates": 0},
             split_rngs={"params": True},
-            in_axes=(nn.broadcast, nn.broadcast, nn.broadcast, 1),
+            in_axes=(nn.broadcast, nn.broadcast, Offsets(nn.broadcast, 1, nn.broadcast, nn.broadcast)),
             length=length,
             unroll=length if self.unroll else 1,
         )
@@ -136,10 +136,7 @@ class Flux(nn.Module):
         vec: Float[Array, "B P"],
         guidance: Float[Array, " B"] | None = None,
         *,
-        offsets: Float[Array, "B R D"] | None = None,
-        block_offsets: Float[Array, "B blocks R D"] | None = None,
-        global_offset: Float[Array, "B D"] | None = None,
-        blocks: OffsetBlocks = "both",
+        offsets: Offsets = NO_OFFSETS,
     ) -> Float[Array, "B N out"]:
         """Velocity of every image token, float32.
 
@@ -151,44 +148,25 @@ class Flux(nn.Module):
           timesteps: from 1 (noise) to 0 (image).
           vec: CLIP's pooled output.
           guidance: strength, for models with guidance_embeds only.
-          offsets: added to y for each of the first R <= T text tokens, in all blocks that `blocks` names.
-          block_offsets: the same for each block by itself, double blocks first; added to `offsets`.
-          global_offset: added to y for image and text tokens, in all blocks and the last layer (the space M).
-          blocks: which blocks take `offsets` and `block_offsets`.
+          offsets: of the modulation vector.
 
         Raises:
           ValueError: shapes that fit neither each other nor the config; guidance missing, or given to a model without.
         """
-        self._check(
-            img=img,
-            img_ids=img_ids,
-            txt=txt,
-            txt_ids=txt_ids,
-            timesteps=timesteps,
-            vec=vec,
-            guidance=guidance,
-            offsets=offsets,
-            block_offsets=block_offsets,
-            global_offset=global_offset,
-        )
-        if blocks not in get_args(OffsetBlocks):
-            raise ValueError(f"blocks={blocks!r}: allowed are {', '.join(get_args(OffsetBlocks))}")
+        self._check(img=img, img_ids=img_ids, txt=txt, txt_ids=txt_ids, timesteps=timesteps, vec=vec, guidance=guidance)
+        double = self.config.num_layers
+        offsets.check(img.shape[0], self.config.num_blocks, txt.shape[1], img.shape[1], self.config.width)
         y = self.modulation_vector(timesteps, vec, guidance)
-        if global_offset is not None:
-            y = y + global_offset
+        if offsets.everywhere is not None:
+            y = y + offsets.everywhere
         y = constrain(y, Axis.BATCH, None)
         pe = rope(jnp.concatenate([txt_ids, img_ids]), self.config.axes_dims_rope)
-        double = single = (None, None)
-        if blocks != "single":
-            double = offsets, None if block_offsets is None else block_offsets[:, : self.config.num_layers]
-        if blocks != "double":
-            single = offsets, None if block_offsets is None else block_offsets[:, self.config.num_layers :]
 
         img = constrain(self.img_in(img), Axis.BATCH, None, None)
         txt = constrain(self.txt_in(txt), Axis.BATCH, None, None)
-        (img, txt), _ = self.double_blocks((img, txt), y, pe, *double)
+        (img, txt), _ = self.double_blocks((img, txt), y, pe, offsets.of_blocks("double", slice(None, double)))
         x = constrain(jnp.concatenate([txt, img], axis=1), Axis.BATCH, None, None)
-        x, _ = self.single_blocks(x, y, pe, *single)
+        x, _ = self.single_blocks(x, y, pe, offsets.of_blocks("single", slice(double, None)))
         return self.final_layer(x[:, txt.shape[1] :], y)
 
     def _check(self, **arrays: Array | None) -> None:
@@ -196,9 +174,7 @@ class Flux(nn.Module):
         if img.ndim != 3 or txt.ndim != 3:
             raise ValueError(f"FLUX: img {img.shape} and txt {txt.shape} must be [batch, tokens, channels]")
         (batch, tokens, _), text = img.shape, txt.shape[1]
-        given = [array for array in (arrays["offsets"], arrays["block_offsets"]) if array is not None]
-        rows = min([text, *(array.shape[-2] for array in given)])
-        axes, width = len(config.axes_dims_rope), config.width
+        axes = len(config.axes_dims_rope)
         expected = {
             "img": (batch, tokens, config.in_channels),
             "img_ids": (tokens, axes),
@@ -207,9 +183,6 @@ class Flux(nn.Module):
             "timesteps": (batch,),
             "vec": (batch, config.pooled_projection_dim),
             "guidance": (batch,),
-            "offsets": (batch, rows, width),
-            "block_offsets": (batch, config.num_blocks, rows, width),
-            "global_offset": (batch, width),
         }
         wrong = [
             f"{name} has shape {array.shape}, not {expected[name]}"

@@ -23,8 +23,9 @@ from runtime_jax.prng import Stream, stream_key
 from tokenverse_jax.flux import autoencoder, model_folder, sampling, schedule, text
 from tokenverse_jax.flux.autoencoder import Autoencoder
 from tokenverse_jax.flux.fingerprint import fingerprint
-from tokenverse_jax.flux.model import Flux, OffsetBlocks
+from tokenverse_jax.flux.model import Flux
 from tokenverse_jax.flux.model_folder import KINDS, Params, Part
+from tokenverse_jax.flux.offsets import NO_OFFSETS, Offsets
 from tokenverse_jax.flux.sampling import UsualSampling
 from tokenverse_jax.flux.schedule import ScheduleConfig
 from tokenverse_jax.flux.text_encoders.clip import CLIPTextEncoder
@@ -195,10 +196,7 @@ class Pipeline:
         guidance: float | None = None,
         seed: int = 0,
         indices: Int[np.ndarray, " B"] | None = None,
-        offsets: Float[Array, "B T D"] | Float[np.ndarray, "B T D"] | None = None,
-        block_offsets: Float[Array, "B blocks T D"] | Float[np.ndarray, "B blocks T D"] | None = None,
-        global_offset: Float[Array, "B D"] | Float[np.ndarray, "B D"] | None = None,
-        blocks: OffsetBlocks = "both",
+        offsets: Offsets = NO_OFFSETS,
         negative_prompt: str | PromptEncoding | None = None,
         cfg_scale: float = 1.0,
     ) -> UInt8[Array, "B H W 3"]:
@@ -212,7 +210,7 @@ class Pipeline:
           num_steps: FLUX.1-dev is used with 28 to 50, schnell with 4.
           guidance: strength, for models with guidance_embeds only, and then 3.5 by default.
           indices: the images' numbers; by default from 0.
-          offsets: see `Flux`, as are `block_offsets`, `global_offset` and `blocks`.
+          offsets: of the modulation vector, for each prompt.
           negative_prompt: what true classifier-free guidance leads away from, for all images, without offsets; "" by
             default.
           cfg_scale: its strength; 1 is none, and each step then costs half.
@@ -246,10 +244,9 @@ class Pipeline:
             sigmas,
             None if guidance is None else np.float32(guidance),
             np.float32(cfg_scale),
-            {"offsets": offsets, "block_offsets": block_offsets, "global_offset": global_offset},
+            offsets,
             modules=(Flux(flux.config, self.compute), Autoencoder(vae.config, self.compute)),
             grid=grid,
-            blocks=blocks,
         )
         stages = ("the prompts' encodings", "sampling step", "the decoded images")
         check_finite(dict(zip(stages, finite, strict=True)), {"transformer": flux.params, "vae": vae.params})
@@ -336,7 +333,7 @@ def _decode(params: Params, tokens: Array, *, vae: Autoencoder, grid: tuple[int,
     return jnp.round(jnp.clip((images + 1.0) * 127.5, 0.0, 255.0)).astype(jnp.uint8), all_finite(images)
 
 
-@functools.partial(jax.jit, static_argnames=("modules", "grid", "blocks"))
+@functools.partial(jax.jit, static_argnames=("modules", "grid"))
 def _generate(
     params: tuple[Params, Params],
     prompts: tuple[Array, Array],
@@ -346,26 +343,26 @@ def _generate(
     sigmas: Array,
     guidance: Array | None,
     cfg_scale: Array,
-    offsets: dict[str, Array | None],
+    offsets: Offsets,
     *,
     modules: tuple[Flux, Autoencoder],
     grid: tuple[int, int],
-    blocks: OffsetBlocks,
 ) -> tuple[Array, tuple[Array, Array, Array]]:
     flux, vae = modules
     batch, length = prompts[0].shape[:2]
     strengths = None if guidance is None else jnp.full(batch, guidance)
     image_ids, text_ids = autoencoder.image_ids(grid), jnp.zeros((length, 3))
 
-    def velocity(prompts: tuple[Array, Array], **offsets: Any) -> sampling.Velocity:
+    def velocity(prompts: tuple[Array, Array], offsets: Offsets = NO_OFFSETS) -> sampling.Velocity:
         txt, vec = (jnp.broadcast_to(x, (batch, *x.shape[1:])) for x in prompts)
 
         def at(x: Array, times: Array) -> Array:
-            return flux.apply({"params": params[0]}, x, image_ids, txt, text_ids, times, vec, strengths, **offsets)
+            inputs = x, image_ids, txt, text_ids, times, vec, strengths
+            return flux.apply({"params": params[0]}, *inputs, offsets=offsets)
 
         return at
 
-    guided = velocity(prompts, **offsets, blocks=blocks)
+    guided = velocity(prompts, offsets)
     if negative is not None:
         guided = sampling.with_cfg(guided, velocity(negative), cfg_scale)
     noise = sampling.initial_noise(key, indices, (grid[0] * grid[1], flux.config.in_channels))

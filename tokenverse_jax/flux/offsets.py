@@ -1,0 +1,112 @@
+"""Offsets of the modulation vector y: the spaces M and M+ of TokenVerse.
+
+Axes: B batch, T text tokens, R first text tokens, N image tokens, D width.
+"""
+
+from collections.abc import Sequence
+from typing import Any, Literal, get_args
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jaxtyping import Array, Float
+
+OffsetBlocks = Literal["both", "double", "single"]
+
+
+@struct.dataclass
+class Offsets:
+    """What is added to the modulation vector, and where: an argument of `Flux` and of `Pipeline.generate`.
+
+    A pytree of arrays, all optional. The shapes are those of a batch; `compose` returns them for one prompt, without B.
+
+    Attributes:
+      shared: [B, R, D], for each of the first R <= T text tokens, the same in all blocks that `blocks` names (M+).
+      per_block: [B, blocks, R, D], the same for each block by itself, double blocks first; added to `shared`.
+      image: [B, N, D], for each image token, in all blocks that `blocks` names.
+      everywhere: [B, D], for text and image tokens, in all blocks and in the last layer (M).
+      blocks: which blocks take `shared`, `per_block` and `image`; static.
+    """
+
+    shared: Any = None
+    per_block: Any = None
+    image: Any = None
+    everywhere: Any = None
+    blocks: OffsetBlocks = struct.field(pytree_node=False, default="both")
+
+    def check(self, batch: int, num_blocks: int, text: int, image: int, width: int) -> None:
+        """Makes sure that the offsets fit a batch of a model.
+
+        Args:
+          text: T.
+          image: N.
+
+        Raises:
+          ValueError: they do not.
+        """
+        if self.blocks not in get_args(OffsetBlocks):
+            raise ValueError(f"offsets.blocks={self.blocks!r}: allowed are {', '.join(get_args(OffsetBlocks))}")
+        rows = min([text, *(part.shape[-2] for part in (self.shared, self.per_block) if part is not None)])
+        expected = {
+            "shared": (batch, rows, width),
+            "per_block": (batch, num_blocks, rows, width),
+            "image": (batch, image, width),
+            "everywhere": (batch, width),
+        }
+        wrong = [
+            f"offsets.{name} has shape {part.shape}, not {shape}"
+            for name, shape in expected.items()
+            if (part := getattr(self, name)) is not None and part.shape != shape
+        ]
+        if wrong:
+            raise ValueError(f"FLUX: {'; '.join(wrong)}")
+
+    def of_blocks(self, kind: OffsetBlocks, which: slice) -> "Offsets":
+        """What the double or the single blocks take, which are `which` of all blocks; `everywhere` is in y already."""
+        if self.blocks not in (kind, "both"):
+            return NO_OFFSETS
+        return Offsets(self.shared, None if self.per_block is None else self.per_block[:, which], self.image)
+
+    def text_tokens(self) -> Float[Array, "B R D"] | None:
+        """Inside a block, whose own `per_block` is [B, R, D]: the sum for the first text tokens; None: nothing."""
+        if self.shared is None or self.per_block is None:
+            return self.per_block if self.shared is None else self.shared
+        return self.shared + self.per_block
+
+    def joint_tokens(self, num_tokens: int) -> Float[Array, "B S D"] | None:
+        """The same for `num_tokens` text and image tokens, text first; without `image`, those of text_tokens alone."""
+        text = self.text_tokens()
+        if self.image is None:
+            return text
+        batch, image, width = self.image.shape
+        text = jnp.zeros((batch, 0, width), self.image.dtype) if text is None else text
+        text = jnp.pad(text, ((0, 0), (0, num_tokens - image - text.shape[1]), (0, 0)))
+        return jnp.concatenate([text, self.image], axis=1)
+
+    def repeat(self, num: int) -> "Offsets":
+        """A batch of `num` prompts with the offsets of one, which have no B."""
+        return jax.tree.map(lambda part: jnp.broadcast_to(part, (num, *part.shape)), self)
+
+
+NO_OFFSETS = Offsets()
+
+
+def place_on_tokens(offset: Float[Array, "..."], places: Sequence[int], length: int) -> Float[Array, "... T D"]:
+    """Zeros for a text of `length` tokens, but for the offset at `places`.
+
+    Args:
+      offset: [D], the same on all places, or [..., n, D], one for each.
+      places: token positions, see `text.find_word`.
+      length: T.
+
+    Raises:
+      ValueError: no places, places that repeat or lie outside the text, or not as many as `offset` has.
+    """
+    if not places or len(set(places)) < len(places) or min(places) < 0 or max(places) >= length:
+        raise ValueError(f"places {tuple(places)}: different tokens of a text of {length} are needed")
+    if offset.ndim == 1:
+        offset = jnp.broadcast_to(offset, (len(places), *offset.shape))
+    if offset.shape[-2] != len(places):
+        raise ValueError(f"an offset of {offset.shape[-2]} tokens does not fit the places {tuple(places)}")
+    rest = jnp.zeros((*offset.shape[:-2], length, offset.shape[-1]), offset.dtype)
+    return rest.at[..., jnp.asarray(places), :].set(offset)
