@@ -497,6 +497,7 @@ def no_type_hook():
             r"offsets.per_block .* not \(2, 5, 3, 32\)",
         ),
         ({"offsets": Offsets(image=np.zeros((BATCH, 3, 32)))}, r"offsets.image has shape \(2, 3, 32\)"),
+        ({"offsets": Offsets(np.zeros(32))}, r"offsets.shared has shape \(32,\), not \(2, 4, 32\)"),
         ({"offsets": Offsets(everywhere=np.zeros((BATCH, 4)))}, r"offsets.everywhere has shape \(2, 4\)"),
     ],
 )

@@ -1,4 +1,4 @@
-"""Directions of the modulation space without training (TokenVerse, section 3.1).
+"""Directions of the modulation space without training, in TokenVerse's spaces M and M+.
 
 The same direction is a step in M as `Offsets.everywhere`, and in M+ as `Offsets.shared` on the tokens of one word.
 Axes: B batch, D width, P width of the pooled text vector.

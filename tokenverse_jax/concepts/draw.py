@@ -5,6 +5,7 @@ Axes: N images, H W image.
 
 import dataclasses
 import math
+import operator
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -56,7 +57,7 @@ def sample(
     whole = np.resize(np.arange(len(indices)), math.ceil(len(indices) / batch) * batch)  # the last batch is filled up
     images = []
     for picks in whole.reshape(-1, batch):
-        own = jax.tree.map(lambda part: part[picks], offsets)  # noqa: B023, called here
+        own = jax.tree.map(operator.itemgetter(picks), offsets)
         made = pipeline.generate(
             repeated, indices=indices[picks], negative_prompt=negative_prompt, offsets=own, **settings
         )

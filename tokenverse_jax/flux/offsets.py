@@ -8,6 +8,7 @@ from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
 from jaxtyping import Array, Float
 
@@ -46,7 +47,8 @@ class Offsets:
         """
         if self.blocks not in get_args(OffsetBlocks):
             raise ValueError(f"offsets.blocks={self.blocks!r}: allowed are {', '.join(get_args(OffsetBlocks))}")
-        rows = min([text, *(part.shape[-2] for part in (self.shared, self.per_block) if part is not None)])
+        given = [part for part in (self.shared, self.per_block) if part is not None and part.ndim > 1]
+        rows = min([text, *(part.shape[-2] for part in given)])
         expected = {
             "shared": (batch, rows, width),
             "per_block": (batch, num_blocks, rows, width),
@@ -84,8 +86,8 @@ class Offsets:
         return jnp.concatenate([text, self.image], axis=1)
 
     def repeat(self, num: int) -> "Offsets":
-        """A batch of `num` prompts with the offsets of one, which have no B."""
-        return jax.tree.map(lambda part: jnp.broadcast_to(part, (num, *part.shape)), self)
+        """A batch of `num` prompts with the offsets of one, which have no B: views of arrays in the host's memory."""
+        return jax.tree.map(lambda part: np.broadcast_to(np.asarray(part), (num, *part.shape)), self)
 
 
 NO_OFFSETS = Offsets()
