@@ -15,7 +15,7 @@ from mini_scenes.judge import Judge
 
 GUIDED = Request(num=48, batch_size=48, sampling=SamplingConfig(cfg_scale=3.5))
 LINEAR = SamplingConfig(cfg_scale=6.0, cfg_schedule="linear")
-# What is asked for, and a bound of the share of the right class, well below what docs/generators.md has.
+# What is asked for, and a bound of the share of the right class, well below what docs/results.md has.
 ASKED = {
     "tiny-mergear": (GUIDED, 0.8),
     "tiny-plain": (GUIDED, 0.8),
