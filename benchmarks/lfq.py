@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mergevq_jax.tokenizer import lfq
+from mergevq_jax.tokenizer.quantizers import lfq
 
 TEMPERATURE, EPS = 0.01, 1e-5
 

@@ -13,11 +13,12 @@ from golden_tools import Tensors, apply, convert_both_ways, jit, require_equal, 
 from mergevq_jax.generator import transformer
 from mergevq_jax.generator.config import GeneratorConfig
 from mergevq_jax.generator.convert import generator_table
-from mergevq_jax.tokenizer import convert, lfq, recovery, tome
+from mergevq_jax.tokenizer import convert, recovery, tome
 from mergevq_jax.tokenizer.config import RecoveryConfig, TokenizerConfig
 from mergevq_jax.tokenizer.decoder import Decoder
 from mergevq_jax.tokenizer.encoder import Encoder
 from mergevq_jax.tokenizer.losses import adversarial, dinov2
+from mergevq_jax.tokenizer.quantizers import lfq
 from mergevq_jax.tokenizer.recovery import SourceRecovery
 from runtime_jax.weights import export_weights
 

@@ -146,7 +146,7 @@ def check_tokenizer(config: GeneratorConfig, tokenizer: Tokenizer) -> None:
       ValueError: another number of bits or another grid.
     """
     side = tokenizer.config.resolution
-    grid, bits = tokenizer.config.grid(side, side), tokenizer.config.z_channels
+    grid, bits = tokenizer.config.grid(side, side), tokenizer.bits
     if sum(config.code_bits) != bits or config.grid != grid:
         raise ValueError(
             f"the tokenizer has codes of {bits} bits on a grid {grid}, the generator code_bits={config.code_bits} on "
@@ -188,7 +188,7 @@ def _check_tokens(tokens: _Tokens, tokenizer: Tokenizer, keeps: Sequence[int]) -
         if info["tokenizer"] != fingerprint:
             raise ValueError(
                 f"{path} holds codes of another tokenizer ({info['bits']} bits, grid {info['grid']}, fingerprint "
-                f"{info['tokenizer'][:12]}) than this run's ({tokenizer.config.z_channels} bits, fingerprint "
+                f"{info['tokenizer'][:12]}) than this run's ({tokenizer.bits} bits, fingerprint "
                 f"{fingerprint[:12]})"
             )
     if missing := sorted(set(keeps) - tokens.folders.keys()):

@@ -13,7 +13,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 from mergevq_jax.generator.config import GeneratorConfig
 from mergevq_jax.generator.merged_attention import MergedKeys
 from mergevq_jax.generator.transformer import Generator, Params
-from mergevq_jax.tokenizer.lfq import split_indices
+from mergevq_jax.tokenizer.quantizers.lfq import split_indices
 from runtime_jax.nn.compute import Compute
 from runtime_jax.prng import example_keys
 

@@ -21,6 +21,7 @@ from mergevq_jax.generator.sampling.plan import WINDOW, SamplingConfig
 from mergevq_jax.generator.transformer import SHARDING_RULES
 from mergevq_jax.merge_ratio import MergeRatioConfig, draw_keep
 from mergevq_jax.tokenizer.model import Tokenizer, load_tokenizer
+from mergevq_jax.tokenizer.quantizers.quantizer import LFQ
 from runtime_jax import config as config_lib
 from runtime_jax import sharding
 from runtime_jax.config import naming
@@ -110,6 +111,7 @@ class TrainConfig:
         return stage2.StepConfig(
             model=self.model,
             tokenizer=None if tokenizer is None else tokenizer.config,
+            quantizer=LFQ if tokenizer is None else tokenizer.quantizer,
             kind=self.kind,
             window=self.window,
             groups=self.groups,

@@ -23,7 +23,7 @@ from mergevq_jax.generator.mask import causal_mask
 from mergevq_jax.generator.merged_attention import MergedKeys, merged_attention
 from mergevq_jax.generator.sampling.position_cache import attend, write
 from mergevq_jax.tokenizer.layers import linear_normal
-from mergevq_jax.tokenizer.lfq import split_indices
+from mergevq_jax.tokenizer.quantizers.lfq import split_indices
 from runtime_jax.nn.attention import attention
 from runtime_jax.nn.compute import Compute
 from runtime_jax.nn.rotary import apply_rope

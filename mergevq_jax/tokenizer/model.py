@@ -18,10 +18,11 @@ from jaxtyping import Array, Float, Int, UInt8
 
 from mergevq_jax import model_folder
 from mergevq_jax.pretrained import shipped
-from mergevq_jax.tokenizer import convert, lfq, tome
+from mergevq_jax.tokenizer import convert, tome
 from mergevq_jax.tokenizer.config import TokenizerConfig, ratio_keep
 from mergevq_jax.tokenizer.decoder import Decoder
 from mergevq_jax.tokenizer.encoder import Encoded, Encoder
+from mergevq_jax.tokenizer.quantizers.quantizer import LFQ, Quantizer
 from mergevq_jax.tokenizer.recovery import SourceRecovery, recovered_source_map
 from runtime_jax.finite import all_finite, check_finite
 from runtime_jax.nn.compute import Compute
@@ -156,23 +157,31 @@ class Tokenizer:
     config: TokenizerConfig
     params: Params
     compute: Compute = Compute()
+    quantizer: Quantizer = LFQ
 
     @classmethod
-    def from_pretrained(cls, path: str | os.PathLike, *, compute: Compute = Compute()) -> "Tokenizer":
+    def from_pretrained(
+        cls, path: str | os.PathLike, *, compute: Compute = Compute(), quantizer: Quantizer = LFQ
+    ) -> "Tokenizer":
         """Loads a folder with config.json and model.safetensors, a hub id, or a shipped one by its name.
 
         Raises:
-          ValueError: folder, a file in it or a parameter missing; another kind of model.
+          ValueError: folder, a file in it or a parameter missing; another kind of model, or another quantizer's.
         """
         folder = model_folder.find_folder(shipped(path), "tokenizer")
-        config = read_tokenizer_config(folder)
+        config = read_tokenizer_config(folder, quantizer)
         params = model_folder.read_params(folder, convert.tokenizer_table(config), param_shapes(config))
-        return cls(config, params, compute)
+        return cls(config, params, compute, quantizer)
+
+    @property
+    def bits(self) -> int:
+        """Of an index."""
+        return self.quantizer.bits(self.config.z_channels)
 
     def save_pretrained(self, path: str | os.PathLike) -> None:
         """Writes config.json and model.safetensors (released state-dict names); each file atomically."""
         table = convert.tokenizer_table(self.config)
-        model_folder.write_folder(Path(path), MODEL_TYPE, self.config, table, self.params)
+        model_folder.write_folder(Path(path), _model_type(self.quantizer), self.config, table, self.params)
 
     def fingerprint(self) -> str:
         """SHA-256 over config and parameters: codes of one tokenizer mean nothing to another."""
@@ -194,7 +203,8 @@ class Tokenizer:
         grid = self.config.grid(*images.shape[1:3])
         keep = ratio_keep(self.config, grid[0] * grid[1]) if keep is None else keep
         self.config.merge_counts(grid[0] * grid[1], keep)
-        indices, source_map, finite = _encode_images(self.params, images, self.config, keep, self.compute)
+        static = self.config, keep, self.compute, self.quantizer
+        indices, source_map, finite = _encode_images(self.params, images, *static)
         check_finite({"the encoder's features": finite}, {"tokenizer": self.params})
         return Tokens(indices=indices, source_map=source_map, grid=grid)
 
@@ -204,7 +214,7 @@ class Tokenizer:
         Raises:
           NotFiniteError: pixels that are not finite.
         """
-        images, finite = _decode_tokens(self.params, tokens, self.config, self.compute)
+        images, finite = _decode_tokens(self.params, tokens, self.config, self.compute, self.quantizer)
         check_finite({"the decoder's images": finite}, {"tokenizer": self.params})
         return images
 
@@ -218,7 +228,9 @@ class Tokenizer:
           ValueError: this tokenizer has no source recovery.
           NotFiniteError: logits that are not finite.
         """
-        source_map, finite = _recover_source_map(self.params, indices, starts, self.config, self.compute)
+        source_map, finite = _recover_source_map(
+            self.params, indices, starts, self.config, self.compute, self.quantizer
+        )
         check_finite({"source recovery's logits": finite}, {"tokenizer": self.params})
         return source_map
 
@@ -229,23 +241,27 @@ class Tokenizer:
         return self.decode(self.encode(images, keep=keep))
 
 
-def load_tokenizer(source: str | os.PathLike, *, compute: Compute = Compute()) -> Tokenizer:
+def load_tokenizer(source: str | os.PathLike, *, compute: Compute = Compute(), quantizer: Quantizer = LFQ) -> Tokenizer:
     """A shipped tokenizer by its name ("tiny"), otherwise a folder or hub id.
 
     Raises:
       ValueError: as `Tokenizer.from_pretrained`.
     """
-    return Tokenizer.from_pretrained(source, compute=compute)
+    return Tokenizer.from_pretrained(source, compute=compute, quantizer=quantizer)
 
 
-def read_tokenizer_config(source: str | os.PathLike) -> TokenizerConfig:
+def read_tokenizer_config(source: str | os.PathLike, quantizer: Quantizer = LFQ) -> TokenizerConfig:
     """The architecture of what `load_tokenizer` would load: its config.json alone, without weights.
 
     Raises:
       ValueError: as `Tokenizer.from_pretrained`.
     """
     path = model_folder.find_folder(shipped(source), "tokenizer") / model_folder.CONFIG_NAME
-    return model_folder.read_config(path, TokenizerConfig, MODEL_TYPE, "tokenizer")
+    return model_folder.read_config(path, TokenizerConfig, _model_type(quantizer), "tokenizer")
+
+
+def _model_type(quantizer: Quantizer) -> str:
+    return MODEL_TYPE if quantizer is LFQ else f"{MODEL_TYPE}_{quantizer.name}"
 
 
 def to_float(images: UInt8[Array, "*shape"] | UInt8[np.ndarray, "*shape"]) -> Float[Array, "*shape"]:
@@ -258,22 +274,22 @@ def to_uint8(images: Float[Array, "*shape"]) -> UInt8[Array, "*shape"]:
     return jnp.round((jnp.clip(images, -1.0, 1.0) + 1.0) * 127.5).astype(jnp.uint8)
 
 
-@functools.partial(jax.jit, static_argnames=("config", "keep", "compute"))
-def _encode_images(params, images, config, keep, compute):
+@functools.partial(jax.jit, static_argnames=("config", "keep", "compute", "quantizer"))
+def _encode_images(params, images, config, keep, compute, quantizer):
     encoded = encode(params, config, to_float(images), keep=keep, compute=compute)
     # Whole on every device, so that each host of a pod can read them.
-    indices, source_map = lfq.codes_to_indices(encoded.z), encoded.source_map
+    indices, source_map = quantizer.to_indices(encoded.z), encoded.source_map
     return constrain(indices, None, None), constrain(source_map, None, None), all_finite(encoded.z)
 
 
-@functools.partial(jax.jit, static_argnames=("config", "compute"))
-def _recover_source_map(params, indices, starts, config, compute):
-    logits = recover(params, config, lfq.indices_to_codes(indices, config.z_channels), compute=compute)
+@functools.partial(jax.jit, static_argnames=("config", "compute", "quantizer"))
+def _recover_source_map(params, indices, starts, config, compute, quantizer):
+    logits = recover(params, config, quantizer.from_indices(indices, config.z_channels), compute=compute)
     return constrain(recovered_source_map(logits, starts), None, None), all_finite(logits)
 
 
-@functools.partial(jax.jit, static_argnames=("config", "compute"))
-def _decode_tokens(params, tokens, config, compute):
-    codes = lfq.indices_to_codes(tokens.indices, config.z_channels)
+@functools.partial(jax.jit, static_argnames=("config", "compute", "quantizer"))
+def _decode_tokens(params, tokens, config, compute, quantizer):
+    codes = quantizer.from_indices(tokens.indices, config.z_channels)
     images = decode(params, config, codes, tokens.source_map, tokens.grid, compute=compute)
     return constrain(to_uint8(images), None, None, None, None), all_finite(images)

@@ -33,7 +33,7 @@ def measure(
     config, results = tokenizer.config, []
     recovers = config.recovery is not None and images.shape[1:3] == (config.resolution, config.resolution)
     for keep in keeps:
-        usage, values, recovered = CodeUsage(config.z_channels), [], []
+        usage, values, recovered = CodeUsage(tokenizer.bits), [], []
         for start in tqdm(range(0, len(images), batch_size), desc=f"K={keep}", leave=False, disable=None):
             batch = images[start : start + batch_size]
             tokens = tokenizer.encode(_padded(batch, batch_size), keep=keep)

@@ -33,7 +33,7 @@ from mergevq_jax.generator.run import EvaluationConfig, TrainConfig
 from mergevq_jax.generator.run import train as run_training
 from mergevq_jax.generator.transformer import SHARDING_RULES, Generator
 from mergevq_jax.tokenizer.config import PRESETS
-from mergevq_jax.tokenizer.lfq import split_indices
+from mergevq_jax.tokenizer.quantizers.lfq import split_indices
 from mergevq_jax.tokenizer.model import param_shapes as tokenizer_shapes
 from runtime_jax.config import build, load, to_dict
 from runtime_jax.sharding import MeshConfig, make_mesh, param_shardings, place, shard_batch

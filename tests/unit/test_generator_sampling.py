@@ -19,7 +19,7 @@ from mergevq_jax.generator.sampling.draw import draw, guidance_scales, keep_like
 from mergevq_jax.generator.sampling.plan import SamplingConfig, make_plan
 from mergevq_jax.generator.sampling.raster import sample
 from mergevq_jax.generator.transformer import SHARDING_RULES, Generator, param_shapes
-from mergevq_jax.tokenizer.lfq import split_indices
+from mergevq_jax.tokenizer.quantizers.lfq import split_indices
 from runtime_jax.nn.compute import Compute
 from runtime_jax.prng import Stream, example_keys, stream_key
 from runtime_jax.sharding import MeshConfig, make_mesh, param_shardings

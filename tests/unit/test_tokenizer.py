@@ -12,11 +12,12 @@ from einops import rearrange
 from flax import traverse_util
 from golden_tools import jit
 
-from mergevq_jax.tokenizer import convert, layers, lfq, model, recovery, tome
+from mergevq_jax.tokenizer import convert, layers, model, recovery, tome
 from mergevq_jax.tokenizer.config import PRESETS, RecoveryConfig, TokenizerConfig, preset, ratio_keep
 from mergevq_jax.tokenizer.decoder import _PositionedBlocks
 from mergevq_jax.tokenizer.encoder import _MergingBlocks
 from mergevq_jax.tokenizer.model import Tokenizer, Tokens
+from mergevq_jax.tokenizer.quantizers import lfq
 from runtime_jax.cost import count_flops
 from runtime_jax.nn.compute import Compute
 from runtime_jax.weights import WeightError, export_weights, import_weights, read_safetensors, write_safetensors

@@ -15,7 +15,7 @@ from mergevq_jax.generator.sampling import decode
 from mergevq_jax.generator.sampling.draw import draw, guided, keep_likely, likeliest
 from mergevq_jax.generator.sampling.plan import DrawPlan, Knobs
 from mergevq_jax.generator.transformer import Generator, Params, head_rope_table
-from mergevq_jax.tokenizer.lfq import join_indices
+from mergevq_jax.tokenizer.quantizers.lfq import join_indices
 from runtime_jax.finite import check_finite
 from runtime_jax.sharding import Axis, constrain
 
