@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Int
 
 from mergevq_jax.generator.config import GeneratorConfig
 from mergevq_jax.generator.sampling.draw import CfgSchedule, guidance_scales
-from mergevq_jax.generator.sampling.position_cache import CachePolicy, token_slots
+from mergevq_jax.generator.sampling.position_cache import POLICIES, token_slots
 from runtime_jax.nn.compute import Compute
 
 WINDOW = 2  # the paper's figure 4
@@ -32,7 +32,7 @@ class SamplingConfig:
     greedy: bool = False  # the likeliest value, whatever temperature, top_k and top_p say
     window: int | None = None  # recent tokens that are always seen; None: 2, or L without a merge instruction
     capacity: int | None = None  # older first occurrences that are kept; None: the merge number, or L without one
-    policy: CachePolicy = "evict-oldest"
+    policy: str = "evict-oldest"  # of `POLICIES`: which older token goes when there are more
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +53,7 @@ class Plan(DrawPlan):
 
     window: int
     capacity: int
-    policy: CachePolicy
+    policy: str
 
     @property
     def slots(self) -> int:
@@ -164,9 +164,9 @@ def _settings(config: GeneratorConfig, sampling: SamplingConfig) -> tuple[dict[s
             problems.append(f"{name}={given}: one value, or one for each of {parts} sub-tokens")
         elif not all(map(fits, values[name], config.vocab_sizes)):
             problems.append(f"{name}={given}: {allowed.format(config.vocab_sizes)}")
-    for name, choices in (("cfg_schedule", CfgSchedule), ("policy", CachePolicy)):
-        if getattr(sampling, name) not in get_args(choices):
-            problems.append(f"{name}={getattr(sampling, name)!r}: allowed are {', '.join(get_args(choices))}")
+    for name, choices in (("cfg_schedule", get_args(CfgSchedule)), ("policy", tuple(POLICIES))):
+        if getattr(sampling, name) not in choices:
+            problems.append(f"{name}={getattr(sampling, name)!r}: allowed are {', '.join(choices)}")
     if sampling.cfg_schedule != "interval" and tuple(sampling.cfg_interval) != (0.0, 1.0):
         problems.append(f"cfg_interval={sampling.cfg_interval}: only with cfg_schedule='interval'")
     if not 0 <= sampling.cfg_interval[0] < sampling.cfg_interval[1] <= 1:

@@ -4,17 +4,18 @@ The store has C = P + T slots: one for each prefix token, and T = window + 1 + c
 window, the one that looks, and `capacity` older ones. All raster tokens share one pool: a token's keys and values are
 written once, to a slot that is free, and never moved. A token is a duplicate if its code equals that of an earlier
 token which counts as a first occurrence and is still there. Once a duplicate has left the window its slot is free;
-first occurrences stay. If more than `capacity` of them have left the window, the policy says which one goes:
+first occurrences stay. If more than `capacity` of them have left the window, one goes, by a policy of `POLICIES`:
 
     evict-oldest   the one with the smallest position
     full           the one that has just left the window
 
-Either way the example's count of overflows rises by one.
+Whichever it is, the example's count of overflows rises by one.
 
 Axes: B examples, R rows (examples, or twice as many under guidance), P prefix tokens, T and C slots, H heads, n tokens.
 """
 
-from typing import Literal, NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,9 +24,25 @@ from jaxtyping import Array, Bool, Float, Int
 
 from runtime_jax.sharding import Axis, constrain
 
-CachePolicy = Literal["evict-oldest", "full"]
 EMPTY = -1  # the position in a slot that is free
 HIDDEN = -1e30  # a logit that no softmax sees
+
+
+# From the slots' positions, and which of these are first occurrences outside the window, to the position that goes; it
+# counts only where there are more than `capacity` of them.
+CachePolicy = Callable[[Int[Array, "B T"], Bool[Array, "B T"]], Int[Array, "B"]]
+
+
+def _oldest(positions: Int[Array, "B T"], kept: Bool[Array, "B T"]) -> Int[Array, "B"]:
+    return jnp.min(jnp.where(kept, positions, jnp.iinfo(jnp.int32).max), axis=1)
+
+
+def _newest(positions: Int[Array, "B T"], kept: Bool[Array, "B T"]) -> Int[Array, "B"]:
+    return jnp.max(jnp.where(kept, positions, EMPTY), axis=1)
+
+
+# By name; one that is added here is a choice of SamplingConfig.policy and of the command line.
+POLICIES: dict[str, CachePolicy] = {"evict-oldest": _oldest, "full": _newest}
 
 
 class PositionCache(NamedTuple):
@@ -68,7 +85,7 @@ def insert(
     *,
     window: int | Int[Array, ""],
     capacity: int | Int[Array, ""],
-    policy: CachePolicy,
+    policy: str,
 ) -> Placed:
     """Makes room for the next token in raster order and takes it in.
 
@@ -78,15 +95,12 @@ def insert(
       position: raster position of the token, one more than at the last call.
       window: tokens before it that it sees whatever they are.
       capacity: first occurrences outside the window that are kept.
-      policy: which one goes when there are more.
+      policy: name of the one of `POLICIES` that says which one goes when there are more.
     """
     positions, overflows = cache.positions, cache.overflows
     outside = (positions != EMPTY) & (positions < position - window)
     kept = outside & cache.first
-    if policy == "evict-oldest":
-        victim = jnp.min(jnp.where(kept, positions, jnp.iinfo(jnp.int32).max), axis=1)
-    else:
-        victim = jnp.max(jnp.where(kept, positions, EMPTY), axis=1)
+    victim = POLICIES[policy](positions, kept)
     overflow = jnp.sum(kept, axis=1) > capacity
     gone = (outside & ~cache.first) | (overflow[:, None] & kept & (positions == victim[:, None]))
     positions = jnp.where(gone, EMPTY, positions)
