@@ -99,7 +99,11 @@ def _from_indices(indices, channels):
 
 
 FSQ = Quantizer(
-    name="fsq", bits=lambda channels: 2 * channels, quantize=_quantize, to_indices=_to_indices, from_indices=_from_indices
+    name="fsq",
+    bits=lambda channels: 2 * channels,
+    quantize=_quantize,
+    to_indices=_to_indices,
+    from_indices=_from_indices,
 )
 
 
@@ -127,7 +131,9 @@ def test_another_quantizer_trains_and_is_kept(tmp_path):
     tokens = tokenizer.encode(images)
     assert tokenizer.bits == 12 and 2**6 <= tokens.indices.max() < 2**12
     tokenizer.save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="model_type is 'mergevq_tokenizer_fsq', but a tokenizer's is 'mergevq_tokenizer'"):
+    with pytest.raises(
+        ValueError, match="model_type is 'mergevq_tokenizer_fsq', but a tokenizer's is 'mergevq_tokenizer'"
+    ):
         load_tokenizer(tmp_path)
     loaded = load_tokenizer(tmp_path, quantizer=FSQ)
     np.testing.assert_array_equal(loaded.decode(loaded.encode(images)), tokenizer.decode(tokens))
@@ -141,7 +147,6 @@ def test_codes_of_another_quantizer_are_those_of_its_indices():
 def test_a_loss_that_a_quantizer_does_not_have():
     with pytest.raises(ValueError, match="losses.entropy_weight is not 0, but the quantizer 'fsq' has no such loss"):
         train.StepConfig(model=TOKENIZER, losses=train.LossConfig(perceptual_weight=0.0), quantizer=FSQ)
-
 
 
 def test_another_cache_policy_samples(monkeypatch):
