@@ -145,7 +145,7 @@ def test_codes_of_another_quantizer_are_those_of_its_indices():
 
 
 def test_a_loss_that_a_quantizer_does_not_have():
-    with pytest.raises(ValueError, match="losses.entropy_weight is not 0, but the quantizer 'fsq' has no such loss"):
+    with pytest.raises(ValueError, match=r"losses.entropy_weight is not 0, but the quantizer 'fsq' has no such loss"):
         train.StepConfig(model=TOKENIZER, losses=train.LossConfig(perceptual_weight=0.0), quantizer=FSQ)
 
 
