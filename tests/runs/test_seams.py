@@ -9,6 +9,7 @@ import optax
 import pytest
 from generator_tools import CONFIG as GENERATOR
 from generator_tools import random_params as random_generator
+from test_train import MODEL as TOKENIZER
 from tiny_pipeline import FLUX, random_params
 
 from mergevq_jax import load_tokenizer
@@ -16,7 +17,6 @@ from mergevq_jax.generator.sampling.plan import SamplingConfig
 from mergevq_jax.generator.sampling.position_cache import POLICIES
 from mergevq_jax.generator.sampling.raster import sample
 from mergevq_jax.tokenizer import train
-from mergevq_jax.tokenizer.config import RecoveryConfig, TokenizerConfig
 from mergevq_jax.tokenizer.model import Tokenizer
 from mergevq_jax.tokenizer.quantizers.quantizer import Quantizer
 from tokenverse_jax import Offsets
@@ -25,19 +25,6 @@ from tokenverse_jax.flux.autoencoder import image_ids
 from tokenverse_jax.flux.model import Flux, param_shapes
 
 GRID, TEXT, BATCH = (4, 4), 5, 4
-TOKENIZER = TokenizerConfig(
-    resolution=16,
-    ch=32,
-    ch_mult=(1, 2),
-    num_res_blocks=(0, 1),
-    num_att_blocks=1,
-    num_heads=8,
-    z_channels=6,
-    keep=36,
-    layer_scale=0.5,
-    dist_head=None,
-    recovery=RecoveryConfig(rec_embed_dim=32, num_layers=1, num_heads=8),
-)
 
 
 def test_offsets_on_image_tokens_learn():
@@ -74,7 +61,7 @@ def test_offsets_on_image_tokens_learn():
     for _ in range(20):
         direction, moments, value = step(direction, moments)
         losses.append(float(value))
-    assert losses[-1] < 0.97 * losses[0]
+    assert losses[-1] < 0.8 * losses[0]
     assert np.abs(direction).max(axis=1).all()  # every token has learned one of its own
 
 
@@ -125,11 +112,11 @@ def test_another_quantizer_trains_and_is_kept(tmp_path):
     for _ in range(15):
         state, metrics = step(state, train.Frozen(), batch)
         pixel.append(float(metrics["mse"][0] / metrics["mse"][1]))
-    assert pixel[-1] < 0.7 * pixel[0] and not metrics["nonfinite"][0]
+    assert pixel[-1] < 0.4 * pixel[0] and not metrics["nonfinite"][0]
 
     tokenizer = Tokenizer(TOKENIZER, state.params, quantizer=FSQ)
     tokens = tokenizer.encode(images)
-    assert tokenizer.bits == 12 and 2**6 <= tokens.indices.max() < 2**12
+    assert tokenizer.bits == 16 and 2**8 <= tokens.indices.max() < 2**16
     tokenizer.save_pretrained(tmp_path)
     with pytest.raises(
         ValueError, match="model_type is 'mergevq_tokenizer_fsq', but a tokenizer's is 'mergevq_tokenizer'"
