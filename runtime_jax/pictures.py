@@ -1,11 +1,11 @@
 """Pictures that people look at: labelled image grids, heat maps, merged groups drawn on an image, loss curves."""
 
-import colorsys
+import contextlib
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Float, Int, UInt8
@@ -18,6 +18,7 @@ Drawing = UInt8[np.ndarray, "new_height new_width 3"]
 
 BACKGROUND = (255, 255, 255)
 INK = (32, 32, 32)
+PADDING = 4  # pixels around each cell of a grid
 
 
 def save_png(path: str | os.PathLike, image: np.ndarray) -> None:
@@ -44,7 +45,6 @@ def image_grid(
     column_labels: Sequence[str] = (),
     captions: Sequence[Sequence[str]] = (),
     scale: int = 1,
-    padding: int = 4,
     font_size: int = 14,
 ) -> Drawing:
     """Lays out pictures in rows, with labels to the left and above and captions below each.
@@ -54,7 +54,6 @@ def image_grid(
       row_labels, column_labels: one text for each row or column, or none at all; "\\n" breaks a line.
       captions: rows of texts as in `rows`, or none; long ones are broken at the width of a cell.
       scale: whole-number enlargement without smoothing, so that pixels stay visible.
-      padding: pixels around each cell.
       font_size: of the labels and captions, in pixels.
 
     Raises:
@@ -72,34 +71,34 @@ def image_grid(
     if captions and list(map(len, captions)) != list(map(len, rows)):
         raise ValueError(f"image_grid: rows of {list(map(len, captions))} captions for {list(map(len, rows))} pictures")
     font = ImageFont.load_default(font_size)
-    left = max((_extent(font, text)[0] + 2 * padding for text in row_labels), default=0)
-    top = max((_extent(font, text)[1] + 2 * padding for text in column_labels), default=0)
+    left = max((_extent(font, text)[0] + 2 * PADDING for text in row_labels), default=0)
+    top = max((_extent(font, text)[1] + 2 * PADDING for text in column_labels), default=0)
     inner = max([cell.shape[1] for cell in pictures] + [_extent(font, text)[0] for text in column_labels])
     lines = [[_broken(font, text, inner) for text in row] for row in captions]
-    below = max((_extent(font, text)[1] + padding for row in lines for text in row), default=0)
-    width = inner + 2 * padding
+    below = max((_extent(font, text)[1] + PADDING for row in lines for text in row), default=0)
+    width = inner + 2 * PADDING
     picture = max([cell.shape[0] for cell in pictures] + [_extent(font, text)[1] for text in row_labels])
-    height = picture + below + 2 * padding
+    height = picture + below + 2 * PADDING
     canvas = Image.new("RGB", (left + columns * width, top + len(cells) * height), BACKGROUND)
     draw = ImageDraw.Draw(canvas)
 
     def write(column: int, y: int, text: str) -> None:
-        place = (left + column * width + (width - _extent(font, text)[0]) // 2, y)
-        draw.multiline_text(place, text, fill=INK, font=font, align="center")
+        x = left + column * width + (width - _extent(font, text)[0]) // 2
+        draw.multiline_text((x, y), text, fill=INK, font=font, align="center")
 
     for j, text in enumerate(column_labels):
-        write(j, padding, text)
+        write(j, PADDING, text)
     for i, row in enumerate(cells):
-        middle = top + i * height + padding + picture // 2
+        middle = top + i * height + PADDING + picture // 2
         if row_labels:
-            place = (padding, middle - _extent(font, row_labels[i])[1] // 2)
-            draw.multiline_text(place, row_labels[i], fill=INK, font=font)
+            y = middle - _extent(font, row_labels[i])[1] // 2
+            draw.multiline_text((PADDING, y), row_labels[i], fill=INK, font=font)
         for j, cell in enumerate(row):
             if cell is not None:
                 x, y = left + j * width + (width - cell.shape[1]) // 2, middle - cell.shape[0] // 2
                 canvas.paste(Image.fromarray(cell), (x, y))
             if captions:
-                write(j, top + i * height + 2 * padding + picture, lines[i][j])
+                write(j, top + i * height + 2 * PADDING + picture, lines[i][j])
     return np.array(canvas)
 
 
@@ -128,53 +127,27 @@ def heat_map(values: Float[np.ndarray, "height width"], *, maximum: float) -> Pi
 
 
 def outline_groups(
-    image: Picture,
-    source_map: Int[np.ndarray, "tokens"],
-    *,
-    grid: tuple[int, int] | None = None,
-    scale: int = 1,
-    tint: float = 0.0,
-    singles: bool = False,
+    image: Picture, source_map: Int[np.ndarray, "tokens"], *, grid: tuple[int, int], scale: int = 1
 ) -> Drawing:
-    """Draws which raw tokens were merged: a line wherever neighbouring tokens belong to different groups.
+    """Draws which raw tokens were merged: lines around the groups of several tokens.
 
-    The line is one light and one dark pixel wide, so that it shows on any picture.
+    A line is one light and one dark pixel wide, so that it shows on any picture.
 
     Args:
       source_map: [L] group of each raw token in raster order.
-      grid: rows and columns of raw tokens, h w = L; by default square.
+      grid: rows and columns of raw tokens, h w = L.
       scale: whole-number enlargement before drawing.
-      tint: 0 to 1, how much of its own colour each group of several tokens is given; the parts of a group that do not
-        touch are recognised by it.
-      singles: also draw the lines between tokens that were not merged with any other.
 
     Raises:
       ValueError: L is not h w, or the picture's sides are not multiples of the grid's.
     """
-    source_map = np.asarray(source_map)
-    side = round(source_map.size**0.5)
-    h, w = grid or (side, side)
     canvas = _enlarge(_checked(image), scale)
-    if h * w != source_map.size or canvas.shape[0] % h or canvas.shape[1] % w:
-        raise ValueError(
-            f"outline_groups: {source_map.size} tokens do not tile a {h} x {w} grid on a picture of "
-            f"{canvas.shape[0]} x {canvas.shape[1]} pixels"
-        )
     _, groups, counts = np.unique(source_map, return_inverse=True, return_counts=True)
-
-    def per_pixel(tokens: np.ndarray) -> np.ndarray:
-        rows = np.repeat(tokens.reshape(h, w), canvas.shape[0] // h, axis=0)
-        return np.repeat(rows, canvas.shape[1] // w, axis=1)
-
-    group, merged = per_pixel(groups), per_pixel(counts[groups] > 1)
-    if tint:
-        tinted = np.round((1 - tint) * canvas + tint * _palette(len(counts))[group]).astype(np.uint8)
-        canvas = np.where(merged[..., None], tinted, canvas)
-    drawn = np.ones_like(merged) if singles else merged
+    group, merged = _per_pixel(groups, grid, canvas), _per_pixel(counts[groups] > 1, grid, canvas)
     light, dark = np.zeros_like(merged), np.zeros_like(merged)
     for axis in (0, 1):
         before, after = (slice(None),) * axis + (slice(None, -1),), (slice(None),) * axis + (slice(1, None),)
-        edge = (group[before] != group[after]) & (drawn[before] | drawn[after])
+        edge = (group[before] != group[after]) & (merged[before] | merged[after])
         light[before] |= edge
         dark[after] |= edge
     canvas[dark] = INK
@@ -182,34 +155,26 @@ def outline_groups(
     return canvas
 
 
-def dim_tokens(
-    image: Picture, kept: Bool[np.ndarray, "tokens"], *, grid: tuple[int, int], light: float = 0.2
-) -> Picture:
-    """A picture on which only the kept tokens stay bright.
+def dim_tokens(image: Picture, kept: Bool[np.ndarray, "tokens"], *, grid: tuple[int, int]) -> Picture:
+    """A picture on which only the kept tokens stay bright; the others keep a fifth of their brightness.
 
     Args:
       kept: [L] whether each raw token is kept, in raster order.
       grid: rows and columns of raw tokens, h w = L.
-      light: 0 to 1, brightness that the others are left with.
 
     Raises:
       ValueError: L is not h w, or the picture's sides are not multiples of the grid's.
     """
-    image, kept = _checked(image), np.asarray(kept)
-    if kept.size != grid[0] * grid[1] or image.shape[0] % grid[0] or image.shape[1] % grid[1]:
-        raise ValueError(
-            f"dim_tokens: {kept.size} tokens do not tile a {grid[0]} x {grid[1]} grid on a picture of "
-            f"{image.shape[0]} x {image.shape[1]} pixels"
-        )
-    cell = image.shape[0] // grid[0], image.shape[1] // grid[1]
-    bright = np.kron(kept.reshape(grid), np.ones(cell, bool))
-    return np.where(bright[..., None], image, np.round(light * image)).astype(np.uint8)
+    bright = _per_pixel(kept, grid, _checked(image))
+    return np.where(bright[..., None], image, np.round(0.2 * image)).astype(np.uint8)
 
 
-def _palette(count: int) -> np.ndarray:
-    """Colours [count, 3]; hues step by the golden ratio, so that near numbers get far colours."""
-    hues = (np.arange(count) * 0.618034) % 1.0
-    return np.array([colorsys.hsv_to_rgb(hue, 0.85, 1.0) for hue in hues]) * 255.0
+def _per_pixel(tokens: np.ndarray, grid: tuple[int, int], image: Picture) -> np.ndarray:
+    """[height, width]: the value of the raw token that each pixel belongs to."""
+    (h, w), (height, width) = grid, image.shape[:2]
+    if h * w != tokens.size or height % h or width % w:
+        raise ValueError(f"{tokens.size} tokens do not tile a {h} x {w} grid on a picture of {height} x {width} pixels")
+    return tokens.reshape(grid).repeat(height // h, axis=0).repeat(width // w, axis=1)
 
 
 def read_metrics(path: str | os.PathLike, names: Sequence[str]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
@@ -247,19 +212,14 @@ def loss_curve(
       ValueError: a name that the file does not have.
     """
     curves = metrics if isinstance(metrics, Mapping) else read_metrics(metrics, names)
-    figure, panels = _panels(len(curves))
-    for axes, (name, (steps, values)) in zip(panels, curves.items(), strict=True):
-        window = max(len(values) // 50, 1)
-        axes.plot(steps, values, color="tab:blue", alpha=0.3 if window > 1 else 1.0, linewidth=1)
-        if window > 1:
-            smooth = np.convolve(values, np.ones(window) / window, mode="valid")
-            axes.plot(steps[window - 1 :], smooth, color="tab:blue", linewidth=1.8)
-        axes.set_ylabel(name)
-        axes.grid(alpha=0.3)
-    panels[-1].set_xlabel("step")
-    figure.suptitle(title)
-    with replacing(path) as new:
-        figure.savefig(new, format="png", dpi=120)
+    with _panels(path, curves, x_label="step") as panels:
+        panels[0].figure.suptitle(title)
+        for axes, (steps, values) in zip(panels, curves.values(), strict=True):
+            window = max(len(values) // 50, 1)
+            axes.plot(steps, values, color="tab:blue", alpha=0.3 if window > 1 else 1.0, linewidth=1)
+            if window > 1:
+                smooth = np.convolve(values, np.ones(window) / window, mode="valid")
+                axes.plot(steps[window - 1 :], smooth, color="tab:blue", linewidth=1.8)
 
 
 class Points(NamedTuple):
@@ -272,24 +232,25 @@ class Points(NamedTuple):
 
 def plot_lines(panels: Mapping[str, Mapping[str, Points]], path: str | os.PathLike, *, x_label: str) -> None:
     """Draws lines with intervals as a PNG: a panel for each quantity, in it a line for each name."""
-    figure, all_axes = _panels(len(panels))
-    for axes, (quantity, lines) in zip(all_axes, panels.items(), strict=True):
-        for name, (x, y, half_widths) in lines.items():
-            axes.errorbar(x, y, np.nan_to_num(half_widths), marker="o", capsize=3, label=name)
-        axes.set_ylabel(quantity)
+    with _panels(path, panels, x_label=x_label) as all_axes:
+        for axes, lines in zip(all_axes, panels.values(), strict=True):
+            for name, (x, y, half_widths) in lines.items():
+                axes.errorbar(x, y, np.nan_to_num(half_widths), marker="o", capsize=3, label=name)
+        all_axes[0].legend()
+
+
+@contextlib.contextmanager
+def _panels(path: str | os.PathLike, names: Iterable[str], *, x_label: str) -> Iterator[np.ndarray]:
+    """Axes one above the other, labelled with `names`; when the block ends, the figure is written as a PNG."""
+    from matplotlib.figure import Figure  # without pyplot: no global figures, no display
+
+    names = list(names)
+    figure = Figure(figsize=(7, 3 * len(names)), layout="constrained")
+    panels = figure.subplots(len(names), 1, sharex=True, squeeze=False)[:, 0]
+    for axes, name in zip(panels, names, strict=True):
+        axes.set_ylabel(name)
         axes.grid(alpha=0.3)
-    all_axes[0].legend()
-    all_axes[-1].set_xlabel(x_label)
+    panels[-1].set_xlabel(x_label)
+    yield panels
     with replacing(path) as new:
         figure.savefig(new, format="png", dpi=120)
-
-
-def _panels(count: int) -> tuple[Any, np.ndarray]:
-    """A figure of panels one above the other, and their axes."""
-    # Without pyplot: no global figures, no display.
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7, 3 * count), layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure, figure.subplots(count, 1, sharex=True, squeeze=False)[:, 0]

@@ -26,12 +26,12 @@ def solid(height, width, value):
 
 
 def test_grid_places_every_picture():
-    grid = image_grid([[solid(2, 3, 10), None], [solid(1, 3, 20), solid(2, 3, 30)]], scale=2, padding=1)
-    assert grid.shape == (2 * 6, 2 * 8, 3) and grid.dtype == np.uint8
-    np.testing.assert_array_equal(grid[1:5, 1:7], solid(4, 6, 10))
-    np.testing.assert_array_equal(grid[8:10, 1:7], solid(2, 6, 20))  # centred in its cell
-    np.testing.assert_array_equal(grid[7:11, 9:15], solid(4, 6, 30))
-    assert np.all(grid[:6, 8:] == 255)
+    grid = image_grid([[solid(2, 3, 10), None], [solid(1, 3, 20), solid(2, 3, 30)]], scale=2)
+    assert grid.shape == (2 * 12, 2 * 14, 3) and grid.dtype == np.uint8
+    np.testing.assert_array_equal(grid[4:8, 4:10], solid(4, 6, 10))
+    np.testing.assert_array_equal(grid[17:19, 4:10], solid(2, 6, 20))  # centred in its cell
+    np.testing.assert_array_equal(grid[16:20, 18:24], solid(4, 6, 30))
+    assert np.all(grid[:12, 14:] == 255)
     assert np.sum(grid != 255) == 3 * (24 + 12 + 24)
 
 
@@ -93,17 +93,17 @@ def changed(picture, base):
 def test_outline_is_drawn_between_groups_only():
     # Left half one group, right half four single tokens.
     groups = np.array([0, 0, 1, 2, 0, 0, 3, 4, 0, 0, 5, 6, 0, 0, 7, 8])
-    drawn = changed(outline_groups(GREY, groups), GREY)
+    picture = outline_groups(GREY, groups, grid=(4, 4))
+    drawn = changed(picture, GREY)
     assert np.all(drawn[:, 3:5]) and not np.any(drawn[:, :3]) and not np.any(drawn[:, 5:])
-    light_and_dark = outline_groups(GREY, groups)[0, 3:5]
-    assert light_and_dark[0].min() > 200 and light_and_dark[1].max() < 60
-    everything = changed(outline_groups(GREY, groups, singles=True), GREY)
-    assert np.all(everything[:, 5:7]) and np.all(everything[1:3, 5:]) and not np.any(everything[:, :3])
+    assert picture[0, 3].min() > 200 and picture[0, 4].max() < 60
+    assert np.all(GREY == 128)  # the input is left alone
 
 
 def test_outline_without_merges_or_with_one_group_is_the_image():
-    np.testing.assert_array_equal(outline_groups(GREY, np.arange(16)), GREY)
-    np.testing.assert_array_equal(outline_groups(GREY, np.zeros(16, int), scale=2), solid(16, 16, 128))
+    np.testing.assert_array_equal(outline_groups(GREY, np.arange(16), grid=(4, 4)), GREY)
+    one = outline_groups(GREY, np.zeros(16, int), grid=(4, 4), scale=2)
+    np.testing.assert_array_equal(one, solid(16, 16, 128))
 
 
 def test_outline_on_a_grid_that_is_not_square():
@@ -112,19 +112,11 @@ def test_outline_on_a_grid_that_is_not_square():
     assert drawn.shape == (8, 24) and np.all(drawn[:, 15:17]) and np.sum(drawn) == 16
 
 
-def test_tint_colours_merged_groups_alone():
-    groups = np.array([0, 1, 2, 0])  # tokens 0 and 3 are one group that does not touch
-    picture = outline_groups(GREY, groups, tint=0.5)
-    np.testing.assert_array_equal(picture[0, 0], picture[-1, -1])
-    assert np.any(picture[0, 0] != 128) and np.all(picture[0, -1] == 128)
-    assert GREY[0, 0, 0] == 128  # the input is left alone
-
-
 def test_outline_of_another_size_is_refused():
     with pytest.raises(ValueError, match="15 tokens do not tile"):
-        outline_groups(GREY, np.arange(15))
+        outline_groups(GREY, np.arange(15), grid=(4, 4))
     with pytest.raises(ValueError, match="9 tokens do not tile a 3 x 3 grid on a picture of 8 x 8"):
-        outline_groups(GREY, np.arange(9))
+        outline_groups(GREY, np.arange(9), grid=(3, 3))
 
 
 def test_save_png_is_atomic(tmp_path, monkeypatch):
