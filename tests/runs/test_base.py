@@ -21,7 +21,7 @@ from tokenverse_jax.base.layout import COVERS, FEATURES, layout, layout_loss
 from tokenverse_jax.base.tokenizers import make_tokenizers, scene_words
 from tokenverse_jax.base.words import UNSAID, VALUES, words, words_loss
 from tokenverse_jax.flux.pipeline import Pipeline
-from tokenverse_jax.flux.text import find_word
+from tokenverse_jax.flux.words import find_word
 
 SIZE = 16
 

@@ -23,7 +23,7 @@ from tokenverse_jax.concepts.concept_mod import ConceptModConfig, init_params
 from tokenverse_jax.flux import pipeline
 from tokenverse_jax.flux.pipeline import Loader, Pipeline, PromptEncoding
 from tokenverse_jax.flux.sampling import UsualSampling
-from tokenverse_jax.flux.text import find_word
+from tokenverse_jax.flux.words import find_word
 
 PROMPT = "a dog and a cat on the beach"
 SMALL = ["--width", "16", "--height", "12", "--num-steps", "2", "--cfg-scale", "2", "--batch-size", "2"]

@@ -14,7 +14,8 @@ from tokenizers import models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
 from tokenverse_jax.flux.pretrained import SHIPPED
-from tokenverse_jax.flux.text import INVISIBLE, encode, find_word, fold, load_tokenizer, warn_unread, word_key
+from tokenverse_jax.flux.text import encode, load_tokenizer, warn_unread
+from tokenverse_jax.flux.words import INVISIBLE, find_word, fold, word_key
 
 CORPUS = [
     "a dog and a cat on the beach",
@@ -67,9 +68,9 @@ def clip(tmp_path_factory):
     return load_tokenizer(folder)
 
 
-def pieces(tokenizer, prompt, places):
+def pieces(tokenizer, prompt, positions):
     tokens = tokenizer.convert_ids_to_tokens(encode(tokenizer, [prompt], 64)[0].tolist())
-    return [tokens[place] for place in places]
+    return [tokens[position] for position in positions]
 
 
 # Ids.
@@ -126,7 +127,7 @@ def test_a_text_instead_of_a_list_is_refused(t5):
         ("a dog, a cat", "dog", ["▁dog"]),  # without the comma
         ("(dog) dog", "dog", ["dog"]),
         ("the dog's toy", "dog", ["▁dog"]),
-        ("a DOG", "dog", ["<unk>"]),  # another case is another word to T5, but the same place
+        ("a DOG", "dog", ["<unk>"]),  # another case is another word to T5, but the same position
         ("a dog", "a", ["a"]),  # not the lone "▁" in front, although it claims the same letter
         ("a  dog\n and\tcat", "CAT", ["c", "a", "t"]),
         ("a cat", "cat", ["c", "a", "t"]),
@@ -150,11 +151,11 @@ def test_occurrences_are_counted_by_word(t5):
 
 def test_every_word_has_tokens_of_its_own(t5):
     prompt = "two dogs beside a red striped ball"
-    places = [find_word(t5, prompt, word) for word in prompt.split()]
-    flat = [place for word in places for place in word]
+    positions = [find_word(t5, prompt, word) for word in prompt.split()]
+    flat = [position for word in positions for position in word]
     assert flat == sorted(set(flat))
     tokens = t5.convert_ids_to_tokens(t5(prompt)["input_ids"])
-    left = [token for place, token in enumerate(tokens) if place not in flat]
+    left = [token for position, token in enumerate(tokens) if position not in flat]
     assert set(left) <= {"▁", "</s>"}
 
 
@@ -247,9 +248,9 @@ def japanese():
     ],
 )
 def test_words_that_look_the_same(letters, prompt, word, expected):
-    places = find_word(letters, prompt, word)
-    assert places == tuple(range(places[0], places[0] + len(expected)))
-    assert prompt[places[0] : places[-1] + 1] == expected
+    positions = find_word(letters, prompt, word)
+    assert positions == tuple(range(positions[0], positions[0] + len(expected)))
+    assert prompt[positions[0] : positions[-1] + 1] == expected
 
 
 @pytest.mark.parametrize(
@@ -337,11 +338,11 @@ def test_a_word_is_found_where_it_is_in_any_text(letters, left, word, right, for
     prompt = f"{left} {word} {right}"
     start = len(left) + 1
     for number in itertools.count(1):
-        places = find_word(letters, prompt, f"{FORMS[form](word)}#{number}")
-        assert fold(prompt[places[0] : places[-1] + 1]) == fold(word)
-        if places[0] >= start:
+        positions = find_word(letters, prompt, f"{FORMS[form](word)}#{number}")
+        assert fold(prompt[positions[0] : positions[-1] + 1]) == fold(word)
+        if positions[0] >= start:
             break
-    assert places == tuple(range(start, start + len(word)))
+    assert positions == tuple(range(start, start + len(word)))
 
 
 @given(st.text(CHARACTERS), st.sampled_from(["NFC", "NFD"]))

@@ -14,7 +14,8 @@ import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from mini_scenes import vocabulary
-from tokenverse_jax.flux.text import Tokenizer, load_tokenizer
+from tokenverse_jax.flux.text import load_tokenizer
+from tokenverse_jax.flux.words import Tokenizer
 
 SPACE = "▁"  # SentencePiece's sign for the space before a word
 START, END = "<|startoftext|>", "<|endoftext|>"

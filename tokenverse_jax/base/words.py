@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, Int, Int32
 from mini_scenes import CLASSES, COLORS, POSES, TEXTURES
 from mini_scenes.judge.captions import WantedObject, objects_in
 from mini_scenes.scene import MAX_IN_A_ROW
-from tokenverse_jax.flux.text import Tokenizer
+from tokenverse_jax.flux.words import Tokenizer
 
 MOST_OBJECTS = 2 * MAX_IN_A_ROW  # of a caption: two pictures side by side
 # Values of the attributes: class, colour, texture, pose, and which object of the caption it is.

@@ -18,7 +18,7 @@ from tokenverse_jax.concepts.direction import direction
 from tokenverse_jax.concepts.learn import LearnConfig, steer
 from tokenverse_jax.flux.offsets import Offsets, place_on_tokens
 from tokenverse_jax.flux.pipeline import Pipeline
-from tokenverse_jax.flux.text import find_word
+from tokenverse_jax.flux.words import find_word
 
 PROMPT = "prompt only"
 RENDERED = "rendered"  # true scenes

@@ -20,7 +20,7 @@ from tokenverse_jax.flux.model import Flux
 from tokenverse_jax.flux.model_folder import Params
 from tokenverse_jax.flux.offsets import NO_OFFSETS, Offsets
 from tokenverse_jax.flux.pipeline import GUIDANCE, Loader, Pipeline, PromptEncoding
-from tokenverse_jax.flux.text import find_span, split_number
+from tokenverse_jax.flux.words import find_span, split_number
 
 GRID = (8, 8)  # of the noise that the keys are looked at with
 # Mean cosine of the keys of two words that are likely to blend. Of the benchmark's pairs, on the tiny model, the fifth

@@ -20,7 +20,7 @@ from tokenverse_jax.concepts.draw import Sampling, sample
 from tokenverse_jax.flux import text
 from tokenverse_jax.flux.offsets import Offsets, place_on_tokens
 from tokenverse_jax.flux.pipeline import Loader, PromptEncoding
-from tokenverse_jax.flux.text import find_word
+from tokenverse_jax.flux.words import find_word
 
 
 class Study(NamedTuple):

@@ -21,6 +21,7 @@ from tokenverse_jax.flux import text
 from tokenverse_jax.flux.offsets import NO_OFFSETS, Offsets
 from tokenverse_jax.flux.pipeline import Loader, PromptEncoding
 from tokenverse_jax.flux.sampling import SamplingConfig
+from tokenverse_jax.flux.words import Tokenizer, find_word
 
 Mode = Literal["stored", "recomputed"]
 Compare = Literal["base", "each"]
@@ -45,7 +46,7 @@ def _choose(requests: Sequence[ConceptRequest], base_hash: str | None, mode: Mod
     return [_Chosen(request, request.choose(files[request.path]), files[request.path].params) for request in requests]
 
 
-def _compose(chosen: Sequence[_Chosen], tokenizer: text.Tokenizer, prompt: str, txt: Array | None) -> Offsets:
+def _compose(chosen: Sequence[_Chosen], tokenizer: Tokenizer, prompt: str, txt: Array | None) -> Offsets:
     """Offsets of the first tokens only, up to the last one that has any.
 
     Args:
@@ -111,7 +112,7 @@ def generate(
     tokenizer = bare.tokenizer_2
     text.encode(tokenizer, [prompt], bare.text_length)
     for request in requests:
-        text.find_word(tokenizer, prompt, request.target)
+        find_word(tokenizer, prompt, request.target)
     chosen = _choose(requests, None, mode)
     if mode == "stored" and requests:
         _compose(chosen, tokenizer, prompt, None)

@@ -41,7 +41,7 @@ from tokenverse_jax.flux.fingerprint import fingerprint
 from tokenverse_jax.flux.offsets import NO_OFFSETS, Offsets
 from tokenverse_jax.flux.pipeline import Loader, Pipeline, PromptEncoding
 from tokenverse_jax.flux.sampling import SamplingConfig
-from tokenverse_jax.flux.text import Tokenizer, find_word
+from tokenverse_jax.flux.words import Tokenizer, find_word
 
 CONCEPT_FILE = "concept.safetensors"
 

@@ -36,7 +36,7 @@ from tokenverse_jax.flux.layers import QKNorm
 from tokenverse_jax.flux.model import Flux
 from tokenverse_jax.flux.offsets import OffsetBlocks
 from tokenverse_jax.flux.pipeline import Pipeline
-from tokenverse_jax.flux.text import word_key
+from tokenverse_jax.flux.words import word_key
 
 FORMAT = "tokenverse-concepts"
 FORMAT_VERSION = "1"
@@ -136,7 +136,7 @@ class ConceptFile:
             raise ValueError(f"a concept file's image is uint8 [h, w, 3], got {image.dtype} {list(image.shape)}")
 
     def concept(self, word: str) -> Concept:
-        """The concept of a word; words are compared as in `text.find_word`.
+        """The concept of a word; words are compared as in `words.find_word`.
 
         Raises:
           ValueError: there is none; the message lists those that there are.

@@ -19,7 +19,7 @@ from jaxtyping import Array, Float
 from tokenverse_jax.concepts.bank import Concept, ConceptFile
 from tokenverse_jax.concepts.concept_mod import Params, word_directions
 from tokenverse_jax.flux.offsets import Offsets, place_on_tokens
-from tokenverse_jax.flux.text import Tokenizer, find_word, split_number, word_key
+from tokenverse_jax.flux.words import Tokenizer, find_word, split_number, word_key
 
 _LOG = logging.getLogger(__name__)
 MAX_STRENGTH = 10.0  # beyond it, images tend to fall apart

@@ -23,6 +23,7 @@ from tokenverse_jax.concepts.isolation import IsolationConfig
 from tokenverse_jax.concepts.learn import LearnConfig
 from tokenverse_jax.flux import text
 from tokenverse_jax.flux.pipeline import Pipeline, PromptEncoding
+from tokenverse_jax.flux.words import Tokenizer, find_span, find_word, word_key
 
 MAX_ASPECT = 2.0  # an image is cut to a square; of one longer than that, more than half would go
 ROWS = 16  # R and M are multiples of it, so that runs with captions of about the same length share a program
@@ -55,7 +56,7 @@ class Captions:
 
 
 def bind_captions(
-    tokenizer: text.Tokenizer,
+    tokenizer: Tokenizer,
     text_length: int,
     captions: Sequence[Sequence[str]],
     words: Sequence[str],
@@ -67,13 +68,13 @@ def bind_captions(
       tokenizer: T5's.
       text_length: T.
       captions: those of each image.
-      words: to learn, as `text.find_word` takes them.
+      words: to learn, as `find_word` takes them.
 
     Raises:
       ValueError: no images, captions or words; a word that a caption lacks, or has in another number of tokens than
         the first one; a caption, by itself or merged with another, that is too long.
     """
-    if not words or len({text.word_key(word) for word in words}) < len(words):
+    if not words or len({word_key(word) for word in words}) < len(words):
         raise ValueError(f"words: one or more different words of the captions are needed, got {list(words)}")
     if not captions or not all(captions):
         raise ValueError("images: at least one image is needed, and a caption for each")
@@ -81,12 +82,12 @@ def bind_captions(
     ids = text.encode(tokenizer, texts, text_length)
     found = {}
     for word in words:
-        count = len(text.find_word(tokenizer, texts[0], word))
-        found[word] = tuple(text.find_word(tokenizer, caption, word, num_tokens=count) for caption in texts)
+        count = len(find_word(tokenizer, texts[0], word))
+        found[word] = tuple(find_word(tokenizer, caption, word, num_tokens=count) for caption in texts)
     bound = Captions(
         texts=texts,
         image=tuple(i for i, own in enumerate(captions) for _ in own),
-        tokens=tuple(text.find_span(tokenizer, caption, 0, len(caption)) for caption in texts),
+        tokens=tuple(find_span(tokenizer, caption, 0, len(caption)) for caption in texts),
         words=found,
         word_ids={word: tuple(map(int, ids[0, list(places[0])])) for word, places in found.items()},
     )
@@ -101,9 +102,9 @@ def bind_captions(
     return replace(bound, merged=tuple(merged), merged_places=tuple(merged_places))
 
 
-def _moved_by(tokenizer: text.Tokenizer, caption: str, places: Places, both: str, start: int) -> int:
+def _moved_by(tokenizer: Tokenizer, caption: str, places: Places, both: str, start: int) -> int:
     """By how many places a caption's tokens are moved in a merged one, where it starts at letter `start`."""
-    moved = text.find_span(tokenizer, both, start, start + len(caption))
+    moved = find_span(tokenizer, both, start, start + len(caption))
     own, found = (
         np.asarray(tokenizer(whole, verbose=False)["input_ids"])[list(at)]
         for whole, at in ((caption, places), (both, moved))

@@ -110,7 +110,7 @@ def word_directions(params: Params, txt: Float[Array, "V T J"], places: Sequence
     Args:
       params: of `init_params`.
       txt: T5's outputs for each caption.
-      places: of the word's tokens in each caption, see `text.find_word`.
+      places: of the word's tokens in each caption, see `words.find_word`.
 
     Raises:
       ValueError: not one list of places a caption, places outside the text, or unlike numbers of tokens.

@@ -98,7 +98,7 @@ def place_on_tokens(offset: Float[Array, "..."], places: Sequence[int], length: 
 
     Args:
       offset: [D], the same on all places, or [..., n, D], one for each.
-      places: token positions, see `text.find_word`.
+      places: token positions, see `words.find_word`.
       length: T.
 
     Raises:

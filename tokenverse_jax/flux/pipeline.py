@@ -30,6 +30,7 @@ from tokenverse_jax.flux.sampling import UsualSampling
 from tokenverse_jax.flux.schedule import ScheduleConfig
 from tokenverse_jax.flux.text_encoders.clip import CLIPTextEncoder
 from tokenverse_jax.flux.text_encoders.t5 import T5Encoder
+from tokenverse_jax.flux.words import Tokenizer
 
 PARTS = tuple(KINDS)
 TEXT_LENGTH = {True: 512, False: 256}  # FLUX's, by guidance_embeds: dev and schnell
@@ -56,8 +57,8 @@ class Pipeline:
     vae: Part | None
     clip: Part | None
     t5: Part | None
-    tokenizer: text.Tokenizer = field(repr=False)  # CLIP's
-    tokenizer_2: text.Tokenizer = field(repr=False)  # T5's
+    tokenizer: Tokenizer = field(repr=False)  # CLIP's
+    tokenizer_2: Tokenizer = field(repr=False)  # T5's
     schedule: ScheduleConfig
     text_length: int
     usual: UsualSampling = UsualSampling()  # what the command line samples with
