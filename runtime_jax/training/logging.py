@@ -1,6 +1,6 @@
-"""What a run tells: `metrics.jsonl` (one JSON object per line), TensorBoard, PNG images, and progress on the terminal.
+"""What a run reports: `metrics.jsonl` (one JSON object a line), TensorBoard, PNG images, progress on the terminal.
 
-Everything is written by process 0 only.
+Only process 0 writes.
 """
 
 import contextlib
@@ -18,26 +18,23 @@ import numpy as np
 from jaxtyping import UInt8
 from tqdm import tqdm
 
-from runtime_jax.files import replacing
+from runtime_jax.files import write_text
 
 
-class MetricWriter:
+class MetricWriter(contextlib.AbstractContextManager):
     """Appends to `workdir/metrics.jsonl`, `workdir/tensorboard/` and `workdir/images/`.
 
-    A run that goes on after step n drops what an earlier attempt wrote about later steps, so that the file reads as if
-    the run had never been interrupted. Processes other than 0 write nothing.
+    A run that resumes after step n drops what an earlier attempt wrote about later steps: the file then reads as if the
+    run had never been interrupted.
     """
 
     def __init__(self, workdir: str | Path, start_step: int = 0, redo: str | None = None):
-        """Opens the files; lines about steps after `start_step` are dropped.
+        """Opens the files and drops the lines about steps after `start_step`.
 
-        Args:
-            workdir: directory of the run.
-            start_step: steps that were done before.
-            redo: lines about `start_step` itself are dropped too where all names begin so, since they come again.
+        With a prefix `redo`, lines about `start_step` whose names all begin with it are dropped too: they come again.
 
         Raises:
-            OSError: they cannot be written; names the file.
+            OSError: a file cannot be written; names it.
         """
         self._workdir = Path(workdir)
         self._file = None
@@ -51,22 +48,22 @@ class MetricWriter:
         self._board = SummaryWriter(str(self._workdir / "tensorboard"), purge_step=start_step + 1)
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
-        """Writes one line {"step": step, name: value, ...}; NaN and infinities, which JSON does not know, become null.
+        """Writes one line {"step": step, name: value, ...}, with null for NaN and infinities, which JSON lacks.
 
         Raises:
             OSError: the disk is full; names the file.
         """
         if self._file is None:
             return
-        record = {"step": step} | {key: _json_number(value) for key, value in values.items()}
+        record = {key: float(value) if math.isfinite(value) else None for key, value in values.items()}
         with _naming(self._file.name):
-            self._file.write(json.dumps(record, allow_nan=False) + "\n")
+            self._file.write(json.dumps({"step": step} | record, allow_nan=False) + "\n")
             self._file.flush()
         for key, value in values.items():
             self._board.add_scalar(key, value, step)
 
     def images(self, step: int, name: str, image: UInt8[np.ndarray, "H W 3"]) -> None:
-        """Writes an image [H, W, 3] as `images/<name>_<step>.png` and to TensorBoard.
+        """Writes an image as `images/<name>_<step>.png` and to TensorBoard.
 
         Raises:
             OSError: the disk is full; names the file.
@@ -89,42 +86,30 @@ class MetricWriter:
                 self._file.close()
             self._file = None
 
-    def __enter__(self) -> "MetricWriter":
-        return self
-
     def __exit__(self, *exc_info: object) -> None:
         self.close()
 
 
 @contextlib.contextmanager
 def _naming(path: str | Path) -> Iterator[None]:
-    """Adds the file's name to errors of writing, which lack it when the disk is full."""
+    """Adds the file's name to OSErrors; those of a full disk lack it."""
     try:
         yield
     except OSError as error:
         raise OSError(error.errno, error.strerror, str(path)) from error
 
 
-def _json_number(value: float) -> float | None:
-    return float(value) if math.isfinite(value) else None
-
-
 def _drop_later(path: Path, step: int, redo: str | None) -> None:
-    """Rewrites the file without a last line that was cut short and without the lines that come again."""
+    """Rewrites the file without the lines that come again and without a last line that was cut short."""
     if not path.exists():
         return
 
     def comes_again(record: dict[str, Any]) -> bool:
-        names = record.keys() - {"step"}
-        again = redo is not None and all(name.startswith(redo) for name in names)
+        again = redo is not None and all(name.startswith(redo) for name in record.keys() - {"step"})
         return record["step"] > step or (record["step"] == step and again)
 
-    kept = []
-    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
-        if line.endswith("\n") and not comes_again(json.loads(line)):
-            kept.append(line)
-    with replacing(path) as new:
-        new.write_text("".join(kept), encoding="utf-8")
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    write_text(path, "".join(line for line in lines if line.endswith("\n") and not comes_again(json.loads(line))))
 
 
 class IntervalMeans:
@@ -142,7 +127,7 @@ class IntervalMeans:
             self._sums[key] = (before[0] + total, before[1] + count)
 
     def take(self) -> dict[str, float]:
-        """The means; the next interval starts empty. A mean over no examples is NaN."""
+        """Returns the means, NaN over no examples, and starts an empty interval."""
         sums, self._sums = self._sums, {}
         return {
             key: total if key in self._SUMMED else total / count if count else math.nan
@@ -150,7 +135,7 @@ class IntervalMeans:
         }
 
     def carried(self) -> dict[str, list[float]]:
-        """The open interval, JSON-able, so that a resumed run writes the line that it would have written."""
+        """The open interval as JSON-able values: a resumed run then writes the line of an uninterrupted one."""
         return {key: list(pair) for key, pair in self._sums.items()}
 
     def restore(self, carried: Mapping[str, list[float]]) -> None:
@@ -159,7 +144,7 @@ class IntervalMeans:
 
 
 class Rates(NamedTuple):
-    """Seconds per step, the share of them in which the device waited for data, and operations per second."""
+    """Seconds per step, the share of time spent waiting for data, and floating-point operations per second."""
 
     step: float
     data_wait: float
@@ -167,7 +152,7 @@ class Rates(NamedTuple):
 
 
 class Stopwatch:
-    """Time per step of an interval, without what is not a step: compilation, evaluation, pictures, checkpoints."""
+    """Time per step of an interval; compilation, evaluation, pictures and checkpoints do not count."""
 
     def __init__(self) -> None:
         self._since: float | None = None
@@ -177,29 +162,29 @@ class Stopwatch:
         self._steps, self._flops, self._data_wait, self._elapsed = 0, 0.0, 0.0, 0.0
 
     def start(self) -> None:
-        """Starts to run."""
+        """Starts the watch."""
         self._since = time.perf_counter()
 
     def step(self, flops: float) -> None:
-        """One more step, of so many floating-point operations, was done while the watch ran."""
+        """Counts one step and its floating-point operations."""
         self._steps += 1
         self._flops += flops
 
     def wait(self, seconds: float) -> None:
-        """So long the device had nothing to do for want of data; not counted while paused."""
+        """Counts time in which the device had no data to work on, unless the watch is paused."""
         if self._since is not None:
             self._data_wait += seconds
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """Does not run inside."""
+        """Stops the watch for the block."""
         self._elapsed += time.perf_counter() - self._since
         self._since = None
         yield
         self._since = time.perf_counter()
 
     def take(self) -> Rates | None:
-        """The interval's rates, None where it had no step; the next interval starts now."""
+        """Returns the interval's rates, None if it had no step, and starts the next interval."""
         now = time.perf_counter()
         elapsed = self._elapsed + (now - self._since if self._since is not None else 0.0)
         rates = Rates(elapsed / self._steps, self._data_wait / elapsed, self._flops / elapsed) if self._steps else None
@@ -208,8 +193,8 @@ class Stopwatch:
         return rates
 
 
-class Progress:
-    """A bar on a terminal, else one line per interval; nothing on processes other than 0."""
+class Progress(contextlib.AbstractContextManager):
+    """A bar on a terminal, else one line per interval; only on process 0."""
 
     _SHOWN = ("loss", "lr", "grad_norm")
 
@@ -250,9 +235,6 @@ class Progress:
             self._bar.set_postfix_str("  ".join(parts))
         else:
             self.say("  ".join([f"step {step}/{self._total}", *parts]))
-
-    def __enter__(self) -> "Progress":
-        return self
 
     def __exit__(self, *exc_info: object) -> None:
         if self._bar is not None:
