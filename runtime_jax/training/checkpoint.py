@@ -1,10 +1,12 @@
 """Checkpoints of a run (Orbax: asynchronous, atomic, the newest n kept).
 
-Layout: `workdir/checkpoints/<step>/` holds three items which appear together or not at all: `state` (the train state),
-`loop` (what the train loop carries between steps) and `config` (the resolved config).
+Layout: `workdir/checkpoints/<step>/` holds three items or does not exist: `state` (the train state), `loop` (what the
+train loop carries between steps) and `config` (the resolved config).
 """
 
+import contextlib
 import errno
+import functools
 import json
 import logging
 import shutil
@@ -15,14 +17,13 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
-from jax.sharding import SingleDeviceSharding
 
 from runtime_jax.messages import cut
 from runtime_jax.workdir import WorkdirError, check_free, local_path
 
 _LOG = logging.getLogger(__name__)
 _TEMPORARY = ".orbax-checkpoint-tmp"
-# How TensorStore reports files that are absent, cut short or overwritten, as against no memory or no permission.
+# TensorStore's codes for files that are missing, cut short or overwritten; no memory or no permission has others.
 _DAMAGE = ("NOT_FOUND", "DATA_LOSS", "OUT_OF_RANGE", "FAILED_PRECONDITION")
 
 
@@ -34,10 +35,10 @@ class DamagedCheckpointError(CheckpointError):
     """Files of a checkpoint are missing or cut short."""
 
 
-class Checkpointer:
+class Checkpointer(contextlib.AbstractContextManager):
     """Reads and writes the checkpoints of one run.
 
-    What a killed run left half-written is passed over with a warning that names it, and set aside unless `read_only`.
+    What a killed run left half-written is passed over with a warning and, unless `read_only`, set aside.
     All processes must call the same methods; process 0 writes what is not split over processes.
 
     Raises:
@@ -61,7 +62,7 @@ class Checkpointer:
 
     def _pass_over_unfinished(self, read_only: bool) -> None:
         """Warns of directories that a killed save left behind; unless read_only, makes room for a save at that step."""
-        for path in sorted(self.directory.glob("*")) if self.directory.is_dir() else ():
+        for path in sorted(self.directory.glob("*")):
             if _TEMPORARY in path.name:
                 _LOG.warning("passing over half-written checkpoint %s", path)
                 if not read_only and jax.process_index() == 0:
@@ -76,8 +77,8 @@ class Checkpointer:
 
     def steps(self) -> list[int]:
         """Steps of the complete checkpoints, ascending."""
-        names = (path for path in self.directory.glob("*") if path.name.isdecimal()) if self.directory.is_dir() else ()
-        return sorted(int(path.name) for path in names if _is_complete(path))
+        paths = self.directory.glob("*")
+        return sorted(int(path.name) for path in paths if path.name.isdecimal() and _is_complete(path))
 
     def latest(self) -> int | None:
         """Newest complete step, or None."""
@@ -88,22 +89,20 @@ class Checkpointer:
         return self.directory / str(step)
 
     def save(self, step: int, state: Any, config: Mapping[str, Any], loop: Mapping[str, Any] | None = None) -> None:
-        """Starts to write a checkpoint and returns once the state is copied to the host (it may then be donated).
+        """Starts to write a checkpoint; returns when the state, copied to the host, may be donated.
 
         Args:
             step: number of train steps that the state has seen.
-            state: pytree of arrays.
             config: resolved config, JSON-able.
             loop: what the train loop carries between steps, JSON-able.
 
         Raises:
-            WorkdirError: the disk has no room for it.
-            CheckpointError: this save could not start, or the one before it failed.
+            WorkdirError: the disk has too little room.
+            CheckpointError: this save could not start, or the previous one failed.
         """
-        size = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
         self.wait()
         if jax.process_index() == 0:
-            check_free(self.directory, size, f"checkpoint {step}")
+            check_free(self.directory, sum(leaf.nbytes for leaf in jax.tree.leaves(state)), f"checkpoint {step}")
         args = ocp.args.Composite(
             state=ocp.args.StandardSave(state),
             loop=ocp.args.JsonSave(dict(loop or {})),
@@ -131,14 +130,11 @@ class Checkpointer:
         self.wait()
         self._manager.close()
 
-    def __enter__(self) -> "Checkpointer":
-        return self
-
     def __exit__(self, *exc_info: object) -> None:
         self.close()
 
     def _explained(self, error: Exception, step: int | None) -> Exception:
-        """The error of a writing thread, with the path, and as a full disk where that is what it was."""
+        """The error of a writing thread with its path; a WorkdirError if the disk is full."""
         where = self.directory if step is None else self.path(step)
         chain = [error]
         while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None and cause not in chain:
@@ -163,11 +159,11 @@ class Checkpointer:
         except ValueError as error:
             raise DamagedCheckpointError(f"{self.path(step) / item}: unreadable: {error}") from error
 
-    def restore(self, abstract_state: Any, step: int | None = None) -> Any:
-        """Reads the state of a step (by default the newest) onto the shardings of `abstract_state`, bit-equal.
+    def restore(self, abstract_state: Any, step: int) -> Any:
+        """Reads the state of a step, bit-equal.
 
         Args:
-            abstract_state: tree of jax.ShapeDtypeStruct or arrays; a leaf without sharding goes to the first device.
+            abstract_state: tree of arrays or jax.ShapeDtypeStruct, whose shardings the state gets.
             step: one of `steps()`.
 
         Raises:
@@ -175,22 +171,20 @@ class Checkpointer:
             ValueError: the checkpoint is of another architecture; lists the leaves that differ. Nothing was read.
             DamagedCheckpointError: files are missing or cut short.
         """
-        step = self.latest() if step is None else step
-        if step is None or step not in self.steps():
-            raise FileNotFoundError(f"{self.directory}: no checkpoint{'' if step is None else f' of step {step}'}")
-        target = jax.tree.map(_with_sharding, abstract_state)
+        if step not in self.steps():
+            raise FileNotFoundError(f"{self.directory}: no checkpoint of step {step}")
         try:
             saved = self._manager.item_metadata(step)["state"].tree
         except ValueError as error:
             raise DamagedCheckpointError(f"{self.path(step)}: unreadable: {error}") from error
-        differences = _differences(_leaves(saved), _leaves(target))
+        differences = _differences(_leaves(saved), _leaves(abstract_state))
         if differences:
             raise ValueError(
                 f"{self.path(step)} is a checkpoint of another architecture; {len(differences)} leaves differ:\n  "
                 + cut(differences, "\n  ")
             )
         try:
-            args = ocp.args.Composite(state=ocp.args.StandardRestore(target))
+            args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract_state))
             return self._manager.restore(step, args=args)["state"]
         except (ValueError, OSError) as error:
             unreadable = isinstance(error, FileNotFoundError | json.JSONDecodeError | UnicodeDecodeError)
@@ -214,32 +208,21 @@ def set_aside(path: Path) -> None:
         path.rename(aside)
 
 
-def _with_sharding(leaf: Any) -> jax.ShapeDtypeStruct:
-    sharding = getattr(leaf, "sharding", None) or SingleDeviceSharding(jax.devices()[0])
-    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
-
-
-def _leaves(tree: Any) -> dict[str, tuple[tuple[int, ...], str]]:
-    """Shape and dtype by '/'-joined path."""
+def _leaves(tree: Any) -> dict[str, str]:
+    """Dtype and shape, such as "float32[4, 8]", by '/'-joined path."""
     leaves = jax.tree_util.tree_leaves_with_path(tree)
-    return {
-        jax.tree_util.keystr(path, simple=True, separator="/"): (tuple(leaf.shape), str(leaf.dtype))
-        for path, leaf in leaves
-    }
+    name = functools.partial(jax.tree_util.keystr, simple=True, separator="/")
+    return {name(path): f"{leaf.dtype}{list(leaf.shape)}" for path, leaf in leaves}
 
 
-def _differences(saved: Mapping[str, tuple], wanted: Mapping[str, tuple]) -> list[str]:
-    """One line per leaf that is missing, extra or of another shape or dtype; parameters before what follows them."""
+def _differences(saved: Mapping[str, str], wanted: Mapping[str, str]) -> list[str]:
+    """One line for each leaf that is missing, extra or of another shape or dtype; parameters come first."""
     lines = []
     for path in sorted(saved.keys() | wanted.keys(), key=lambda path: (not path.startswith("params/"), path)):
         if path not in saved:
-            lines.append(f"{path}: {_shown(wanted[path])} is missing in the checkpoint")
+            lines.append(f"{path}: {wanted[path]} is missing in the checkpoint")
         elif path not in wanted:
-            lines.append(f"{path}: {_shown(saved[path])} in the checkpoint is not in the model")
+            lines.append(f"{path}: {saved[path]} in the checkpoint is not in the model")
         elif saved[path] != wanted[path]:
-            lines.append(f"{path}: {_shown(saved[path])} in the checkpoint, {_shown(wanted[path])} in the model")
+            lines.append(f"{path}: {saved[path]} in the checkpoint, {wanted[path]} in the model")
     return lines
-
-
-def _shown(leaf: tuple[tuple[int, ...], str]) -> str:
-    return f"{leaf[1]}{list(leaf[0])}"

@@ -68,7 +68,7 @@ def test_restores_bit_equal_on_other_device_counts(tmp_path, trained):
             checkpointer.save(step, state, CONFIG)
         abstract = abstract_on(devices)
         with Checkpointer(tmp_path, read_only=True) as checkpointer:
-            state = checkpointer.restore(abstract)
+            state = checkpointer.restore(abstract, step)
         assert_bit_equal(state, trained)
         jax.tree.map(lambda x, a: x.sharding.is_equivalent_to(a.sharding, x.ndim) or pytest.fail(), state, abstract)
 
@@ -78,7 +78,7 @@ def test_bfloat16_nan_and_minus_zero_are_kept(tmp_path):
     with Checkpointer(tmp_path) as checkpointer:
         checkpointer.save(1, state, {}, {"means": {"loss": [float("nan"), 1.0]}})
         checkpointer.wait()
-        got = checkpointer.restore(state)
+        got = checkpointer.restore(state, 1)
         assert np.isnan(checkpointer.loop(1)["means"]["loss"][0])
     for key in state:
         assert got[key].dtype == state[key].dtype
@@ -93,7 +93,7 @@ def test_the_state_may_be_donated_while_it_is_written(tmp_path):
         for _ in range(5):
             state = bump(state)
         checkpointer.wait()
-        assert_bit_equal(checkpointer.restore(state), {str(i): np.ones((256, 256)) for i in range(8)})
+        assert_bit_equal(checkpointer.restore(state, 1), {str(i): np.ones((256, 256)) for i in range(8)})
 
 
 def test_keeps_the_newest(tmp_path):

@@ -134,7 +134,7 @@ def test_the_state_restores_on_eight_devices(folder, trained):
         with jax.set_mesh(mesh):
             program = make_program(step_config, optimizers, mesh, frozen)
             with Checkpointer(trained, read_only=True) as checkpointer:
-                states.append(jax.device_get(checkpointer.restore(program.abstract_state)))
+                states.append(jax.device_get(checkpointer.restore(program.abstract_state, 12)))
     jax.tree.map(np.testing.assert_array_equal, *states)
     assert states[0].step == 12
 
