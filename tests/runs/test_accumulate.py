@@ -47,6 +47,12 @@ def test_a_loop_on_accelerators_only(monkeypatch):
         assert run(4).lower(BATCH).as_text().count("stablehlo.while") == loops
 
 
+def test_a_part_is_traced_once():
+    part_spy = mock.Mock(side_effect=part)
+    jax.eval_shape(lambda batch: accumulate(part_spy, (jnp.zeros(8, int), jnp.int32(0)), batch, 4), BATCH)
+    assert part_spy.call_count == 1
+
+
 @pytest.mark.parametrize(
     ("parts", "weight", "notes"),
     [
