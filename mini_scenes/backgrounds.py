@@ -1,4 +1,4 @@
-"""The backgrounds: functions of the image plane that look the same at every resolution."""
+"""Paints the backgrounds, each a function of the image plane that looks the same at every resolution."""
 
 import colorsys
 from collections.abc import Callable
@@ -10,25 +10,28 @@ from mini_scenes.scene import Background
 
 
 def paint_background(background: Background, side: int) -> np.ndarray:
-    """float32 [side, side, 3] sRGB in about [0, 1], before the light's tint."""
+    """The background before the light's tint: float32 [side, side, 3], sRGB in about [0, 1]."""
     rng = np.random.default_rng(background.seed)
     return PAINTERS[background.kind](background, side, rng)
 
 
 @lru_cache(maxsize=8)
 def axis(side: int) -> np.ndarray:
-    """Centres of `side` pixels on [0, 1], float32 [side]."""
+    """Pixel centres of `side` pixels that span [0, 1], float32 [side]."""
     return ((np.arange(side) + 0.5) / side).astype(np.float32)
 
 
 def _noise(rng: np.random.Generator, side: int, rows: int, columns: int) -> np.ndarray:
-    """Smooth noise in [-1, 1], linear between rows x columns knots, float32 [side, side]."""
+    """Smooth noise in [-1, 1], float32 [side, side], interpolated linearly between rows x columns knots."""
     knots = rng.uniform(-1, 1, (rows, columns)).astype(np.float32)
     return _interpolate(_interpolate(knots, side).T, side).T
 
 
 def _interpolate(knots: np.ndarray, side: int) -> np.ndarray:
-    """Linear along the first axis, [n, m] -> [side, m]. No matrix product: BLAS does not round alike everywhere."""
+    """Linear interpolation along the first axis, [n, m] -> [side, m].
+
+    Not a matrix product, because BLAS rounds differently on different machines.
+    """
     position = axis(side) * (len(knots) - 1)
     lower = position.astype(int)
     weight = (position - lower)[:, None]
@@ -40,12 +43,12 @@ def _hsv(hue, saturation, value) -> np.ndarray:
 
 
 def _mix(weight: np.ndarray, zero: np.ndarray, one: np.ndarray) -> np.ndarray:
-    """Colours between two: weight [...] in [0, 1] -> [..., 3]."""
+    """Blends two colours: weight [...] in [0, 1] -> [..., 3]."""
     return zero + weight[..., None] * (one - zero)
 
 
 def _below(background: Background, side: int) -> tuple[np.ndarray, np.ndarray]:
-    """Depth into the ground [side], 0 at the horizon and 1 at the bottom, and its indicator [side, 1, 1]."""
+    """Depth into the ground [side], 0 at the horizon and 1 at the bottom; and the ground's mask [side, 1, 1]."""
     rise = axis(side) - background.horizon
     return np.clip(rise / (1 - background.horizon), 0, 1), np.clip(rise * side + 0.5, 0, 1)[:, None, None]
 
@@ -148,7 +151,7 @@ def _sunset(background, side, rng):
 
 
 def _floor_plane(background: Background, side: int) -> tuple[np.ndarray, np.ndarray]:
-    """Coordinates of the floor seen in perspective, each [side, side]: across and towards the viewer."""
+    """Coordinates on the floor in perspective, each [side, side]: across, and towards the viewer."""
     drop = np.maximum(axis(side) - background.horizon, 0)[:, None] + 0.16
     return (axis(side)[None] - 0.5) / drop * 0.55, np.broadcast_to(0.55 / drop, (side, side))
 

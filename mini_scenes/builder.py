@@ -1,4 +1,4 @@
-"""The TFDS dataset: array_record files of PNG images and masks, captions and every attribute of the scene."""
+"""The TFDS dataset: PNG images and masks, captions and all attributes of each scene, in array_record files."""
 
 import dataclasses
 import os
@@ -15,7 +15,7 @@ from mini_scenes.render import MIN_SIZE
 from runtime_jax.workdir import check_output
 
 NAME = "mini_scenes"
-# Starting a worker takes about two seconds, which pays off from a few thousand examples on.
+# Starting a worker takes about two seconds, so workers pay off only from a few thousand examples.
 PARALLEL_FROM = 2000
 MAX_WORKERS = 8
 BYTES_PER_PIXEL = 1.5  # on disk, images and masks as PNG: 132 MB for 22,000 examples of 64 x 64 pixels
@@ -23,7 +23,7 @@ BYTES_PER_PIXEL = 1.5  # on disk, images and masks as PNG: 132 MB for 22,000 exa
 
 @dataclasses.dataclass(kw_only=True)
 class MiniScenesConfig(tfds.core.BuilderConfig):
-    """Image side in pixels, examples per split, the seed that every example is drawn from, and the kind of scenes."""
+    """Image side in pixels, examples per split, the seed of all examples, and whether scenes have a single object."""
 
     size: int = 64
     train: int = 20_000
@@ -41,7 +41,7 @@ def make_config(
     seed: int = 0,
     single: bool = False,
 ) -> MiniScenesConfig:
-    """A config whose name tells its contents: "64" for the defaults, "64_single" with one object, "64_n100_10_10_s0".
+    """A config named after its contents: "64" for the defaults, "64_single" for one object, "64_n100_10_10_s0".
 
     Raises:
         ValueError: a size below 16 pixels, a negative seed, or a split without examples.
@@ -61,15 +61,15 @@ def make_config(
 
 
 class MiniScenes(tfds.core.GeneratorBasedBuilder):
-    """One to three textured objects on varied backgrounds, or one alone; the label is the class of the largest."""
+    """One to three textured objects, or just one, on varied backgrounds; the label is the largest object's class."""
 
     VERSION = tfds.core.Version("1.0.0")
-    BUILDER_CONFIGS = [  # noqa: RUF012  (TFDS declares it so)
+    BUILDER_CONFIGS = [  # noqa: RUF012  (declared like this by TFDS)
         *(make_config(size) for size in (64, 32, 128, 256)),
         make_config(single=True),
         MiniScenesConfig(name="tiny", size=64, train=64, validation=16, test=16),
     ]
-    # Nothing is downloaded; TFDS's own look-up of checksums needs a package that it does not declare.
+    # Nothing is downloaded. None skips TFDS's checksum lookup, which needs a package that TFDS does not declare.
     url_infos = None
 
     def __init__(self, **kwargs: Any):
@@ -90,7 +90,7 @@ class MiniScenes(tfds.core.GeneratorBasedBuilder):
         }
         return tfds.core.DatasetInfo(
             builder=self,
-            description="Procedural scenes with captions that name attributes some of the time, and ground truth.",
+            description="Procedural scenes with ground truth, and captions that mention some of the attributes.",
             # Without shuffling, record i of a split is example i.
             disable_shuffling=True,
             supervised_keys=("image", "label"),
@@ -101,7 +101,7 @@ class MiniScenes(tfds.core.GeneratorBasedBuilder):
                     "label": tfds.features.ClassLabel(names=words.CLASSES),
                     "caption": tfds.features.Text(),
                     "full_caption": tfds.features.Text(),
-                    "scene": tfds.features.Text(doc="JSON, exact: Scene.from_json gives the scene back"),
+                    "scene": tfds.features.Text(doc="lossless JSON, for Scene.from_json"),
                     "background": tfds.features.ClassLabel(names=tuple(words.BACKGROUNDS)),
                     "light": {"azimuth": np.float32, "elevation": np.float32, "warmth": np.float32},
                     "objects": tfds.features.Sequence(item),
@@ -120,18 +120,18 @@ class MiniScenes(tfds.core.GeneratorBasedBuilder):
 
 
 def prepare(data_dir: str | Path = "data", size: int = 64, **contents: int | bool) -> str:
-    """Writes the dataset under `data_dir` unless it is there, and gives the TFDS name to read it by.
+    """Writes the dataset under `data_dir` unless it exists, and returns its TFDS name.
 
-    The files appear under their final name only when complete, so an interrupted call leaves nothing half-made behind.
+    Files get their final name only when complete, so an interrupted call leaves no partial dataset.
 
     Args:
-        data_dir: where the dataset goes.
-        size: side of the images, pixels.
-        contents: train, validation, test, seed, single, see `make_config`.
+        data_dir: folder for TFDS datasets.
+        size: image side in pixels.
+        contents: train, validation, test, seed and single, as for `make_config`.
 
     Raises:
         ValueError: as `make_config`.
-        WorkdirError: `data_dir` cannot be written, or has no room for it.
+        WorkdirError: `data_dir` cannot be written, or lacks space.
     """
     config = make_config(size, **contents)
     known = config.name in MiniScenes.builder_configs
@@ -139,7 +139,7 @@ def prepare(data_dir: str | Path = "data", size: int = 64, **contents: int | boo
     if not Path(builder.data_path).exists():
         examples = sum(getattr(config, split) for split in SPLITS)
         check_output(data_dir, int(BYTES_PER_PIXEL * examples * size**2), f"mini_scenes/{config.name}")
-    # No look at Google's bucket, and no statistics, which would need TensorFlow.
+    # Skip Google's bucket, and skip statistics, which would need TensorFlow.
     options = tfds.download.DownloadConfig(try_download_gcs=False, compute_stats=tfds.download.ComputeStatsMode.SKIP)
     builder.download_and_prepare(download_config=options)
     return f"{NAME}/{config.name}"

@@ -1,4 +1,4 @@
-"""Captions: several word orders, each attribute named only some of the time, or everything at once."""
+"""Captions in several word orders, which mention each attribute with some probability, or all attributes."""
 
 from collections.abc import Callable
 
@@ -11,9 +11,9 @@ Mention = Callable[[str], bool]
 
 
 def caption(scene: Scene, rng: np.random.Generator, *, left_to_right: bool = False) -> str:
-    """A caption that always names the shapes, and each other attribute with the probability of MENTION_RATES.
+    """A caption that names every shape, and mentions each other attribute with its probability in MENTION_RATES.
 
-    Objects come in random order, or from left to right.
+    Objects are listed in random order, or from left to right with `left_to_right`.
     """
 
     def mention(attribute: str) -> bool:
@@ -28,7 +28,7 @@ def caption(scene: Scene, rng: np.random.Generator, *, left_to_right: bool = Fal
 
 
 def full_caption(scene: Scene) -> str:
-    """The caption that names everything that has a name, from left to right, in one fixed word order."""
+    """The caption that mentions every named attribute, from left to right, in one fixed word order."""
     objects = sorted(scene.objects, key=lambda item: item.x)
     phrases = [_object_phrase(item, lambda _: True, 0) for item in objects]
     return _compose(_join(objects, phrases, 0), _surroundings(scene, lambda _: True), 0)
@@ -59,7 +59,7 @@ def _join(objects: list[SceneObject], phrases: list[str], form: int) -> str:
 
 
 def _surroundings(scene: Scene, mention: Mention) -> tuple[str, str]:
-    """The phrases of the background and of the light, each possibly empty."""
+    """Phrases for the background and the light; each may be empty."""
     place = BACKGROUNDS[scene.background.kind] if mention("background") else ""
     warmth = scene.light.warmth_name
     warm = f"in {warmth} light" if warmth != "neutral" and mention("warmth") else ""

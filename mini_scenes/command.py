@@ -1,4 +1,4 @@
-"""`scenes`, the command of every program that trains or measures on mini_scenes."""
+"""The `scenes` command, shared by all programs that train or evaluate on mini_scenes."""
 
 import argparse
 
@@ -6,15 +6,15 @@ from runtime_jax.cli import CommandLine
 
 
 def add_command(line: CommandLine) -> None:
-    """Adds the command, which writes the dataset."""
-    parser = line.command("scenes", _scenes, "Write the procedural dataset mini_scenes.")
+    """Adds the command that writes the dataset."""
+    parser = line.command("scenes", _scenes, "Write the procedural mini_scenes dataset.")
     parser.add_argument("--data-dir", default="data")
-    parser.add_argument("--size", type=int, default=64, help="side of the images in pixels")
-    parser.add_argument("--single", action="store_true", help="one object in every scene: mini_scenes/64_single")
+    parser.add_argument("--size", type=int, default=64, help="image side in pixels")
+    parser.add_argument("--single", action="store_true", help="one object per scene; writes mini_scenes/64_single")
 
 
 def advise(error: Exception, prog: str) -> str:
-    """How the dataset that an error misses is written by `prog`."""
+    """For an error about a missing mini_scenes dataset: the `prog` command that writes it. Empty for other errors."""
     from runtime_jax.data import MissingDatasetError
 
     if not isinstance(error, MissingDatasetError) or not error.name.startswith("mini_scenes"):

@@ -1,4 +1,4 @@
-"""Examples of a split as records of plain values, made in this process or in several at once."""
+"""Makes the examples of a split as plain records, in this process or in several worker processes."""
 
 import io
 import os
@@ -19,7 +19,7 @@ SPLITS = ("train", "validation", "test")
 
 
 def example_scene(seed: int, split: str, index: int, single: bool = False) -> tuple[Scene, str]:
-    """Scene and caption number `index` of a split: a pure function of the arguments. `single`: see `scene.alone`."""
+    """Scene and caption number `index` of a split, a pure function of the arguments. `single`: see `scene.alone`."""
     scene_rng, caption_rng = (np.random.default_rng([seed, SPLITS.index(split), index, part]) for part in (0, 1))
     scene = sample_scene(scene_rng)
     if single:
@@ -28,7 +28,7 @@ def example_scene(seed: int, split: str, index: int, single: bool = False) -> tu
 
 
 def make_example(seed: int, split: str, index: int, size: int, single: bool = False) -> dict[str, Any]:
-    """One record as the TFDS features want it; image and mask are encoded PNG files."""
+    """One record in the form of the TFDS features; image and mask are PNG bytes."""
     scene, text = example_scene(seed, split, index, single)
     image, mask = render_scene(scene, size)
     return {
@@ -47,7 +47,7 @@ def make_example(seed: int, split: str, index: int, size: int, single: bool = Fa
 def make_examples(
     seed: int, split: str, count: int, size: int, num_workers: int, single: bool = False
 ) -> Iterator[dict[str, Any]]:
-    """Examples 0 to count - 1 in order; worker k of n makes numbers k, k + n, k + 2n, ...
+    """Examples 0 to count - 1 in order; worker k of n makes examples k, k + n, k + 2n, ...
 
     Raises:
         RuntimeError: a worker died.
@@ -55,8 +55,8 @@ def make_examples(
     if num_workers < 2:
         yield from (make_example(seed, split, index, size, single) for index in range(count))
         return
-    # Programs of their own rather than multiprocessing: forking is unsafe once JAX has started its threads, and
-    # spawning would run the caller's script a second time.
+    # Subprocesses instead of multiprocessing: forking is unsafe once JAX has started threads, and spawning would run
+    # the caller's script a second time.
     workers = [_start(seed, split, first, count, num_workers, size, single) for first in range(num_workers)]
     try:
         for index in range(count):
@@ -69,7 +69,7 @@ def make_examples(
 
 def _start(*job: Any) -> subprocess.Popen:
     program = f"from {__name__} import write_examples; write_examples(*{job!r})"
-    # The worker finds the package wherever this process found it.
+    # The worker must find the package where this process found it.
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     return subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, env=environment)
 
@@ -82,7 +82,7 @@ def _receive(worker: subprocess.Popen) -> dict[str, Any]:
 
 
 def write_examples(seed: int, split: str, first: int, count: int, step: int, size: int, single: bool) -> None:
-    """A worker's whole life: pickles examples first, first + step, ... to standard output."""
+    """Main function of a worker: pickles examples first, first + step, ... to standard output."""
     for index in range(first, count, step):
         pickle.dump(make_example(seed, split, index, size, single), sys.stdout.buffer)
     sys.stdout.buffer.flush()
@@ -94,7 +94,7 @@ def _attributes(item: SceneObject) -> dict[str, Any]:
 
 
 def _png(image: np.ndarray) -> bytes:
-    """Encoded here, so that TFDS never asks TensorFlow to do it; lightly, as encoding is the dearest single step."""
+    """Encodes PNG here because TFDS would use TensorFlow. Compression is light, since encoding is the slowest step."""
     buffer = io.BytesIO()
     Image.fromarray(image).save(buffer, "PNG", compress_level=2)
     return buffer.getvalue()

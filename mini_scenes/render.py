@@ -1,4 +1,4 @@
-"""Draws a scene: signed distances on a grid of twice the size, shaded as inflated bodies, with soft shadows."""
+"""Renders a scene from signed distances at twice the resolution: inflated bodies with shading and soft shadows."""
 
 from typing import NamedTuple
 
@@ -11,19 +11,19 @@ from mini_scenes.shapes import outline_distance
 from mini_scenes.vocabulary import UPRIGHT_BACKGROUNDS
 
 SUPERSAMPLING = 2
-BEVEL = 0.36  # how far the rounding of the surface reaches inwards, in radii
+BEVEL = 0.36  # width of the rounded rim, in radii
 MIN_SIZE = 16
 
 
 class Rendering(NamedTuple):
-    """image: sRGB; mask: 0 for the background, i + 1 where objects[i] is what one sees."""
+    """image: sRGB; mask: 0 for the background, i + 1 where objects[i] is visible."""
 
     image: UInt8[np.ndarray, "H W 3"]
     mask: UInt8[np.ndarray, "H W"]
 
 
 def render_scene(scene: Scene, size: int) -> Rendering:
-    """Draws `scene` at size x size pixels. Pure: the same scene and size give the same bytes.
+    """Renders `scene` at size x size pixels. The same scene and size always give the same bytes.
 
     Raises:
         ValueError: size below 16 pixels.
@@ -32,11 +32,11 @@ def render_scene(scene: Scene, size: int) -> Rendering:
         raise ValueError(f"render_scene: size is {size}, it must be at least {MIN_SIZE} pixels")
     mask = np.zeros((size, size), np.uint8)
     canvas = paint_background(scene.background, size) * _falloff(scene.light, size)[..., None]
-    # Objects whose feet are lower stand nearer and are drawn over the others; all shadows fall first.
+    # Objects whose lowest point is further down are nearer and cover the others. All shadows are drawn first.
     order = sorted(range(len(scene.objects)), key=lambda i: scene.objects[i].y + 0.85 * scene.objects[i].size)
     for i in order:
         canvas *= 1 - _shadow(scene, scene.objects[i], size)[..., None]
-    # Only the objects need the finer grid: what lies behind them is smooth or antialiased already.
+    # Only the objects need the finer grid: backgrounds and shadows are already smooth or antialiased.
     canvas = canvas.repeat(SUPERSAMPLING, 0).repeat(SUPERSAMPLING, 1)
     for i in order:
         coverage = _draw(canvas, scene.objects[i], scene.light)
@@ -69,7 +69,7 @@ def _falloff(light: Light, side: int) -> np.ndarray:
 
 
 def _local(item: SceneObject, x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Image coordinates -> the object's own frame (radius 1, upright)."""
+    """Image coordinates to the object's own frame (radius 1, upright)."""
     angle = np.deg2rad(item.rotation)
     cosine, sine = np.float32(np.cos(angle) / item.size), np.float32(np.sin(angle) / item.size)
     dx, dy = x - np.float32(item.x), y - np.float32(item.y)
@@ -81,7 +81,7 @@ def _window(low: float, high: float, side: int) -> slice:
 
 
 def _draw(canvas: np.ndarray, item: SceneObject, light: Light) -> np.ndarray:
-    """Paints one object onto the canvas in place and gives its coverage [side, side]."""
+    """Paints one object onto the canvas in place and returns its coverage [side, side]."""
     side = canvas.shape[0]
     reach = 1.15 * item.size
     rows, columns = _window(item.y - reach, item.y + reach, side), _window(item.x - reach, item.x + reach, side)
@@ -99,7 +99,7 @@ def _draw(canvas: np.ndarray, item: SceneObject, light: Light) -> np.ndarray:
 
 
 def _shade(paint: np.ndarray, distance: np.ndarray, pixel: float, light: Light) -> np.ndarray:
-    """Lambert and Blinn-Phong on a body whose rim is a quarter circle of width BEVEL."""
+    """Lambert and Blinn-Phong shading of a body whose rim is a quarter circle of width BEVEL."""
     towards = _direction(light)
     slope = 0.9 * (1 - np.clip(-distance / BEVEL, 0, 1))
     down, right = np.gradient(distance, pixel)
@@ -114,18 +114,18 @@ def _shade(paint: np.ndarray, distance: np.ndarray, pixel: float, light: Light) 
 
 
 def _texture(item: SceneObject, u: np.ndarray, v: np.ndarray, pixel: float) -> np.ndarray:
-    """Colours [..., 3] of the object's surface; the pattern is fixed to the object and turns with it."""
+    """Surface colours [..., 3]; the pattern rotates with the object."""
     base, accent = np.float32(item.rgb) / 255, np.float32(item.accent) / 255
     if item.texture == "plain":
         return np.broadcast_to(base, (*u.shape, 3))
-    # Never finer than 5.4 pixels of a 64-pixel image, so that the pattern stays visible on the smallest object.
+    # At least 5.4 pixels of a 64-pixel image, so that the pattern stays visible on the smallest object.
     period = max(0.46, 0.085 / item.size)
     inside = PATTERNS[item.texture](u, v, period)
     return base + np.clip(inside / pixel + 0.5, 0, 1)[..., None] * (accent - base)
 
 
 def _wave(position: np.ndarray, period: float) -> np.ndarray:
-    """Signed distance to the edges of stripes that fill 45 % of each period, positive inside."""
+    """Signed distance to the nearest edge of stripes that fill 45 % of each period; positive inside a stripe."""
     return (0.225 - np.abs(position / period % 1 - 0.5)) * period
 
 
@@ -152,7 +152,7 @@ PATTERNS = {"striped": _striped, "dotted": _dotted, "checkered": _checkered, "zi
 
 
 def _shadow(scene: Scene, item: SceneObject, size: int) -> np.ndarray:
-    """Share of the light that the object takes away, [size, size]."""
+    """Share of the light that the object blocks, [size, size]."""
     towards = _direction(scene.light)
     if scene.background.kind in UPRIGHT_BACKGROUNDS:
         return _wall_shadow(item, towards, size)
@@ -160,7 +160,7 @@ def _shadow(scene: Scene, item: SceneObject, size: int) -> np.ndarray:
 
 
 def _wall_shadow(item: SceneObject, towards: np.ndarray, size: int) -> np.ndarray:
-    """The outline itself, shifted away from the light."""
+    """The object's outline, shifted away from the light."""
     shift_x, shift_y = (0.35 * item.size * float(part) for part in towards[:2])
     reach = 1.5 * item.size
     rows = _window(item.y - shift_y - reach, item.y - shift_y + reach, size)
@@ -179,7 +179,7 @@ def _ground_shadow(item: SceneObject, towards: np.ndarray, horizon: float, size:
     rows = _window(max(foot - 0.75 * radius, horizon), foot + 0.25 * radius, size)
     columns = _window(left - margin, right + margin, size)
     x, y = axis(size)[None, columns], axis(size)[rows, None]
-    # The ground is seen nearly edge-on: what is h above it throws its shadow 0.3 h back.
+    # The ground is seen nearly edge-on: a point at height h casts its shadow 0.3 h up the image.
     height = (foot - y) / 0.3
     u, v = _local(item, x + lean * height, foot - height)
     cast = 0.45 * _soft(outline_distance(item.shape, u, v), 0.35)
@@ -190,13 +190,13 @@ def _ground_shadow(item: SceneObject, towards: np.ndarray, horizon: float, size:
 
 
 def _soft(distance: np.ndarray, width: float) -> np.ndarray:
-    """A shadow's smooth edge: 1 inside, 0 from `width` outside on."""
+    """The smooth edge of a shadow: from 1 inside to 0 at `width` outside the outline and beyond."""
     t = np.clip(0.5 - distance / (2 * width), 0, 1)
     return t * t * (3 - 2 * t)
 
 
 def _foot(item: SceneObject) -> float:
-    """Height in the image of the object's lowest point."""
+    """y coordinate of the object's lowest point."""
     across, down = (np.linspace(low, 1.1, 25, dtype=np.float32) * np.float32(item.size) for low in (-1.1, 0.0))
     u, v = _local(item, item.x + across[None], item.y + down[:, None])
     inside = (outline_distance(item.shape, u, v) < 0).any(1)

@@ -1,4 +1,4 @@
-"""A scene as plain data, how one is drawn at random, and its exact JSON form."""
+"""A scene as plain data, random sampling of scenes, and lossless JSON."""
 
 import colorsys
 import dataclasses
@@ -35,7 +35,7 @@ class SceneObject:
 
     @property
     def pose(self) -> str | None:
-        """The nearest named pose, or None for a shape whose outline returns before a full turn."""
+        """The nearest named pose; None for a shape with rotational symmetry."""
         if words.SYMMETRY[self.shape] != 1:
             return None
         return min(words.POSES, key=lambda name: abs((self.rotation - words.POSES[name][0] + 180) % 360 - 180))
@@ -43,7 +43,7 @@ class SceneObject:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Light:
-    """azimuth: degrees counter-clockwise from the right; elevation: degrees out of the plane; warmth in [-1, 1]."""
+    """azimuth: degrees counter-clockwise from the right; elevation: degrees out of the image plane; warmth: [-1, 1]."""
 
     azimuth: float
     elevation: float
@@ -62,7 +62,7 @@ class Light:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Background:
-    """kind: a key of BACKGROUNDS; horizon: the ground's edge, from the top; tone in [0, 1] and seed vary it."""
+    """kind: a key of BACKGROUNDS; horizon: its distance from the top; tone (in [0, 1]) and seed vary the details."""
 
     kind: str
     horizon: float
@@ -72,7 +72,7 @@ class Background:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Scene:
-    """objects[0] is the main (largest) one and gives the label; object i has the value i + 1 in the mask."""
+    """objects[0] is the main object: the largest, and the one that sets the label. Object i is i + 1 in the mask."""
 
     objects: tuple[SceneObject, ...]
     light: Light
@@ -84,13 +84,13 @@ class Scene:
         return words.CLASSES.index(self.objects[0].shape)
 
     def with_object(self, index: int, **changes) -> "Scene":
-        """The same scene with attributes of one object replaced (a new rgb wants its accent: see `accent_of`)."""
+        """A copy with attributes of one object replaced. With a new rgb, also replace the accent: see `accent_of`."""
         objects = list(self.objects)
         objects[index] = dataclasses.replace(objects[index], **changes)
         return dataclasses.replace(self, objects=tuple(objects))
 
     def to_json(self) -> str:
-        """One line of JSON, exact: `from_json(scene.to_json()) == scene`."""
+        """One line of lossless JSON: `from_json(scene.to_json()) == scene`."""
         return json.dumps(self, default=vars, separators=(",", ":"))
 
     @classmethod
@@ -112,7 +112,7 @@ def sample_color(rng: np.random.Generator, name: str) -> RGB:
 
 
 def accent_of(rgb: RGB) -> RGB:
-    """The second colour of a texture: a dark shade of light colours, a pale tint of dark ones."""
+    """The second colour of a texture: a dark shade of a light colour, a pale tint of a dark one."""
     luminance = 0.299 * rgb[0] + 0.587 * rgb[1] + 0.114 * rgb[2]
     if luminance > 150:
         return tuple(round(0.42 * channel) for channel in rgb)
@@ -120,7 +120,7 @@ def accent_of(rgb: RGB) -> RGB:
 
 
 def sample_scene(rng: np.random.Generator) -> Scene:
-    """One to three objects of different classes and colours, arranged without much overlap, on a random background."""
+    """One to three objects of different classes and colours, with little overlap, on a random background."""
     kind = _pick(rng, tuple(words.BACKGROUNDS))
     background = Background(
         kind=kind, horizon=rng.uniform(0.4, 0.56), tone=rng.uniform(), seed=int(rng.integers(2**31))
@@ -139,11 +139,11 @@ def sample_scene(rng: np.random.Generator) -> Scene:
     return Scene(objects=objects, light=light, background=background)
 
 
-# The world of `in_a_row`.
+# Constants of `in_a_row`.
 MAX_IN_A_ROW = 2
 ROW_SIZE = 0.23  # the largest that leaves a gap
-# An object of a pair looks as one that is alone does, a quarter of the side away: by whole tokens of a model that has a
-# multiple of four of them in a row.
+# Each object of a pair is a quarter of the side from the middle, where a single object is. That is a whole number of
+# tokens if a model's rows have a multiple of four tokens, so the object's tokens look the same in both positions.
 ROW_DISTANCE = 0.5
 ROW_HEIGHT = 0.625  # a multiple of an eighth, for the same reason
 ROW_HORIZON = 0.48
@@ -151,11 +151,11 @@ ALONE_SIZE = 0.32  # the largest that leaves room below it
 
 
 def in_a_row(scene: Scene, rng: np.random.Generator, size: float = ROW_SIZE) -> Scene:
-    """The scene with its first two objects side by side, of one size: a world that a small model can learn to draw.
+    """The scene with its first two objects side by side, in one size: simple enough for a small model to learn.
 
-    Classes, colours, textures, the kind and details of the background, the light's warmth and the order from left to
-    right stay. The rest has a few values only: shapes with a named pose stand in it exactly half of the time, all
-    others upright, and light comes from the middle of its direction.
+    Classes, colours, textures, left-to-right order, the background's kind and details, and the light's warmth stay the
+    same. Everything else takes only a few values. A shape that has poses keeps its pose half of the time, turned to
+    the exact angle of that pose; all other shapes are upright. The light comes from the middle of its named direction.
     """
     kept = scene.objects[:MAX_IN_A_ROW]
     columns = np.argsort(np.argsort([item.x for item in kept])) - (len(kept) - 1) / 2
@@ -176,7 +176,7 @@ def in_a_row(scene: Scene, rng: np.random.Generator, size: float = ROW_SIZE) -> 
 
 
 def alone(scene: Scene, rng: np.random.Generator) -> Scene:
-    """The scene with its first object alone in the middle, as large as fits there; all else as `in_a_row`."""
+    """The scene with only its first object, in the middle, as large as fits there; otherwise like `in_a_row`."""
     return in_a_row(dataclasses.replace(scene, objects=scene.objects[:1]), rng, size=ALONE_SIZE)
 
 
@@ -209,7 +209,7 @@ def _sample_sizes(rng: np.random.Generator, count: int) -> list[float]:
 def _arrange(rng: np.random.Generator, sizes: list[float], background: Background) -> list[tuple[float, float, float]]:
     """(x, y, size) of each object, redrawn until the bounding circles overlap by less than a tenth.
 
-    After every failed draw the objects shrink a little, so that the loop ends.
+    The objects shrink a little after every failed draw, so that the loop ends.
     """
     while True:
         places = [(rng.uniform(0.02 + r, 0.98 - r), _sample_height(rng, r, background), r) for r in sizes]

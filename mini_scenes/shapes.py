@@ -1,7 +1,7 @@
 """Signed distance functions of the object classes, in a frame where the object's radius is 1 and y points down.
 
-Each takes coordinate arrays of one shape and gives the distance to the outline, negative inside. Distances are exact
-near the outline, which is what antialiasing, rounding and soft shadows need.
+Each maps coordinate arrays of equal shape to the distance from the outline, negative inside. Distances are exact near
+the outline, as antialiasing, rounding and soft shadows require.
 """
 
 from collections.abc import Callable
@@ -38,12 +38,12 @@ def _cross(x, y):
 
 
 def _crescent(x, y):
-    # The bite is taken on the right; the whole is shifted so that its middle lies at the origin.
+    # The smaller disc is cut out on the right; the shape is shifted to centre it on the origin.
     return np.maximum(np.hypot(x - 0.16, y) - 0.95, 0.72 - np.hypot(x - 0.55, y))
 
 
 def _fold(x, y, count):
-    """Maps the plane onto one of the `count` mirrored sectors around the upward axis: (along, across >= 0)."""
+    """Folds the plane into half of one of `count` equal sectors around the upward axis: (along, across >= 0)."""
     sector = 2 * np.pi / count
     angle = np.abs((np.arctan2(x, -y) + sector / 2) % sector - sector / 2)
     radius = np.hypot(x, y)
@@ -51,7 +51,7 @@ def _fold(x, y, count):
 
 
 def _pointed(x, y, count, outer, inner, rounding):
-    """A star with `count` tips at radius `outer`, notches at `inner`; a regular polygon when the notches are flat."""
+    """A star with `count` tips at radius `outer` and notches at `inner`; a regular polygon if the notches are flat."""
     along, across = _fold(x, y, count)
     half = np.pi / count
     edge = np.array([inner * np.cos(half) - outer, inner * np.sin(half)])
@@ -82,7 +82,7 @@ def _flower(x, y):
 
 
 def _heart(x, y):
-    # A square on its corner with a half-disc on each of its upper sides; mirrored, so one of the two is enough.
+    # A square on its corner with a half-disc on each upper side. By symmetry, one half is enough.
     side = 0.55
     x, y = np.abs(x), y - 0.02
     across, along = (x - y) / np.sqrt(2), (x + y) / np.sqrt(2)
@@ -91,7 +91,7 @@ def _heart(x, y):
 
 
 def _drop(x, y):
-    # A disc and the two tangents from the tip above it.
+    # A disc, and its two tangents from the tip above it.
     tip, centre, radius = -0.97, 0.3, 0.6
     sine = radius / (centre - tip)
     cosine = np.sqrt(1 - sine**2)
@@ -104,7 +104,7 @@ def _drop(x, y):
 
 
 def _arrow(x, y):
-    # A head pointing up over a shaft, mirrored about the axis.
+    # A head pointing up, over a shaft; symmetric about the vertical axis.
     x = np.abs(x)
     head = np.maximum(0.74 * x - 0.67 * (y + 0.97), y + 0.08)
     return np.minimum(head, _box(x, y - 0.4, 0.27, 0.55)) - 0.02

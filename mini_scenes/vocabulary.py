@@ -1,4 +1,4 @@
-"""The words of mini_scenes: every class, colour, texture and phrase that a scene or its caption can use."""
+"""The vocabulary of mini_scenes: every class, colour, texture and phrase of scenes and captions."""
 
 from typing import NamedTuple
 
@@ -17,7 +17,7 @@ CLASSES = (
     "flower",
 )
 
-# A rotation by 360 / SYMMETRY degrees gives the same outline; 0 marks a shape that every rotation leaves unchanged.
+# A rotation by 360 / SYMMETRY degrees leaves the outline unchanged; 0: every rotation does.
 SYMMETRY = {
     "circle": 0,
     "square": 4,
@@ -42,7 +42,7 @@ class ColorRange(NamedTuple):
     value: tuple[float, float]
 
 
-# Each name covers a continuous range; the boxes do not touch, so a colour has one name.
+# Each name covers a continuous range. The boxes do not touch, so no colour has two names.
 COLORS = {
     "red": ColorRange((350, 364), (0.78, 0.95), (0.74, 0.94)),
     "orange": ColorRange((20, 31), (0.85, 1.0), (0.94, 1.0)),
@@ -58,12 +58,12 @@ COLORS = {
 
 TEXTURES = ("plain", "striped", "dotted", "checkered", "zigzag")
 
-# Radius as a share of the image side; what lies between has no name.
+# Radius as a share of the image side. Captions do not mention sizes between the two.
 SMALL_BELOW = 0.165
 BIG_ABOVE = 0.24
 SIZES = ("small", "medium", "big")
 
-# Centre and half-width in degrees, clockwise from upright.
+# Centre and half-width of each range, in degrees clockwise from upright.
 POSES = {
     "upright": (0.0, 14.0),
     "leaning left": (-48.0, 16.0),
@@ -71,7 +71,7 @@ POSES = {
     "upside down": (180.0, 14.0),
 }
 
-# Phrase of each background in a caption.
+# Caption phrase of each background.
 BACKGROUNDS = {
     "wall": "against a plain wall",
     "brick": "in front of a brick wall",
@@ -83,15 +83,15 @@ BACKGROUNDS = {
     "floor": "on a wooden floor",
     "tiles": "on a tiled floor",
 }
-# Without a ground, objects hang before the surface and their shadows fall straight onto it.
+# These have no ground: objects hang in front of the surface and cast their shadows straight onto it.
 UPRIGHT_BACKGROUNDS = ("wall", "brick")
 
-# Degrees counter-clockwise from the right: where the light comes from in the image plane.
+# Azimuth range of each light direction, in degrees counter-clockwise from the right.
 LIGHT_DIRECTIONS = {"right": (5.0, 40.0), "above": (70.0, 110.0), "left": (140.0, 175.0)}
 # Warmth in [-1, 1].
 LIGHT_WARMTHS = {"cool": (-1.0, -0.5), "neutral": (-0.25, 0.25), "warm": (0.5, 1.0)}
 
-# How often a caption names an attribute that has a name.
+# Probability that a caption mentions each named attribute.
 MENTION_RATES = {
     "color": 0.5,
     "texture": 0.5,

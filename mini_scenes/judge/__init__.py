@@ -1,11 +1,11 @@
-"""A judge of pictures in the manner of mini_scenes: what is where, of which colour, texture and pose, in which light.
+"""The judge reads images in the style of mini_scenes back into scenes: objects, their attributes, background and light.
 
 judge = Judge.load()
-judge.look(images)[0].scene                                 # as a Scene, with masks beside it
-follows(["a red circle on the grass"], images)[0].score     # does the image have what the caption names?
+judge.look(images)[0].scene                                 # a Scene; the result also has masks
+follows(["a red circle on the grass"], images)[0].score     # does the image show what the caption names?
 
-A small dense network, trained on scenes with their truth (python -m mini_scenes.judge train), measured on held-out ones
-(python -m mini_scenes.judge evaluate).
+The judge is a small dense network. `python -m mini_scenes.judge train` trains it on scenes with ground truth;
+`python -m mini_scenes.judge evaluate` measures it on held-out scenes.
 """
 
 from runtime_jax import lazy

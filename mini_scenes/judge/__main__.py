@@ -10,11 +10,11 @@ from runtime_jax.cli import CommandLine, config_arguments, report_end
 def main(argv: list[str] | None = None) -> int:
     """Runs one command."""
     line = CommandLine("python -m mini_scenes.judge", __doc__)
-    config_arguments(line.command("train", _train, "Train a judge on scenes that are drawn on the fly."))
-    parser = line.command("evaluate", _evaluate, "Measure a judge on held-out scenes, clean and softened, as a table.")
-    parser.add_argument("--weights", type=Path, help="of another judge than the shipped one")
+    config_arguments(line.command("train", _train, "Train a judge on scenes rendered on the fly."))
+    parser = line.command("evaluate", _evaluate, "Measure a judge on held-out scenes, clean and degraded.")
+    parser.add_argument("--weights", type=Path, help="file of a judge; default: the shipped one")
     parser.add_argument("--num-images", type=int, default=1000)
-    parser.add_argument("--out", type=Path, default=Path("runs/judge_report"), help="summary.md and judge.png go here")
+    parser.add_argument("--out", type=Path, default=Path("runs/judge_report"), help="for summary.md and judge.png")
     return line.main(argv)
 
 
@@ -23,7 +23,7 @@ def _train(args: argparse.Namespace, overrides: list[str]) -> int:
     from runtime_jax import config
 
     trained = train(config.build(TrainConfig, config.load(args.config, overrides, new_keys=True)), args.workdir)
-    return report_end(f"the judge is {trained.path}", trained.stopped_by, trained.step)
+    return report_end(f"the judge is in {trained.path}", trained.stopped_by, trained.step)
 
 
 def _evaluate(args: argparse.Namespace, _: list[str]) -> None:
@@ -32,7 +32,7 @@ def _evaluate(args: argparse.Namespace, _: list[str]) -> None:
     from runtime_jax.workdir import check_output
 
     if args.num_images < 1:
-        raise ValueError(f"--num-images {args.num_images}: at least 1")
+        raise ValueError(f"--num-images is {args.num_images}, it must be at least 1")
     check_output(args.out)
     report(Judge.load(args.weights or SHIPPED), args.num_images, args.out)
 

@@ -1,7 +1,6 @@
-"""What a caption asks for, and whether a scene has it.
+"""Parses the captions of mini_scenes and checks scenes against them.
 
-Captions are those of mini_scenes, whose grammar this reads. A caption asks for what it names and for nothing else: "a
-circle" may be red.
+A caption asks only for what it names: "a circle" may be red.
 """
 
 import re
@@ -28,13 +27,13 @@ from mini_scenes import (
 from mini_scenes.judge.judge import Judge
 from runtime_jax.estimate import Estimate, estimate
 
-# What is asked of an object besides its shape, and how a scene's object says it.
+# Attributes that a caption can ask for besides the shape, and the field of SceneObject for each.
 ATTRIBUTES = {"color": "color", "texture": "texture", "size": "size_name", "pose": "pose"}
 
 
 @dataclass(frozen=True, kw_only=True)
 class WantedObject:
-    """An object of a caption; None where the caption says nothing."""
+    """An object that a caption asks for; None: the caption does not mention the attribute."""
 
     shape: str
     color: str | None = None
@@ -45,9 +44,9 @@ class WantedObject:
 
 @dataclass(frozen=True, kw_only=True)
 class Wanted:
-    """What a caption asks for; None where it says nothing.
+    """What a caption asks for; None: not mentioned.
 
-    objects: as many as there are to be, in the order of the caption; if `ordered`, from left to right.
+    objects: all objects that the image should have, in the order of the caption; if `ordered`, from left to right.
     """
 
     objects: tuple[WantedObject, ...]
@@ -73,11 +72,11 @@ _CONNECTIVES = re.compile(r",|\ba picture of\b|\bnext to\b|\band\b")
 
 
 def parse_caption(text: str) -> Wanted:
-    """Reads a caption in mini_scenes' grammar.
+    """Parses a caption in the grammar of mini_scenes.
 
     Raises:
-      ValueError: it names no object, or something in it is not of that grammar: a judge that passes over what it does
-        not understand would praise images that lack it.
+      ValueError: the caption names no object, or a part of it is outside the grammar. Ignoring that part would give
+        images credit for something that was never checked.
     """
     rest = text.lower()
 
@@ -106,7 +105,7 @@ def parse_caption(text: str) -> Wanted:
 
 
 def objects_in(text: str) -> Iterator[tuple[slice, WantedObject]]:
-    """The objects that a text names in mini_scenes' words, and where in the text it speaks of each."""
+    """The objects that a text names in the words of mini_scenes, each with its span in the text."""
     for match in _OBJECT.finditer(text.lower()):
         yield slice(*match.span()), _wanted_object(match)
 
@@ -121,12 +120,12 @@ def _wanted_object(match: re.Match) -> WantedObject:
 
 
 class Verdict(NamedTuple):
-    """How a scene follows a caption.
+    """How well a scene follows a caption.
 
-    items: every single thing that is asked for, as (kind, whether it is there). Kinds: "class" once an object, each of
-      ATTRIBUTES that the caption names, "count" (no more and no fewer objects), "arrangement", "background", "warmth",
-      "direction". What belongs to an object that is not there is not there either.
-    places: for each wanted object the number of the scene's object that stands for it, None where there is none.
+    items: everything that the caption asks for, as (kind, whether the scene has it). Kinds: "class" (one per object),
+      each of ATTRIBUTES that the caption names, "count" (of objects), "arrangement", "background", "warmth" and
+      "direction". If an object is missing, its attributes count as missing too.
+    places: for each wanted object, the index of the matching object in the scene; None if there is none.
     """
 
     items: tuple[tuple[str, bool], ...]
@@ -134,15 +133,15 @@ class Verdict(NamedTuple):
 
     @property
     def score(self) -> float:
-        """Share of the items that are there, in [0, 1]."""
+        """Share of the items that the scene has, in [0, 1]."""
         return float(np.mean([there for _, there in self.items]))
 
 
 def compare(wanted: Wanted, scene: Scene) -> Verdict:
     """Checks a scene, a true one or one that the judge saw, against a caption.
 
-    Every object stands for one wanted object at most. Where several have the wanted shape, they are assigned so that
-    the most attributes agree, and then from left to right if the caption tells the arrangement.
+    Each object matches at most one wanted object. If several objects have the wanted shape, the assignment maximises
+    the number of agreeing attributes; ties are resolved from left to right if the caption gives the arrangement.
     """
     agreement = np.array([[_agreement(want, item) for item in scene.objects] for want in wanted.objects])
     if wanted.ordered and agreement.size:
@@ -174,7 +173,7 @@ def compare(wanted: Wanted, scene: Scene) -> Verdict:
 
 
 def _agreement(want: WantedObject, item: SceneObject) -> float:
-    """Larger than any sum of attributes where the shapes agree."""
+    """Number of agreeing attributes, plus 10 (more than all attributes together) if the shapes agree."""
     attributes = sum(getattr(want, kind) == getattr(item, name) for kind, name in ATTRIBUTES.items())
     return 10.0 * (want.shape == item.shape) + attributes
 
@@ -182,10 +181,11 @@ def _agreement(want: WantedObject, item: SceneObject) -> float:
 def follows(
     captions: Sequence[str | Wanted], images: UInt8[np.ndarray, "N H W 3"], judge: Judge | None = None
 ) -> list[Verdict]:
-    """Whether each image follows its caption, as a judge sees it (by default the shipped one).
+    """How well each image follows its caption according to a judge, by default the shipped one.
 
     Raises:
-      ValueError: not one caption an image, a caption that is not of mini_scenes' grammar, or images as in `Judge.look`.
+      ValueError: the numbers of captions and images differ, a caption is outside the grammar of mini_scenes, or images
+        are invalid for `Judge.look`.
     """
     wanted = [parse_caption(caption) if isinstance(caption, str) else caption for caption in captions]
     seen = (judge or Judge.load()).look(images)
@@ -193,7 +193,7 @@ def follows(
 
 
 def accuracies(verdicts: Sequence[Verdict]) -> dict[str, Estimate]:
-    """For each kind of item, the share that is there, and for "all" the mean of the images' scores."""
+    """For each kind of item, the share that is satisfied; under "all", the mean of the images' scores."""
     by_kind: dict[str, list[float]] = {}
     for verdict in verdicts:
         for kind, there in verdict.items:

@@ -1,9 +1,9 @@
-"""Colours as people tell them apart."""
+"""Perceptual colour differences."""
 
 import numpy as np
 from jaxtyping import Float
 
-Colors = np.ndarray | tuple[int, int, int]  # 8-bit sRGB, integers or not
+Colors = np.ndarray | tuple[int, int, int]  # sRGB from 0 to 255, integer or float
 _TO_XYZ = np.array(
     [[0.4124564, 0.3575761, 0.1804375], [0.2126729, 0.7151522, 0.0721750], [0.0193339, 0.1191920, 0.9503041]]
 )
@@ -11,7 +11,7 @@ _WHITE = _TO_XYZ.sum(axis=1)  # D65
 
 
 def to_lab(srgb: Colors) -> Float[np.ndarray, "*n 3"]:
-    """CIE L*a*b* (D65) of 8-bit sRGB values [..., 3], integers or not; L* runs from 0 to 100."""
+    """CIE L*a*b* (D65) of sRGB values [..., 3] from 0 to 255, integer or float; L* runs from 0 to 100."""
     value = np.asarray(srgb, np.float64) / 255
     linear = np.where(value <= 0.04045, value / 12.92, ((value + 0.055) / 1.055) ** 2.4)
     xyz = linear @ _TO_XYZ.T / _WHITE
@@ -21,5 +21,5 @@ def to_lab(srgb: Colors) -> Float[np.ndarray, "*n 3"]:
 
 
 def color_difference(first: Colors, second: Colors) -> Float[np.ndarray, "*n"]:
-    """Distance in L*a*b* (CIE 1976 ΔE) of 8-bit sRGB colours [..., 3]; 2.3 can just be told apart."""
+    """Distance in L*a*b* (CIE 1976 ΔE) between sRGB colours [..., 3] from 0 to 255; 2.3 is just noticeable."""
     return np.asarray(np.linalg.norm(to_lab(first) - to_lab(second), axis=-1))

@@ -1,8 +1,8 @@
-"""The judge: from pictures to scenes.
+"""The judge: reads images back into scenes.
 
-An object is a connected region of pixels of one class. What it is made of is the mean of what the network says over
-the cells that the region covers, so a region of two colours or of half a texture comes out as a mixture, not as the
-better half.
+An object is a connected region of pixels of one class. Its attributes are the network's outputs averaged over the
+cells that the region covers. A region of two colours, or textured on one half only, counts as a mixture,
+not as its better half.
 """
 
 import functools
@@ -41,17 +41,16 @@ from runtime_jax.weights import read_safetensors, write_safetensors
 
 SHIPPED = Path(__file__).with_name("judge.safetensors")
 BATCH_SIZE = 64
-MIN_SHARE = 0.006  # of an image's pixels; what is smaller is no object (the smallest of mini_scenes fills 0.02)
-NEIGHBOURS = np.ones((3, 3), bool)  # pixels that touch at a corner belong together
+MIN_SHARE = 0.006  # of an image's pixels; smaller regions are ignored (the smallest object of mini_scenes fills 0.02)
+NEIGHBOURS = np.ones((3, 3), bool)  # pixels that touch at a corner are connected
 
 
 class Seen(NamedTuple):
     """What the judge sees in one image.
 
-    scene: largest object first. Of the fields that it does not measure, the light's elevation is 45 degrees, accents
-      are those that belong to the colours, and the background's details are those of number 0; the rotation of a shape
-      that can only be told up to its symmetry is the smallest one.
-    masks: where each object is.
+    scene: largest object first. Unmeasured fields have defaults: elevation of the light 45 degrees, accents from
+      `accent_of`, background details of seed 0. If a shape is symmetric, its rotation is the smallest equivalent one.
+    masks: pixels of each object.
     textures: probabilities of TEXTURES for each object.
     """
 
@@ -62,7 +61,7 @@ class Seen(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Judge:
-    """A network with its weights.
+    """The network's config and weights.
 
     >>> judge = Judge.load()
     >>> judge.look(images)[0].scene.objects[0].color    # images: uint8 [N, H, W, 3]
@@ -73,10 +72,10 @@ class Judge:
 
     @classmethod
     def load(cls, path: str | os.PathLike = SHIPPED) -> "Judge":
-        """Reads a file of `save_weights`; by default the shipped one.
+        """Reads a file written by `save_weights`; by default the shipped one.
 
         Raises:
-          ValueError: no such file, or not a judge's.
+          ValueError: the file does not exist or does not hold a judge.
         """
         tensors, metadata = read_safetensors(path)
         if metadata.get("format") != "judge":
@@ -86,16 +85,16 @@ class Judge:
         return cls(config, traverse_util.unflatten_dict(params, sep="/"))
 
     def look(self, images: UInt8[np.ndarray, "N H W 3"]) -> list[Seen]:
-        """The scene in each image.
+        """Reads the scene in each image.
 
         Raises:
-          ValueError: not uint8 [N, H, W, 3], or sides that are not multiples of 8 pixels.
-          NotFiniteError: the network gives values that are not finite.
+          ValueError: images are not uint8 [N, H, W, 3], or a side is not a multiple of 8 pixels.
+          NotFiniteError: an output of the network is not finite.
         """
         return [_interpret(view) for views in self._views(images) for view in _each(views)]
 
     def features(self, images: UInt8[np.ndarray, "N H W 3"]) -> Float[np.ndarray, "N features"]:
-        """What Frechet distances between sets of images are measured in.
+        """Features for Fréchet distances between sets of images.
 
         Raises:
           ValueError: as `look`.
@@ -111,12 +110,12 @@ class Judge:
             or any(side % 8 for side in images.shape[1:3])
         ):
             raise ValueError(
-                f"the judge looks at uint8 [N, H, W, 3] with sides that are multiples of 8, got {images.dtype} "
+                f"the judge needs uint8 [N, H, W, 3] with sides that are multiples of 8, got {images.dtype} "
                 f"{list(images.shape)}"
             )
         for start in range(0, len(images), BATCH_SIZE):
             batch = images[start : start + BATCH_SIZE]
-            padded = np.zeros((BATCH_SIZE, *batch.shape[1:]), np.uint8)  # one program for any number of images
+            padded = np.zeros((BATCH_SIZE, *batch.shape[1:]), np.uint8)  # one compiled program for any number of images
             padded[: len(batch)] = batch
             views, finite = jax.device_get(_apply(self.params, padded, config=self.config))
             check_finite({"what the judge sees": finite}, {"judge": self.params})
@@ -130,7 +129,7 @@ def _apply(params: dict, images: jax.Array, *, config: JudgeConfig) -> tuple[Vie
 
 
 def save_weights(path: str | os.PathLike, config: JudgeConfig, params: dict, *, step: int) -> None:
-    """Writes a file for `Judge.load`, weights in bfloat16."""
+    """Writes a file for `Judge.load`, with weights in bfloat16."""
     tensors = {
         name: np.asarray(value).astype(jnp.bfloat16)
         for name, value in traverse_util.flatten_dict(params, sep="/").items()
@@ -144,7 +143,7 @@ def _each(views: Views) -> Iterator[Views]:
 
 
 def _interpret(view: Views) -> Seen:
-    """One image's views, without the batch axis."""
+    """The scene from one image's views, which have no batch axis."""
     found = []
     kind = view.kind.argmax(axis=-1)
     for number in np.unique(kind[kind > 0]):
@@ -162,7 +161,7 @@ def _interpret(view: Views) -> Seen:
 
 
 def _describe(shape: str, mask: np.ndarray, view: Views) -> tuple[SceneObject, np.ndarray]:
-    """An object from its region, and the probabilities of its texture."""
+    """The object in a region, and its texture probabilities."""
     height, width = mask.shape
     share = reduce(mask.astype(np.float32), "(h y) (w x) -> h w", "mean", y=CELL, x=CELL)
     share /= share.sum()
@@ -195,6 +194,6 @@ def _degrees(vector: np.ndarray) -> float:
 
 @functools.cache
 def _unit_area(shape: str) -> float:
-    """Area of a shape of radius 1."""
+    """Area of a shape with radius 1."""
     line = np.linspace(-1.2, 1.2, 241)
     return float((outline_distance(shape, line[None], line[:, None]) < 0).mean() * 2.4**2)

@@ -1,8 +1,8 @@
-"""What the judge learns from: scenes of a wider world than mini_scenes, and the truth about each in arrays.
+"""The judge's training data: scenes more varied than those of mini_scenes, with ground truth as arrays.
 
-Wider, so that its measurements do not lean towards what mini_scenes holds: half of the objects have a colour from
-anywhere between and around the named ones, and lights lie between the named ones too. A judge that has seen the named
-colours only would report every colour as one of them.
+The variety keeps the judge's measurements from being biased towards mini_scenes. Half of the objects have a colour from
+between or around the named ones, and lights lie between the named ones too. A judge trained only on the named colours
+would report every colour as one of them.
 """
 
 import colorsys
@@ -32,11 +32,11 @@ FREE_COLOR = 0.5  # share of objects
 FREE_LIGHT = 0.5  # share of scenes
 SAME_CLASS = 0.15  # share of scenes of two or more objects
 EMPTY = 0.03
-UNNAMED = -1  # number of a colour outside the named ones
+UNNAMED = -1  # label of a colour without a name
 
 
 def sample_lesson(rng: np.random.Generator) -> tuple[Scene, tuple[bool, ...]]:
-    """A scene, and of each object whether its colour is one of the named (its `color` means nothing otherwise)."""
+    """A scene, and for each object whether its colour has a name; if it has none, ignore the object's `color`."""
     scene = sample_scene(rng)
     named = tuple(bool(rng.uniform() >= FREE_COLOR) for _ in scene.objects)
     for i, is_named in enumerate(named):
@@ -60,21 +60,21 @@ def _any_color(rng: np.random.Generator) -> tuple[int, int, int]:
 
 
 class Truth(NamedTuple):
-    """About a batch of images; objects are numbered as in the masks, number 0 stands for none."""
+    """Ground truth of a batch of images; objects are numbered as in the masks, and 0 means no object."""
 
     mask: UInt8[np.ndarray, "B H W"]
     kind: Int32[np.ndarray, "B objects"]  # 0 for none, then CLASSES
     texture: Int32[np.ndarray, "B objects"]
-    color: Int32[np.ndarray, "B objects"]  # UNNAMED outside the named ones
+    color: Int32[np.ndarray, "B objects"]  # UNNAMED for a colour without a name
     rgb: Float32[np.ndarray, "B objects 3"]  # in [0, 1]
-    turn: Float32[np.ndarray, "B objects 2"]  # cosine and sine of SYMMETRY x rotation; zeros where that is no rotation
+    turn: Float32[np.ndarray, "B objects 2"]  # cosine and sine of SYMMETRY x rotation; zeros if SYMMETRY is 0
     background: Int32[np.ndarray, "B"]
     warmth: Float32[np.ndarray, "B"]
     azimuth: Float32[np.ndarray, "B 2"]  # cosine and sine
 
 
 def draw_batch(seed: int, step: int, batch_size: int, size: int) -> dict[str, np.ndarray]:
-    """Images [B, size, size, 3] uint8 under "image", and the fields of `Truth`: a pure function of the arguments."""
+    """Images uint8 [B, size, size, 3] under "image", and the fields of `Truth`. A pure function of the arguments."""
     lessons = [sample_lesson(host_rng(seed, Stream.DATA, step, row)) for row in range(batch_size)]
     drawn = [render_scene(scene, size) for scene, _ in lessons]
     truth = describe(lessons, np.stack([mask for _, mask in drawn]))
@@ -82,7 +82,7 @@ def draw_batch(seed: int, step: int, batch_size: int, size: int) -> dict[str, np
 
 
 def batches(seed: int, start_step: int, batch_size: int, size: int) -> Iterator[dict[str, np.ndarray]]:
-    """`draw_batch` of every step from `start_step` on."""
+    """Yields `draw_batch` for each step, starting at `start_step`."""
     step = start_step
     while True:
         yield draw_batch(seed, step, batch_size, size)
@@ -90,7 +90,7 @@ def batches(seed: int, start_step: int, batch_size: int, size: int) -> Iterator[
 
 
 def describe(lessons: list[tuple[Scene, tuple[bool, ...]]], mask: UInt8[np.ndarray, "B H W"]) -> Truth:
-    """What is known about scenes (see `sample_lesson`) and the masks of their images, in arrays."""
+    """Ground truth arrays of scenes from `sample_lesson`, given the masks of their images."""
     shape = (len(lessons), 1 + MAX_OBJECTS)
     kind, texture, color = (np.zeros(shape, np.int32) for _ in range(3))
     rgb, turn = np.zeros((*shape, 3), np.float32), np.zeros((*shape, 2), np.float32)

@@ -1,4 +1,4 @@
-"""The network of the judge: an image to maps of what is seen where, and to its surroundings.
+"""The judge's network: from an image to maps of its objects' attributes, its background and its light.
 
 Axes: B batch, H W image, h w cells of 4 x 4 pixels, D width.
 """
@@ -23,7 +23,7 @@ KINDS = 1 + len(CLASSES)  # class 0 is the background
 
 @dataclass(frozen=True, kw_only=True)
 class JudgeConfig:
-    """Widths at a quarter and at an eighth of the resolution, and blocks on the way down, at the bottom, and up."""
+    """Widths at a quarter and an eighth of the resolution; numbers of blocks on the way down, at the bottom and up."""
 
     width: int = 64
     bottom_width: int = 88
@@ -35,12 +35,12 @@ class JudgeConfig:
 
     @property
     def features(self) -> int:
-        """Length of the feature vector of an image."""
+        """Length of an image's feature vector."""
         return self.width + self.bottom_width
 
 
 class Views(NamedTuple):
-    """What the network says; logits unless told otherwise. Maps of cells speak of the object that covers the cell."""
+    """Outputs of the network, logits unless noted. In maps of cells, each cell describes the object that covers it."""
 
     kind: Float[Array, "B H W kinds"]  # of each pixel: background, then CLASSES
     texture: Float[Array, "B h w textures"]
@@ -54,7 +54,7 @@ class Views(NamedTuple):
 
 
 class JudgeNet(nn.Module):
-    """Convolutions at a quarter and an eighth of the resolution, with one way across; about 0.7 million parameters."""
+    """Convolutions at a quarter and an eighth of the resolution with one skip connection; about 0.7M parameters."""
 
     config: JudgeConfig
 
@@ -93,7 +93,7 @@ class JudgeNet(nn.Module):
 
 
 class Block(nn.Module):
-    """Norm, convolution, norm, convolution, with what the whole image looks like added in between."""
+    """Norm, convolution, norm, convolution; a projection of the mean over the image is added in between."""
 
     @nn.compact
     def __call__(self, x: Float[Array, "B h w D"]) -> Float[Array, "B h w D"]:
@@ -110,10 +110,10 @@ def _conv(features: int, *, name: str, stride: int = 1) -> nn.Conv:
 
 
 def init_params(config: JudgeConfig, key: Array) -> dict:
-    """New parameters, float32."""
+    """Random parameters, float32."""
     return JudgeNet(config).init(key, jnp.zeros((1, 64, 64, 3)))["params"]
 
 
 def num_params(params: dict) -> int:
-    """How many numbers."""
+    """Total number of parameters."""
     return sum(leaf.size for leaf in jax.tree.leaves(params))

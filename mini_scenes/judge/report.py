@@ -1,4 +1,4 @@
-"""How good the judge is: its measurements of held-out scenes against the truth, clean and softened."""
+"""Evaluates the judge: its readings of held-out scenes, clean and degraded, against the ground truth."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -30,18 +30,18 @@ UNITS = {
 
 
 def soft(sigma: float) -> Callable[[Images], Images]:
-    """Blurs by so many pixels."""
+    """A function that blurs with a Gaussian of `sigma` pixels."""
     return lambda images: np.asarray(blur(jnp.asarray(images, jnp.float32), sigma) + 0.5).astype(np.uint8)
 
 
 def noisy(images: Images) -> Images:
-    """Noise of 6 levels of 255."""
+    """Adds Gaussian noise with a standard deviation of 6 of 255 levels."""
     noise = host_rng(0, Stream.EVAL).normal(0, 6, images.shape)
     return np.clip(images + noise + 0.5, 0, 255).astype(np.uint8)
 
 
 def halved(images: Images) -> Images:
-    """Down to half of the sides, and up again."""
+    """Resizes to half the side and back."""
     side = images.shape[1]
     sizes = ((side // 2, Image.Resampling.BOX), (side, Image.Resampling.BICUBIC))
     out = []
@@ -62,10 +62,10 @@ DAMAGES: dict[str, Callable[[Images], Images]] = {
 
 
 def measure(scenes: Sequence[Scene], drawn: Sequence[Rendering], seen: Sequence[Seen]) -> dict[str, Estimate]:
-    """Measurements against the truth: shares of objects or scenes, and mean errors in the units of UNITS.
+    """Measurements against the ground truth: shares of objects or scenes, and mean errors in the units of UNITS.
 
-    A seen object is the true one that it covers most of; an object that no region covers is missed, and all that is
-    asked of it counts as wrong. Errors are of the objects that were found with their class.
+    Each true object is matched to the seen region with the largest overlap. If no region overlaps enough, the object
+    is missed and all its attributes count as wrong. Errors are averaged over objects found with the right class.
     """
     values: dict[str, list[float]] = {}
 
@@ -106,8 +106,8 @@ def _compare_object(item: SceneObject, mask: np.ndarray, view: Seen, note: Calla
 
 
 def report(judge: Judge, num_images: int, out: Path) -> None:
-    """Prints a table; writes it as summary.md, and judge.png: images above what the judge saw in them, drawn again."""
-    # The seed and split of mini_scenes' test images; training draws its scenes from other streams.
+    """Prints a table and writes summary.md and judge.png, which shows images above renderings of what the judge saw."""
+    # The test images of mini_scenes (seed 0); training draws its scenes from other random streams.
     scenes = [example_scene(0, "test", i)[0] for i in range(num_images)]
     drawn = [render_scene(scene, SIZE) for scene in scenes]
     images = np.stack([image for image, _ in drawn])

@@ -1,4 +1,4 @@
-"""A training run of the judge."""
+"""Training runs of the judge."""
 
 import functools
 from dataclasses import dataclass
@@ -23,7 +23,7 @@ WEIGHTS = "judge.safetensors"
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """A whole run; what configs/judge.py returns is built into this."""
+    """Config of a training run, built from what configs/judge.py returns."""
 
     seed: int = 0
     model: JudgeConfig = JudgeConfig()
@@ -35,24 +35,24 @@ class TrainConfig:
 
     def __post_init__(self):
         if self.image_size % 8 or self.batch_size < 1:
-            raise ValueError(f"image_size={self.image_size} is to be a multiple of 8, batch_size={self.batch_size} > 0")
+            raise ValueError(f"image_size={self.image_size} must be a multiple of 8, batch_size={self.batch_size} >= 1")
 
 
 class Trained(NamedTuple):
-    """What a run leaves."""
+    """Result of a training run."""
 
-    path: Path  # of the averaged weights, as far as they got
+    path: Path  # of the averaged weights
     step: int
     stopped_by: str | None  # the signal that ended the run early
 
 
 def train(config: TrainConfig, workdir: str | Path) -> Trained:
-    """Trains, or goes on training, in `workdir`.
+    """Starts or resumes training in `workdir`.
 
     Raises:
-      ValueError: a config or checkpoint that does not fit.
+      ValueError: an invalid config, or one that does not match the checkpoint in `workdir`.
       WorkdirError: the workdir cannot be written, or another run is writing it.
-      FloatingPointError: too many updates in a row were not finite.
+      FloatingPointError: too many consecutive updates were not finite.
     """
     with only_writer(workdir, config.loop.min_free_bytes) as folder:
         return _train(config, folder)

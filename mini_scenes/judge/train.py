@@ -1,4 +1,4 @@
-"""What the judge is taught by: softened images, and one loss for each thing that it says.
+"""Training of the judge: image degradation, and one loss for each output.
 
 Axes: B batch, H W image, h w cells of 4 x 4 pixels.
 """
@@ -18,14 +18,14 @@ from runtime_jax.prng import Stream, stream_key
 from runtime_jax.training.network import Means
 from runtime_jax.training.update import Params
 
-BLOCK = 8  # pixels of a side, as in JPEG
+BLOCK = 8  # side in pixels, as in JPEG
 WEIGHTS = {"kind": 1.0, "texture": 0.5, "color": 0.3, "rgb": 4.0, "turn": 0.5, "background": 0.3, "light": 0.5}
 
 
 def loss(
     params: Params, batch: Mapping[str, Array], step: Array, *, config: JudgeConfig, seed: int
 ) -> tuple[Array, Means]:
-    """Weighted sum of the losses on softened images of a batch of `lessons.draw_batch`, and each of them."""
+    """The weighted sum of the losses on a softened batch from `lessons.draw_batch`, and the individual losses."""
     truth = Truth(**{name: value for name, value in batch.items() if name != "image"})
     images = soften(batch["image"].astype(jnp.float32) / 255, stream_key(seed, Stream.AUGMENT, step))
     losses = compare(JudgeNet(config).apply({"params": params}, images), truth)
@@ -33,7 +33,7 @@ def loss(
 
 
 def compare(views: Views, truth: Truth) -> dict[str, Float[Array, ""]]:
-    """The losses; pixels of objects and of the background count alike, and each cell as far as an object covers it."""
+    """The losses. Objects and background have equal total weight; each cell is weighted by its object's coverage."""
     kind = jnp.take_along_axis(truth.kind, rearrange(truth.mask, "b h w -> b (h w)").astype(jnp.int32), axis=1)
     wrong = _cross_entropy(rearrange(views.kind, "b h w k -> b (h w) k"), kind)
     cover = jax.nn.one_hot(truth.mask, truth.kind.shape[1])[..., 1:]
@@ -69,9 +69,9 @@ def _mean(values: Float[Array, "*n"], weights: Array) -> Float[Array, ""]:
 
 
 def soften(images: Float[Array, "B H W 3"], key: Key[Array, ""]) -> Float[Array, "B H W 3"]:
-    """Images in [0, 1] as an autoencoder might give them back: blurred, rounded as by JPEG, noisy; a fifth stay clean.
+    """Degrades images in [0, 1] as an autoencoder might: blur, JPEG-like rounding and noise; a fifth stay clean.
 
-    Each is treated by its own amount.
+    Each image is degraded by a random amount.
     """
     keys = jax.random.split(key, 5)
     column = (len(images), 1, 1, 1)
@@ -84,7 +84,7 @@ def soften(images: Float[Array, "B H W 3"], key: Key[Array, ""]) -> Float[Array,
 
 
 def blur(images: Float[Array, "B H W 3"], sigma: Float[Array, "B 1 1 1"] | float) -> Float[Array, "B H W 3"]:
-    """By a Gaussian of `sigma` pixels, cut off at three pixels; edges are repeated."""
+    """Gaussian blur of `sigma` pixels, truncated at three pixels; edge pixels are repeated."""
     reach = 3
     taps = [jnp.exp(-0.5 * (k / jnp.maximum(sigma, 1e-3)) ** 2) for k in range(-reach, reach + 1)]
     total = sum(taps)
@@ -97,7 +97,7 @@ def blur(images: Float[Array, "B H W 3"], sigma: Float[Array, "B 1 1 1"] | float
 
 
 def _quantize(images: Float[Array, "B H W 3"], step: Float[Array, "B 1 1 1"]) -> Float[Array, "B H W 3"]:
-    """Rounds the cosine coefficients of 8 x 8 blocks to multiples of `step`."""
+    """Rounds the DCT coefficients of 8 x 8 blocks to multiples of `step`."""
     place, wave = np.arange(BLOCK), np.arange(BLOCK)[:, None]
     basis = np.cos(np.pi * (place + 0.5) * wave / BLOCK) * np.where(wave == 0, 1, np.sqrt(2)) / np.sqrt(BLOCK)
     basis = basis.astype(np.float32)
