@@ -11,7 +11,7 @@ def _optimizer(**values) -> dict:
 
 
 def get_config() -> ConfigDict:
-    """What was shipped."""
+    """The config of the shipped model."""
     return ConfigDict(
         {
             "task": "base",
@@ -22,11 +22,11 @@ def get_config() -> ConfigDict:
                     "block_out_channels": [16, 32, 64],
                     "layers_per_block": 1,
                     "latent_channels": 4,
-                    # Groups of few channels would remove a picture's colours.
+                    # More groups, of fewer channels each, would remove an image's colours.
                     "norm_num_groups": 4,
                 },
                 "l2_weight": 1.0,
-                # 1.5 nats a latent: 29 dB, and a quarter of what the transformer would have to say at 1e-3.
+                # 1.5 nats per latent and 29 dB. At 1e-3 the transformer would have to model four times as many nats.
                 "kl_weight": 1e-2,
                 "training": {
                     "batch_size": 8,
@@ -68,17 +68,17 @@ def get_config() -> ConfigDict:
                     "drop_t5": 0.1,
                     "drop_clip": 0.1,
                     "pair_every": 8,
-                    # Words are tied to what they mean several times sooner with one object and nothing left unsaid.
+                    # Words get their meaning several times faster with one object and full captions.
                     "easy_steps": 800,
                     "full_steps": 3500,
                     "object_weights": [0.3, 0.7],
                 },
-                # Places and colours are settled at high noise, outlines and textures at half of it.
+                # Positions and colours are decided at high noise, outlines and textures at half of it.
                 "time_mean": 0.4,
                 "time_std": 1.2,
                 "layout_weight": 0.3,
                 "words_weight": 0.3,
-                # T5 knows which words belong together before it sees a picture; loss at the end: 0.005 nats a word.
+                # Teaches T5 which words belong together before it sees an image; final loss: 0.005 nats per word.
                 "reading": {
                     "batch_size": 16,
                     "optimizer": _optimizer(

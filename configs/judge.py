@@ -1,4 +1,4 @@
-"""The judge of pictures in the manner of mini_scenes, at 64 px.
+"""The judge of images in the style of mini_scenes, at 64 px.
 
 python -m mini_scenes.judge train --config configs/judge.py --workdir runs/judge
 """
@@ -12,7 +12,7 @@ STEPS = 5000
 
 
 def get_config() -> ConfigDict:
-    """What is shipped."""
+    """The config of the shipped judge."""
     return ConfigDict(
         {
             "seed": 0,

@@ -1,10 +1,10 @@
-"""The published tokenizers on ImageNet-1K at 256 px, with the released code's objective and schedule.
+"""The published tokenizers on ImageNet-1K at 256 px, with the losses and schedules of the released code.
 
     mergevq train --config configs/mergevq_imagenet.py:gr-d64 --workdir runs/gr-d64 \
         --config.lpips="('path/to/vgg16.safetensors', 'path/to/lpips.safetensors')"
 
 The argument is a preset: g-d32, g-d64, gr-d32, gr-d64, gr-d96 or r-d64. ImageNet is read through TFDS (`imagenet2012`,
-prepared as array_record); a folder works as well: --config.data.sources="[{'kind': 'folder', 'path': ...}]".
+prepared as array_record), or from a folder: --config.data.sources="[{'kind': 'folder', 'path': ...}]".
 """
 
 from ml_collections import ConfigDict
@@ -13,16 +13,16 @@ from mergevq_jax.merge_ratio import exponential, gaussian
 from mergevq_jax.tokenizer.config import preset
 from runtime_jax.config import to_dict
 
-# Variant: batch size, epochs, epochs of the learning rate's drops, gradient clipping, alignment and source weights.
+# Batch size, epochs, epochs of the learning rate drops, gradient clipping, alignment weight and source weight.
 SCHEDULES = {
-    "g": (128, 100, (90,), None, 0.1, 0.5),  # the released second drop is at the run's end
+    "g": (128, 100, (90,), None, 0.1, 0.5),  # the released second drop is at the end of the run, so it is omitted
     "gr": (256, 200, (170, 190), None, 1.0, 0.5),
     "r": (256, 270, (220, 250), 5.0, 1.0, 1.0),
 }
 
 
 def get_config(arg: str = "gr-d64") -> ConfigDict:
-    """`arg` names a preset."""
+    """`arg`: a preset."""
     model, variant = preset(arg), arg.split("-")[0]
     if variant not in SCHEDULES:
         raise ValueError(

@@ -20,13 +20,13 @@ def _sources(scenes: str, photos: str) -> list[dict]:
 
 
 def get_config(arg: str = "full") -> ConfigDict:
-    """`full`: what is shipped; `demo`: the same model, trained for a few minutes."""
+    """`full`: the shipped model; `demo`: the same model, trained for a few minutes."""
     if arg not in STEPS:
         raise ValueError(f"no variant {arg!r}; there are {', '.join(STEPS)}")
     steps = STEPS[arg]
     optimizer = {
         "learning_rate": 3e-3,
-        "muon_learning_rate": 0.02,  # 22.3 dB at K = 256 after 131 steps; Adam alone had 20.8 after 185
+        "muon_learning_rate": 0.02,  # 22.3 dB at K = 256 after 131 steps; Adam alone: 20.8 dB after 185
         "adam_kernels": ["conv_out", "adaptive_"],
         "schedule": "cosine",
         "warmup": {"steps": steps // 30},
@@ -44,7 +44,7 @@ def get_config(arg: str = "full") -> ConfigDict:
                 "perceptual_weight": 0.0,
                 "adversarial_weight": 0.01,
                 "discriminator_start": 3 * steps // 4,
-                # At the published 0.01 a feature of 0.5 is as certain as can be, and nothing spreads the codes out.
+                # At the published 0.01, a feature of 0.5 already counts as certain, and nothing spreads the codes out.
                 "entropy_temperature": 0.6,
                 "entropy_weight": 0.1,
                 "commitment_weight": 0.1,

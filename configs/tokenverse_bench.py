@@ -1,7 +1,7 @@
-"""The benchmark of concepts on mini_scenes, with the shipped tiny pipeline and judge.
+"""The TokenVerse benchmark on mini_scenes, with the shipped tiny pipeline and judge.
 
 tokenverse bench --config configs/tokenverse_bench.py --workdir runs/bench            # 64 images, 4 seeds
-tokenverse bench --config configs/tokenverse_bench.py:demo --workdir runs/bench_demo  # a small one to look at
+tokenverse bench --config configs/tokenverse_bench.py:demo --workdir runs/bench_demo  # a small version to try out
 """
 
 from pathlib import Path
@@ -14,7 +14,7 @@ VARIANTS = {"full": {"images": 64, "seeds": 4}, "demo": {"images": 8, "seeds": 2
 
 
 def get_config(arg: str = "full") -> ConfigDict:
-    """Learns as configs/tokenverse_tiny.py does, on fewer examples: more gave no better figures."""
+    """Learns as in configs/tokenverse_tiny.py but from fewer examples, since more did not improve the results."""
     if arg not in VARIANTS:
         raise ValueError(f"no variant {arg!r}; there are {', '.join(VARIANTS)}")
 

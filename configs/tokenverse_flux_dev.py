@@ -1,12 +1,12 @@
-"""Concepts of an image on FLUX.1-dev, with the paper's numbers.
+"""Learns concepts from an image with FLUX.1-dev and the hyperparameters of the paper.
 
     tokenverse learn --config configs/tokenverse_flux_dev.py --workdir runs/doll \
         --config.images="[{'path': 'doll.jpg', 'captions': ['a doll wearing a hat', 'a hat on a doll']}]" \
         --config.words="['doll', 'hat']" --config.prompts="['a doll on the moon']"
 
-The paper has 8 captions for an image: plain ones that name the words to learn each time, in several orders. An image
-whose captions tell left from right needs --config.learn.flip=False. Several devices share the model
-(--config.mesh.tensor), so that one image at a time can be learned from.
+The paper uses 8 captions per image: plain ones, each naming all words to learn, in different orders. If the captions
+tell left from right, set --config.learn.flip=False. --config.mesh.tensor splits the model over several devices, which
+then learn from one image at a time.
 """
 
 from ml_collections import ConfigDict
@@ -41,7 +41,7 @@ POOL = (
 
 
 def get_config() -> ConfigDict:
-    """Everything but the images, their captions and the words to learn."""
+    """Everything except the images, their captions and the words to learn."""
     return ConfigDict(
         {
             "model": "black-forest-labs/FLUX.1-dev",

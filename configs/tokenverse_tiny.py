@@ -1,6 +1,8 @@
-"""Concepts of an image on the shipped tiny FLUX model, whose text encoder spreads a thing over its article and noun.
+"""Learns concepts from an image with the shipped tiny FLUX model.
 
-    tokenverse learn --config configs/tokenverse_tiny.py:star --workdir runs/star     # of docs/concepts/star.png
+Words include the article, because this model's text encoder spreads an object over its article and noun.
+
+    tokenverse learn --config configs/tokenverse_tiny.py:star --workdir runs/star     # from docs/concepts/star.png
     tokenverse learn --config configs/tokenverse_tiny.py --workdir runs/mine \
         --config.images="[{'path': 'mine.png', 'captions': ['a star and a drop in the snow']}]" \
         --config.words="['a star', 'a drop']" --config.prompts="['a star and a ring on the beach']"
@@ -12,12 +14,12 @@ from ml_collections import ConfigDict
 
 from mini_scenes import BACKGROUNDS, CLASSES
 
-# Pictures in docs/concepts: the two things in each from left to right, and where they are.
+# Images in docs/concepts: the two objects from left to right, and the background.
 EXAMPLES = {"star": (("a star", "a drop"), "in the snow"), "heart": (("a ring", "a heart"), "on the grass")}
 
 
 def _example(name: str) -> dict:
-    """The image, captions that do not tell what the things look like, and prompts to draw on the way."""
+    """The image, captions that do not describe appearance, and prompts to draw during learning."""
     (left, right), place = EXAMPLES[name]
     captions = [
         f"{left} and {right} {place}",
@@ -30,14 +32,14 @@ def _example(name: str) -> dict:
 
 
 def _pool() -> list[str]:
-    """25 captions of two objects and a place."""
+    """25 captions of two objects and a background."""
     places, nouns = list(BACKGROUNDS.values()), [f"{'an' if name[0] in 'aeiou' else 'a'} {name}" for name in CLASSES]
     pairs = ((nouns[i % len(nouns)], nouns[(5 * i + 3) % len(nouns)]) for i in range(25))
     return [f"{one} and {other} {places[i % len(places)]}" for i, (one, other) in enumerate(pairs)]
 
 
 def get_config(arg: str = "") -> ConfigDict:
-    """An example by its name, or everything but the images, their captions and the words to learn."""
+    """`arg`: an example of EXAMPLES. Without it, images, captions and words to learn are left empty."""
     if arg and arg not in EXAMPLES:
         raise ValueError(f"no example {arg!r}; there are {', '.join(EXAMPLES)}")
     learned = _example(arg) if arg else {"images": [], "words": []}
@@ -59,7 +61,7 @@ def get_config(arg: str = "") -> ConfigDict:
                     "warmup": {"steps": 10},
                     "clip_norm": 1.0,
                 },
-                "flip": False,  # light comes from a side
+                "flip": False,  # a flip would reverse the light's direction
                 "isolation": {"captions": _pool()},
             },
             "sampling": {"num_steps": 24, "cfg_scale": 2.5},
