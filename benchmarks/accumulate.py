@@ -1,9 +1,8 @@
-"""What an update in several parts costs: train steps of the tiny tokenizer and of tiny-mergear, the same images.
+"""Cost of gradient accumulation: train steps of the tiny tokenizer and of tiny-mergear in parts, on the same images.
 
 XLA_FLAGS=--xla_backend_optimization_level=1 python benchmarks/accumulate.py
 
-On a CPU the parts stand one after the other in the program. "as a loop" is what accelerators run, and what a CPU would
-take for it.
+On a CPU the parts are unrolled in the program. The rows "as a loop" time the program of accelerators on this device.
 """
 
 import argparse
@@ -32,7 +31,7 @@ KEEP, STEPS = 144, 4000
 
 
 def tokenizer_program(parts: int, mesh: jax.sharding.Mesh) -> tuple[Program, int]:
-    """The step of configs/mergevq_tiny.py, and its batch size."""
+    """The train step of configs/mergevq_tiny.py, and its batch size."""
     fields = config_lib.load("configs/mergevq_tiny.py", [f"accumulate={parts}"], new_keys=True)
     config = config_lib.build(tokenizer_run.TrainConfig, fields)
     make = functools.partial(make_schedule, total_steps=STEPS, batch_size=1, num_examples=None)
@@ -47,7 +46,7 @@ def tokenizer_program(parts: int, mesh: jax.sharding.Mesh) -> tuple[Program, int
 
 
 def generator_program(parts: int, mesh: jax.sharding.Mesh) -> tuple[Program, int]:
-    """The step of configs/mergear_tiny.py:merge on images, and its batch size."""
+    """The train step of configs/mergear_tiny.py:merge on images, and its batch size."""
     fields = config_lib.load("configs/mergear_tiny.py:merge", [f"accumulate={parts}"], new_keys=True)
     config = config_lib.build(generator_run.TrainConfig, fields)
     schedule = make_schedule(config.optimizer, total_steps=STEPS, batch_size=1, num_examples=None)
@@ -64,7 +63,7 @@ def generator_program(parts: int, mesh: jax.sharding.Mesh) -> tuple[Program, int
 
 
 class Timed:
-    """A train step that is timed whenever it runs."""
+    """A train step that records the time of each run."""
 
     def __init__(self, program: Program, batch: Mapping[str, Any]):
         self._program, self._batch, self._state = program, batch, program.init()
@@ -92,7 +91,7 @@ class Case(NamedTuple):
 def measure(
     name: str, make: Callable[[int, jax.sharding.Mesh], tuple[Program, int]], cases: list[Case], repeats: int
 ) -> list[tuple[str, ...]]:
-    """A row for each case; the cases take turns."""
+    """One row per case. The cases run in turn, so that other load on the machine affects all of them."""
     mesh, timed, own = sharding.make_mesh(sharding.MeshConfig()), {}, accumulate.platform
     with jax.set_mesh(mesh):
         for case in cases:

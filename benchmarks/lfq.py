@@ -1,4 +1,4 @@
-"""Entropy terms of look-up-free quantisation: factored (the library's) against dense (all 2^b codes written out).
+"""Entropy terms of lookup-free quantisation: factored (the library's) against dense (over all 2^b codes).
 
 python benchmarks/lfq.py
 """
@@ -18,7 +18,7 @@ TEMPERATURE, EPS = 0.01, 1e-5
 
 
 class Measured(NamedTuple):
-    """One form: its loss and gradient, and what they cost."""
+    """Loss and gradient of one form, and their cost."""
 
     value: float
     gradient: np.ndarray  # [N, b]
@@ -27,12 +27,12 @@ class Measured(NamedTuple):
 
 
 def factored(z: jax.Array) -> jax.Array:
-    """Entropy loss of features [N, b] as the library computes it."""
+    """Entropy loss of features [N, b], computed by the library."""
     return lfq.entropy_terms(z, temperature=TEMPERATURE, eps=EPS).loss
 
 
 def dense(z: jax.Array) -> jax.Array:
-    """Entropy loss of features [N, b] by a softmax over a codebook [2^b, b] (MAGVIT-v2, arXiv 2310.05737)."""
+    """Entropy loss of features [N, b], from a softmax over a codebook [2^b, b] (MAGVIT-v2, arXiv 2310.05737)."""
     codebook = lfq.indices_to_codes(jnp.arange(2 ** z.shape[1]), z.shape[1]).astype(z.dtype)
     logits = (2 / TEMPERATURE) * jnp.einsum("nb,cb->nc", z, codebook, precision="highest")
     log_probability = jax.nn.log_softmax(logits, axis=-1)
@@ -43,11 +43,11 @@ def dense(z: jax.Array) -> jax.Array:
 
 
 def measure(loss: Callable, z: np.ndarray, repeats: int) -> Measured:
-    """Compiles value and gradient of a loss together and runs them; the time is the best of `repeats`."""
+    """Compiles a loss with its gradient and times it; the time is the best of `repeats` runs."""
     z = jnp.asarray(z)
     compiled = jax.jit(jax.value_and_grad(loss)).lower(z).compile()
     seconds = []
-    for _ in range(repeats + 1):  # the first run also pages memory in
+    for _ in range(repeats + 1):  # the first run is a warm-up: it also pages in memory
         start = time.perf_counter()
         value, gradient = jax.block_until_ready(compiled(z))
         seconds.append(time.perf_counter() - start)
@@ -56,8 +56,8 @@ def measure(loss: Callable, z: np.ndarray, repeats: int) -> Measured:
 
 
 def compare(bits: int, tokens: int, repeats: int) -> list[str]:
-    """Rows of the table for one code length."""
-    # Bits are undecided within |z| < TEMPERATURE: features of that size spread over many codes.
+    """Table rows for one code length."""
+    # Bits are uncertain for |z| < TEMPERATURE, so features of that size spread over many codes.
     z = (TEMPERATURE * np.random.default_rng(bits).normal(size=(tokens, bits))).astype(np.float32)
     ours, theirs = measure(factored, z, 10 * repeats), measure(dense, z, repeats)
     error = np.abs(ours.gradient - theirs.gradient).max() / np.abs(theirs.gradient).max()
@@ -84,7 +84,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--bits", type=int, nargs="+", default=[10, 18], help="code lengths b")
     parser.add_argument("--tokens", type=int, default=512)
-    parser.add_argument("--repeats", type=int, default=3, help="runs of the dense form, ten times as many of ours")
+    parser.add_argument("--repeats", type=int, default=3, help="of the dense form; the factored one runs 10x as often")
     args = parser.parse_args()
     device = jax.devices()[0]
     print(f"{args.tokens} tokens, float32, {device.device_kind} ({device.platform}), jax {jax.__version__}\n")

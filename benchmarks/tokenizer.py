@@ -1,13 +1,12 @@
-"""Throughput of a tokenizer's encode, decode and train step, as a share of the matmul rate that this device reaches.
+"""Throughput of a tokenizer's encode, decode and train step, as a share of the device's measured matmul rate.
 
 python benchmarks/tokenizer.py --preset gr-d64 --batch-size 1                          # CPU
 python benchmarks/tokenizer.py --preset gr-d64 --batch-size 64 --dtype bfloat16        # GPU, TPU
 
-FLOPs are those of the matmuls and convolutions in the traced program, two for a multiply-add, padding included,
-everything else (norms, activations, softmax, merging) not: the model's FLOPs, as they are usually counted for an MFU.
-XLA's own count is printed beside it; it takes a scan's body once, whatever its length, and leaves out padded taps.
-On a CPU that other programs use as well, the share in processor time is the one to trust: both sides of it count only
-the seconds that this program was running.
+FLOPs are counted as usual for MFU: matmuls and convolutions of the traced program, two per multiply-add, with padding;
+norms, activations, softmax and merging are excluded. XLA's own count is printed beside it. XLA counts the body of a
+scan only once, whatever its length, and excludes padded taps. On a shared CPU, trust the share in processor time: it
+compares only the seconds in which this program ran.
 """
 
 import argparse
@@ -38,7 +37,7 @@ MATMUL_SIZES = {"cpu": (768, 1536, 3072), "gpu": (4096, 8192, 16384), "tpu": (40
 
 
 class Program(NamedTuple):
-    """Something to time; `carry` passes the first result on as the first argument of the next call."""
+    """A function to time; `carry` passes its first result to the next call as the first argument."""
 
     name: str
     function: Callable
@@ -47,19 +46,19 @@ class Program(NamedTuple):
 
 
 class Measured(NamedTuple):
-    """What one program takes."""
+    """FLOPs and times of one program."""
 
     name: str
-    flops: float  # of one call
+    flops: float  # per call
     xla_flops: float
     compile_seconds: float
-    best: float  # seconds of one call
+    best: float  # seconds per call
     median: float
-    cpu: float  # processor seconds of one call, all threads together
+    cpu: float  # processor seconds per call, over all threads
 
 
 def programs(config: TokenizerConfig, batch_size: int, compute: Compute, lpips: list[str]) -> Iterator[Program]:
-    """Encode, decode and train step at the training size, with random parameters."""
+    """Encode, decode and train step at the training resolution, with random parameters."""
     rng = np.random.default_rng(0)
     params = random_like(rng, model.param_shapes(config))
     side = config.resolution
@@ -88,7 +87,7 @@ def programs(config: TokenizerConfig, batch_size: int, compute: Compute, lpips: 
 
 
 def random_like(rng: np.random.Generator, shapes: Any) -> Any:
-    """Small random float32 leaves: no forward pass to compile, and activations that neither vanish nor overflow."""
+    """Small random float32 leaves, so that nothing has to be compiled and activations neither vanish nor overflow."""
     return jax.tree.map(lambda leaf: jnp.asarray(0.02 * rng.standard_normal(leaf.shape, np.float32)), shapes)
 
 
@@ -122,12 +121,12 @@ def measure(program: Program, steps: int, repeats: int) -> Measured:
 
 
 def matmul_rates(dtype: str, repeats: int) -> tuple[float, float]:
-    """FLOP/s of the fastest of a few square matmuls: by the clock, and by processor seconds of the host."""
+    """FLOP/s of the fastest of several square matmuls: per wall-clock second, and per processor second of the host."""
     rates, cpu_rates = [], []
     for size in MATMUL_SIZES[jax.default_backend()]:
         matrix = jnp.full((size, size), 1 / size, dtype)
         multiply = jax.jit(jnp.matmul).lower(matrix, matrix).compile()
-        chain = max(1, 4096 // size)  # several calls behind each other, or the time to start one is measured
+        chain = max(1, 4096 // size)  # several calls in a row, so that launch time does not count
         for _ in range(repeats + 1):
             start, cpu_start, result = time.perf_counter(), time.process_time(), matrix
             for _ in range(chain):
@@ -139,7 +138,7 @@ def matmul_rates(dtype: str, repeats: int) -> tuple[float, float]:
 
 
 def table(rows: list[Measured], batch_size: int, rates: tuple[float, float], peak: float | None) -> str:
-    """The measurements in Markdown."""
+    """A Markdown table of the measurements."""
     on_cpu = jax.default_backend() == "cpu"
     head = ["part", "GFLOP / image", "XLA counts", "s / batch", "median", "images/s", "GFLOP/s", "of matmul rate"]
     head += ["in processor time"] if on_cpu else []
@@ -163,14 +162,14 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=1)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--attention", choices=("xla", "cudnn", "tpu_flash"), default="xla")
-    parser.add_argument("--parts", default="encode,decode,train", help="any of them, with commas between")
-    parser.add_argument("--steps", type=int, default=1, help="calls of one timed run; take 10 or more on accelerators")
-    parser.add_argument("--repeats", type=int, default=5, help="timed runs; the best counts, the median is shown")
-    parser.add_argument("--lpips", nargs="*", default=[], help="files, folders or hub ids of LPIPS' weights")
+    parser.add_argument("--parts", default="encode,decode,train", help="which parts to time, separated by commas")
+    parser.add_argument("--steps", type=int, default=1, help="calls per timed run; use 10 or more on accelerators")
+    parser.add_argument("--repeats", type=int, default=5, help="timed runs; rates use the best, the median is shown")
+    parser.add_argument("--lpips", nargs="*", default=[], help="files, folders or hub ids of LPIPS weights")
     args = parser.parse_args()
     parts = args.parts.split(",")
     if unknown := set(parts) - {"encode", "decode", "train"}:
-        parser.error(f"--parts {','.join(sorted(unknown))}: allowed are encode, decode, train")
+        parser.error(f"--parts {','.join(sorted(unknown))}: choose from encode, decode, train")
     device = jax.devices()[0]
     peak = peak_flops(device.device_kind, args.dtype)
     compute = Compute(dtype=args.dtype, attention=args.attention)
@@ -178,7 +177,7 @@ def main() -> None:
     for program in programs(PRESETS[args.preset], args.batch_size, compute, args.lpips):
         if program.name in parts:
             rows.append(measure(program, args.steps, args.repeats))
-            rates.append(matmul_rates(args.dtype, args.repeats))  # again: what else runs on the machine may change
+            rates.append(matmul_rates(args.dtype, args.repeats))  # again, because the load on the machine may change
     rate, cpu_rate = map(max, zip(*rates, strict=True))
     print(f"{args.preset}, batch of {args.batch_size}, {args.dtype}, {device.device_kind} ({device.platform})")
     print(f"matmul: {rate / 1e9:.1f} GFLOP/s measured" + (f", {peak / 1e12:.0f} TFLOP/s by data sheet" if peak else ""))
