@@ -91,7 +91,7 @@ def parse_caption(text: str) -> Wanted:
     objects = tuple(_wanted_object(match) for match in take(_OBJECT))
     rest = " ".join(_CONNECTIVES.sub(" ", rest).replace(";", " ").split())
     if rest or not objects or max(map(len, (places, warmths, directions, sides))) > 1 or (sides and len(objects) != 2):
-        problem = f"{rest!r} is not understood" if rest else "no objects, or two places, lights or arrangements"
+        problem = f"{rest!r} is not understood" if rest else "no objects, or two backgrounds, lights or arrangements"
         raise ValueError(f"caption {text!r}: {problem}")
     if sides and sides[0][1] == "right":
         objects = objects[::-1]

@@ -51,7 +51,7 @@ def test_sides_give_the_order():
         ("a star beside a heart", "beside"),
         ("the sunset", "the sunset"),
         ("on the beach", "no objects"),
-        ("a star at sunset on the beach", "two places"),
+        ("a star at sunset on the beach", "two backgrounds"),
         ("a star to the left of a heart to the right of a drop", "two"),
     ],
 )
