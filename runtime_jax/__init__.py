@@ -1,1 +1,1 @@
-"""What both methods run on and neither is about: config, PRNG, sharding, checkpoints, data, the train loop, weights."""
+"""The runtime of both methods: config, PRNG, sharding, checkpoints, data, the train loop, weights."""

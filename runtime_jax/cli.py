@@ -1,4 +1,4 @@
-"""What command lines share: sub-commands, config overrides, errors in one line, how a run ended."""
+"""Shared parts of the command lines: sub-commands, config overrides, one-line errors, how a run ended."""
 
 import argparse
 import logging
@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import TextIO
 
-# Of one sub-command: its arguments and the overrides of its config; the exit status, or None for success.
+# (arguments of a sub-command, overrides of its config) -> exit status, or None for success
 Run = Callable[[argparse.Namespace, list[str]], int | None]
 
 
@@ -17,7 +17,7 @@ class CommandLine:
     """A program of sub-commands, each with a function that runs it."""
 
     def __init__(self, prog: str, description: str | None, *, advise: Callable[[Exception, str], str] | None = None):
-        """`advise`: what else is said of an error (its second argument: `prog`), "" for nothing."""
+        """`advise`: (error, `prog`) -> text to add to the error's line."""
         self.prog = prog
         self._advise = advise or (lambda error, prog: "")
         self._parser = argparse.ArgumentParser(prog=prog, description=description)
@@ -25,24 +25,24 @@ class CommandLine:
         self._commands = self._parser.add_subparsers(dest="command", required=True)
 
     def command(self, name: str, run: Run, help: str, *, epilog: str | None = None) -> argparse.ArgumentParser:
-        """The parser of a new sub-command; one with an argument --config also takes overrides of its values."""
+        """The parser of a new sub-command; with an argument --config it also takes overrides of config values."""
         form = argparse.RawDescriptionHelpFormatter
         parser = self._commands.add_parser(name, help=help, description=help, epilog=epilog, formatter_class=form)
         parser.set_defaults(run=run)
         return parser
 
     def main(self, argv: Sequence[str] | None = None) -> int:
-        """Runs one command; errors that a user can mend are one line and exit status 1."""
+        """Runs one command; an error that a user can mend becomes one line and exit status 1."""
         logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
         try:
             try:
                 return self._run(argv)
             finally:
-                sys.stdout.flush()  # what it holds back, while a closed pipe can still be dealt with
+                sys.stdout.flush()  # here, while a closed pipe can still be handled
         except BrokenPipeError:
             if not (closed := [stream for stream in (sys.stdout, sys.stderr) if _is_closed_pipe(stream)]):
-                raise  # a pipe of the program's own
-            for stream in closed:  # Python flushes them once more when it ends
+                raise  # another pipe, one of the program's own
+            for stream in closed:  # Python flushes them again at exit
                 os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
             return 128 + signal.SIGPIPE
 
@@ -56,7 +56,7 @@ class CommandLine:
         except BrokenPipeError:
             raise
         except Exception as error:
-            from runtime_jax.training.checkpoint import CheckpointError  # here, for it takes a second
+            from runtime_jax.training.checkpoint import CheckpointError  # here: it takes a second
 
             if args.traceback or not isinstance(error, (ValueError, OSError, FloatingPointError, CheckpointError)):
                 raise
@@ -65,7 +65,7 @@ class CommandLine:
 
 
 def _is_closed_pipe(stream: TextIO) -> bool:
-    """Whether nobody reads any more what is written there, as behind `| head`."""
+    """Whether the reader of the stream is gone, as after `| head`."""
     poll = select.poll()
     poll.register(stream.fileno(), select.POLLOUT)
     return any(events & (select.POLLERR | select.POLLHUP) for _, events in poll.poll(0))
@@ -78,7 +78,7 @@ def config_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def report_end(done: str, stopped_by: str | None, step: int) -> int:
-    """Says how a run ended: `done`, or which signal stopped it; returns the exit status."""
+    """Prints `done`, or which signal stopped the run; returns the exit status."""
     if stopped_by is None:
         print(done)
         return 0
@@ -87,7 +87,7 @@ def report_end(done: str, stopped_by: str | None, step: int) -> int:
 
 
 def _overrides(args: argparse.Namespace, rest: Sequence[str], command: str) -> list[str]:
-    """`--config.a.b=value` arguments as `a.b=value`; anything else that argparse left is an error."""
+    """`--config.a.b=value` arguments as `a.b=value`; any other argument that argparse left is an error."""
     overrides, rest = [], list(rest)
     while rest:
         item = rest.pop(0)

@@ -1,6 +1,6 @@
-"""What programs cost: operations counted from their jaxprs, sizes from shapes alone, and tables of them.
+"""Costs of programs: FLOPs from their jaxprs, sizes from shapes, and tables of both.
 
-XLA's own count of operations takes the body of a scan once, whatever its number of turns.
+XLA's own count takes the body of a scan once, however often it runs.
 """
 
 import math
@@ -11,7 +11,7 @@ import jax
 import jax.extend as jex
 import numpy as np
 
-# Dense bfloat16 peaks of one device, FLOP/s, from the makers' data sheets; the first name that fits counts.
+# Dense bfloat16 peaks of one device, FLOP/s, from the makers' data sheets; the first name that fits decides.
 PEAKS = (
     ("H100 PCIe", 756e12),
     ("H100", 989e12),
@@ -26,12 +26,12 @@ PEAKS = (
 
 
 def peak_flops(device_kind: str, dtype: str) -> float | None:
-    """FLOP/s of one device by its data sheet; None where it is not known, or `dtype` is not bfloat16."""
+    """FLOP/s of one device by its data sheet; None if unknown or `dtype` is not bfloat16."""
     return next((peak for name, peak in PEAKS if name in device_kind and dtype == "bfloat16"), None)
 
 
 def count_flops(jaxpr: jex.core.Jaxpr) -> float:
-    """FLOPs of the matmuls and convolutions of a program, those in a scan once for every turn."""
+    """FLOPs of a program's matmuls and convolutions; the body of a scan counts once for every turn."""
     total = 0.0
     for equation in jaxpr.eqns:
         if equation.primitive.name == "dot_general":
@@ -40,7 +40,7 @@ def count_flops(jaxpr: jex.core.Jaxpr) -> float:
             total += 2 * math.prod(equation.outvars[0].aval.shape) * math.prod(left[axis] for axis in contracted)
         elif equation.primitive.name == "conv_general_dilated":
             kernel, numbers = equation.invars[1].aval.shape, equation.params["dimension_numbers"]
-            taps = math.prod(kernel) // kernel[numbers.rhs_spec[0]]  # of one output number
+            taps = math.prod(kernel) // kernel[numbers.rhs_spec[0]]  # per output number
             holes = math.prod(equation.params["lhs_dilation"])  # zeros between inputs: a strided one's gradient
             groups = equation.params["batch_group_count"]
             total += 2 * math.prod(equation.outvars[0].aval.shape) * taps / holes / groups
@@ -65,7 +65,7 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
 
 
 def program_row(name: str, traced: Any, compile: bool) -> tuple[str, str, str]:
-    """A traced program's name, its GFLOP, and, if it is to be compiled, the MB of temporary memory that it takes."""
+    """A traced program's name, its GFLOP, and with `compile` the MB of temporary memory that it takes."""
     flops = count_flops(traced.jaxpr.jaxpr)
     memory = f"{traced.lower().compile().memory_analysis().temp_size_in_bytes / 1e6:.1f}" if compile else "(--compile)"
     return name, f"{flops / 1e9:,.1f}", memory

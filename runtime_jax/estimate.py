@@ -1,4 +1,4 @@
-"""A mean and how sure it is."""
+"""Means with confidence intervals."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ from scipy.special import stdtrit
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean, half the width of its 95 % confidence interval (None: not known), and the number of values."""
+    """A mean, half the width of its 95 % confidence interval (None: unknown), and the number of values."""
 
     mean: float
     half_width: float | None
@@ -19,13 +19,13 @@ class Estimate:
         return f"{self:.2f}"
 
     def __format__(self, form: str) -> str:
-        """The mean and, where it is known, the half width, each in this form; two decimals without one."""
+        """The mean and, if known, the half width, both in this format; by default with two decimals."""
         form = form or ".2f"
         return f"{self.mean:{form}}" + ("" if self.half_width is None else f" ± {self.half_width:{form}}")
 
 
 def estimate(values: np.ndarray | Sequence[float], *, independent: bool = True) -> Estimate:
-    """Mean and, of independent values, 95 % interval (Student's t); the half width of a single value is inf.
+    """Mean and, for independent values, 95 % interval (Student's t); the half width of a single value is inf.
 
     Raises:
       ValueError: no values, or NaN among them (a broken image must not vanish in a mean).

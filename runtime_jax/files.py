@@ -1,4 +1,4 @@
-"""Files that a reader never sees half written."""
+"""Atomic writes: a reader never sees a half-written file."""
 
 import contextlib
 import json
@@ -10,7 +10,7 @@ from typing import Any
 
 @contextlib.contextmanager
 def replacing(path: str | os.PathLike) -> Iterator[Path]:
-    """A new file to write, which takes the place of `path` if the block ends well; folders are made.
+    """A new file to write; it replaces `path` if the block succeeds. Missing folders are made.
 
     >>> with replacing("runs/notes.txt") as new:
     ...     new.write_text("whole")

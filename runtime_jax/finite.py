@@ -1,7 +1,7 @@
-"""Results that are not finite are errors which say where such values first appear.
+"""Errors for results that are not finite; they name the stage where such values first appear.
 
-A compiled function cannot raise, so it returns flags beside its result: one for each stage of its work. Whoever calls
-it from the host passes them to `check_finite`.
+A compiled function cannot raise, so it returns a flag for each of its stages beside its result. The caller on the host
+passes them to `check_finite`.
 """
 
 from collections.abc import Mapping
@@ -23,7 +23,7 @@ class NotFiniteError(FloatingPointError):
 
 
 def all_finite(x: Array) -> Bool[Array, ""]:
-    """Whether an array holds finite numbers only; whole on every device, so that each host can read it."""
+    """Whether all numbers of an array are finite; replicated, so that each host can read it."""
     return constrain(jnp.isfinite(x).all())
 
 
@@ -31,15 +31,15 @@ def check_finite(stages: Mapping[str, Flags], params: Mapping[str, Any]) -> None
     """Makes sure that every stage of a computation is finite.
 
     Args:
-      stages: flags by what they are of, in the order of the work; of several, such as those of sampling steps, the
-        first that is False is named by its number.
-      params: of the networks that were used, by name; looked through when something is wrong.
+      stages: flags by the name of their stage, in the order of the work; of an array of flags, such as one for each
+        sampling step, the error names the number of the first that is False.
+      params: parameters of the networks used, by name; searched only when a flag is False.
 
     Raises:
       NotFiniteError: names the first stage that is not finite, and the parameters that are not.
     """
     if any(isinstance(flags, jax.core.Tracer) for flags in stages.values()):
-        return  # inside another program, which has no results yet
+        return  # traced inside another program, which has no results yet
     for name, flags in stages.items():
         flags = np.asarray(flags)
         if not flags.all():
@@ -55,10 +55,10 @@ def _cause(params: Mapping[str, Any]) -> str:
 
 
 def _not_finite(tree: Any, name: str) -> list[str]:
-    """A text for each parameter that holds values which are not finite."""
+    """One line for each parameter with values that are not finite."""
     lines = []
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
         if count := int(jnp.sum(~jnp.isfinite(leaf))):
-            where = "/".join([name, jax.tree_util.keystr(path, simple=True, separator="/")])
-            lines.append(f"{where} ({count} of {leaf.size} values)")
+            where = jax.tree_util.keystr(path, simple=True, separator="/")
+            lines.append(f"{name}/{where} ({count} of {leaf.size} values)")
     return lines

@@ -1,4 +1,4 @@
-"""Packages whose public names are imported when they are first used."""
+"""Packages that import a public name when it is first used."""
 
 import importlib
 from collections.abc import Callable, Mapping, Sequence
@@ -8,13 +8,11 @@ from typing import Any
 def attributes(
     package: str, homes: Mapping[str, Sequence[str]]
 ) -> tuple[Callable[[str], Any], Callable[[], list[str]], list[str]]:
-    """`__getattr__`, `__dir__` and `__all__` of a package (PEP 562), so that importing it imports nothing else.
+    """`__getattr__`, `__dir__` and `__all__` of a package (PEP 562) whose import loads no other module.
 
     >>> __getattr__, __dir__, __all__ = attributes(__name__, {"mergevq_jax.tokenizer.model": ("Tokenizer", "Tokens")})
 
-    Args:
-      package: its name.
-      homes: modules, and the public names that each of them defines.
+    `homes` maps modules to the public names that each of them defines.
     """
     home = {name: module for module, names in homes.items() for name in names}
 

@@ -1,4 +1,4 @@
-"""Lists in messages, cut where they would fill the screen."""
+"""Lists in messages, cut before they fill the screen."""
 
 from collections.abc import Iterable
 

@@ -1,7 +1,7 @@
 """Random numbers as a pure function of (seed, stream, step, example): a resumed or re-sharded run draws the same ones.
 
-No key is kept in the train state: the seed is config and every key is derived where it is used. What differs between
-examples folds in the example's index in the data set, never its place on a device.
+The train state holds no key: the seed is config, and every key is derived where it is used. Keys of single examples
+fold in the example's number in the data set, never its position on a device.
 """
 
 from enum import IntEnum
@@ -36,28 +36,25 @@ def _check_seed(seed: int) -> None:
 def stream_key(seed: int, stream: Stream, step: int | Int[Array, ""] = 0) -> Key[Array, ""]:
     """Key of one stream at one step: fold_in(fold_in(key(seed), stream), step).
 
-    Args:
-        seed: the run's seed, 0..2^32-1.
-        stream: what the numbers are for; two streams never share a key.
-        step: train step, a Python int or a traced scalar.
+    Two streams never share a key; the step may be traced.
 
     Raises:
-        ValueError: the seed is out of range.
+        ValueError: the seed is not in 0..2^32-1.
     """
     _check_seed(seed)
     return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), int(stream)), step)
 
 
-def example_keys(key: Key[Array, ""], indices: Int[Array, "B"] | Int[np.ndarray, "B"]) -> Key[Array, "B"]:
-    """One key per example [B] from its index in the data set [B], whatever the batch layout and the devices."""
-    return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, jnp.asarray(indices))
+def example_keys(key: Key[Array, ""], examples: Int[Array, "B"] | Int[np.ndarray, "B"]) -> Key[Array, "B"]:
+    """One key per example from its number in the data set; batch layout and devices play no part."""
+    return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, jnp.asarray(examples))
 
 
 def host_rng(seed: int, stream: Stream, *counters: int) -> np.random.Generator:
-    """NumPy generator for host-side work, a pure function of (seed, stream, counters): step, example's index.
+    """NumPy generator for the host, a pure function of (seed, stream, counters); counters are steps or examples.
 
     Raises:
-        ValueError: the seed is out of range.
+        ValueError: the seed is not in 0..2^32-1.
     """
     _check_seed(seed)
     return np.random.default_rng([seed, int(stream), *map(int, counters)])

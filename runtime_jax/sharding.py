@@ -78,7 +78,7 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
 
 
 def partition_spec(shape: Sequence[int], axes: Sequence[Axis | None], mesh_shape: Mapping[str, int]) -> PartitionSpec:
-    """Spec of an array; a dimension that its mesh axes do not divide is split over fewer of them, or none."""
+    """Spec of an array; where the mesh axes do not divide a dimension, fewer of them or none split it."""
     used: set[str] = set()
     entries: list[tuple[str, ...] | None] = []
     for size, axis in zip(shape, axes, strict=True):
@@ -95,20 +95,18 @@ def partition_spec(shape: Sequence[int], axes: Sequence[Axis | None], mesh_shape
 
 
 def platform() -> str:
-    """The platform that a program is traced for ("cpu", "gpu", "tpu"): that of the mesh, or without one the default."""
+    """The platform that a program is traced for ("cpu", "gpu", "tpu"): the mesh's, or the default without a mesh."""
     device = jax.sharding.get_abstract_mesh().abstract_device
     return jax.default_backend() if device is None else device.platform
 
 
 def constrain(x: Shaped[Array, "..."], *axes: Axis | None) -> Shaped[Array, "..."]:
-    """Fix how `x` is laid out on the mesh set by `jax.set_mesh`; without one, `x` itself.
+    """Fixes how `x` is laid out on the mesh set by `jax.set_mesh`; without one, `x` itself.
 
-    Args:
-        x: any array.
-        axes: one logical axis per dimension; None means not split.
+    `axes` has one logical axis per dimension, None for one that is not split.
 
     Raises:
-        ValueError: unknown axis, or not one per dimension (also when no mesh is set, so that tests find it).
+        ValueError: unknown axis, or not one per dimension; without a mesh too, so that tests find it.
     """
     if len(axes) != x.ndim:
         raise ValueError(f"constrain: {len(axes)} axes {axes} for an array of shape {x.shape}")
@@ -139,12 +137,7 @@ def param_shardings(tree: Any, rules: Sequence[Rule], mesh: Mesh) -> Any:
 
     The first rule whose pattern matches the '/'-joined path, or a suffix of it that starts after a '/', decides. So a
     rule written for `blocks/0/kernel` also places `opt_state/0/mu/blocks/0/kernel` and `ema/blocks/0/kernel`. Leaves of
-    one element are replicated without a rule. A dimension which the mesh axis does not divide is replicated.
-
-    Args:
-        tree: pytree of arrays or jax.ShapeDtypeStruct.
-        rules: (pattern, axes) pairs, see `Rule`.
-        mesh: the mesh of `make_mesh`.
+    one element need no rule and are replicated. A dimension that the mesh axis does not divide is replicated.
 
     Raises:
         ValueError: lists every leaf that no rule matches or whose rank differs from its rule's.
@@ -182,23 +175,16 @@ def replicate(tree: Any, mesh: Mesh) -> Any:
     return place(tree, jax.tree.map(lambda _: replicated(mesh), tree))
 
 
-def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """The sharding that splits the first dimension over the batch axes of the mesh."""
-    return NamedSharding(mesh, PartitionSpec(_SPLIT_OVER[Axis.BATCH]))
-
-
 def shard_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, Array]:
     """Global device arrays [B, ...], split over the batch axes, from this process's rows [B / processes, ...].
 
     Raises:
         ValueError: the batch axes do not divide the global batch.
     """
-    sharding = batch_sharding(mesh)
-    parts = math.prod(mesh.shape[name] for name in _SPLIT_OVER[Axis.BATCH])
+    axes = _SPLIT_OVER[Axis.BATCH]
+    sharding, parts = NamedSharding(mesh, PartitionSpec(axes)), math.prod(mesh.shape[name] for name in axes)
     for name, value in batch.items():
-        if len(value) * jax.process_count() % parts:
-            raise ValueError(
-                f"batch[{name!r}]: {len(value) * jax.process_count()} examples do not divide over "
-                f"data x fsdp = {parts} parts of the mesh"
-            )
+        if (size := len(value) * jax.process_count()) % parts:
+            message = f"batch[{name!r}]: {size} examples do not divide over data x fsdp = {parts} parts of the mesh"
+            raise ValueError(message)
     return {name: jax.make_array_from_process_local_data(sharding, value) for name, value in batch.items()}

@@ -1,1 +1,1 @@
-"""Layers of both methods, and the dtype and attention that they compute with."""
+"""Layers that both methods use, with their attention and dtype."""

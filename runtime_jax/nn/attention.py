@@ -1,4 +1,4 @@
-"""One attention function for both packages; where it runs is a config value, what it computes is not."""
+"""The attention function of both packages. The config chooses its backend; the result is the same."""
 
 from typing import Literal, get_args
 
@@ -10,7 +10,7 @@ from runtime_jax.sharding import Axis, partition_spec
 
 AttentionBackend = Literal["xla", "cudnn", "tpu_flash"]
 FLASH_BLOCK = 128  # tokens
-HIDDEN = -3e4  # a logit that no softmax sees, finite in float16 too
+HIDDEN = -3e4  # the logit of a masked key: finite in float16, yet 0 after the softmax
 
 
 def attention(
@@ -25,9 +25,9 @@ def attention(
     """softmax(query · key / sqrt(D) + key_bias) · value over the keys that `mask` lets a query see; float32 inside.
 
     Args:
-      key_bias: added to the logits of a key for every query and head (ToMe's log(size)); "cudnn" gives it no gradient.
-      mask: which keys each query sees, at least one; None: all of them.
-      backend: "xla" anywhere; "cudnn" fused on NVIDIA GPUs (bfloat16, float16); "tpu_flash" Pallas' kernel on TPUs.
+      key_bias: added to a key's logits for every query and head (ToMe's log(size)); "cudnn" gives it no gradient.
+      mask: True where a query sees a key, at least one a query; None: all of them.
+      backend: "xla" runs anywhere; "cudnn" on NVIDIA GPUs, in bfloat16 or float16; "tpu_flash", Pallas' kernel, on TPUs.
 
     Raises:
       ValueError: unknown backend.
@@ -49,7 +49,7 @@ def attention(
 
 
 def _cudnn_with_bias(query, key, value, bias):
-    # With a bias, its kernels take even numbers of tokens only, and broadcast over batch and heads, not over queries.
+    # With a bias, cuDNN takes only even numbers of tokens, and broadcasts over batch and heads but not over queries.
     length = query.shape[1]
     bias = jnp.broadcast_to(bias, (*bias.shape[:2], length, bias.shape[-1])).astype(query.dtype)
     query, key, value = (_pad_tokens(x, 2) for x in (query, key, value))
@@ -70,14 +70,14 @@ def _tpu_flash(query, key, value, bias):
 
 
 def _flash_kernel(query, key, value, bias):
-    # Imported here: the module loads Pallas' TPU lowering, which other platforms do not need.
+    # Imported here: it loads Pallas' TPU lowering, which other platforms do not need.
     from jax.experimental.pallas.ops.tpu.flash_attention import SegmentIds, flash_attention
 
     batch, queries, _, width = query.shape
     keys = key.shape[1]
     query, key, value = (jnp.swapaxes(_pad_tokens(x, FLASH_BLOCK), 1, 2) for x in (query, key, value))
     if bias is not None:
-        # The kernel adds it before it scales the logits.
+        # The kernel adds the bias before it scales the logits.
         bias = _pad_tokens(bias.astype(jnp.float32) * width**0.5, FLASH_BLOCK, axis=3)
         bias = bias if bias.shape[2] == 1 else _pad_tokens(bias, FLASH_BLOCK, axis=2)
         bias = jnp.broadcast_to(bias, (*query.shape[:3], key.shape[2]))
@@ -88,6 +88,6 @@ def _flash_kernel(query, key, value, bias):
 
 
 def _pad_tokens(x, multiple, value=0.0, *, axis=1):
-    """Pads an axis up to a multiple of `multiple` tokens."""
-    padding = [(0, -size % multiple if place == axis else 0) for place, size in enumerate(x.shape)]
+    """Pads an axis to a multiple of `multiple` tokens."""
+    padding = [(0, -size % multiple if i == axis else 0) for i, size in enumerate(x.shape)]
     return jnp.pad(x, padding, constant_values=value)

@@ -1,4 +1,4 @@
-"""How a model is computed, apart from what it is."""
+"""Dtype, attention backend and rematerialisation of a model."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -23,5 +23,5 @@ class Compute:
 
     @property
     def jax_dtype(self) -> DTypeLike:
-        """The dtype for modules."""
+        """`dtype` as modules take it."""
         return jnp.dtype(self.dtype)

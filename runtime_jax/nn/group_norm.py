@@ -1,4 +1,4 @@
-"""The one GroupNorm."""
+"""The GroupNorm of every module."""
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -8,14 +8,14 @@ from jaxtyping import Array, Float
 
 from runtime_jax.nn.compute import Compute
 
-EPSILON = 1e-6  # of MergeVQ and of FLUX's autoencoder
+EPSILON = 1e-6  # of MergeVQ and FLUX's autoencoder
 
 
 class GroupNorm(nn.Module):
     """GroupNorm over all axes but batch and channels, statistics in float32.
 
-    Means run over positions first and over the channels of a group last. Channels lie innermost in memory, so that is
-    a plain sum of rows; a reduction that splits them into groups of two or four numbers was 6 times slower on a CPU.
+    Means run over positions first and over the channels of a group last. Channels lie innermost in memory, so the first
+    mean is a plain sum of rows; splitting the channels into groups of two or four first was 6 times slower on a CPU.
     """
 
     compute: Compute

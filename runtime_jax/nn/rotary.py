@@ -1,4 +1,4 @@
-"""Rotary positions: queries and keys turned by angles that their tokens' places give.
+"""Rotary position embedding: turns queries and keys by angles that depend on their tokens' positions.
 
 Axes: B batch, S tokens, H heads.
 """
@@ -8,12 +8,12 @@ from einops import rearrange
 from jaxtyping import Array, Float
 
 
-def apply_rope(x: Float[Array, "B S H head"], pe: Float[Array, "2 *places S pairs"]) -> Float[Array, "B S H head"]:
+def apply_rope(x: Float[Array, "B S H head"], pe: Float[Array, "2 *batch S pairs"]) -> Float[Array, "B S H head"]:
     """Turns the neighbouring channels (2 i, 2 i + 1) of every head by the angles of `pe`; float32.
 
     Args:
       x: queries or keys; `head` is twice `pairs`.
-      pe: cosines and sines of every token's angles; [2, B, S, pairs] where each example has its own.
+      pe: cosines and sines of the angles of every token; [2, B, S, pairs] if each example has its own.
     """
     cos, sin = (pe if pe.ndim == 4 else pe[:, None])[..., None, :]
     even, odd = rearrange(x.astype(jnp.float32), "b s h (pairs two) -> two b s h pairs", two=2)
