@@ -27,7 +27,7 @@ def attention(
     Args:
       key_bias: added to a key's logits for every query and head (ToMe's log(size)); "cudnn" gives it no gradient.
       mask: True where a query sees a key, at least one a query; None: all of them.
-      backend: "xla" runs anywhere; "cudnn" on NVIDIA GPUs, in bfloat16 or float16; "tpu_flash", Pallas' kernel, on TPUs.
+      backend: "xla" runs anywhere; "cudnn" on NVIDIA GPUs in bfloat16, float16; "tpu_flash" is Pallas' kernel for TPUs.
 
     Raises:
       ValueError: unknown backend.
