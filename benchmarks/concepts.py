@@ -1,12 +1,14 @@
-"""Two studies of the concepts that `tokenverse bench` has learned: four at once, and parallel attention keys.
+"""Two studies of concepts learned by `tokenverse bench`: four in one prompt, and parallel attention keys.
 
 python benchmarks/concepts.py --bench runs/bench --out runs/concepts
 
-four at once    four concepts of four images in one prompt of two pictures side by side, which the tiny base knows from
-                the isolation loss's kind of captions; each half is measured as a case of the benchmark. The concepts
-                are those of the benchmark, learned from images alone, and others learned on either side of a picture
-                that the base model made (`IsolationConfig.sides` and `own_weight`), a quarter of a minute each.
-parallel keys   whether the cosine that `tokenverse concepts inspect` gives of two concepts tells how they get on.
+four at once    One prompt asks for two pictures side by side, with four concepts from four images. The tiny base model
+                knows such prompts: they have the form of the isolation loss's captions. Each half is measured as a
+                benchmark case. Two sets of concepts are compared: those of the benchmark, learned from images alone,
+                and others learned on either side of an image that the base model made (`IsolationConfig.sides` and
+                `own_weight`), which takes a quarter of a minute each.
+parallel keys   Does the cosine that `tokenverse concepts inspect` prints for two concepts predict how well they work in
+                one image?
 """
 
 import argparse
@@ -32,18 +34,18 @@ from tokenverse_jax.bench.metrics import View, measure
 from tokenverse_jax.bench.rows import FULL
 from tokenverse_jax.bench.run import Bench, BenchConfig
 from tokenverse_jax.commands.concepts import compiled_keys, cosine_in_prompt
-from tokenverse_jax.concepts.bank import Concept, load
+from tokenverse_jax.concepts.bank import Concept, load_concepts
 from tokenverse_jax.concepts.compose import compose, place_stored
 from tokenverse_jax.concepts.concept_data import encode_prompts
 from tokenverse_jax.flux.pipeline import PromptEncoding
 
 
 class Study:
-    """A finished benchmark, and the same concepts learned on either side of other pictures as well.
+    """A finished benchmark, and the same concepts learned again beside other images.
 
     Attributes:
-      alone: the benchmark; its concepts are learned from images alone, with the paper's isolation loss.
-      beside: the other ones. The isolation loss has them on either side, and learns their own half.
+      alone: the benchmark. Its concepts are learned from images alone, with the paper's isolation loss.
+      beside: concepts whose image is on either side of the isolation pairs, with a loss on its own half.
     """
 
     def __init__(self, folder: Path, out: Path):
@@ -58,11 +60,11 @@ class Study:
         self.base_hash = self.pipeline.base_hash()
 
     def concept(self, bench: Bench, image: int, word: str) -> Concept:
-        """A word of an image, learned with the full method."""
-        return load(bench.files.concept(FULL, image), base_hash=self.base_hash).concept(word)
+        """The concept of a word of an image, learned with the full method."""
+        return load_concepts(bench.files.concept(FULL, image), self.base_hash).concept(word)
 
     def draw(self, bench: Bench, prompt: str, number: int, uses: list[Use], strength: float) -> np.ndarray:
-        """Images of two pictures side by side, [seeds, size, 2 size, 3], with concepts in the order of the prompt."""
+        """Draws two pictures side by side, [seeds, size, 2 size, 3], with concepts in the order of the prompt."""
         config, pipe = self.config, self.pipeline
         seen: dict[str, int] = {}
         placed = []
@@ -78,20 +80,20 @@ class Study:
             height=config.size,
             width=2 * config.size,
             seed=config.seed,
-            indices=number * config.seeds + np.arange(config.seeds),
+            examples=number * config.seeds + np.arange(config.seeds),
             offsets=composed.repeat(config.seeds),
             **vars(config.sampling),
         )
         return np.asarray(images)
 
     def views(self, images: np.ndarray) -> list[list[View]]:
-        """What the judge sees in the left and in the right picture."""
+        """What the judge sees in the left and the right pictures."""
         parts = [np.ascontiguousarray(part) for part in np.split(images, 2, axis=2)]
         return [[View(*pair) for pair in zip(part, self.judge.look(part), strict=True)] for part in parts]
 
 
 def four_at_once(study: Study, out: Path) -> Iterator[str]:
-    """A table of CP, PF and CP·PF with and without the four; writes a picture of the first seed of every prompt."""
+    """A table of CP, PF and CP·PF with and without the four concepts. Writes a picture of each prompt's first seed."""
     rows: dict[str, list[list[float]]] = {"without": [], "learned alone": [], "learned beside others": []}
     images, size, columns = study.alone.images, study.config.size, []
     for number in range(0, len(images) // 2, 4):
@@ -119,14 +121,14 @@ def four_at_once(study: Study, out: Path) -> Iterator[str]:
 
 
 def _halves(group: list[ConceptImage], number: int) -> list[Case]:
-    """Two prompts with the first objects of two images each."""
+    """Two cases, each with the first objects of two images."""
     rng = host_rng(0, Stream.EVAL, 7, number)
     halves = [make_pair(rng, group[0], group[1]), make_pair(rng, group[2], group[3])]
     return [dataclasses.replace(half, prompt=half.prompt.replace(" to the left of ", " and ")) for half in halves]
 
 
 def parallel_keys(study: Study) -> Iterator[str]:
-    """Tables by fifths of the cosine, of all cases with two objects that have a concept."""
+    """A table by fifths of the cosine, over all cases with concepts on two objects; then rank correlations."""
     measured = {(r["task"], r["case"]): r["seeds"] for r in study.alone.files.records() if r["row"] == FULL}
     keys, found = compiled_keys(study.pipeline), []
     for case in study.alone.cases:
@@ -155,7 +157,7 @@ def parallel_keys(study: Study) -> Iterator[str]:
 
 
 def main() -> None:
-    """Prints both tables."""
+    """Prints the tables of both studies."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--bench", type=Path, default=Path("runs/bench"), help="workdir of a finished benchmark")
     parser.add_argument("--out", type=Path, default=Path("runs/concepts"))

@@ -181,10 +181,11 @@ def _build(cls: type, args, overrides: list[str]):
 
 
 def _learn(args, overrides) -> int:
-    from tokenverse_jax.commands.learn import LearnRunConfig, learn
+    from runtime_jax.workdir import local_path
+    from tokenverse_jax.commands.learn import CONCEPT_FILE, LearnRunConfig, learn
 
-    learned = learn(_build(LearnRunConfig, args, overrides), args.workdir)
-    return report_end(f"the concepts are in {learned.path}", learned.stopped_by, learned.step)
+    result = learn(_build(LearnRunConfig, args, overrides), args.workdir)
+    return report_end(f"the concepts are in {local_path(args.workdir) / CONCEPT_FILE}", result.stopped_by, result.step)
 
 
 def _concepts(args, _) -> None:
@@ -209,10 +210,11 @@ def _bench(args, overrides) -> None:
 
 
 def _train_base(args, overrides) -> int:
-    from tokenverse_jax.base.run import BaseConfig, train
+    from runtime_jax.workdir import local_path
+    from tokenverse_jax.base.run import FOLDER, BaseConfig, train
 
-    trained = train(_build(BaseConfig, args, overrides), args.workdir)
-    return report_end(f"the model is in {trained.folder}", trained.stopped_by, trained.step)
+    result = train(_build(BaseConfig, args, overrides), args.workdir)
+    return report_end(f"the model is in {local_path(args.workdir) / FOLDER}", result.stopped_by, result.step)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from tiny_pipeline import FLUX, SIDE, write_tiny_pipeline
 from runtime_jax.config import build, load, to_dict
 from runtime_jax.training.program import Program
 from tokenverse_jax.commands.learn import CONCEPT_FILE, LearnRunConfig, learn
-from tokenverse_jax.concepts import bank
+from tokenverse_jax.concepts.bank import load_concepts
 from tokenverse_jax.concepts.compose import compose, place_recomputed, place_stored
 from tokenverse_jax.concepts.concept_data import read_image
 from tokenverse_jax.flux import model_folder
@@ -68,8 +68,8 @@ def config(folder):
 def trained(config, tmp_path_factory):
     """The workdir of a run that nothing interrupted."""
     workdir = tmp_path_factory.mktemp("runs") / "whole"
-    learned = learn(config, workdir)
-    assert learned == (workdir / CONCEPT_FILE, 5, None)
+    result = learn(config, workdir)
+    assert (result.step, result.stopped_by) == (5, None) and (workdir / CONCEPT_FILE).is_file()
     return workdir
 
 
@@ -80,7 +80,7 @@ def records(workdir):
 
 def test_a_run_leaves_concepts_that_change_images(trained, folder, config):
     pipeline = Pipeline.from_pretrained(folder)
-    file = bank.load(trained / CONCEPT_FILE, base_hash=pipeline.base_hash())
+    file = load_concepts(trained / CONCEPT_FILE, pipeline)
     assert [concept.word for concept in file.concepts] == ["ball", "beach"]
     assert (file.caption, file.base) == ("a ball on the beach", str(folder))
     np.testing.assert_array_equal(file.image, read_image(folder / "ball.png", config.size))

@@ -240,7 +240,6 @@ def test_fingerprint():
 def test_encoded_prompts(pipeline, encoded):
     assert encoded.txt.shape == (2, TEXT_LENGTH, FLUX.joint_attention_dim)
     assert encoded.vec.shape == (2, FLUX.pooled_projection_dim)
-    assert encoded.ids.shape == (2, TEXT_LENGTH)
     alone = pipeline.encode_prompts(PROMPTS[1:])
     np.testing.assert_allclose(alone.txt, encoded.txt[1:], atol=1e-5)
     np.testing.assert_allclose(alone.vec, encoded.vec[1:], atol=1e-5)
@@ -311,7 +310,7 @@ def test_images_are_those_of_a_plain_loop(pipeline, encoded, base):
 
 
 def test_images_do_not_depend_on_the_batch(pipeline, base):
-    second = np.asarray(pipeline.generate(PROMPTS[1:], **SIZE, indices=np.array([1])))
+    second = np.asarray(pipeline.generate(PROMPTS[1:], **SIZE, examples=np.array([1])))
     assert np.abs(second.astype(int) - base[1:]).max() <= 1
     other = np.asarray(pipeline.generate(PROMPTS[1:], **SIZE))
     assert np.abs(other.astype(int) - base[1:]).max() > 10
@@ -356,7 +355,7 @@ def test_parameters_are_arguments_of_the_program(pipeline, encoded, base):
         ({"height": 10}, "image size 10x12: positive multiples of 4 are needed"),
         ({"num_steps": 0}, "num_steps: got 0, at least 1"),
         ({"negative_prompt": "a cat"}, "negative_prompt has no effect with cfg_scale=1"),
-        ({"indices": np.arange(3)}, r"indices: one for each of the 2 prompts is needed, got shape \(3,\)"),
+        ({"examples": np.arange(3)}, r"examples: one for each of the 2 prompts is needed, got shape \(3,\)"),
     ],
 )
 def test_what_cannot_be_generated(pipeline, encoded, change, message):

@@ -80,7 +80,7 @@ def base(model) -> list[np.ndarray]:
     loaded = Pipeline.from_pretrained(model)
     prompt = PromptEncoding(*(np.repeat(part, 2, axis=0) for part in loaded.encode_prompts([PROMPT])))
     settings = {"height": 12, "width": 16, "num_steps": 2, "cfg_scale": 2.0}
-    made = [loaded.generate(prompt, indices=np.array(two), **settings) for two in ((0, 1), (2, 0))]
+    made = [loaded.generate(prompt, examples=np.array(two), **settings) for two in ((0, 1), (2, 0))]
     return list(np.concatenate(made).astype(int))
 
 

@@ -11,7 +11,7 @@ import pytest
 from tiny_pipeline import random_params
 
 from runtime_jax.weights import read_safetensors, write_safetensors
-from tokenverse_jax.concepts.bank import Concept, ConceptFile, key_similarity, load, text_keys
+from tokenverse_jax.concepts.bank import Concept, ConceptFile, key_similarity, load_concepts, text_keys
 from tokenverse_jax.flux.model import Flux, FluxConfig, param_shapes
 
 D, BLOCKS = 6, 3
@@ -52,7 +52,7 @@ def test_a_file_comes_back(tmp_path):
     file = make_file(make_concept(), light, params=params, image=image, caption='a "dog" at dawn, \u00e9')
     path = tmp_path / "bank" / "street.safetensors"
     file.save(path)
-    back = load(path, base_hash="abc")
+    back = load_concepts(path, "abc")
     for name in ("caption", "base", "base_hash", "tool_version"):
         assert getattr(back, name) == getattr(file, name)
     assert back.tool_version
@@ -77,7 +77,7 @@ def test_a_file_comes_back(tmp_path):
 def test_a_file_takes_arrays_of_jax(tmp_path):
     concept = make_concept(offset=np.asarray(jnp.ones((2, D))))
     make_file(concept, params={"concept_mod": {"bias": jnp.ones(3)}}).save(tmp_path / "a.safetensors")
-    np.testing.assert_array_equal(load(tmp_path / "a.safetensors", base_hash=None).params["concept_mod"]["bias"], 1)
+    np.testing.assert_array_equal(load_concepts(tmp_path / "a.safetensors").params["concept_mod"]["bias"], 1)
 
 
 def test_a_word_at_full_size_is_below_two_megabytes(tmp_path):
@@ -143,8 +143,8 @@ def test_the_name_of_a_file(tmp_path):
 def test_a_concept_of_another_base_is_refused(saved):
     path = saved()
     with pytest.raises(ValueError, match="learned on some/FLUX with weights abc, but the loaded model's are xyz"):
-        load(path, base_hash="xyz")
-    assert load(path, base_hash=None).base == "some/FLUX"
+        load_concepts(path, "xyz")
+    assert load_concepts(path).base == "some/FLUX"
 
 
 WORD = {"word": "dog", "token_ids": [7, 8], "blocks": "both", "strength": 1.0}
@@ -179,15 +179,15 @@ WORD = {"word": "dog", "token_ids": [7, 8], "blocks": "both", "strength": 1.0}
 def test_files_that_are_not_right(saved, metadata, tensors, message):
     path = saved(tensors, **metadata)
     with pytest.raises(ValueError, match=message):
-        load(path, base_hash="abc")
+        load_concepts(path, "abc")
 
 
 def test_files_that_are_none(tmp_path):
     with pytest.raises(ValueError, match=r"nothing.safetensors: no such file"):
-        load(tmp_path / "nothing.safetensors", base_hash=None)
+        load_concepts(tmp_path / "nothing.safetensors")
     (tmp_path / "torn.safetensors").write_bytes(b"torn")
     with pytest.raises(ValueError, match="not a readable safetensors file"):
-        load(tmp_path / "torn.safetensors", base_hash=None)
+        load_concepts(tmp_path / "torn.safetensors")
 
 
 # Keys.

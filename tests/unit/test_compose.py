@@ -1,4 +1,4 @@
-"""Requests for concepts, their places in a prompt, and what several of them add up to."""
+"""Requests for concepts, their positions in a prompt, and what several of them add up to."""
 
 import dataclasses
 import itertools
@@ -110,14 +110,14 @@ def test_requests_that_a_file_cannot_meet():
         ConceptRequest(target="dog", path="f", word="cat").choose(make_file("dog"))
 
 
-# Places.
+# Positions.
 
 
 def test_a_stored_concept_lies_on_its_word(tokenizer):
     concept = make_concept("dogs", tokens=2)
     placed = place_stored(concept, tokenizer, "a cat and dogs", "dogs", 0.5)
     assert placed == (concept, (3, 4), 0.5)
-    assert place_stored(make_concept(), tokenizer, "a dog and a dog", "dog#2").places == (4,)
+    assert place_stored(make_concept(), tokenizer, "a dog and a dog", "dog#2").positions == (4,)
 
 
 def test_a_stored_concept_needs_its_number_of_tokens(tokenizer):
@@ -136,7 +136,7 @@ def test_a_recomputed_concept_has_the_prompts_own_directions(tokenizer):
     concept = make_concept(strength=2.0, blocks="double")
     placed = place_recomputed(concept, params, tokenizer, "a cat and dogs", txt, "dogs", 0.5)
     own = concept_mod.directions(params, txt[None])
-    assert placed.places == (3, 4) and placed.strength == 0.5
+    assert placed.positions == (3, 4) and placed.strength == 0.5
     assert placed.concept.token_ids == tuple(tokenizer("dogs")["input_ids"][:2])
     assert (placed.concept.word, placed.concept.strength, placed.concept.blocks) == ("dog", 2.0, "double")
     np.testing.assert_allclose(placed.concept.offset, own.shared[0, 3:5], rtol=1e-5)
@@ -218,9 +218,9 @@ def test_nine_concepts():
     ("placed", "message"),
     [
         ([], "no concepts to compose"),
-        ([PlacedConcept(make_concept(), (1, 2))], r"concept 'dog': 1 different places are needed, got \(1, 2\)"),
-        ([PlacedConcept(make_concept(tokens=2), (1, 1))], r"2 different places are needed, got \(1, 1\)"),
-        ([PlacedConcept(make_concept(), (LENGTH,))], r"places \(8,\): different tokens of a text of 8"),
+        ([PlacedConcept(make_concept(), (1, 2))], r"concept 'dog': 1 different positions are needed, got \(1, 2\)"),
+        ([PlacedConcept(make_concept(tokens=2), (1, 1))], r"2 different positions are needed, got \(1, 1\)"),
+        ([PlacedConcept(make_concept(), (LENGTH,))], r"positions \(8,\): different tokens of a text of 8"),
         (
             [PlacedConcept(make_concept(), (1,)), PlacedConcept(make_concept("hat", blocks="double"), (2,))],
             r"concepts 'dog', 'hat' do not go together: their blocks are \['both', 'double'\]",

@@ -65,9 +65,9 @@ def data(pipeline, captions, images):
 # Captions.
 
 
-def pieces(tokenizer, prompt, places):
+def pieces(tokenizer, prompt, positions):
     ids = tokenizer(prompt)["input_ids"]
-    return "".join(tokenizer.convert_ids_to_tokens([ids[place] for place in places])).replace("▁", "")
+    return "".join(tokenizer.convert_ids_to_tokens([ids[position] for position in positions])).replace("▁", "")
 
 
 def test_words_and_captions_are_bound_to_tokens(tokenizer, captions):
@@ -78,10 +78,14 @@ def test_words_and_captions_are_bound_to_tokens(tokenizer, captions):
         assert tokenizer.eos_token_id not in np.asarray(tokenizer(text)["input_ids"])[list(captions.tokens[i])]
         expected = [f"two {text} beside {other}" for other in ISOLATION.captions]
         assert captions.merged[i] == (*expected, *(f"two {other} beside {text}" for other in ISOLATION.captions))
-        for both, moved in zip(captions.merged[i], captions.merged_places[i], strict=True):
-            assert pieces(tokenizer, both, [moved + place for place in captions.tokens[i]]) == text.replace(" ", "")
+        for both, moved in zip(captions.merged[i], captions.merged_shifts[i], strict=True):
+            assert pieces(tokenizer, both, [moved + position for position in captions.tokens[i]]) == text.replace(
+                " ", ""
+            )
     ids = tokenizer(captions.texts[0])["input_ids"]
-    assert captions.word_ids == {word: tuple(ids[i] for i in places[0]) for word, places in captions.words.items()}
+    assert captions.word_ids == {
+        word: tuple(ids[i] for i in positions[0]) for word, positions in captions.words.items()
+    }
 
 
 @pytest.mark.parametrize(
@@ -107,8 +111,8 @@ def test_captions_and_words_that_do_not_fit(tokenizer, texts, words, message):
 
 def test_captions_and_words_with_other_quotes(tokenizer):
     texts = ["the dog\u2019s hat", "a hat, the dog's"]
-    places = bind_captions(tokenizer, LENGTH, [texts], ["dog\u02bcs"], None).words["dog\u02bcs"]
-    found = [pieces(tokenizer, *bound) for bound in zip(texts, places, strict=True)]
+    positions = bind_captions(tokenizer, LENGTH, [texts], ["dog\u02bcs"], None).words["dog\u02bcs"]
+    found = [pieces(tokenizer, *bound) for bound in zip(texts, positions, strict=True)]
     assert found == ["dog<unk>s", "dog's"]  # T5 reads them as they are
 
 
@@ -218,9 +222,9 @@ def test_every_token_of_a_merged_caption_knows_its_row(pipeline, data):
         for merged, both in enumerate(data.captions.merged[i]):
             whole = tokenizer(both)["input_ids"]
             own = data.pair_rows[i, merged]
-            found = {place: row for place, row in enumerate(own) if row < rows and data.mask[i, row]}
+            found = {position: row for position, row in enumerate(own) if row < rows and data.mask[i, row]}
             assert sorted(found.values()) == list(np.flatnonzero(data.mask[i]))
-            assert all(whole[place] == ids[row] for place, row in found.items())
+            assert all(whole[position] == ids[row] for position, row in found.items())
 
 
 def test_times_and_isolation_have_their_shares():

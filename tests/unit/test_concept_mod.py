@@ -101,17 +101,17 @@ def test_a_words_directions_are_the_mean_over_captions(params, txt):
 
 
 @pytest.mark.parametrize(
-    ("places", "message"),
+    ("positions", "message"),
     [
-        ([(1,)], "1 lists of places for 2 captions"),
+        ([(1,)], "1 lists of positions for 2 captions"),
         ([(1,), (1, 2)], r"the word has \[1, 2\] tokens in the captions"),
         ([(), ()], r"the word has \[0\] tokens"),
-        ([(1,), (TEXT,)], r"places \[\[1\], \[5\]\] are not all within a text of 5 tokens"),
+        ([(1,), (TEXT,)], r"positions \[\[1\], \[5\]\] are not all within a text of 5 tokens"),
     ],
 )
-def test_places_that_fit_no_word(params, txt, places, message):
+def test_positions_that_fit_no_word(params, txt, positions, message):
     with pytest.raises(ValueError, match=message):
-        word_directions(params, txt, places)
+        word_directions(params, txt, positions)
 
 
 def test_bad_widths():

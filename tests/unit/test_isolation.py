@@ -88,7 +88,7 @@ def test_the_pool_is_made_once(pipeline, tmp_path, monkeypatch):
     images = pool(pipeline)
     assert images.shape == (2, 2 * SIDE, 2 * SIDE, 3) and (images[0] != images[1]).any()
     size = {"height": 2 * SIDE, "width": 2 * SIDE}
-    expected = pipeline.generate([POOL.captions[1]], **size, num_steps=2, cfg_scale=2.0, indices=np.array([1]))
+    expected = pipeline.generate([POOL.captions[1]], **size, num_steps=2, cfg_scale=2.0, examples=np.array([1]))
     np.testing.assert_allclose(images[1].astype(int), expected[0].astype(int), atol=1)
     (folder,) = tmp_path.iterdir()
     (folder / "001.png").unlink()  # as if it had been stopped

@@ -53,15 +53,15 @@ def test_an_offset_for_each_token_and_block():
 
 
 @pytest.mark.parametrize(
-    ("places", "message"),
+    ("positions", "message"),
     [
-        ((), r"places \(\): different tokens of a text of 4"),
-        ((1, 1), r"places \(1, 1\)"),
-        ((-1, 0), r"places \(-1, 0\)"),
-        ((0, 4), r"places \(0, 4\)"),
-        ((0,), r"an offset of 2 tokens does not fit the places \(0,\)"),
+        ((), r"positions \(\): different tokens of a text of 4"),
+        ((1, 1), r"positions \(1, 1\)"),
+        ((-1, 0), r"positions \(-1, 0\)"),
+        ((0, 4), r"positions \(0, 4\)"),
+        ((0,), r"an offset of 2 tokens does not fit the positions \(0,\)"),
     ],
 )
-def test_places_that_do_not_fit(places, message):
+def test_positions_that_do_not_fit(positions, message):
     with pytest.raises(ValueError, match=message):
-        place_on_tokens(jnp.ones((2, 3)), places, 4)
+        place_on_tokens(jnp.ones((2, 3)), positions, 4)

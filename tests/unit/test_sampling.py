@@ -21,7 +21,7 @@ def field(x, times):
 
 @jax.jit
 def sample(noise):
-    return sampling.euler(field, noise, SIGMAS).tokens
+    return sampling.euler(field, noise, SIGMAS)[0]
 
 
 def test_euler_equals_a_loop():
@@ -35,7 +35,7 @@ def test_euler_equals_a_loop():
 def test_straight_paths_end_at_the_data(num_steps):
     clean = NOISE[::-1]
     sigmas = schedule.sigmas(schedule.PRESETS["dev"], num_steps, 300)
-    np.testing.assert_allclose(sampling.euler(lambda x, t: NOISE - clean, NOISE, sigmas).tokens, clean, atol=2e-6)
+    np.testing.assert_allclose(sampling.euler(lambda x, t: NOISE - clean, NOISE, sigmas)[0], clean, atol=2e-6)
 
 
 def test_one_scan_traces_the_model_once():
@@ -52,14 +52,14 @@ def test_one_scan_traces_the_model_once():
 
 
 def test_samples_stay_in_float32():
-    got = sampling.euler(lambda x, t: field(x, t).astype(jnp.bfloat16), NOISE, SIGMAS).tokens
+    got = sampling.euler(lambda x, t: field(x, t).astype(jnp.bfloat16), NOISE, SIGMAS)[0]
     assert got.dtype == jnp.float32
     np.testing.assert_allclose(got, sample(NOISE), atol=0.02)
     assert np.abs(got - sample(NOISE)).max() > 0
 
 
-def draw(indices):
-    return sampling.initial_noise(jax.random.key(3), indices, (5, 4))
+def draw(examples):
+    return sampling.initial_noise(jax.random.key(3), examples, (5, 4))
 
 
 def test_noise_is_standard_normal():
@@ -77,7 +77,7 @@ def test_noise_follows_the_example_not_the_batch():
 
 @pytest.mark.parametrize("sizes", [(8, 1, 1), (2, 2, 2)])
 def test_images_do_not_depend_on_the_mesh(sizes):
-    generate = jax.jit(lambda indices: (draw(indices), sampling.euler(field, draw(indices), SIGMAS).tokens))
+    generate = jax.jit(lambda examples: (draw(examples), sampling.euler(field, draw(examples), SIGMAS)[0]))
     noise, image = generate(np.arange(8))
     with jax.set_mesh(make_mesh(MeshConfig(data=sizes[0], fsdp=sizes[1], tensor=sizes[2]))):
         sharded_noise, sharded_image = generate(np.arange(8))

@@ -41,14 +41,12 @@ def report(pipeline: Pipeline, out: Path, *, count: int, sampling: UsualSampling
     from mini_scenes.judge import accuracies, follows
 
     captions = held_out_captions("test", count)
-    settings = vars(sampling) | {"height": sampling.size, "width": sampling.size}
-    del settings["size"]
     batches = []
     for start in range(0, count, BATCH_SIZE):
         # The last batch is filled up, so that all are one program.
-        indices = np.minimum(np.arange(start, start + BATCH_SIZE), count - 1)
-        prompts = [captions[i] for i in indices]
-        batches.append(pipeline.generate(prompts, indices=indices, **settings))
+        examples = np.minimum(np.arange(start, start + BATCH_SIZE), count - 1)
+        prompts = [captions[i] for i in examples]
+        batches.append(pipeline.generate(prompts, examples=examples, **sampling.arguments()))
     images = np.concatenate(batches)[:count]
     shares = accuracies(follows(captions, images))
     lines = [

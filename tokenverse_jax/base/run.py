@@ -5,7 +5,7 @@ import functools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -61,16 +61,10 @@ class BaseConfig:
             )
 
 
-class Trained(NamedTuple):
-    """What a run leaves."""
+def train(config: BaseConfig, workdir: str | Path) -> loop.Result:
+    """Trains all stages, or resumes, in `workdir`, and writes the pipeline's folder FOLDER there.
 
-    folder: Path  # the pipeline, once the run is through
-    step: int  # of the stage that it got to
-    stopped_by: str | None  # the signal that ended the run early
-
-
-def train(config: BaseConfig, workdir: str | Path) -> Trained:
-    """Trains all stages, or goes on with them, in `workdir`, and writes the pipeline's folder there.
+    Returns the result of the last stage, or of the stage that a signal stopped.
 
     Raises:
       ValueError: a checkpoint of another config.
@@ -78,45 +72,48 @@ def train(config: BaseConfig, workdir: str | Path) -> Trained:
       FloatingPointError: too many updates in a row were not finite.
     """
     with only_writer(workdir) as path:
-        return _train(config, path)
+        result = _train_vae(config, path / "vae")
+        if result.stopped_by is not None:
+            return result
+        vae_params = jax.device_get(result.state.ema)
+        stage = config.text_to_image
+        tokenizers = make_tokenizers(scene_words(), stage.captions.text_length)
+        networks = text_to_image.make_networks(stage, tokenizers, config.compute)
+        scenes = corpus.rows(config.seed, "train", range(config.num_scenes))
+        result = _train_reading(config, path / "reading", networks, scenes, tokenizers)
+        if result.stopped_by is not None:
+            return result
+        reads = jax.device_get(result.state.params)
+        part, latents = _encode(config, vae_params, scenes, path)
+        data = Corpus(
+            latents=latents,
+            layouts=_layouts(config, scenes, path),
+            scenes=scenes,
+            tokenizers=tokenizers,
+            captions=stage.captions,
+            batch_size=stage.training.batch_size,
+            seed=config.seed,
+        )
 
+        def pipeline(params: Params) -> Pipeline:
+            """What users load, of trained parts."""
+            return Pipeline(
+                transformer=Part(networks.transformer, params["transformer"]),
+                vae=part,
+                clip=Part(networks.clip, params["clip"]),
+                t5=Part(networks.t5, params["t5"]),
+                **tokenizers._asdict(),
+                schedule=config.schedule,
+                text_length=tokenizers.tokenizer_2.model_max_length,
+                usual=UsualSampling(size=config.image_size, **vars(config.sampling)),
+                compute=config.compute,
+            )
 
-def _train(config: BaseConfig, workdir: Path) -> Trained:
-    folder = workdir / FOLDER
-    result = _train_vae(config, workdir / "vae")
-    if result.stopped_by is not None:
-        return Trained(folder, result.step, result.stopped_by)
-    vae_params = jax.device_get(result.state.ema)
-    stage = config.text_to_image
-    tokenizers = make_tokenizers(scene_words(), stage.captions.text_length)
-    networks = text_to_image.make_networks(stage, tokenizers, config.compute)
-    scenes = corpus.rows(config.seed, "train", range(config.num_scenes))
-    result = _train_reading(config, workdir / "reading", networks, scenes, tokenizers)
-    if result.stopped_by is not None:
-        return Trained(folder, result.step, result.stopped_by)
-    reads = jax.device_get(result.state.params)
-    part, latents = _encode(config, vae_params, scenes, workdir)
-    data = Corpus(
-        latents=latents,
-        layouts=_layouts(config, scenes, workdir),
-        scenes=scenes,
-        tokenizers=tokenizers,
-        captions=stage.captions,
-        batch_size=stage.training.batch_size,
-        seed=config.seed,
-    )
-    pipeline = functools.partial(
-        text_to_image.make_pipeline,
-        networks=networks,
-        vae=part,
-        tokenizers=tokenizers,
-        schedule=config.schedule,
-        usual=UsualSampling(size=config.image_size, **vars(config.sampling)),
-    )
-    result = _train_text_to_image(config, workdir / "text_to_image", networks, reads, data, pipeline)
-    if result.stopped_by is None:
-        pipeline(jax.tree.map(lambda leaf: np.asarray(leaf, jnp.bfloat16), result.state.ema)).save_pretrained(folder)
-    return Trained(folder, result.step, result.stopped_by)
+        result = _train_text_to_image(config, path / "text_to_image", networks, reads, data, pipeline)
+        if result.stopped_by is None:
+            ema = jax.tree.map(lambda leaf: np.asarray(leaf, jnp.bfloat16), result.state.ema)
+            pipeline(ema).save_pretrained(path / FOLDER)
+        return result
 
 
 def _train_vae(config: BaseConfig, workdir: Path) -> loop.Result:

@@ -19,10 +19,7 @@ from tokenverse_jax.base.tokenizers import Tokenizers
 from tokenverse_jax.base.words import WordsHead, words_loss
 from tokenverse_jax.flux import autoencoder, model
 from tokenverse_jax.flux.model import Flux, FluxConfig
-from tokenverse_jax.flux.model_folder import Part
-from tokenverse_jax.flux.pipeline import Pipeline
-from tokenverse_jax.flux.sampling import UsualSampling
-from tokenverse_jax.flux.schedule import ScheduleConfig, flow, logit_normal_times
+from tokenverse_jax.flux.schedule import flow, logit_normal_times
 from tokenverse_jax.flux.text_encoders.clip import CLIPTextConfig, CLIPTextEncoder
 from tokenverse_jax.flux.text_encoders.t5 import T5Config, T5Encoder
 
@@ -105,29 +102,6 @@ def init_params(networks: Networks, seed: int) -> Params:
         "layout_head": LayoutHead().init(keys[3], jnp.zeros((1, 1, networks.transformer.width)))["params"],
         "words_head": WordsHead().init(keys[4], jnp.zeros((1, 1, networks.t5.d_model)))["params"],
     }
-
-
-def make_pipeline(
-    params: Params,
-    *,
-    networks: Networks,
-    vae: Part,
-    tokenizers: Tokenizers,
-    schedule: ScheduleConfig,
-    usual: UsualSampling,
-) -> Pipeline:
-    """What users load, of trained parts."""
-    return Pipeline(
-        transformer=Part(networks.transformer, params["transformer"]),
-        vae=vae,
-        clip=Part(networks.clip, params["clip"]),
-        t5=Part(networks.t5, params["t5"]),
-        **tokenizers._asdict(),
-        schedule=schedule,
-        text_length=tokenizers.tokenizer_2.model_max_length,
-        usual=usual,
-        compute=networks.compute,
-    )
 
 
 def reading_loss(params: Params, batch: dict[str, Array], step: Array, *, networks: Networks) -> tuple[Array, Means]:

@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, UInt8
 from runtime_jax.nn.compute import Compute
 from runtime_jax.prng import Stream, example_keys, stream_key
 from runtime_jax.training.network import Means, TrainingConfig
-from tokenverse_jax.flux.autoencoder import Autoencoder, AutoencoderConfig
+from tokenverse_jax.flux.autoencoder import Autoencoder, AutoencoderConfig, to_float, to_uint8
 
 Params = Any
 
@@ -34,11 +34,6 @@ def init_params(config: VAEConfig, seed: int) -> Params:
     side = config.model.downsampling
     key = stream_key(seed, Stream.PARAMS)
     return Autoencoder(config.model).init(key, jnp.zeros((1, side, side, 3)))["params"]
-
-
-def to_float(images: UInt8[Array, "B H W 3"]) -> Float[Array, "B H W 3"]:
-    """Pictures as the autoencoder takes them, in [-1, 1]."""
-    return images.astype(jnp.float32) / 127.5 - 1.0
 
 
 def loss(
@@ -75,7 +70,7 @@ def reconstruct(
 ) -> UInt8[Array, "B H W 3"]:
     """Pictures through the means of their latents."""
     rebuilt = Autoencoder(model, compute).apply({"params": params}, to_float(images))
-    return jnp.round(jnp.clip((rebuilt + 1.0) * 127.5, 0.0, 255.0)).astype(jnp.uint8)
+    return to_uint8(rebuilt)
 
 
 def psnr(images: UInt8[np.ndarray, "B H W 3"], rebuilt: UInt8[np.ndarray, "B H W 3"]) -> float:

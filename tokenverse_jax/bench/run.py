@@ -22,8 +22,7 @@ from tokenverse_jax.bench.picture import write_picture
 from tokenverse_jax.bench.rows import FULL, PROMPT, RENDERED, Row, make_rows, steer_case
 from tokenverse_jax.bench.table import Record, complete, markdown
 from tokenverse_jax.bench.workdir import Workdir
-from tokenverse_jax.concepts import bank
-from tokenverse_jax.concepts.bank import Concept, ConceptFile
+from tokenverse_jax.concepts.bank import Concept, ConceptFile, load_concepts
 from tokenverse_jax.concepts.concept_data import (
     ConceptData,
     bind_captions,
@@ -197,13 +196,12 @@ class Bench:
         ]
         seeds = self.config.seeds
         txt, offsets = jax.tree.map(lambda *parts: jnp.repeat(jnp.stack(parts), seeds, axis=0), *steered)
-        vec, ids = (np.repeat(part, seeds, axis=0) for part in (encoded.vec, encoded.ids))
         images = self.pipeline.generate(
-            PromptEncoding(txt, jnp.asarray(vec), ids),
+            PromptEncoding(txt, jnp.repeat(encoded.vec, seeds, axis=0)),
             height=self.config.size,
             width=self.config.size,
             seed=self.config.seed,
-            indices=np.asarray([self.cases.index(case) * seeds + i for case in cases for i in range(seeds)]),
+            examples=np.asarray([self.cases.index(case) * seeds + i for case in cases for i in range(seeds)]),
             offsets=offsets.replace(blocks=self.config.learn.blocks),
             **vars(self.config.sampling),
         )
@@ -215,7 +213,7 @@ class Bench:
             return {}
         concepts = {}
         for number in case.images:
-            file = bank.load(self.files.concept(row.name, number), base_hash=self._base_hash(row))
+            file = load_concepts(self.files.concept(row.name, number), self._base_hash(row))
             concepts |= {(number, concept.word): concept for concept in file.concepts}
         return concepts
 

@@ -47,7 +47,7 @@ def inspect_bank(paths: Sequence[Path], loader: Callable[[str], Loader], model: 
     Raises:
       ValueError: a file that is not a concept file, or files of several bases.
     """
-    files = {path: bank.load(path, base_hash=None) for path in paths}
+    files = {path: bank.load_concepts(path) for path in paths}
     lines = [
         *table(
             ("file", "caption", "base", "Concept-Mod", "kB"),

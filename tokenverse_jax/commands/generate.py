@@ -12,8 +12,7 @@ from jaxtyping import Array
 
 from runtime_jax.pictures import image_grid, save_png
 from runtime_jax.workdir import check_output
-from tokenverse_jax.concepts import bank
-from tokenverse_jax.concepts.bank import Concept
+from tokenverse_jax.concepts.bank import Concept, load_concepts
 from tokenverse_jax.concepts.compose import ConceptRequest, compose, place_recomputed, place_stored
 from tokenverse_jax.concepts.concept_mod import Params
 from tokenverse_jax.concepts.draw import Sampling, sample
@@ -39,7 +38,7 @@ class _Chosen(NamedTuple):
 
 def _choose(requests: Sequence[ConceptRequest], base_hash: str | None, mode: Mode) -> list[_Chosen]:
     """The concepts that are asked for; with `base_hash` None, whatever model they were learned on."""
-    files = {path: bank.load(path, base_hash=base_hash) for path in {request.path for request in requests}}
+    files = {path: load_concepts(path, base_hash) for path in {request.path for request in requests}}
     for path, file in files.items():
         if mode == "recomputed" and file.params is None:
             raise ValueError(f"{path}: holds no Concept-Mod, without which there are stored directions only")
@@ -59,7 +58,7 @@ def _compose(chosen: Sequence[_Chosen], tokenizer: Tokenizer, prompt: str, txt: 
             placed.append(place_stored(concept, tokenizer, prompt, target, strength))
         else:
             placed.append(place_recomputed(concept, params, tokenizer, prompt, txt, target, strength))
-    return compose(placed, 1 + max(place for item in placed for place in item.places))
+    return compose(placed)
 
 
 def encode(
@@ -157,7 +156,7 @@ def _sources(requests: Sequence[ConceptRequest]) -> list[tuple[np.ndarray, str]]
     """The image of each file that has one, and which of its words go where."""
     sources = []
     for path in dict.fromkeys(request.path for request in requests):
-        file = bank.load(path, base_hash=None)
+        file = load_concepts(path)
         uses = [(request.choose(file).word, request.target) for request in requests if request.path == path]
         text = ", ".join(word if word == target else f"{word} as {target}" for word, target in uses)
         if file.image is not None:

@@ -1,11 +1,11 @@
-"""A run that learns the concepts of an image: config, encoded data, loop, pictures on the way, and the concept file."""
+"""`tokenverse learn`: a run that learns the concepts of an image, from its config to the concept file."""
 
 import functools
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -25,8 +25,8 @@ from tokenverse_jax.concepts.compose import compose, place_stored
 from tokenverse_jax.concepts.concept_data import (
     Captions,
     ConceptData,
-    batches,
     bind_captions,
+    draw,
     encode_concept,
     encode_images,
     encode_prompts,
@@ -48,7 +48,7 @@ CONCEPT_FILE = "concept.safetensors"
 
 @dataclass(frozen=True, kw_only=True)
 class ImageConfig:
-    """An image file and captions for it: several, in other words and orders, that all name the words to learn."""
+    """An image file and its captions, in different words and orders; each contains every word to learn."""
 
     path: str
     captions: tuple[str, ...]
@@ -56,11 +56,11 @@ class ImageConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class LearnRunConfig:
-    """A whole run; what configs/tokenverse_*.py return is built into this."""
+    """A whole run, built from what configs/tokenverse_*.py return."""
 
     model: str  # a FLUX pipeline: folder, hub id, or the name of a shipped one
-    transformer: str | None = None  # its weights in FLUX's own file, instead of the folder's
-    vae: str | None = None  # the autoencoder's in FLUX's own file
+    transformer: str | None = None  # a file of its weights in FLUX's own layout, instead of the folder's
+    vae: str | None = None  # the same for the autoencoder
     dtype: Literal["float32", "bfloat16"] = "float32"  # of the model's parameters
     compute: Compute = Compute()
     mesh: sharding.MeshConfig = sharding.MeshConfig(data=1, tensor=-1)  # batches are small: devices share the model
@@ -69,10 +69,10 @@ class LearnRunConfig:
     size: int  # side of the images, pixels
     learn: LearnConfig = LearnConfig()
     seed: int = 0
-    prompts: tuple[str, ...] = ()  # of the pictures on the way; each holds one of the words
-    sampling: SamplingConfig = SamplingConfig()  # of these, and of the isolation loss' pool
+    prompts: tuple[str, ...] = ()  # drawn during learning; each contains one of the words
+    sampling: SamplingConfig = SamplingConfig()  # of the prompts, and of the isolation loss's pool
     cache: str = "~/.cache/tokenverse_jax/pool"  # of the pool's images
-    keep_params: bool = False  # write Concept-Mod's parameters too, for directions recomputed for each prompt
+    keep_params: bool = False  # also store Concept-Mod's parameters, to recompute directions for each prompt
     log_every: int = 20
     checkpoint_every: int = 200
     preview_every: int = 200
@@ -84,19 +84,11 @@ class LearnRunConfig:
             )
 
 
-class Learned(NamedTuple):
-    """What a run leaves."""
+def learn(config: LearnRunConfig, workdir: str | Path) -> loop.Result:
+    """Learns, or resumes, in `workdir`, and writes CONCEPT_FILE there unless a signal ends the run early.
 
-    path: Path  # the concept file
-    step: int
-    stopped_by: str | None  # the signal that ended the run early; there is no concept file then
-
-
-def learn(config: LearnRunConfig, workdir: str | Path) -> Learned:
-    """Learns, or goes on learning, in `workdir`.
-
-    What can be wrong with the config, the images, the words and the model's folder is found before anything is loaded
-    onto a device. Then everything is encoded, and the text encoders go before the transformer comes.
+    Errors in the config, the images, the words and the model's folder are found before anything is loaded onto a
+    device. Then everything is encoded, and the text encoders are freed before the transformer is loaded.
 
     Raises:
       ValueError: config, images, words, model or checkpoint that do not fit.
@@ -105,73 +97,59 @@ def learn(config: LearnRunConfig, workdir: str | Path) -> Learned:
     """
     if jax.process_count() > 1:
         raise ValueError("a concept is learned by one process, on all of its devices")
+    how, total = config.learn, config.learn.total_steps
     loop_config = loop.LoopConfig(
-        duration=Duration(steps=config.learn.total_steps),
+        duration=Duration(steps=total),
         log_every=config.log_every,
         checkpoint_every=config.checkpoint_every,
         preview_every=config.preview_every,
     )
     with only_writer(workdir, loop_config.min_free_bytes) as folder:
-        return _learn(config, loop_config, folder)
+        images = [read_image(image.path, config.size) for image in config.images]
+        mesh = sharding.make_mesh(config.mesh)
+        files = {"transformer": config.transformer, "vae": config.vae}
+        load = Loader(config.model, **files, dtype=config.dtype, mesh=mesh, compute=config.compute)
+        load.check_size(config.size, config.size)
+        bare = load()
+        tokenizer = bare.tokenizer_2
+        texts = [image.captions for image in config.images]
+        captions = bind_captions(tokenizer, bare.text_length, texts, config.words, how.isolation)
+        shown = [_shown_words(tokenizer, prompt, captions) for prompt in config.prompts]
+        if config.prompts:
+            text.encode(tokenizer, config.prompts, bare.text_length)
+        must_match = ["weights", "pixels", "images", "words", "size", "dtype", "learn", "seed"]
+        if how.isolation:
+            must_match.append("sampling")  # of the pool
 
-
-def _learn(config: LearnRunConfig, loop_config: loop.LoopConfig, workdir: Path) -> Learned:
-    images = [read_image(image.path, config.size) for image in config.images]
-    mesh = sharding.make_mesh(config.mesh)
-    load = Loader(
-        config.model,
-        transformer=config.transformer,
-        vae=config.vae,
-        dtype=config.dtype,
-        mesh=mesh,
-        compute=config.compute,
-    )
-    load.check_size(config.size, config.size)
-    bare = load()
-    captions = bind_captions(
-        bare.tokenizer_2,
-        bare.text_length,
-        [image.captions for image in config.images],
-        config.words,
-        config.learn.isolation,
-    )
-    shown = [_shown_words(bare.tokenizer_2, prompt, captions) for prompt in config.prompts]
-    if config.prompts:
-        text.encode(bare.tokenizer_2, config.prompts, bare.text_length)
-    pixels = [hashlib.sha256(image.tobytes()).hexdigest() for image in images]
-    # The pool of the isolation loss is sampled by the model.
-    must_match = ("weights", "pixels", "images", "words", "size", "dtype", "learn", "seed")
-    must_match += ("sampling",) if config.learn.isolation else ()
-
-    with jax.set_mesh(mesh):
-        ready = _prepare(config, load, np.stack(images), captions)
-        learner = Learner(ready.pipeline, config.learn, mesh)
-        result = fit(
-            learner.program,
-            workdir=workdir,
-            config=loop_config,
-            resolved_config=config_lib.to_dict(config) | {"weights": ready.weights, "pixels": pixels},
-            total_steps=config.learn.total_steps,
-            batch_size=config.learn.batch_size,
-            batches=functools.partial(batches, ready.data, config.learn, config.seed),
-            dtype=config.compute.dtype,
-            variant=lambda step: learner.variant(step, config.seed, ready.data),
-            preview=_Previews(config, ready, shown).draw if config.prompts else None,
-            init=functools.partial(learner.init, config.seed),
-            must_match=must_match,
-        )
-        path = workdir / CONCEPT_FILE
-        if result.stopped_by is None:
-            params = jax.device_get(result.state.params)
-            ConceptFile(
-                concepts=make_concepts(params, ready.data, config.learn),
-                caption=captions.texts[0],
-                base=config.model,
-                base_hash=ready.weights["transformer"],
-                image=center_crop(images[0], min(config.size, KEPT_SIDE)),
-                params=params if config.keep_params else None,
-            ).save(path)
-    return Learned(path, result.step, result.stopped_by)
+        with jax.set_mesh(mesh):
+            ready = _prepare(config, load, np.stack(images), captions)
+            learner = Learner(ready.pipeline, how, mesh)
+            pixels = [hashlib.sha256(image.tobytes()).hexdigest() for image in images]
+            result = fit(
+                learner.program,
+                workdir=folder,
+                config=loop_config,
+                resolved_config=config_lib.to_dict(config) | {"weights": ready.weights, "pixels": pixels},
+                total_steps=total,
+                batch_size=how.batch_size,
+                batches=lambda start: (draw(ready.data, how, config.seed, step) for step in range(start, total)),
+                dtype=config.compute.dtype,
+                variant=lambda step: learner.variant(step, config.seed, ready.data),
+                preview=functools.partial(ready.preview, shown) if config.prompts else None,
+                init=functools.partial(learner.init, config.seed),
+                must_match=must_match,
+            )
+            if result.stopped_by is None:
+                params = jax.device_get(result.state.params)
+                ConceptFile(
+                    concepts=make_concepts(params, ready.data, how),
+                    caption=captions.texts[0],
+                    base=config.model,
+                    base_hash=ready.weights["transformer"],
+                    image=center_crop(images[0], min(config.size, KEPT_SIDE)),
+                    params=params if config.keep_params else None,
+                ).save(folder / CONCEPT_FILE)
+        return result
 
 
 def _shown_words(tokenizer: Tokenizer, prompt: str, captions: Captions) -> list[str]:
@@ -188,14 +166,39 @@ def _shown_words(tokenizer: Tokenizer, prompt: str, captions: Captions) -> list[
     return words
 
 
-class _Prepared(NamedTuple):
-    """The model without its text encoders, and everything that they were needed for."""
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Prepared:
+    """The model without its text encoders, and everything that was encoded with them."""
 
+    config: LearnRunConfig
     pipeline: Pipeline
     weights: dict[str, str]  # fingerprints of all parts
     data: ConceptData
     prompts: PromptEncoding | None
     negative: PromptEncoding | None
+
+    def preview(self, shown: Sequence[Sequence[str]], state: LearnState, step: int) -> dict[str, np.ndarray]:
+        """The base model's pictures of the prompts above those with the learned words; `shown`: each prompt's words."""
+        prompts, tokenizer = self.config.prompts, self.pipeline.tokenizer_2
+        concepts = {c.word: c for c in make_concepts(state.params, self.data, self.config.learn)}
+        placed = [
+            [place_stored(concepts[word], tokenizer, prompt, word) for word in words]
+            for prompt, words in zip(prompts, shown, strict=True)
+        ]
+        length = 1 + max(position for row in placed for item in row for position in item.positions)
+        offsets = jax.tree.map(lambda *parts: jnp.stack(parts), *(compose(row, length) for row in placed))
+        rows = [list(self._base_images), list(self._draw(offsets))]
+        return {"prompts": image_grid(rows, row_labels=("base", f"step {step}"), column_labels=prompts)}
+
+    @functools.cached_property
+    def _base_images(self) -> np.ndarray:
+        return self._draw()
+
+    def _draw(self, offsets: Offsets = NO_OFFSETS) -> np.ndarray:
+        config = self.config
+        settings = vars(config.sampling) | {"height": config.size, "width": config.size, "seed": config.seed}
+        images = self.pipeline.generate(self.prompts, negative_prompt=self.negative, offsets=offsets, **settings)
+        return np.asarray(images)
 
 
 def _prepare(config: LearnRunConfig, load: Loader, images: np.ndarray, captions: Captions) -> _Prepared:
@@ -221,43 +224,4 @@ def _prepare(config: LearnRunConfig, load: Loader, images: np.ndarray, captions:
             negative=negative,
         )
         data = replace(data, pool_latents=encode_images(pipeline, pool))
-    return _Prepared(pipeline, weights, data, prompts, negative)
-
-
-class _Previews:
-    """Pictures of the prompts without and with what has been learned."""
-
-    def __init__(self, config: LearnRunConfig, ready: _Prepared, shown: Sequence[Sequence[str]]):
-        self._config, self._ready, self._shown = config, ready, shown
-        self._base: np.ndarray | None = None
-
-    def draw(self, state: LearnState, step: int) -> dict[str, np.ndarray]:
-        """The base model's pictures above those with the words' directions."""
-        config, tokenizer = self._config, self._ready.pipeline.tokenizer_2
-        concepts = {c.word: c for c in make_concepts(state.params, self._ready.data, config.learn)}
-        placed = [
-            [place_stored(concepts[word], tokenizer, prompt, word) for word in words]
-            for prompt, words in zip(config.prompts, self._shown, strict=True)
-        ]
-        length = 1 + max(place for row in placed for item in row for place in item.places)
-        composed = [compose(row, length) for row in placed]
-        if self._base is None:
-            self._base = self._generate()
-        images = self._generate(jax.tree.map(lambda *parts: jnp.stack(parts), *composed))
-        labels = ("base", f"step {step}")
-        return {
-            "prompts": image_grid([list(self._base), list(images)], row_labels=labels, column_labels=config.prompts)
-        }
-
-    def _generate(self, offsets: Offsets = NO_OFFSETS) -> np.ndarray:
-        config, ready = self._config, self._ready
-        images = ready.pipeline.generate(
-            ready.prompts,
-            height=config.size,
-            width=config.size,
-            seed=config.seed,
-            negative_prompt=ready.negative,
-            offsets=offsets,
-            **vars(config.sampling),
-        )
-        return np.asarray(images)
+    return _Prepared(config=config, pipeline=pipeline, weights=weights, data=data, prompts=prompts, negative=negative)

@@ -40,6 +40,7 @@ from tokenverse_jax.flux.words import word_key
 
 FORMAT = "tokenverse-concepts"
 FORMAT_VERSION = "1"
+METADATA = ("tool_version", "caption", "base", "base_hash")  # of a file, besides its format and words
 KEPT_SIDE = 128  # pixels of the image that goes into a file
 
 
@@ -53,7 +54,7 @@ class Concept:
       offset: [n, D] floats, direction of each token.
       block_offset: [blocks, n, D] floats, what each block adds to it, double blocks first; bfloat16 in files.
       blocks: "both", "double" or "single", those that it was learned with.
-      strength: factor that it is used with unless told otherwise.
+      strength: factor on the offsets, 1 by default.
     """
 
     word: str
@@ -114,8 +115,8 @@ class ConceptFile:
       caption: the first one of training.
       base: name of the model that they were learned on.
       base_hash: of its weights.
-      image: uint8 [h, w, 3], what it was learned from, small enough to keep: nothing but people looks at it.
-      params: Concept-Mod's, see `concept_mod.init_params`; only with them can directions be recomputed for a prompt.
+      image: uint8 [h, w, 3], a small copy of what it was learned from, for people to look at.
+      params: Concept-Mod's, see `concept_mod.init_params`; needed to recompute directions for a prompt.
       tool_version: of the library that made it.
     """
 
@@ -136,11 +137,7 @@ class ConceptFile:
             raise ValueError(f"a concept file's image is uint8 [h, w, 3], got {image.dtype} {list(image.shape)}")
 
     def concept(self, word: str) -> Concept:
-        """The concept of a word; words are compared as in `words.find_word`.
-
-        Raises:
-          ValueError: there is none; the message lists those that there are.
-        """
+        """The concept of a word, compared as in `words.find_word`; ValueError lists the words where there is none."""
         for concept in self.concepts:
             if word_key(concept.word) == word_key(word):
                 return concept
@@ -148,11 +145,7 @@ class ConceptFile:
         raise ValueError(f"no concept of {word!r} among those of the caption {self.caption!r}; there are: {words}")
 
     def save(self, path: str | os.PathLike) -> None:
-        """Writes the file, atomically; its layout is described at the top of this module.
-
-        Raises:
-          ValueError: the path does not end in .safetensors.
-        """
+        """Writes the file atomically, in the layout above; ValueError where the path does not end in .safetensors."""
         if Path(path).suffix != ".safetensors":
             raise ValueError(f"{os.fspath(path)}: the name of a concept file ends in .safetensors")
         params = {} if self.params is None else {"params": jax.device_get(self.params)}
@@ -164,33 +157,21 @@ class ConceptFile:
             if concept.block_offset is not None:
                 tensors[f"words/{i}/block_offset"] = concept.block_offset.astype(jnp.bfloat16)
         words = [{name: getattr(concept, name) for name in _Word.__dataclass_fields__} for concept in self.concepts]
-        metadata = {name: getattr(self, name) for name in ("tool_version", "caption", "base", "base_hash")}
+        metadata = {name: getattr(self, name) for name in METADATA}
         metadata |= {"format": FORMAT, "format_version": FORMAT_VERSION, "words": json.dumps(words)}
         write_safetensors(path, tensors, metadata)
 
 
-def load_concepts(path: str | os.PathLike, pipeline: Pipeline | None = None) -> ConceptFile:
-    """The concepts in a file.
-
-    Args:
-      path: of the file.
-      pipeline: that they are meant for; None to look into the file only.
-
-    Raises:
-      ValueError: no such file, another format or version, damaged, or learned on another model.
-    """
-    return load(path, base_hash=None if pipeline is None else pipeline.base_hash())
-
-
-def load(path: str | os.PathLike, *, base_hash: str | None) -> ConceptFile:
+def load_concepts(path: str | os.PathLike, base: Pipeline | str | None = None) -> ConceptFile:
     """Reads a concept file.
 
     Args:
-      base_hash: of the model that it is meant for; None to look into the file only.
+      base: the model that the concepts are for, or its `base_hash`; None: whatever they were learned on.
 
     Raises:
       ValueError: no such file, another format or version, damaged, or learned on another model.
     """
+    base_hash = base.base_hash() if isinstance(base, Pipeline) else base
     tensors, fields = read_safetensors(path)
     if fields.get("format") != FORMAT:
         raise ValueError(f"{path}: not a concept file (its format is {fields.get('format')!r}, not {FORMAT!r})")
@@ -211,18 +192,12 @@ def load(path: str | os.PathLike, *, base_hash: str | None) -> ConceptFile:
     tree = traverse_util.unflatten_dict(tensors, sep="/")
     arrays, image, params = tree.pop("words", {}), tree.pop("image", None), tree.pop("params", None)
     unknown = sorted([*tree, *(f"words/{i}" for i in arrays if i not in map(str, range(len(metadata.words))))])
+    kept = {name: getattr(metadata, name) for name in METADATA}
     try:
         if unknown:
             raise ValueError(f"unknown tensors {', '.join(unknown)}")
-        return ConceptFile(
-            concepts=tuple(_concept(word, arrays.get(str(i), {})) for i, word in enumerate(metadata.words)),
-            caption=metadata.caption,
-            base=metadata.base,
-            base_hash=metadata.base_hash,
-            image=image,
-            params=params,
-            tool_version=metadata.tool_version,
-        )
+        concepts = tuple(_concept(word, arrays.get(str(i), {})) for i, word in enumerate(metadata.words))
+        return ConceptFile(concepts=concepts, image=image, params=params, **kept)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
 
@@ -235,7 +210,7 @@ def _concept(word: _Word, arrays: Mapping[str, np.ndarray]) -> Concept:
     return Concept(**vars(word), **{name: array.astype(np.float32) for name, array in arrays.items()})
 
 
-# Will two concepts blend? Their tokens then have attention keys that are nearly parallel.
+# Two concepts tend to blend where their tokens' attention keys are nearly parallel.
 
 
 def text_keys(flux: Flux, params: Params, inputs: Mapping[str, Any]) -> Float[Array, "blocks B T H head"]:
@@ -265,8 +240,8 @@ def key_similarity(
 
     Args:
       keys: of one prompt that holds both concepts, see `text_keys`.
-      first: places of a word's tokens.
-      second: places of the other's.
+      first: positions of a word's tokens.
+      second: positions of the other's.
     """
     unit = keys / jnp.linalg.norm(keys, axis=-1, keepdims=True)
     mine, other = unit[:, jnp.asarray(first)], unit[:, jnp.asarray(second)]

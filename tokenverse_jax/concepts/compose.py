@@ -27,11 +27,7 @@ MAX_STRENGTH = 10.0  # beyond it, images tend to fall apart
 
 @functools.cache
 def warn_strength(strength: float, what: str) -> None:
-    """Logs a strength beyond reason, once in a process.
-
-    Args:
-      what: the strength's owner, as the line names it: "concept 'dog'".
-    """
+    """Logs an absurd strength of `what` ("concept 'dog'"), once in a process."""
     if abs(strength) > MAX_STRENGTH:
         _LOG.warning(
             "%s: strength %g; usual is about 1, and beyond %g in absolute value images tend to fall apart",
@@ -48,8 +44,7 @@ class ConceptRequest:
     Attributes:
       target: word of the prompt; "doll#2" is its second "doll".
       path: of the concept file.
-      word: of the file; None: that of the prompt ("doll#2" if the file has one of that name, else "doll"), or the only
-        one there is.
+      word: of the file; None: the file's only word, or else the target ("doll" where the file has no "doll#2").
       strength: factor on the concept's own.
     """
 
@@ -59,11 +54,7 @@ class ConceptRequest:
     strength: float = 1.0
 
     def choose(self, file: ConceptFile) -> Concept:
-        """The concept that is asked for.
-
-        Raises:
-          ValueError: the file has none of that word, or several words and neither is the prompt's.
-        """
+        """The concept that is asked for; ValueError where the file has none of that word."""
         if self.word is None and len(file.concepts) == 1:
             return file.concepts[0]
         own = {word_key(concept.word) for concept in file.concepts}
@@ -98,26 +89,26 @@ def parse_request(text: str) -> ConceptRequest:
 
 
 class PlacedConcept(NamedTuple):
-    """A concept, the places of its word's tokens in a prompt, and a factor on the concept's own strength."""
+    """A concept, the positions of its tokens in a prompt, and a factor on the concept's own strength."""
 
     concept: Concept
-    places: tuple[int, ...]
+    positions: tuple[int, ...]
     strength: float = 1.0
 
 
 def place_stored(
     concept: Concept, tokenizer: Tokenizer, prompt: str, target: str, strength: float = 1.0
 ) -> PlacedConcept:
-    """Puts a concept as it is on a word of a prompt, token by token.
+    """Puts a concept on a word of a prompt, token by token.
 
     Raises:
       ValueError: the word is not in the prompt, or has another number of tokens than the concept.
     """
     try:
-        places = find_word(tokenizer, prompt, target, num_tokens=len(concept.token_ids))
+        positions = find_word(tokenizer, prompt, target, num_tokens=len(concept.token_ids))
     except ValueError as error:
         raise ValueError(f"concept {concept.word!r} ({len(concept.token_ids)} tokens): {error}") from error
-    return PlacedConcept(concept, places, strength)
+    return PlacedConcept(concept, positions, strength)
 
 
 def place_recomputed(
@@ -129,7 +120,7 @@ def place_recomputed(
     target: str,
     strength: float = 1.0,
 ) -> PlacedConcept:
-    """Puts a concept on a word of a prompt with directions made anew from the prompt; any number of tokens will do.
+    """Puts a concept on a word of a prompt, of any number of tokens, with directions recomputed from the prompt.
 
     Args:
       params: Concept-Mod's, of the concept's file.
@@ -138,35 +129,36 @@ def place_recomputed(
     Raises:
       ValueError: the word is not in the prompt.
     """
-    places = find_word(tokenizer, prompt, target)
+    positions = find_word(tokenizer, prompt, target)
     ids = tokenizer(prompt, verbose=False)["input_ids"]
-    own = word_directions(params, txt[None], [places])
+    own = word_directions(params, txt[None], [positions])
     concept = replace(
         concept,
-        token_ids=tuple(ids[place] for place in places),
+        token_ids=tuple(ids[position] for position in positions),
         offset=np.asarray(own.shared),
         block_offset=None if own.per_block is None else np.asarray(own.per_block),
     )
-    return PlacedConcept(concept, places, strength)
+    return PlacedConcept(concept, positions, strength)
 
 
-def compose(placed: Sequence[PlacedConcept], length: int) -> Offsets:
-    """Adds up the concepts of one prompt, those on the same token too; their order changes no bit.
+def compose(placed: Sequence[PlacedConcept], length: int | None = None) -> Offsets:
+    """Adds up the concepts of one prompt, also those on the same token; their order changes no bit.
 
-    Returns the prompt's offsets: shared [T, D], and per_block [blocks, T, D] where a concept has some.
-
-    A strength (a concept's own times that of its place) beyond reason is warned of.
+    Returns the prompt's offsets: shared [T, D], and per_block [blocks, T, D] where a concept has some. Warns of absurd
+    strengths (a concept's own times the placed one's).
 
     Args:
       placed: one or more concepts, of one base model.
-      length: T.
+      length: T; None: up to the last token that has an offset.
 
     Raises:
-      ValueError: none; places outside the text or not one for each token; concepts learned in unlike blocks, or of
-        unlike widths or numbers of blocks.
+      ValueError: no concepts; positions outside the text or not one for each token; concepts learned in different
+        blocks, or of different widths or numbers of blocks.
     """
     if not placed:
         raise ValueError("no concepts to compose")
+    if length is None:
+        length = 1 + max(position for item in placed for position in item.positions)
     concepts = [item.concept for item in placed]
     for item in placed:
         warn_strength(float(item.strength * item.concept.strength), f"concept {item.concept.word!r}")
@@ -180,22 +172,22 @@ def compose(placed: Sequence[PlacedConcept], length: int) -> Offsets:
             words = ", ".join(repr(concept.word) for concept in concepts)
             raise ValueError(f"concepts {words} do not go together: their {kind} are {sorted(values)}")
     return Offsets(
-        shared=_place_sum([(item, item.concept.offset) for item in placed], length),
-        per_block=_place_sum([(item, item.concept.block_offset) for item in with_blocks], length),
+        shared=_sum_on_tokens([(item, item.concept.offset) for item in placed], length),
+        per_block=_sum_on_tokens([(item, item.concept.block_offset) for item in with_blocks], length),
         blocks=concepts[0].blocks,
     )
 
 
-def _place_sum(items: Iterable[tuple[PlacedConcept, np.ndarray]], length: int) -> Float[Array, "... T D"] | None:
-    """Sums of what lies on the same token, in a text of zeros; None for no items."""
+def _sum_on_tokens(items: Iterable[tuple[PlacedConcept, np.ndarray]], length: int) -> Float[Array, "... T D"] | None:
+    """The sum of the offsets on each token, zeros on the others; None for no items."""
     terms: dict[int, list[np.ndarray]] = defaultdict(list)
-    for (concept, places, strength), offset in items:
-        if len(places) != len(concept.token_ids) or len(set(places)) < len(places):
-            count = len(concept.token_ids)
-            raise ValueError(f"concept {concept.word!r}: {count} different places are needed, got {places}")
+    for (concept, positions, strength), offset in items:
+        count = len(concept.token_ids)
+        if len(positions) != count or len(set(positions)) < count:
+            raise ValueError(f"concept {concept.word!r}: {count} different positions are needed, got {positions}")
         scaled = np.moveaxis(offset, -2, 0) * np.float32(strength * concept.strength)
-        for place, term in zip(places, scaled, strict=True):
-            terms[place].append(term)
+        for position, term in zip(positions, scaled, strict=True):
+            terms[position].append(term)
     if not terms:
         return None
     # A sum of floats depends on the order of its terms: they are added in the order of their values.

@@ -1,12 +1,12 @@
 """A concept's images and captions: words bound to tokens, everything encoded once, and the batch of every step.
 
-Axes: I images, F an image and its mirror image, V captions of all images, K images of the pool, S sides on which a
-concept's image may stand beside one of these, B batch, N image tokens, C channels of an image token, T text tokens, R
-first text tokens of a caption and M of a merged one, J and P widths of the text encoders.
+Axes: I images, F an image and its mirror image, V captions of all images, K images of the pool, S sides of a pair that
+the concept's image may be on, B batch, N image tokens, C channels of an image token, T text tokens, R first text tokens
+of a caption and M of a merged one, J and P widths of the text encoders.
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -25,34 +25,34 @@ from tokenverse_jax.flux import text
 from tokenverse_jax.flux.pipeline import Pipeline, PromptEncoding
 from tokenverse_jax.flux.words import Tokenizer, find_span, find_word, word_key
 
-MAX_ASPECT = 2.0  # an image is cut to a square; of one longer than that, more than half would go
-ROWS = 16  # R and M are multiples of it, so that runs with captions of about the same length share a program
+MAX_ASPECT = 2.0  # images are cropped to a square; a longer one would lose more than half
+ROWS = 16  # R and M are multiples of it, so that runs with captions of similar length share a program
 ENCODED_AT_ONCE = 8  # prompts
 
-Places = tuple[int, ...]
+Positions = tuple[int, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Captions:
-    """Captions whose words are bound to T5's tokens; no model was needed for that.
+    """Captions whose words are bound to T5's tokens; needs only the tokenizer.
 
     Attributes:
       texts: of all images.
-      image: number of the image of each.
-      tokens: places of all tokens of each, the end token left out: it belongs to no word.
-      words: by word, its places in each caption.
+      image: number of each caption's image.
+      tokens: positions of each caption's tokens, without the end token, which belongs to no word.
+      words: by word, its positions in each caption.
       word_ids: by word, T5's ids of its tokens in the first caption.
-      merged: S K captions for each, all of the pool's on one side first; nothing without isolation.
-      merged_places: how many tokens each of these has before the concept's own.
+      merged: for each caption its S K merges with the pool's captions, ordered by side; empty without isolation.
+      merged_shifts: how far each merge moves the caption's tokens, in positions.
     """
 
     texts: tuple[str, ...]
     image: tuple[int, ...]
-    tokens: tuple[Places, ...]
-    words: Mapping[str, tuple[Places, ...]]
+    tokens: tuple[Positions, ...]
+    words: Mapping[str, tuple[Positions, ...]]
     word_ids: Mapping[str, tuple[int, ...]]
     merged: tuple[tuple[str, ...], ...] = ()
-    merged_places: tuple[Places, ...] = ()
+    merged_shifts: tuple[Positions, ...] = ()
 
 
 def bind_captions(
@@ -89,39 +89,39 @@ def bind_captions(
         image=tuple(i for i, own in enumerate(captions) for _ in own),
         tokens=tuple(find_span(tokenizer, caption, 0, len(caption)) for caption in texts),
         words=found,
-        word_ids={word: tuple(map(int, ids[0, list(places[0])])) for word, places in found.items()},
+        word_ids={word: tuple(map(int, ids[0, list(positions[0])])) for word, positions in found.items()},
     )
     if isolation is None:
         return bound
-    merged, merged_places = [], []
-    for caption, places in zip(texts, bound.tokens, strict=True):
+    merged, merged_shifts = [], []
+    for caption, positions in zip(texts, bound.tokens, strict=True):
         both = [isolation.merge(caption, other, side) for side in isolation.sides for other in isolation.captions]
         merged.append(tuple(whole for whole, _ in both))
         text.encode(tokenizer, merged[-1], text_length)
-        merged_places.append(tuple(_moved_by(tokenizer, caption, places, *each) for each in both))
-    return replace(bound, merged=tuple(merged), merged_places=tuple(merged_places))
+        merged_shifts.append(tuple(_moved_by(tokenizer, caption, positions, *each) for each in both))
+    return replace(bound, merged=tuple(merged), merged_shifts=tuple(merged_shifts))
 
 
-def _moved_by(tokenizer: Tokenizer, caption: str, places: Places, both: str, start: int) -> int:
-    """By how many places a caption's tokens are moved in a merged one, where it starts at letter `start`."""
+def _moved_by(tokenizer: Tokenizer, caption: str, positions: Positions, both: str, start: int) -> int:
+    """By how many positions a merged caption moves the tokens of the caption at its character `start`."""
     moved = find_span(tokenizer, both, start, start + len(caption))
     own, found = (
         np.asarray(tokenizer(whole, verbose=False)["input_ids"])[list(at)]
-        for whole, at in ((caption, places), (both, moved))
+        for whole, at in ((caption, positions), (both, moved))
     )
     if not np.array_equal(own, found):
         raise ValueError(
             f"isolation.template: the caption {caption!r} has other tokens in {both!r} than by itself: put spaces, or "
             "nothing, before and after {left} and {right}"
         )
-    return moved[0] - places[0]
+    return moved[0] - positions[0]
 
 
 def read_image(path: str | Path, size: int) -> UInt8[np.ndarray, "{size} {size} 3"]:
     """The centre of an image file, resized to a square.
 
     Raises:
-      ValueError: no such file, not an image, or more than twice as long as wide or the other way round.
+      ValueError: no such file, not an image, or one side more than twice the other.
     """
     path = Path(path)
     if not path.is_file():
@@ -141,7 +141,7 @@ def read_image(path: str | Path, size: int) -> UInt8[np.ndarray, "{size} {size} 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class ConceptData:
-    """Everything that the steps of one concept take, on the host.
+    """Everything that the steps of one concept need, on the host.
 
     Attributes:
       captions: what it was made from.
@@ -150,7 +150,7 @@ class ConceptData:
       txt, vec: T5's outputs and CLIP's pooled output for each caption.
       mask: tokens that have a direction.
       pool_latents: of the pool's images.
-      pair_txt, pair_vec: like txt and vec, for each caption merged with each of the pool's on each side.
+      pair_txt, pair_vec: like txt and vec, for the merged captions.
       pair_rows: which of the R rows belongs to each of their first M tokens, R for none.
     """
 
@@ -169,19 +169,19 @@ class ConceptData:
 def encode_concept(
     pipeline: Pipeline, config: LearnConfig, images: UInt8[np.ndarray, "I H W 3"], captions: Captions
 ) -> ConceptData:
-    """Runs the autoencoder and the text encoders once; they can then be dropped. The pool's images are added later."""
+    """Runs the autoencoder and the text encoders, which can then be dropped. The caller adds `pool_latents`."""
     grid = pipeline.vae.config.token_grid(*images.shape[1:3])
     views = [images, images[:, :, ::-1]] if config.flip else [images]
     encoded = encode_prompts(pipeline, captions.texts)
     length = encoded.txt.shape[1]
-    last = max(place for places in captions.tokens for place in places)
+    last = max(position for positions in captions.tokens for position in positions)
     rows = _rows(last + 1, length)
     mask = np.zeros((len(captions.texts), rows), bool)
-    for i, places in enumerate(captions.tokens):
-        # In the space of all tokens, directions of other tokens would move the image, and be lost.
+    for i, positions in enumerate(captions.tokens):
+        # In the space of all tokens, other tokens' directions would change the image without being stored.
         if config.tokens == "words" or config.space == "modulation_all":
-            places = [place for found in captions.words.values() for place in found[i]]
-        mask[i, list(places)] = True
+            positions = [position for found in captions.words.values() for position in found[i]]
+        mask[i, list(positions)] = True
     data = ConceptData(
         captions=captions,
         grid=grid,
@@ -194,8 +194,8 @@ def encode_concept(
         return data
     pairs = encode_prompts(pipeline, [caption for row in captions.merged for caption in row])
     txt, vec = (array.reshape(len(captions.merged), -1, *array.shape[1:]) for array in (pairs.txt, pairs.vec))
-    places = np.asarray(captions.merged_places)[..., None]
-    own = np.arange(_rows(last + 1 + int(places.max()), length)) - places
+    shifts = np.asarray(captions.merged_shifts)[..., None]
+    own = np.arange(_rows(last + 1 + int(shifts.max()), length)) - shifts
     own = np.where((own >= 0) & (own < rows), own, rows).astype(np.int32)
     return replace(data, pair_txt=txt, pair_vec=vec, pair_rows=own)
 
@@ -220,7 +220,7 @@ def encode_images(pipeline: Pipeline, images: UInt8[np.ndarray, "B H W 3"]) -> F
     return np.concatenate([np.asarray(pipeline.encode_images(image[None])) for image in images])
 
 
-# What is random in a step, as a pure function of seed and step.
+# The random part of a step, a pure function of seed and step.
 
 
 def is_isolated(config: LearnConfig, seed: int, step: int) -> bool:
@@ -231,7 +231,7 @@ def is_isolated(config: LearnConfig, seed: int, step: int) -> bool:
 
 
 def draw_times(config: LearnConfig, rng: np.random.Generator, step: int) -> Float[np.ndarray, " B"]:
-    """Times of the step's stage: from above or below the boundary, uniform in either part."""
+    """Times for the step's stage, uniform above or below the boundary."""
     stage = config.stage_1 if config.stage(step) == 1 else config.stage_2
     high = rng.random(config.batch_size) < stage.high_share
     low, span = np.where(high, config.boundary, 0.0), np.where(high, 1.0 - config.boundary, config.boundary)
@@ -241,7 +241,7 @@ def draw_times(config: LearnConfig, rng: np.random.Generator, step: int) -> Floa
 def draw(data: ConceptData, config: LearnConfig, seed: int, step: int) -> dict[str, np.ndarray]:
     """The batch of a step, see `learn.learn_step`: captions, flips, times, noise and, at some steps, the pool's images.
 
-    All captions are equally likely, so images count by how many they have.
+    All captions are equally likely, so an image counts as often as it has captions.
     """
     rng = host_rng(seed, Stream.DATA, step)
     caption = rng.integers(len(data.txt), size=config.batch_size)
@@ -271,23 +271,13 @@ def draw(data: ConceptData, config: LearnConfig, seed: int, step: int) -> dict[s
     return batch
 
 
-def batches(data: ConceptData, config: LearnConfig, seed: int, start_step: int) -> Iterator[dict[str, np.ndarray]]:
-    """The batches from a step to the end."""
-    return (draw(data, config, seed, step) for step in range(start_step, config.total_steps))
-
-
 def make_concepts(params: Params, data: ConceptData, config: LearnConfig) -> tuple[Concept, ...]:
-    """What was learned for each word, the mean over the captions."""
-    concepts, txt = [], jnp.asarray(data.txt)
-    for word, places in data.captions.words.items():
-        own = jax.device_get(word_directions(params, txt, places))
-        concepts.append(
-            Concept(
-                word=word,
-                token_ids=data.captions.word_ids[word],
-                offset=own.shared,
-                block_offset=own.per_block,
-                blocks=config.blocks,
-            )
-        )
-    return tuple(concepts)
+    """The concept of each word, the mean over the captions."""
+    txt, ids = jnp.asarray(data.txt), data.captions.word_ids
+
+    def concept(word: str, positions: Sequence[Positions]) -> Concept:
+        own = jax.device_get(word_directions(params, txt, positions))
+        offsets = {"offset": own.shared, "block_offset": own.per_block}
+        return Concept(word=word, token_ids=ids[word], blocks=config.blocks, **offsets)
+
+    return tuple(concept(*item) for item in data.captions.words.items())

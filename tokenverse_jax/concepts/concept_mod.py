@@ -88,7 +88,7 @@ def directions(params: Params, txt: Float[Array, "B T J"], mask: Bool[Array, "B 
     Args:
       params: of `init_params`; all sizes are theirs.
       txt: T5's outputs.
-      mask: the tokens that get a direction, all others get zero; None: all. Those of padding belong to no caption.
+      mask: the tokens that get a direction, all others get zero; None: all. Padding belongs to no caption.
     """
     hidden, width = params["concept_mod"]["out_layer"]["kernel"].shape
     shared, per_block = ConceptMod(hidden, width).apply({"params": params["concept_mod"]}, txt), None
@@ -102,7 +102,7 @@ def directions(params: Params, txt: Float[Array, "B T J"], mask: Bool[Array, "B 
     return Offsets(shared, per_block)
 
 
-def word_directions(params: Params, txt: Float[Array, "V T J"], places: Sequence[Sequence[int]]) -> Offsets:
+def word_directions(params: Params, txt: Float[Array, "V T J"], positions: Sequence[Sequence[int]]) -> Offsets:
     """One word's directions, shared [n, D] and per_block [blocks, n, D], the mean over captions that hold it.
 
     With the captions of training this is what a concept file stores; with a new prompt alone it is that prompt's own.
@@ -110,20 +110,20 @@ def word_directions(params: Params, txt: Float[Array, "V T J"], places: Sequence
     Args:
       params: of `init_params`.
       txt: T5's outputs for each caption.
-      places: of the word's tokens in each caption, see `words.find_word`.
+      positions: of the word's tokens in each caption, see `words.find_word`.
 
     Raises:
-      ValueError: not one list of places a caption, places outside the text, or unlike numbers of tokens.
+      ValueError: not one list of positions for each caption, positions outside the text, or different token counts.
     """
     captions, length, _ = txt.shape
-    if captions == 0 or len(places) != captions:
-        raise ValueError(f"{len(places)} lists of places for {captions} captions: one for each is needed")
-    counts = sorted({len(row) for row in places})
+    if captions == 0 or len(positions) != captions:
+        raise ValueError(f"{len(positions)} lists of positions for {captions} captions: one for each is needed")
+    counts = sorted({len(row) for row in positions})
     if len(counts) > 1 or counts == [0]:
         raise ValueError(f"the word has {counts} tokens in the captions: as many in each of them are needed")
-    if any(not 0 <= place < length for row in places for place in row):
-        raise ValueError(f"places {list(map(list, places))} are not all within a text of {length} tokens")
-    index = jnp.asarray(places)[:, :, None]
+    if any(not 0 <= position < length for row in positions for position in row):
+        raise ValueError(f"positions {list(map(list, positions))} are not all within a text of {length} tokens")
+    index = jnp.asarray(positions)[:, :, None]
     # Nothing mixes tokens: only the word's go through, of a block's directions there are many.
     own = directions(params, jnp.take_along_axis(txt, index, axis=1))
     return jax.tree.map(lambda part: part.mean(axis=0), own)

@@ -24,7 +24,7 @@ from tokenverse_jax.flux.sampling import SamplingConfig
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling(SamplingConfig):
-    """All that images of a prompt depend on, and how many are made at once, which changes none of them."""
+    """All that images of a prompt depend on, and how many are drawn at once, which changes none of them."""
 
     height: int
     width: int
@@ -40,7 +40,7 @@ def sample(
     pipeline: Pipeline,
     prompt: PromptEncoding,
     sampling: Sampling,
-    indices: Int[np.ndarray, " N"],
+    examples: Int[np.ndarray, " N"],
     *,
     negative_prompt: PromptEncoding | None = None,
     offsets: Offsets = NO_OFFSETS,
@@ -48,21 +48,21 @@ def sample(
     """Images of one encoded prompt, batch by batch in one program.
 
     Args:
-      indices: numbers of the images, which with the seed choose their noise.
+      examples: numbers of the images; with the seed they determine the noise.
       offsets: of each image.
     """
     settings = dataclasses.asdict(sampling)
-    batch = min(settings.pop("batch_size"), len(indices))
+    batch = min(settings.pop("batch_size"), len(examples))
     repeated = PromptEncoding(*(jnp.repeat(jnp.asarray(part), batch, axis=0) for part in prompt))
-    whole = np.resize(np.arange(len(indices)), math.ceil(len(indices) / batch) * batch)  # the last batch is filled up
+    whole = np.resize(np.arange(len(examples)), math.ceil(len(examples) / batch) * batch)  # the last batch is filled up
     images = []
     for picks in whole.reshape(-1, batch):
         own = jax.tree.map(operator.itemgetter(picks), offsets)
         made = pipeline.generate(
-            repeated, indices=indices[picks], negative_prompt=negative_prompt, offsets=own, **settings
+            repeated, examples=examples[picks], negative_prompt=negative_prompt, offsets=own, **settings
         )
         images.append(np.asarray(made))
-    return np.concatenate(images)[: len(indices)]
+    return np.concatenate(images)[: len(examples)]
 
 
 def generate(
@@ -82,24 +82,19 @@ def generate(
     Args:
       pipeline: with all its parts.
       prompt: what is drawn.
-      concepts: by the word of the prompt that takes each of them; "dog#2" is its second "dog".
+      concepts: by the word of the prompt that each of them is put on; "dog#2" is its second "dog".
       num: N; image i is the same whatever N is.
       seed: of the noise.
       batch_size: images at once.
       settings: `height`, `width` (pixels), `num_steps`, `guidance`, `cfg_scale`; by default the model's own.
 
     Raises:
-      ValueError: a word that the prompt does not have, or has with another number of tokens; sizes that are not
-        possible.
+      ValueError: a word that is not in the prompt, or has another number of tokens there; impossible sizes.
       NotFiniteError: values that are not finite.
     """
-    usual = vars(pipeline.usual) | {"height": pipeline.usual.size, "width": pipeline.usual.size} | settings
-    usual.pop("size")
-    sampling = Sampling(**usual, seed=seed, batch_size=batch_size)
+    sampling = Sampling(**pipeline.usual.arguments(**settings, seed=seed, batch_size=batch_size))
     placed = [place_stored(concept, pipeline.tokenizer_2, prompt, word) for word, concept in (concepts or {}).items()]
-    offsets = NO_OFFSETS
-    if placed:
-        offsets = compose(placed, 1 + max(place for item in placed for place in item.places)).repeat(num)
+    offsets = compose(placed).repeat(num) if placed else NO_OFFSETS
     negative = None if sampling.cfg_scale == 1.0 else pipeline.encode_prompts([""])
     encoded = pipeline.encode_prompts([prompt])
     return sample(pipeline, encoded, sampling, np.arange(num), negative_prompt=negative, offsets=offsets)

@@ -1,8 +1,9 @@
-"""One step of learning a concept: Concept-Mod is trained on a FLUX model that stays as it is (TokenVerse, section 3).
+"""One step of learning a concept: Concept-Mod is trained on a frozen FLUX model (TokenVerse, section 3).
 
-In the first stage Concept-Mod learns a direction for each token of the captions, mostly at high noise, where an image
-is laid out; in the second, mostly at low noise, a head for each block adds to it. The head's last layer starts at zero,
-so the second stage starts from the first one's function, with an optimizer of its own: moments and warm-up begin anew.
+In the first stage, mostly at high noise, where an image is laid out, Concept-Mod learns a direction for each token of
+the captions. In the second, mostly at low noise, a head for each block adds to it. The head's last layer starts at
+zero, so the second stage starts from the first one's function. It has an optimizer of its own: moments and warm-up
+begin anew.
 
 Axes: B batch, h w grid of image tokens, N = h w, C channels of an image token, T text tokens, R first text tokens,
 which hold all captions, J and P widths of the text encoders, D width of the modulation vector.
@@ -29,17 +30,17 @@ from tokenverse_jax.flux.model import Flux, FluxConfig
 from tokenverse_jax.flux.offsets import NO_OFFSETS, OffsetBlocks, Offsets
 from tokenverse_jax.flux.schedule import flow
 
-# What a direction is added to: the modulation of its own token (M+, the method); that of all tokens, image and text
-# (M); its token of T5's output (like textual inversion). The last two are what the method is measured against.
+# What a direction is added to: the modulation of its own token (M+, the method); the modulation of all tokens, image
+# and text (M); its token of T5's output (like textual inversion). The method is compared with the last two.
 Space = Literal["modulation", "modulation_all", "text"]
-# The tokens that have a direction while learning: all of the caption, as in the paper, or those of the words alone, so
-# that nothing of a concept goes to a token that is not stored.
+# The tokens that have a direction while learning: all of the caption, as in the paper, or only those of the words, so
+# that no part of a concept goes to a token that is not stored.
 Tokens = Literal["caption", "words"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class StageConfig:
-    """Length of a stage, and the share of its examples that have a time above the boundary, at high noise."""
+    """Length of a stage, and the share of its examples at high noise, with a time above the boundary."""
 
     steps: int
     high_share: float
@@ -51,7 +52,7 @@ class StageConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class LearnConfig:
-    """How concepts are learned. Steps, times and flips are the paper's, which leaves the rest open."""
+    """How concepts are learned. Steps, times and flips are the paper's, which does not give the rest."""
 
     space: Space = "modulation"
     tokens: Tokens = "caption"  # that have a direction
@@ -63,8 +64,8 @@ class LearnConfig:
     boundary: float = 0.8  # between low and high times; either part is drawn from uniformly
     batch_size: int = 1
     optimizer: OptimizerConfig = OptimizerConfig(learning_rate=1e-4, warmup=Duration(steps=20))  # of either stage
-    guidance: float = 1.0  # that models with guidance_embeds are told while they are trained on
-    flip: bool = True  # mirror images at random: not for captions that tell left from right
+    guidance: float = 1.0  # strength during learning, for models with guidance_embeds
+    flip: bool = True  # mirror images at random; not for captions that tell left from right
     isolation: IsolationConfig | None = None  # None: without the loss
 
     def __post_init__(self):
@@ -97,7 +98,7 @@ def make_optimizers(config: LearnConfig) -> tuple[Optimizer, ...]:
 
 @flax.struct.dataclass
 class LearnState:
-    """What a checkpoint holds; the FLUX model is no part of it."""
+    """What a checkpoint holds, without the FLUX model."""
 
     step: Any  # untyped, as trees of shapes and of shardings have this structure too
     params: Params
@@ -118,9 +119,9 @@ def init_state(config: LearnConfig, flux: FluxConfig, key: Array) -> LearnState:
 
 
 def steer(space: Space, txt: Float[Array, "B T J"], offsets: Offsets) -> tuple[Float[Array, "B T J"], Offsets]:
-    """What directions of the first R tokens change: T5's outputs, or the modulation vector.
+    """T5's outputs and the model's offsets with the directions of the first R tokens.
 
-    In the space "modulation_all" all tokens take the sum of the directions, those of unused tokens being zero.
+    In the space "modulation_all" all tokens take the sum of the directions; those of unused tokens are zero.
     """
     if space == "text":
         return txt.astype(jnp.float32).at[:, : offsets.shared.shape[1]].add(offsets.shared), NO_OFFSETS
@@ -146,15 +147,13 @@ def learn_step(
       state: donated by the caller's jit.
       frozen: parameters of `flux`, never donated.
       batch: latents and noise [B, N, C], times [B], txt [B, T, J], vec [B, P], mask [B, R] of the tokens that have a
-        direction. Where the step has an isolation loss also pool_latents [B, N, C], pair_noise [B, 2 N, C], on_right
-        [B], the side of the concept's image, txt and vec of the merged captions as pair_txt and pair_vec, and
-        pair_rows [B, M], which of the R rows belongs to each of their first M tokens, R for none. So steps with and
-        without it are two programs.
+        direction. A step with an isolation loss is another program, and its batch also has pool_latents [B, N, C],
+        pair_noise [B, 2 N, C], on_right [B] (the side of the concept's image), pair_txt and pair_vec of the merged
+        captions, and pair_rows [B, M], which of the R rows belongs to each of their first M tokens, R for none.
       config, flux, optimizer, stage, grid: static.
 
     Returns:
-      The new state and metrics as (sum, count). Where the loss or a gradient is not finite, everything but the step's
-      number is kept as it was and "nonfinite" counts one.
+      The new state and metrics as (sum, count); see `guarded` for a loss or gradient that is not finite.
     """
     first = 0 if stage == 1 else config.stage_1.steps
     fresh = optimizer.transformation.init(state.params)
@@ -179,7 +178,7 @@ def _losses(
     stage: int,
     grid: tuple[int, int],
 ) -> tuple[Array, dict[str, Array]]:
-    """Sum of the flow matching loss and the weighted losses of isolation, and each of them."""
+    """The flow matching loss plus the weighted isolation losses, and each of them by name."""
     times = batch["times"]
     guidance = jnp.full_like(times, config.guidance) if flux.config.guidance_embeds else None
 
@@ -201,7 +200,7 @@ def _losses(
     x, target = flow(pair, batch["pair_noise"], times)
     txt, vec = batch["pair_txt"], batch["pair_vec"]
     base = velocity(x, 2 * grid[1], txt, vec)
-    # The concept's caption stands further back in the merged one; what is no token of its takes no direction.
+    # A merged caption moves the tokens of the concept's own; its other tokens take no direction.
     move = jax.vmap(functools.partial(jnp.take, axis=-2, mode="fill", fill_value=0))
     moved = jax.tree.map(lambda part: move(part, batch["pair_rows"]), learned)
     txt, offsets = steer(config.space, txt, moved)

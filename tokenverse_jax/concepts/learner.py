@@ -31,7 +31,7 @@ from tokenverse_jax.flux.pipeline import Pipeline
 
 
 class Learner:
-    """The compiled side of learning. Concepts whose data have the same shapes share the programs.
+    """Learning, compiled. Concepts whose data have the same shapes share the programs.
 
     >>> learner = Learner(pipeline, config)
     >>> captions = bind_captions(pipeline.tokenizer_2, pipeline.text_length, [["a dog"]], ["dog"], config.isolation)
@@ -40,7 +40,7 @@ class Learner:
     """
 
     def __init__(self, pipeline: Pipeline, config: LearnConfig, mesh: Mesh | None = None):
-        """`pipeline` needs its transformer only, which lies on the mesh; without one, on the default device."""
+        """`pipeline` needs only its transformer, which lies on the mesh, or without one on the default device."""
         self._config = config
         flux = Flux(pipeline.transformer.config, pipeline.compute)
         optimizers = make_optimizers(config)
@@ -64,7 +64,7 @@ class Learner:
         return jax.jit(self._init, out_shardings=self.program.shardings)(stream_key(seed, Stream.PARAMS))
 
     def variant(self, step: int, seed: int, data: ConceptData) -> tuple[int, bool, tuple[int, int]]:
-        """Which program a step is: its stage, whether it has an isolation loss, and the grid of image tokens."""
+        """The program of a step: its stage, whether it has an isolation loss, and the grid of image tokens."""
         return self._config.stage(step), is_isolated(self._config, seed, step), data.grid
 
     def step(
@@ -74,11 +74,7 @@ class Learner:
         return self.program.step(state, batch, (self._config.stage(step), "pair_noise" in batch, data.grid))
 
     def learn(self, data: ConceptData, seed: int) -> Params:
-        """All steps of both stages, without a run's files: Concept-Mod's parameters.
-
-        Raises:
-          FloatingPointError: updates were not finite.
-        """
+        """All steps of both stages; returns Concept-Mod's parameters, FloatingPointError if updates were not finite."""
         state, skipped = self.init(seed), 0.0
         for step in range(self._config.total_steps):
             state, metrics = self.step(state, draw(data, self._config, seed, step), step, data)
@@ -105,15 +101,15 @@ def learn_concepts(
 
     Args:
       pipeline: with all its parts; its weights stay as they are.
-      image: what the concepts are of; sides are multiples of a token's (16 pixels for FLUX).
-      captions: of the image, in other words and orders; all name the words.
+      image: that shows the concepts; sides are multiples of a token's (16 pixels for FLUX).
+      captions: of the image, in different words and orders; each contains every word to learn.
       words: to learn.
-      config: how; the defaults are the paper's, but for the isolation loss.
+      config: how to learn; the defaults are the paper's, except for the isolation loss.
       seed: of parameters and noise.
       pool: for the isolation loss, the base model's images of `config.isolation.captions`; see `pool.make_pool`.
 
     Raises:
-      ValueError: a caption without one of the words, a size that is not possible, or no pool where one is needed.
+      ValueError: a caption without one of the words, an impossible size, or no pool where one is needed.
       FloatingPointError: updates were not finite.
     """
     if (config.isolation is None) != (pool is None):

@@ -1,4 +1,4 @@
-"""The base model's own images that the isolation loss puts beside a concept's; made once and kept on disk."""
+"""The base model's images that the isolation loss puts beside a concept's; drawn once and kept on disk."""
 
 import hashlib
 import json
@@ -28,10 +28,10 @@ def make_pool(
     weights: Mapping[str, str],
     negative: PromptEncoding | None = None,
 ) -> UInt8[np.ndarray, "K H W 3"]:
-    """The images of the pool, from the base model or, where they have been made before, from disk.
+    """The images of the pool, drawn by the base model or read from disk.
 
-    They are PNG files in a folder of `cache` that is named after the model's weights and everything else that the
-    images depend on; one by one, so that nothing is lost if the program is stopped.
+    They are PNG files in a folder of `cache`, named by a hash of the model's weights and everything else that they
+    depend on, and written one by one, so that a program that is stopped loses none.
 
     Args:
       pipeline: with transformer and autoencoder.
@@ -41,7 +41,7 @@ def make_pool(
       negative: for sampling.cfg_scale other than 1, see `Pipeline.generate`.
 
     Raises:
-      ValueError: a file of the cache cannot be read, or the size is not possible.
+      ValueError: a file of the cache cannot be read, or the size is impossible.
     """
     settings = {
         "weights": dict(sorted(weights.items())),
@@ -60,7 +60,7 @@ def make_pool(
         if not path.is_file():
             prompt = PromptEncoding(*(array[i : i + 1] for array in prompts))
             image = pipeline.generate(
-                prompt, height=size, width=size, indices=np.array([i]), negative_prompt=negative, **vars(sampling)
+                prompt, height=size, width=size, examples=np.array([i]), negative_prompt=negative, **vars(sampling)
             )
             save_png(path, np.asarray(image[0]))
         try:

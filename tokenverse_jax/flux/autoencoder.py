@@ -11,7 +11,7 @@ import flax.linen as nn
 import flax.struct
 import jax.numpy as jnp
 from einops import rearrange, repeat
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, UInt8
 
 from runtime_jax.config import to_dict
 from runtime_jax.nn.attention import attention
@@ -64,7 +64,7 @@ class AutoencoderConfig:
 
 
 def _fixed(levels: int) -> dict[str, Any]:
-    """What vae/config.json says of every autoencoder with FLUX's architecture."""
+    """The fields of vae/config.json that are the same for every autoencoder with FLUX's architecture."""
     return {
         "_class_name": "AutoencoderKL",
         "in_channels": 3,
@@ -245,13 +245,23 @@ def _remat(module: type[nn.Module], compute: Compute) -> type[nn.Module]:
     return nn.remat(module) if compute.remat else module
 
 
+def to_float(images: UInt8[Array, "B H W 3"]) -> Float[Array, "B H W 3"]:
+    """Images as the encoder takes them, in [-1, 1]."""
+    return images.astype(jnp.float32) / 127.5 - 1.0
+
+
+def to_uint8(images: Float[Array, "B H W 3"]) -> UInt8[Array, "B H W 3"]:
+    """The inverse of `to_float` for what the decoder gives, clipped."""
+    return jnp.round(jnp.clip((images + 1.0) * 127.5, 0.0, 255.0)).astype(jnp.uint8)
+
+
 def to_latents(sample: Float[Array, "B h w C"], config: AutoencoderConfig) -> Float[Array, "B h w C"]:
-    """The autoencoder's latents as the transformer knows them: of about unit variance."""
+    """The encoder's latents at the transformer's scale: about unit variance."""
     return (sample - config.shift_factor) * config.scaling_factor
 
 
 def from_latents(latents: Float[Array, "B h w C"], config: AutoencoderConfig) -> Float[Array, "B h w C"]:
-    """The inverse of `to_latents`: what the decoder takes."""
+    """The inverse of `to_latents`."""
     return latents / config.scaling_factor + config.shift_factor
 
 

@@ -36,15 +36,7 @@ class Offsets:
     blocks: OffsetBlocks = struct.field(pytree_node=False, default="both")
 
     def check(self, batch: int, num_blocks: int, text: int, image: int, width: int) -> None:
-        """Makes sure that the offsets fit a batch of a model.
-
-        Args:
-          text: T.
-          image: N.
-
-        Raises:
-          ValueError: they do not.
-        """
+        """Raises ValueError where the offsets do not fit a batch with `text` (T) and `image` (N) tokens."""
         if self.blocks not in get_args(OffsetBlocks):
             raise ValueError(f"offsets.blocks={self.blocks!r}: allowed are {', '.join(get_args(OffsetBlocks))}")
         given = [part for part in (self.shared, self.per_block) if part is not None and part.ndim > 1]
@@ -64,19 +56,19 @@ class Offsets:
             raise ValueError(f"FLUX: {'; '.join(wrong)}")
 
     def of_blocks(self, kind: OffsetBlocks, which: slice) -> "Offsets":
-        """What the double or the single blocks take, which are `which` of all blocks; `everywhere` is in y already."""
+        """The part for blocks of a kind, which are `which` of all blocks; `everywhere` is in y already."""
         if self.blocks not in (kind, "both"):
             return NO_OFFSETS
         return Offsets(self.shared, None if self.per_block is None else self.per_block[:, which], self.image)
 
     def text_tokens(self) -> Float[Array, "B R D"] | None:
-        """Inside a block, whose own `per_block` is [B, R, D]: the sum for the first text tokens; None: nothing."""
+        """In a block, where `per_block` is [B, R, D]: the sum for the first R text tokens, None without offsets."""
         if self.shared is None or self.per_block is None:
             return self.per_block if self.shared is None else self.shared
         return self.shared + self.per_block
 
     def joint_tokens(self, num_tokens: int) -> Float[Array, "B S D"] | None:
-        """The same for `num_tokens` text and image tokens, text first; without `image`, those of text_tokens alone."""
+        """The same for `num_tokens` joint tokens, text first; without `image` the same as `text_tokens`."""
         text = self.text_tokens()
         if self.image is None:
             return text
@@ -86,29 +78,28 @@ class Offsets:
         return jnp.concatenate([text, self.image], axis=1)
 
     def repeat(self, num: int) -> "Offsets":
-        """A batch of `num` prompts with the offsets of one, which have no B: views of arrays in the host's memory."""
+        """A batch of `num` prompts from the offsets of one, which have no B: views of arrays in host memory."""
         return jax.tree.map(lambda part: np.broadcast_to(np.asarray(part), (num, *part.shape)), self)
 
 
 NO_OFFSETS = Offsets()
 
 
-def place_on_tokens(offset: Float[Array, "..."], places: Sequence[int], length: int) -> Float[Array, "... T D"]:
-    """Zeros for a text of `length` tokens, but for the offset at `places`.
+def place_on_tokens(offset: Float[Array, "..."], positions: Sequence[int], length: int) -> Float[Array, "... T D"]:
+    """The offset at `positions` of a text of `length` tokens, zeros elsewhere.
 
     Args:
-      offset: [D], the same on all places, or [..., n, D], one for each.
-      places: token positions, see `words.find_word`.
-      length: T.
+      offset: [D], the same at all positions, or [..., n, D], one for each.
+      positions: of tokens, see `words.find_word`.
 
     Raises:
-      ValueError: no places, places that repeat or lie outside the text, or not as many as `offset` has.
+      ValueError: no positions, positions that repeat or lie outside the text, or not as many as `offset` has.
     """
-    if not places or len(set(places)) < len(places) or min(places) < 0 or max(places) >= length:
-        raise ValueError(f"places {tuple(places)}: different tokens of a text of {length} are needed")
+    if not positions or len(set(positions)) < len(positions) or min(positions) < 0 or max(positions) >= length:
+        raise ValueError(f"positions {tuple(positions)}: different tokens of a text of {length} are needed")
     if offset.ndim == 1:
-        offset = jnp.broadcast_to(offset, (len(places), *offset.shape))
-    if offset.shape[-2] != len(places):
-        raise ValueError(f"an offset of {offset.shape[-2]} tokens does not fit the places {tuple(places)}")
+        offset = jnp.broadcast_to(offset, (len(positions), *offset.shape))
+    if offset.shape[-2] != len(positions):
+        raise ValueError(f"an offset of {offset.shape[-2]} tokens does not fit the positions {tuple(positions)}")
     rest = jnp.zeros((*offset.shape[:-2], length, offset.shape[-1]), offset.dtype)
-    return rest.at[..., jnp.asarray(places), :].set(offset)
+    return rest.at[..., jnp.asarray(positions), :].set(offset)

@@ -42,12 +42,11 @@ class PromptEncoding(NamedTuple):
 
     txt: Float[Array, "B T J"]  # T5's outputs
     vec: Float[Array, "B P"]  # CLIP's pooled output
-    ids: Int[np.ndarray, "B T"] | Int[Array, "B T"]  # T5's token ids
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Pipeline:
-    """A FLUX model with its weights: what a user loads. A part may be None: `dataclasses.replace(pipeline, t5=None)`.
+    """A FLUX model with its weights: what a user loads. `dataclasses.replace(pipeline, t5=None)` drops a part.
 
     >>> pipeline = Pipeline.from_pretrained("black-forest-labs/FLUX.1-dev", dtype="bfloat16")
     >>> images = pipeline.generate(["a dog"], height=512, width=512, num_steps=28)    # uint8 [B, H, W, 3]
@@ -78,55 +77,56 @@ class Pipeline:
         transformer: str | os.PathLike | None = None,
         vae: str | os.PathLike | None = None,
     ) -> "Pipeline":
-        """Loads a folder in diffusers' layout, a hub id, or one that is shipped with the package by its name.
+        """Loads a folder in diffusers' layout, a hub id, or a pipeline that is shipped with the package.
 
         Args:
-          source: the folder (the tokenizers and the schedule are always loaded from it), "owner/name" or "tiny".
+          source: the folder (tokenizers and schedule always come from it), "owner/name" or "tiny".
           parts: which networks to load.
           dtype: of the parameters.
-          mesh: where parameters go by their sharding rules; without one, to the default device.
+          mesh: where parameters go by their sharding rules; None: to the default device.
           compute: dtype of matmuls, attention backend, remat.
-          text_length: tokens of a T5 sequence; by default 512, or 256 without guidance_embeds, but at most what the
-            folder's tokenizer_2 is made for (its model_max_length).
+          text_length: tokens of a T5 sequence; by default 512, or 256 without guidance_embeds, but at most the
+            model_max_length of the folder's tokenizer_2.
           transformer: a single file with this part's weights, in FLUX's own layout (flux1-dev.safetensors) or in
-            diffusers', instead of those in the folder. Its config is the folder's; without one, FLUX.1's that fits.
+            diffusers', instead of those in the folder. Its config is the folder's, or else FLUX.1's that fits.
           vae: the same for the autoencoder (ae.safetensors).
 
         Raises:
           ValueError: everything that is missing in the folder, before anything is loaded; a hub id that is gated or
             cannot be reached, with what to do; configs or weights that do not fit.
         """
-        single = {name: Path(path) for name, path in (("transformer", transformer), ("vae", vae)) if path is not None}
-        unknown = [part for part in parts if part not in PARTS]
-        if isinstance(parts, str) or unknown:
+        single = _single_files(transformer, vae)
+        if isinstance(parts, str) or not set(parts) <= set(PARTS):
             raise ValueError(f"parts={parts!r}: a list of {', '.join(PARTS)} is needed")
         if dtype not in ("float32", "bfloat16"):
             raise ValueError(f"dtype={dtype!r}: float32 or bfloat16 is needed")
         folder = model_folder.fetch(source, [part for part in parts if part not in single])
         files = model_folder.locate(folder, parts, single)
-        names = {"transformer": None, **dict.fromkeys(parts)}
         weights = {part: [path] for part, path in single.items()} | files
-        configs = {part: model_folder.read_config(folder, part, weights.get(part, ())) for part in names}
-        noise = schedule.parse_config(model_folder.read_json(folder / model_folder.SCHEDULE))
+        configs = {
+            part: model_folder.read_config(folder, part, weights.get(part, ()))
+            for part in dict.fromkeys(("transformer", *parts))
+        }
+        distilled = configs["transformer"].guidance_embeds
+        noise_levels = schedule.parse_config(model_folder.read_json(folder / model_folder.SCHEDULE))
         tokenizers = {name: text.load_tokenizer(folder / name) for name in model_folder.TOKENIZERS}
         if text_length is None:
-            usual = TEXT_LENGTH[configs["transformer"].guidance_embeds]
-            text_length = min(usual, tokenizers["tokenizer_2"].model_max_length)
-        loaded: dict[str, Part | None] = dict.fromkeys(PARTS)
-        for part in parts:
-            loaded[part] = model_folder.read_part(part, configs[part], files[part], dtype=dtype, mesh=mesh)
+            text_length = min(TEXT_LENGTH[distilled], tokenizers["tokenizer_2"].model_max_length)
+        loaded = {
+            part: model_folder.read_part(part, configs[part], files[part], dtype=dtype, mesh=mesh) for part in parts
+        }
         return cls(
-            **loaded,
+            **dict.fromkeys(PARTS) | loaded,
             **tokenizers,
-            schedule=noise,
+            schedule=noise_levels,
             text_length=text_length,
-            usual=model_folder.read_usual(folder, distilled=configs["transformer"].guidance_embeds),
+            usual=model_folder.read_usual(folder, distilled=distilled),
             compute=compute,
             source=str(source),
         )
 
     def save_pretrained(self, path: str | os.PathLike) -> None:
-        """Writes diffusers' layout, one weight file a part, in the parameters' dtype; every file atomically.
+        """Writes diffusers' layout: one weight file for each part, in the parameters' dtype; every file atomically.
 
         Raises:
           ValueError: a part was dropped.
@@ -136,9 +136,9 @@ class Pipeline:
         model_folder.write_folder(Path(path), parts, tokenizers, schedule.config_fields(self.schedule), self.usual)
 
     def encode_prompts(self, prompts: Sequence[str]) -> PromptEncoding:
-        """Prompts as T5's outputs and CLIP's pooled output. CLIP sees their first tokens only (77), as in FLUX.
+        """Prompts as T5's outputs and CLIP's pooled output. CLIP sees only their first tokens (77), as in FLUX.
 
-        A warning names what of a prompt is cut or unknown to the tokenizers.
+        A warning names the parts of a prompt that are cut off or unknown to the tokenizers.
 
         Raises:
           ValueError: a prompt of more than `text_length` T5 tokens.
@@ -150,15 +150,15 @@ class Pipeline:
         clip_ids = text.encode(self.tokenizer, prompts, clip_length, truncate=True)
         text.warn_unread(self.tokenizer, self.tokenizer_2, prompts, clip_length)
         encoders = CLIPTextEncoder(clip.config, self.compute), T5Encoder(t5.config, self.compute)
-        txt, vec, finite = _encode_text((clip.params, t5.params), clip_ids, ids, encoders=encoders)
+        encoded, finite = _encode_text((clip.params, t5.params), clip_ids, ids, encoders=encoders)
         stages = ("T5's outputs", "CLIP's output")
         check_finite(dict(zip(stages, finite, strict=True)), {"t5": t5.params, "clip": clip.params})
-        return PromptEncoding(txt, vec, ids)
+        return encoded
 
     def encode_images(
         self, images: UInt8[np.ndarray, "B H W 3"] | UInt8[Array, "B H W 3"], keys: Key[Array, " B"] | None = None
     ) -> Float[Array, "B N C"]:
-        """Images as the transformer's tokens: the means of their latents, or with a key for each image, a sample.
+        """Images as the transformer's tokens: the means of their latents, or with `keys`, one for each image, samples.
 
         Raises:
           ValueError: not uint8 [B, H, W, 3], or a side that is no multiple of a token's (16 pixels for FLUX).
@@ -196,28 +196,28 @@ class Pipeline:
         num_steps: int,
         guidance: float | None = None,
         seed: int = 0,
-        indices: Int[np.ndarray, " B"] | None = None,
+        examples: Int[np.ndarray, " B"] | None = None,
         offsets: Offsets = NO_OFFSETS,
         negative_prompt: str | PromptEncoding | None = None,
         cfg_scale: float = 1.0,
     ) -> UInt8[Array, "B H W 3"]:
         """Images of prompts, by Euler steps in one program.
 
-        The noise of an image depends on the seed and its index alone: images are the same however they are batched.
+        The noise of an image depends on the seed and its number alone: images are the same however they are batched.
 
         Args:
-          prompts: texts, or their encoding, for which the text encoders may have been dropped.
+          prompts: texts, or their encoding, which needs no text encoders.
           height: pixels, like `width`; a multiple of a token's side (16 for FLUX).
           num_steps: FLUX.1-dev is used with 28 to 50, schnell with 4.
-          guidance: strength, for models with guidance_embeds only, and then 3.5 by default.
-          indices: the images' numbers; by default from 0.
+          guidance: strength, only for models with guidance_embeds; 3.5 by default.
+          examples: the images' numbers; by default from 0.
           offsets: of the modulation vector, for each prompt.
           negative_prompt: what true classifier-free guidance leads away from, for all images, without offsets; "" by
             default.
-          cfg_scale: its strength; 1 is none, and each step then costs half.
+          cfg_scale: its strength; 1 is none and halves the cost of a step.
 
         Raises:
-          ValueError: sizes, strengths, indices or offsets that are not possible; a part that was dropped.
+          ValueError: impossible sizes, strengths, examples or offsets; a part that was dropped.
           NotFiniteError: values that are not finite; names the step where they begin, and the parameters that are not.
         """
         flux, vae = self._part("transformer"), self._part("vae")
@@ -233,15 +233,15 @@ class Pipeline:
             given = isinstance(negative_prompt, PromptEncoding)
             negative = negative_prompt if given else self.encode_prompts([negative_prompt or ""])
         batch = len(encoded.vec)
-        indices = np.arange(batch) if indices is None else np.asarray(indices)
-        if indices.shape != (batch,):
-            raise ValueError(f"indices: one for each of the {batch} prompts is needed, got shape {indices.shape}")
+        examples = np.arange(batch) if examples is None else np.asarray(examples)
+        if examples.shape != (batch,):
+            raise ValueError(f"examples: one for each of the {batch} prompts is needed, got shape {examples.shape}")
         images, finite = _generate(
             (flux.params, vae.params),
-            (encoded.txt, encoded.vec),
-            None if negative is None else (negative.txt, negative.vec),
+            encoded,
+            negative,
             stream_key(seed, Stream.SAMPLE),
-            indices,
+            examples,
             sigmas,
             None if guidance is None else np.float32(guidance),
             np.float32(cfg_scale),
@@ -264,13 +264,15 @@ class Pipeline:
         return part
 
 
-def load_pipeline(source: str | os.PathLike, **options: Any) -> Pipeline:
-    """A shipped pipeline by its name ("tiny"), a folder in diffusers' layout or a hub id; see `from_pretrained`."""
-    return Pipeline.from_pretrained(source, **options)
+load_pipeline = Pipeline.from_pretrained
+
+
+def _single_files(transformer: str | os.PathLike | None, vae: str | os.PathLike | None) -> dict[str, Path]:
+    return {name: Path(path) for name, path in (("transformer", transformer), ("vae", vae)) if path is not None}
 
 
 class Loader:
-    """Loads parts of a model that may be too large to be on a device as a whole.
+    """Loads parts of a model that may be too large for a device as a whole.
 
     >>> load = Loader("black-forest-labs/FLUX.1-dev", dtype="bfloat16")
     >>> prompts = load("clip", "t5").encode_prompts(["a dog"])
@@ -285,42 +287,37 @@ class Loader:
         vae: str | os.PathLike | None = None,
         **options: Any,
     ):
-        """Fetches everything, and loads nothing yet; arguments as of `Pipeline.from_pretrained`.
+        """Fetches everything and loads nothing yet; arguments as of `Pipeline.from_pretrained`.
 
         Raises:
-          ValueError: a model that is not there or not whole.
+          ValueError: a model that is missing or incomplete.
         """
-        given = {"transformer": transformer, "vae": vae}
-        self._single = {name: Path(path) for name, path in given.items() if path is not None}
+        self._single = _single_files(transformer, vae)
         self._folder = model_folder.fetch(source, [part for part in PARTS if part not in self._single])
         self._files = model_folder.locate(self._folder, PARTS, self._single)
         self._options = options
 
     def __call__(self, *parts: str) -> Pipeline:
-        """A pipeline with these parts only; without any, of tokenizers and configs."""
+        """A pipeline with these parts only; without any, just tokenizers and configs."""
         return Pipeline.from_pretrained(self._folder, parts=parts, **self._single, **self._options)
 
     def check_size(self, height: int, width: int) -> None:
-        """Makes sure that images can have a size, in pixels.
-
-        Raises:
-          ValueError: they cannot.
-        """
+        """Raises ValueError where images cannot have this size, in pixels."""
         model_folder.read_config(self._folder, "vae", self._files["vae"]).token_grid(height, width)
 
 
 @functools.partial(jax.jit, static_argnames="encoders")
 def _encode_text(
     params: tuple, clip_ids: Array, t5_ids: Array, *, encoders: tuple
-) -> tuple[Array, Array, tuple[Array, Array]]:
+) -> tuple[PromptEncoding, tuple[Array, Array]]:
     clip, t5 = encoders
     txt, vec = t5.apply({"params": params[1]}, t5_ids), clip.apply({"params": params[0]}, clip_ids).pooled
-    return txt, vec, (all_finite(txt), all_finite(vec))
+    return PromptEncoding(txt, vec), (all_finite(txt), all_finite(vec))
 
 
 @functools.partial(jax.jit, static_argnames="vae")
 def _encode_images(params: Params, images: Array, keys: Array | None, *, vae: Autoencoder) -> tuple[Array, Array]:
-    posterior = vae.apply({"params": params}, images.astype(jnp.float32) / 127.5 - 1.0, method="encode")
+    posterior = vae.apply({"params": params}, autoencoder.to_float(images), method="encode")
     latents = posterior.mean
     if keys is not None:
         latents = posterior.sample(jax.vmap(lambda key: jax.random.normal(key, latents.shape[1:]))(keys))
@@ -331,16 +328,16 @@ def _encode_images(params: Params, images: Array, keys: Array | None, *, vae: Au
 def _decode(params: Params, tokens: Array, *, vae: Autoencoder, grid: tuple[int, int]) -> tuple[Array, Array]:
     latents = autoencoder.from_latents(autoencoder.unpack(tokens, grid), vae.config)
     images = vae.apply({"params": params}, latents, method="decode")
-    return jnp.round(jnp.clip((images + 1.0) * 127.5, 0.0, 255.0)).astype(jnp.uint8), all_finite(images)
+    return autoencoder.to_uint8(images), all_finite(images)
 
 
 @functools.partial(jax.jit, static_argnames=("modules", "grid"))
 def _generate(
     params: tuple[Params, Params],
-    prompts: tuple[Array, Array],
-    negative: tuple[Array, Array] | None,
+    prompts: PromptEncoding,
+    negative: PromptEncoding | None,
     key: Array,
-    indices: Array,
+    examples: Array,
     sigmas: Array,
     guidance: Array | None,
     cfg_scale: Array,
@@ -350,11 +347,11 @@ def _generate(
     grid: tuple[int, int],
 ) -> tuple[Array, tuple[Array, Array, Array]]:
     flux, vae = modules
-    batch, length = prompts[0].shape[:2]
+    batch, length = prompts.txt.shape[:2]
     strengths = None if guidance is None else jnp.full(batch, guidance)
     image_ids, text_ids = autoencoder.image_ids(grid), jnp.zeros((length, 3))
 
-    def velocity(prompts: tuple[Array, Array], offsets: Offsets = NO_OFFSETS) -> sampling.Velocity:
+    def velocity(prompts: PromptEncoding, offsets: Offsets = NO_OFFSETS) -> sampling.Velocity:
         txt, vec = (jnp.broadcast_to(x, (batch, *x.shape[1:])) for x in prompts)
 
         def at(x: Array, times: Array) -> Array:
@@ -366,8 +363,8 @@ def _generate(
     guided = velocity(prompts, offsets)
     if negative is not None:
         guided = sampling.with_cfg(guided, velocity(negative), cfg_scale)
-    noise = sampling.initial_noise(key, indices, (grid[0] * grid[1], flux.config.in_channels))
-    prompt_finite = all_finite(prompts[0]) & all_finite(prompts[1])
-    sampled = sampling.euler(guided, noise, sigmas)
-    images, images_finite = _decode(params[1], sampled.tokens, vae=vae, grid=grid)
-    return images, (prompt_finite, sampled.finite, images_finite)
+    noise = sampling.initial_noise(key, examples, (grid[0] * grid[1], flux.config.in_channels))
+    prompts_finite = all_finite(prompts.txt) & all_finite(prompts.vec)
+    tokens, steps_finite = sampling.euler(guided, noise, sigmas)
+    images, images_finite = _decode(params[1], tokens, vae=vae, grid=grid)
+    return images, (prompts_finite, steps_finite, images_finite)

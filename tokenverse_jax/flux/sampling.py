@@ -5,7 +5,7 @@ Axes: B batch, N image tokens, D channels of a token.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -32,44 +32,42 @@ class SamplingConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class UsualSampling(SamplingConfig):
-    """How a model is meant to be sampled, unless told otherwise: `sampling.json` in its folder, which is our own file.
+    """A model's own settings, used unless others are given: `sampling.json` in its folder, a file of ours."""
 
-    size: side of its images, pixels.
-    """
+    size: int = 1024  # side of its images, pixels
 
-    size: int = 1024
+    def arguments(self, **given: Any) -> dict[str, Any]:
+        """Arguments of `Pipeline.generate`; those in `given` replace the model's own."""
+        own = vars(self) | {"height": self.size, "width": self.size}
+        del own["size"]
+        return own | given
 
 
 def initial_noise(
-    key: Key[Array, ""], indices: Int[Array, "B"] | Int[np.ndarray, "B"], shape: tuple[int, int]
+    key: Key[Array, ""], examples: Int[Array, "B"] | Int[np.ndarray, "B"], shape: tuple[int, int]
 ) -> Float[Array, "B N D"]:
-    """Standard normal tokens of `shape` (N, D) for each example.
+    """Standard normal tokens of `shape` (N, D) for each example, a function of the key and the example's number alone.
 
-    They depend on the key and the example's index alone, so images do not change with the batches or devices that
-    examples are spread over.
+    So an image is the same however examples are batched or spread over devices.
     """
-    noise = jax.vmap(lambda key: jax.random.normal(key, shape))(example_keys(key, indices))
+    noise = jax.vmap(lambda key: jax.random.normal(key, shape))(example_keys(key, examples))
     return constrain(noise, Axis.BATCH, None, None)
-
-
-class Sampled(NamedTuple):
-    """What `euler` ends with."""
-
-    tokens: Float[Array, "B N D"]
-    finite: Bool[Array, "steps"]  # whether they were finite after each step
 
 
 def euler(
     velocity: Velocity, noise: Float[Array, "B N D"], sigmas: Float[Array, "T"] | Float[np.ndarray, "T"]
-) -> Sampled:
+) -> tuple[Float[Array, "B N D"], Bool[Array, "steps"]]:
     """Follows the velocity from `noise` at time sigmas[0] to time sigmas[-1] by Euler steps, in one scan.
 
-    To be called in a jitted function that has the model's parameters among its arguments.
+    Call it in a jitted function that has the model's parameters among its arguments.
 
     Args:
       velocity: the model; traced once.
       noise: the start, float32.
       sigmas: decreasing times, see `schedule.sigmas`.
+
+    Returns:
+      The tokens at the end, and whether all of them were finite after each step.
     """
 
     def step(x, times):
@@ -78,7 +76,7 @@ def euler(
         return constrain(x, Axis.BATCH, None, None), all_finite(x)
 
     sigmas = jnp.asarray(sigmas, jnp.float32)
-    return Sampled(*lax.scan(step, noise, (sigmas[:-1], sigmas[1:])))
+    return lax.scan(step, noise, (sigmas[:-1], sigmas[1:]))
 
 
 def with_cfg(conditional: Velocity, negative: Velocity, scale: float | Float[Array, ""]) -> Velocity:

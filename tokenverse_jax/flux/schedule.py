@@ -83,11 +83,6 @@ def sigmas(config: ScheduleConfig, num_steps: int, image_tokens: int) -> Float[n
     return np.append(shifted, np.float32(0))
 
 
-def uniform_times(keys: Key[Array, "B"], low: float = 0.0, high: float = 1.0) -> Float[Array, "B"]:
-    """Times for training, uniform in [low, high), one for each example's key."""
-    return jax.vmap(lambda key: jax.random.uniform(key, minval=low, maxval=high))(keys)
-
-
 def logit_normal_times(keys: Key[Array, "B"], mean: float = 0.0, std: float = 1.0) -> Float[Array, "B"]:
     """Times for training, the sigmoid of a normal variable, one for each example's key (arXiv 2403.03206, sec. 3.1)."""
     return jax.nn.sigmoid(mean + std * jax.vmap(jax.random.normal)(keys))
