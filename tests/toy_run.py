@@ -89,7 +89,7 @@ def batches(start: int, nan_from: int | None = None) -> Iterator[dict[str, np.nd
 def train(workdir: Path, steps: int, stream: Callable[[int], Iterator] = batches, **options: Any) -> loop.Result:
     """A whole run on all devices: initial state, loop, and the final state as `final.npz`.
 
-    `options` are fields of LoopConfig and arguments of `loop.run`.
+    `options` are fields of LoopConfig and Loop.
     """
     mesh = make_mesh(MeshConfig(data=1, fsdp=-1), jax.devices())
     abstract = jax.eval_shape(init)
@@ -106,15 +106,13 @@ def train(workdir: Path, steps: int, stream: Callable[[int], Iterator] = batches
             "config": loop.LoopConfig(duration=Duration(steps=steps), **intervals),
             "workdir": workdir,
             "resolved_config": {"steps": steps},
-            "state": state,
-            "start_step": step,
             "total_steps": steps,
             "train_step": train_step,
             "batches": stream,
             "shard": lambda batch: shard_batch(batch, mesh),
             "evaluate": lambda state, step: {"norm": optax.tree.norm(state.params)},
         }
-        result = loop.run(**arguments | options)
+        result = loop.Loop(**arguments | options).run(state, step)
     leaves = {jax.tree_util.keystr(k): np.asarray(v) for k, v in jax.tree_util.tree_leaves_with_path(result.state)}
     np.savez(workdir / "final.npz", **leaves)
     return result

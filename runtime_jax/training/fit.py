@@ -1,4 +1,4 @@
-"""A whole training run, whatever is trained."""
+"""A whole training run: initial state, then the loop."""
 
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -34,21 +34,20 @@ def fit(
     may_differ: Sequence[str] = (),
     notes: Sequence[str] = (),
 ) -> loop.Result:
-    """Trains, or goes on training, in `workdir`; to be called under `jax.set_mesh(program.mesh)`.
+    """Starts or resumes a training in `workdir`; call it under `jax.set_mesh(program.mesh)`.
 
     Args:
-      program: the train step and its state.
       workdir: of `only_writer`.
-      config, resolved_config, total_steps, batches, preview, evaluate: as in `loop.run`.
+      config, resolved_config, total_steps, batches, preview, evaluate: as in `loop.Loop`.
       batch_size: examples of a step, over all hosts.
-      dtype: that matmuls are computed in, for the share of the device's peak.
+      dtype: of the matmuls, for the MFU.
       variant: step -> variant of the program.
-      init: makes a new state; None: the program does.
+      init: makes a new state; None: `program.init`.
       init_from, resume_from, must_match, may_differ: as in `initial_state`.
-      notes: lines that are printed before the first step.
+      notes: lines to print before the first step.
 
     Raises:
-      as `initial_state` and `loop.run`.
+      as `initial_state` and `loop.Loop.run`.
     """
     found = initial_state(
         workdir,
@@ -63,12 +62,10 @@ def fit(
     if jax.process_index() == 0:
         start = f"{workdir}: {total_steps} steps of {batch_size} images, from step {found.step} ({found.origin})"
         print("\n".join([start, *notes]), flush=True)
-    return loop.run(
+    return loop.Loop(
         config=config,
         workdir=workdir,
         resolved_config=resolved_config,
-        state=found.state,
-        start_step=found.step,
         total_steps=total_steps,
         train_step=lambda state, batch, step: program.step(state, batch, variant(step)),
         batches=batches,
@@ -78,4 +75,4 @@ def fit(
         variant=variant,
         flops_per_step=lambda step: program.flops(variant(step)),
         peak_flops=peak_flops(program.mesh.devices.flat[0].device_kind, dtype),
-    )
+    ).run(found.state, found.step)

@@ -1,7 +1,7 @@
 """The train loop: steps, metrics, checkpoints, previews, evaluation, and a clean end whatever happens.
 
 The host stays one step behind the device: it dispatches step s + 1 and then reads the metrics of step s. So the device
-never waits for the host, and yet every step's count of skipped updates is seen.
+never waits for the host, which still sees the metrics of every step.
 """
 
 import contextlib
@@ -25,12 +25,12 @@ from runtime_jax.workdir import output_folder
 
 Batch = Mapping[str, Any]
 Metrics = Mapping[str, tuple[Any, Any]]
-_EVAL = "eval/"  # begins the names of what `evaluate` gives
+_EVAL = "eval/"  # prefix of the names that `evaluate` returns
 
 
 @dataclass(frozen=True, kw_only=True)
 class LoopConfig:
-    """How long a run is and what it does on the way; an interval of 0 means never (checkpoints: only at the end)."""
+    """Length and intervals of a run; an interval of 0 means never (checkpoints: only at the end)."""
 
     duration: Duration
     log_every: int = 50
@@ -56,103 +56,9 @@ class Result(NamedTuple):
     stopped_by: str | None
 
 
-def run(
-    *,
-    config: LoopConfig,
-    workdir: str | Path,
-    resolved_config: Mapping[str, Any],
-    state: Any,
-    start_step: int,
-    total_steps: int,
-    train_step: Callable[[Any, Any, int], tuple[Any, Metrics]],
-    batches: Callable[[int], Iterator[Batch]],
-    shard: Callable[[Batch], Any],
-    preview: Callable[[Any, int], Mapping[str, np.ndarray] | None] | None = None,
-    evaluate: Callable[[Any, int], Mapping[str, float] | None] | None = None,
-    variant: Callable[[int], Hashable] = lambda step: None,
-    flops_per_step: float | Callable[[int], float] | None = None,
-    peak_flops: float | None = None,
-) -> Result:
-    """Trains from `start_step` to `total_steps`, writing checkpoints, metrics and pictures below `workdir`.
-
-    A run that is killed and started again (with `initial_state`) writes the same metrics, bit for bit, as
-    one that was not, but for those named `time/...`. SIGTERM and SIGINT end it after the current step, with a
-    checkpoint; a second signal ends it at once.
-
-    Args:
-        config: intervals and limits.
-        workdir: directory of the run.
-        resolved_config: saved in every checkpoint, JSON-able.
-        state: from `initial_state`; donated to `train_step`.
-        start_step: number of steps that `state` has seen.
-        total_steps: number of steps at the end, `config.duration.to_steps(...)`.
-        train_step: (state, batch, step) -> (state, metrics), jitted; `step` counts from 0. Metrics are (sum, count)
-            pairs of device scalars, averaged over the logging interval as sum / count; the sum of "nonfinite" is 1
-            where the update was skipped, and is logged as the number of such steps.
-        batches: start step -> iterator of host batches, batch s a pure function of s; its leading dimension is this
-            process's share of the batch. The iterator's `close()`, if it has one, is called when the run ends, however
-            it ends. If it has a mapping `skipped`, how often each unreadable file was replaced so far, the growth in an
-            interval is logged as `data/skipped` where it is not 0 (on process 0, of its own share).
-        shard: host batch -> device batch.
-        preview: (state, step) -> images [H, W, 3] uint8 by name; called every `preview_every` steps and at the end.
-        evaluate: (state, step) -> numbers by name, logged as `eval/<name>`; every `eval_every` steps and at the end. A
-            FloatingPointError of it, or of `preview`, is told and does not end the run.
-        variant: step -> key of the program that `train_step` runs. The first step of each key compiles and is left out
-            of the reported times.
-        flops_per_step: floating-point operations of a step over all devices, for the MFU; a function of the step where
-            its variants differ.
-        peak_flops: peak operations per second of one device.
-
-    Returns:
-        The state, its step, and the name of the signal that ended the run early, or None.
-
-    Raises:
-        FloatingPointError: `max_nonfinite` updates in a row were skipped; names the steps.
-        WorkdirError: the workdir cannot be written or the disk is full (found out before compiling, if possible).
-    """
-    path = output_folder(workdir, config.min_free_bytes)
-    with contextlib.ExitStack() as stack:
-        progress = stack.enter_context(Progress(start_step, total_steps))
-        if start_step >= total_steps:
-            progress.say(f"nothing to do: the state has seen {start_step} of {total_steps} steps")
-            return Result(state, start_step, None)
-        checkpointer = stack.enter_context(Checkpointer(path, keep=config.keep_checkpoints))
-        carried = checkpointer.loop(start_step) if start_step in checkpointer.steps() else {}
-        # Where a signal left the evaluation of this step for later, an attempt since then may have made it already.
-        look = bool(carried) and not carried["looked"]
-        writer = stack.enter_context(MetricWriter(path, start_step, redo=_EVAL if look else None))
-        stream = batches(start_step)
-        if hasattr(stream, "close"):
-            stack.callback(stream.close)
-        this = _Run(
-            config=config,
-            resolved_config=resolved_config,
-            total_steps=total_steps,
-            train_step=train_step,
-            preview=preview,
-            evaluate=evaluate,
-            flops=flops_per_step if callable(flops_per_step) else lambda step: flops_per_step or 0.0,
-            peak_flops=peak_flops,
-            stream=stream,
-            shard=shard,
-            checkpointer=checkpointer,
-            writer=writer,
-            progress=progress,
-            stop=stack.enter_context(_Stop()),
-        )
-        if carried:
-            this.resume(carried)
-        if look:
-            this.look(state, start_step)
-        return this.train(state, start_step, variant)
-
-
 @dataclass
 class _Pending:
-    """A step that was dispatched and whose metrics were not read yet; `number` counts from 1.
-
-    `skipped`: unreadable files that were replaced in this run's batches up to this step's.
-    """
+    """A dispatched step, number 1, 2, ..., whose metrics have not been read; `skipped` files were replaced so far."""
 
     number: int
     metrics: Metrics
@@ -164,23 +70,44 @@ class _Pending:
 
 
 @dataclass(kw_only=True)
-class _Run:
-    """One call of `run`: its parts, and what is carried from step to step besides the state."""
+class Loop:
+    """A run up to step `total_steps`; it writes checkpoints, metrics and pictures below `workdir`.
+
+    A run that is killed and started again (with `initial_state`) writes the same metrics, bit for bit, as an
+    uninterrupted one, except for those named `time/...`. SIGTERM and SIGINT end it after the current step, with a
+    checkpoint; a second signal ends it at once.
+
+    Attributes:
+        resolved_config: JSON-able; saved in every checkpoint.
+        train_step: (state, batch, step) -> (state, metrics), jitted; `step` counts from 0. Metrics are (sum, count)
+            pairs of device scalars, logged as sum / count over the interval; the sum of "nonfinite" is 1 if the update
+            was skipped, and is logged as the number of such steps.
+        batches: start step -> iterator of host batches, batch s a pure function of s; its leading dimension is this
+            process's share of the batch. However the run ends, it calls the iterator's `close()`, if there is one. If
+            the iterator has a mapping `skipped` from unreadable files to how often they were replaced so far, the
+            interval's growth is logged as `data/skipped` where it is not 0 (on process 0, of its own share).
+        shard: host batch -> device batch.
+        preview: (state, step) -> images [H, W, 3] uint8 by name; every `preview_every` steps and at the end.
+        evaluate: (state, step) -> numbers by name, logged as `eval/<name>`; every `eval_every` steps and at the end. If
+            it or `preview` raises a FloatingPointError, the run reports that and goes on.
+        variant: step -> key of the program that `train_step` runs. The first step of each key compiles and is left out
+            of the reported times.
+        flops_per_step: step -> floating-point operations over all devices, for the MFU.
+        peak_flops: peak operations per second of one device; None: no MFU.
+    """
 
     config: LoopConfig
+    workdir: str | Path
     resolved_config: Mapping[str, Any]
     total_steps: int
     train_step: Callable[[Any, Any, int], tuple[Any, Metrics]]
-    preview: Callable[[Any, int], Mapping[str, np.ndarray] | None] | None
-    evaluate: Callable[[Any, int], Mapping[str, float] | None] | None
-    flops: Callable[[int], float]
-    peak_flops: float | None
-    stream: Iterator[Batch]
+    batches: Callable[[int], Iterator[Batch]]
     shard: Callable[[Batch], Any]
-    checkpointer: Checkpointer
-    writer: MetricWriter
-    progress: Progress
-    stop: "_Stop"
+    preview: Callable[[Any, int], Mapping[str, np.ndarray] | None] | None = None
+    evaluate: Callable[[Any, int], Mapping[str, float] | None] | None = None
+    variant: Callable[[int], Hashable] = lambda step: None
+    flops_per_step: Callable[[int], float] = lambda step: 0.0
+    peak_flops: float | None = None
 
     def __post_init__(self) -> None:
         self.means = IntervalMeans()
@@ -189,17 +116,41 @@ class _Run:
         self.skipped_files = 0
         self.pending: _Pending | None = None
 
-    def resume(self, carried: Mapping[str, Any]) -> None:
-        """Takes up the interval that was open when this run's own checkpoint was saved."""
-        self.means.restore(carried["means"])
-        self.skipped_in_a_row = carried["skipped_in_a_row"]
+    def run(self, state: Any, start_step: int) -> Result:
+        """Trains a state of `initial_state`, which has seen `start_step` steps; each step donates it.
 
-    def train(self, state: Any, start_step: int, variant: Callable[[int], Hashable]) -> Result:
-        """The steps; `state` is donated at each."""
+        Raises:
+            FloatingPointError: `max_nonfinite` updates in a row were skipped; names the steps.
+            WorkdirError: the workdir cannot be written or the disk is full (raised before compiling, if possible).
+        """
+        path = output_folder(self.workdir, self.config.min_free_bytes)
+        with contextlib.ExitStack() as stack:
+            self.progress = stack.enter_context(Progress(start_step, self.total_steps))
+            if start_step >= self.total_steps:
+                self.progress.say(f"nothing to do: the state has seen {start_step} of {self.total_steps} steps")
+                return Result(state, start_step, None)
+            self.checkpointer = stack.enter_context(Checkpointer(path, keep=self.config.keep_checkpoints))
+            carried = self.checkpointer.loop(start_step) if start_step in self.checkpointer.steps() else {}
+            # A signal may have left the evaluation of this step for later; a later attempt may have made it already.
+            look = bool(carried) and not carried["looked"]
+            self.writer = stack.enter_context(MetricWriter(path, start_step, redo=_EVAL if look else None))
+            self.stream = self.batches(start_step)
+            if hasattr(self.stream, "close"):
+                stack.callback(self.stream.close)
+            self.stop = stack.enter_context(_Stop())
+            if carried:  # the interval that was open when this run's own checkpoint was saved
+                self.means.restore(carried["means"])
+                self.skipped_in_a_row = carried["skipped_in_a_row"]
+            if look:
+                self.look(state, start_step)
+            return self.train(state, start_step)
+
+    def train(self, state: Any, start_step: int) -> Result:
+        """The steps, and what is due after each."""
         compiled: set[Hashable] = set()
         self.watch.start()
         for step in range(start_step, self.total_steps):
-            key, number = variant(step), step + 1
+            key, number = self.variant(step), step + 1
             if key in compiled:
                 state = self.dispatch(state, self.next_batch(), step)
             else:
@@ -210,23 +161,27 @@ class _Run:
                     self.settle(timed=False)
             stopping = number < self.total_steps and self.stop.requested(number)
             looking = self.due(number, self.config.eval_every) or self.due(number, self.config.preview_every)
-            if stopping or looking or self.due(number, self.config.checkpoint_every) or number == self.total_steps:
+            saving = stopping or self.due(number, self.config.checkpoint_every) or number == self.total_steps
+            if looking or saving:
                 self.settle()
                 with self.watch.paused():
-                    if looking and not stopping:  # a signal leaves little time: after the restart is soon enough
+                    if looking and not stopping:  # a signal leaves little time; the restarted run looks
                         self.look(state, number)
-                    if stopping or self.due(number, self.config.checkpoint_every) or number == self.total_steps:
+                    if saving:
                         self.save(state, number, looked=not (looking and stopping))
             if stopping:
-                return self.stopped(state, number)
+                self.checkpointer.wait()
+                saved = self.checkpointer.path(number)
+                self.progress.say(f"{self.stop.name}: stopped after step {number}, saved {saved}")
+                return Result(state, number, self.stop.name)
         return Result(state, self.total_steps, None)
 
     def due(self, number: int, every: int) -> bool:
-        """Whether something that is done every so many steps, and at the end, is done after this step."""
+        """Whether this step ends an interval of `every` steps, or the run; never if `every` is 0."""
         return every > 0 and (number % every == 0 or number == self.total_steps)
 
     def next_batch(self) -> Any:
-        """The next batch, on its way to the devices; data wait where these had run out of work by the end of it."""
+        """The next batch, on its way to the devices; counts as data wait if they have run out of work meanwhile."""
         begin = time.perf_counter()
         batch = next(self.stream, None)
         if batch is None:
@@ -237,20 +192,18 @@ class _Run:
         return batch
 
     def dispatch(self, state: Any, batch: Any, step: int) -> Any:
-        """Starts a step, and while it runs settles the one before."""
+        """Starts a step, and settles the previous one while it runs."""
         state, metrics = self.train_step(state, batch, step)
-        before, self.pending = self.pending, None
-        if before is not None:
-            self.account(before, timed=True)
+        self.settle()
         skipped = sum(getattr(self.stream, "skipped", {}).values())
         self.pending = _Pending(step + 1, metrics, jax.tree.leaves(batch)[0].shape[0], skipped)
         return state
 
     def settle(self, timed: bool = True) -> None:
-        """Waits for the step in flight, if there is one, and accounts for it."""
-        if self.pending is not None:
-            before, self.pending = self.pending, None
-            self.account(before, timed)
+        """Waits for the step in flight, if any, and accounts for it."""
+        done, self.pending = self.pending, None
+        if done is not None:
+            self.account(done, timed)
 
     def account(self, done: _Pending, timed: bool) -> None:
         """Reads a step's metrics: the non-finite policy, the interval's means, the log line."""
@@ -259,7 +212,7 @@ class _Run:
             metrics["data/skipped"] = (float(done.skipped - self.skipped_files), 1.0)
             self.skipped_files = done.skipped
         if timed:
-            self.watch.step(self.flops(done.number - 1))
+            self.watch.step(self.flops_per_step(done.number - 1))
         self.means.add(metrics)
         self.progress.advance()
         skipped = metrics.get("nonfinite", (0.0, 1.0))[0] > 0
@@ -289,38 +242,32 @@ class _Run:
     def look(self, state: Any, number: int) -> None:
         """Evaluates and draws what is due after this step."""
         if self.evaluate is not None and self.due(number, self.config.eval_every):
-            found = self.looked(lambda: self.evaluate(state, number), number, "evaluation")
+            found = self.looked("evaluation", self.evaluate, state, number)
             numbers = {f"{_EVAL}{key}": float(value) for key, value in found.items()}
             if numbers:
                 self.writer.scalars(number, numbers)
-                self.progress.say(
-                    "  ".join([f"step {number}", *(f"{key} {value:.4g}" for key, value in numbers.items())])
-                )
+                shown = (f"{key} {value:.4g}" for key, value in numbers.items())
+                self.progress.say("  ".join([f"step {number}", *shown]))
         if self.preview is not None and self.due(number, self.config.preview_every):
-            for name, image in self.looked(lambda: self.preview(state, number), number, "preview").items():
+            for name, image in self.looked("preview", self.preview, state, number).items():
                 self.writer.images(number, name, image)
 
-    def looked(self, look: Callable[[], Mapping[str, Any] | None], number: int, what: str) -> Mapping[str, Any]:
-        """What an evaluation or a preview gives; it does not end the run where its values are not finite."""
+    def looked(self, what: str, look: Callable[[Any, int], Any], state: Any, number: int) -> Mapping[str, Any]:
+        """What an evaluation or a preview returns; values that are not finite don't end the run."""
         try:
-            return look() or {}
+            return look(state, number) or {}
         except FloatingPointError as error:
             self.progress.say(f"step {number}: no {what}: {error}")
             return {}
 
     def save(self, state: Any, number: int, looked: bool) -> None:
-        """Starts to write a checkpoint; the lines about the steps up to it are on disk by now."""
+        """Starts to write a checkpoint; the metrics of the steps up to it are already on disk."""
         carried = {"means": self.means.carried(), "skipped_in_a_row": self.skipped_in_a_row, "looked": looked}
         self.checkpointer.save(number, state, self.resolved_config, carried)
 
-    def stopped(self, state: Any, number: int) -> Result:
-        self.checkpointer.wait()
-        self.progress.say(f"{self.stop.name}: stopped after step {number}, saved {self.checkpointer.path(number)}")
-        return Result(state, number, self.stop.name)
-
 
 class _Stop(contextlib.AbstractContextManager):
-    """Turns the first SIGTERM or SIGINT into a request to stop; the second acts as it did before."""
+    """Turns the first SIGTERM or SIGINT into a request to stop; the second one has its usual effect."""
 
     def __init__(self) -> None:
         self.name: str | None = None

@@ -102,7 +102,7 @@ def train_network(
 
     Args:
       init: new parameters; traced here.
-      preview, evaluate: as in `loop.run`, of the averaged parameters.
+      preview, evaluate: as in `loop.Loop`, of the averaged parameters.
       variant: step -> key; steps of one key have batches of the same shapes.
     """
     total_steps = config.loop.duration.to_steps(config.batch_size, None)

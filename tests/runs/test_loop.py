@@ -258,17 +258,15 @@ def test_bad_workdir_is_told_before_anything_runs(tmp_path, bad, message):
         pytest.fail("the workdir was not looked at first")
 
     with pytest.raises(WorkdirError, match=message):
-        loop.run(
+        loop.Loop(
             config=loop.LoopConfig(duration=Duration(steps=2), min_free_bytes=2**62 if bad == "full" else 0),
             workdir=tmp_path / bad,
             resolved_config={},
-            state=None,
-            start_step=0,
             total_steps=2,
             train_step=never,
             batches=never,
             shard=never,
-        )
+        ).run(None, 0)
 
 
 @pytest.mark.parametrize(
