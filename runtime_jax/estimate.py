@@ -33,7 +33,7 @@ def estimate(values: np.ndarray | Sequence[float], *, independent: bool = True) 
     values = np.asarray(values, np.float64).reshape(-1)
     broken = np.flatnonzero(np.isnan(values))
     if values.size == 0 or broken.size:
-        where = f"NaN at places {broken[:10].tolist()}" if broken.size else "no values"
+        where = f"NaN at positions {broken[:10].tolist()}" if broken.size else "no values"
         raise ValueError(f"estimate: {where} of {values.size}")
     if not independent:
         return Estimate(float(np.mean(values)), None, values.size)

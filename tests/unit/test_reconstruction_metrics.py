@@ -61,7 +61,7 @@ def test_estimate():
     )  # t table, 3 degrees
     assert str(result) == "2.50 ± 2.05"
     assert estimate([7.0]).half_width == np.inf
-    with pytest.raises(ValueError, match=r"NaN at places \[1\] of 2"):
+    with pytest.raises(ValueError, match=r"NaN at positions \[1\] of 2"):
         estimate([1.0, np.nan])
     with pytest.raises(ValueError, match="no values"):
         estimate([])
