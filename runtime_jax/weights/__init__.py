@@ -1,4 +1,4 @@
-"""Weights of other programs: where they come from, what they are, and the table that turns them into parameters."""
+"""Weights of other programs: finding them, recognising them, and the table that turns them into parameters."""
 
 from runtime_jax.weights.table import (
     CONV,
@@ -14,7 +14,6 @@ from runtime_jax.weights.table import (
     joined,
     layer,
     norm,
-    not_safetensors,
     prefixed,
     read_safetensors,
     write_safetensors,
@@ -34,7 +33,6 @@ __all__ = [
     "joined",
     "layer",
     "norm",
-    "not_safetensors",
     "prefixed",
     "read_safetensors",
     "write_safetensors",

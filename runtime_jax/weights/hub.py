@@ -13,7 +13,7 @@ PICKLED = (".pth", ".pt", ".bin", ".ckpt")
 
 
 def local_path(source: str | os.PathLike, patterns: Sequence[str]) -> Path:
-    """The local file or folder of `source`; of a hub id "owner/name", the files of `patterns` are fetched.
+    """The local file or folder of `source`; fetches the files of `patterns` of a hub id "owner/name".
 
     Raises:
       WeightError: neither a local path nor a hub id, or the hub cannot be reached or has no such repository.
@@ -35,7 +35,7 @@ def local_path(source: str | os.PathLike, patterns: Sequence[str]) -> Path:
 
 
 def read_tensors(source: str | os.PathLike) -> dict[str, np.ndarray]:
-    """All tensors of a .safetensors file, or of those in a folder or hub repository, under their own names.
+    """All tensors of a .safetensors file, or of all such files in a folder or hub repository, by name.
 
     Raises:
       WeightError: nothing there, only pickled PyTorch files, an unreadable file, or one name with two contents.
@@ -56,15 +56,15 @@ def read_tensors(source: str | os.PathLike) -> dict[str, np.ndarray]:
 
 
 def merge_tensors(parts: Sequence[tuple[str | os.PathLike, dict[str, np.ndarray]]]) -> dict[str, np.ndarray]:
-    """The union of several state dicts, each with the place that it came from; a name may recur with equal contents.
+    """The union of several (file, state dict); a name may recur with equal contents.
 
     Raises:
       WeightError: one name with two contents.
     """
     merged: dict[str, np.ndarray] = {}
-    for place, tensors in parts:
+    for file, tensors in parts:
         for name, array in tensors.items():
             if name in merged and not np.array_equal(merged[name], array):
-                raise WeightError(f"{place}: {name} has other contents than in the files before it")
+                raise WeightError(f"{file}: {name} has other contents than in the files before it")
             merged[name] = array
     return merged

@@ -2,13 +2,11 @@
 
 import json
 import os
-from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
-from safetensors import SafetensorError, safe_open
 
-from runtime_jax.weights import WeightError, not_safetensors
+from runtime_jax.weights.table import WeightError, opened
 
 _DTYPES = {
     "BOOL": np.bool_,
@@ -26,22 +24,14 @@ _DTYPES = {
 def map_safetensors(path: str | os.PathLike) -> dict[str, np.ndarray]:
     """The tensors of one file, read-only and mapped into memory: only what is used is read, and nothing is copied.
 
-    So a converter that goes through a large state dict holds no more of it than what it makes. The file must not
-    change while the arrays live (replacing it as a whole is no change).
+    So a converter of a large state dict needs memory for its results only. The file must not change while the arrays
+    live; replacing it as a whole is allowed.
 
     Raises:
       WeightError: the file is missing, damaged or cut short, or has a dtype without an array type here.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise WeightError(f"{path}: no such file")
-    try:
-        with safe_open(path, framework="numpy"):
-            pass  # checks the header and that it covers the file exactly
-    except SafetensorError as error:
-        raise WeightError(f"{path}: {not_safetensors(path, error)}") from error
     # The layout: the header's size as 8 bytes, little end first, the header as JSON, the tensors' bytes.
-    with path.open("rb") as file:
+    with opened(path), open(path, "rb") as file:
         start = 8 + int.from_bytes(file.read(8), "little")
         header = json.loads(file.read(start - 8))
     header.pop("__metadata__", None)

@@ -1,4 +1,4 @@
-"""Weight files as others publish them: prefixes of wrappers, and what a file is when it is not what is needed."""
+"""Published weight files: removes prefixes of wrappers, and recognises files that are not what is needed."""
 
 import logging
 import re
@@ -12,7 +12,7 @@ from runtime_jax.messages import cut
 _LOG = logging.getLogger(__name__)
 T = TypeVar("T")
 
-# What programs put in front of a network's names, one or several of them.
+# Prefixes that programs put before a network's names, one or several in a row.
 WRAPPERS = (
     "module.",  # torch.nn.DataParallel and its like
     "_orig_mod.",  # torch.compile
@@ -28,7 +28,7 @@ WRAPPERS = (
     "dinov2.",
 )
 
-# What a state dict is, and the names that tell so; the first that fits. First what is made of a network:
+# Kinds of state dicts and the names that reveal them; the first match decides. First, what is derived from a network:
 _CHANGED = (
     (
         "a LoRA, which changes a network and is none: merge it into its model first",
@@ -61,7 +61,7 @@ _NETWORKS = (
     ("LPIPS' linear layers", r"\blins?\.?\d\b"),
 )
 
-# How files begin that are something else under the name of a safetensors file.
+# First bytes of files that are called .safetensors and are something else.
 _BEGINNINGS = (
     (b"version https://git-lfs", "a pointer of git-lfs, not the file itself: fetch it with git lfs pull"),
     (b"GGUF", "a GGUF file: take the model's safetensors file"),
@@ -73,13 +73,10 @@ _BEGINNINGS = (
 
 
 def unwrapped(source: Mapping[str, T], fits: Callable[[str], bool]) -> dict[str, T]:
-    """A state dict without what programs put in front of its names, if nothing of it fits otherwise.
+    """A state dict without the prefix of its names, if no name fits as it is.
 
-    Of a checkpoint of several networks, that which fits is taken. A warning says what was taken off and left out.
-
-    Args:
-      source: state dict.
-      fits: whether a name is of the network that is needed.
+    Of several networks in a checkpoint only the one that fits remains. A warning names the prefix and what was left out.
+    `fits` tells whether a name belongs to the network that is needed.
     """
     source = {name.replace("._orig_mod.", "."): value for name, value in source.items()}
     if any(map(fits, source)):
@@ -96,7 +93,7 @@ def unwrapped(source: Mapping[str, T], fits: Callable[[str], bool]) -> dict[str,
 
 
 def _prefixes(name: str) -> Iterator[str]:
-    """What could be taken off: "module.", then "module.model.", and so on."""
+    """The possible prefixes of a name: "module.", then "module.model.", and so on."""
     end = 0
     while wrapper := next((wrapper for wrapper in WRAPPERS if name.startswith(wrapper, end)), None):
         end += len(wrapper)
@@ -104,13 +101,13 @@ def _prefixes(name: str) -> Iterator[str]:
 
 
 def recognized(names: Iterable[str], *, changed_only: bool = False) -> str | None:
-    """What a state dict is, by its names; None: not known, or with `changed_only` a network as it is."""
+    """What a state dict is, by its names; None: unknown, or with `changed_only` an unmodified network."""
     text, kinds = "\n".join(names), _CHANGED if changed_only else _CHANGED + _NETWORKS
     return next((what for what, pattern in kinds if re.search(pattern, text, re.MULTILINE)), None)
 
 
 def unreadable(path: Path) -> str | None:
-    """What a file is that cannot be read as safetensors; None: not known."""
+    """What a file is that cannot be read as safetensors; None: unknown."""
     with path.open("rb") as file:
         start = file.read(512).lstrip(b"\xef\xbb\xbf \t\r\n")
     if not start:

@@ -1,18 +1,19 @@
 """Weights of other programs as a table: one rule a line, read in both directions.
 
 A rule pairs a state-dict name with a path in the parameter tree, both as templates. `{i}` stands for a number, any
-other `{name}` for one path component; `[i]` at the end of a target component is a place in the leading (scanned) axis:
+other `{name}` for one path component; `[i]` at the end of a target component, for a position on its leading axis:
 
     Rule("blocks.{i}.norm1.weight", "blocks_{i}/norm1/scale")          # one module a block
     Rule("blocks.{i}.attn.qkv.weight", "blocks[i]/attn/qkv/kernel", LINEAR)   # blocks stacked by nn.scan
     *joined(("to_q.weight", "to_k.weight", "to_v.weight"), "qkv/kernel", LINEAR)   # three source tensors in one
 """
 
+import contextlib
 import functools
 import json
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,7 @@ from runtime_jax.weights.published import recognized, unreadable, unwrapped
 
 
 class WeightError(ValueError):
-    """A state dict does not fit the table or the model; the message lists everything that is wrong."""
+    """A state dict does not fit the table or the model; the message lists every mismatch."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,7 @@ _PLACEHOLDER = re.compile(r"\{(\w+)\}|\[(\w+)\]")
 
 
 def _pattern(template: str) -> re.Pattern[str]:
-    """The regular expression that a template stands for; a name that occurs twice must match the same text."""
+    """A template as a regular expression; a placeholder that occurs twice must match the same text."""
     seen: set[str] = set()
     parts, end = [], 0
     for match in _PLACEHOLDER.finditer(template):
@@ -77,7 +78,7 @@ class Part:
     shares: tuple[int, ...]
 
     def of(self, size: int) -> slice:
-        """Where this piece lies on an axis of `size`."""
+        """The slice of this piece on an axis of `size`."""
         if size % sum(self.shares):
             raise ValueError(f"{size} cannot be cut in the ratio {':'.join(map(str, self.shares))}")
         unit = size // sum(self.shares)
@@ -107,23 +108,23 @@ class Rule:
         object.__setattr__(self, "_stacked", stacked[1] if stacked else None)
 
     def to_target(self, name: str) -> tuple[str, int | None] | None:
-        """The target path and place in the leading axis (None: not stacked) of a source name; None: not this rule's."""
+        """Target path and position on the leading axis (None: not stacked) of a source name; None: no match."""
         match = self._source_pattern.fullmatch(name)
         if match is None:
             return None
         path = re.sub(r"\[\w+\]", "", _fill(self.target, match.groupdict()))
         return path, int(match[self._stacked]) if self._stacked else None
 
-    def to_source(self, path: str, place: int | None) -> str | None:
-        """The source name of a target path and place; None: not this rule's."""
+    def to_source(self, path: str, position: int | None) -> str | None:
+        """The source name of a target path and position; None: no match."""
         match = self._target_pattern.fullmatch(path)
-        if match is None or (place is None) != (self._stacked is None):
+        if match is None or (position is None) != (self._stacked is None):
             return None
-        values = match.groupdict() | ({} if place is None else {self._stacked: str(place)})
+        values = match.groupdict() | ({} if position is None else {self._stacked: str(position)})
         return _fill(self.source, values)
 
     def is_stacked(self, path: str) -> bool:
-        """Whether this rule fills `path` one place of the leading axis at a time."""
+        """Whether this rule fills `path` position by position on the leading axis."""
         return self._stacked is not None and self._target_pattern.fullmatch(path) is not None
 
 
@@ -150,7 +151,7 @@ def joined(
     return tuple(Rule(source, target, transform, Part(i, shares)) for i, source in enumerate(sources))
 
 
-_Slot = tuple[int | None, Part | None]  # place on a parameter's leading axis, part of its last; None: all of it
+_Slot = tuple[int | None, Part | None]  # position on the leading axis, part of the last; None: all of it
 
 
 def import_weights(
@@ -158,7 +159,7 @@ def import_weights(
 ) -> dict[str, Any]:
     """Fills a parameter tree from a state dict.
 
-    Names may have a wrapper's prefix (`published.unwrapped`), which is taken off where nothing fits otherwise.
+    If no name fits, a wrapper's prefix is removed from the names first (`published.unwrapped`).
 
     Args:
       table: rules; every source name must match exactly one, or a regular expression of `ignore`.
@@ -167,8 +168,8 @@ def import_weights(
       ignore: regular expressions (full match) of source names that are left out on purpose.
 
     Raises:
-      WeightError: names without a rule, leaves not filled or filled twice, shapes that differ, listed together; or what
-        the state dict is instead.
+      WeightError: lists names without a rule, leaves not filled or filled twice, and shapes that differ; or says what
+        the state dict is, if it is something else.
     """
     source = unwrapped(source, functools.partial(fits, table))
     expected = {path: tuple(leaf.shape) for path, leaf in traverse_util.flatten_dict(shapes, sep="/").items()}
@@ -183,17 +184,17 @@ def import_weights(
         if len(matches) != 1:
             errors.append(f"{name} {tuple(array.shape)}: {'no rule' if not matches else 'several rules'} for this name")
             continue
-        rule, (path, place) = matches[0]
+        rule, (path, position) = matches[0]
         if path not in expected:
             errors.append(f"{name} {tuple(array.shape)}: the model has no parameter {path}")
             continue
         slots = found.setdefault(path, set())
-        if any(_overlap((place, rule.part), slot) for slot in slots):
+        if any(_overlap((position, rule.part), slot) for slot in slots):
             errors.append(f"{name}: {path} is filled twice")
-        slots.add((place, rule.part))
+        slots.add((position, rule.part))
         try:
             value = rule.transform.forward(np.asarray(array))
-            wanted = _slot_shape(expected[path], place, rule.part)
+            wanted = _slot_shape(expected[path], position, rule.part)
         except (ValueError, IndexError) as error:
             errors.append(f"{name} {tuple(array.shape)}: cannot become {path} {expected[path]} ({error})")
             continue
@@ -201,12 +202,12 @@ def import_weights(
             errors.append(f"{name}: shape {value.shape} after conversion, but {path} has {wanted}")
         elif value.dtype != leaves.get(path, value).dtype:
             errors.append(f"{name}: {value.dtype}, but the rest of {path} is {leaves[path].dtype}")
-        elif place is None and rule.part is None:
+        elif position is None and rule.part is None:
             leaves[path] = value
-        elif place is None or place < expected[path][0]:
+        elif position is None or position < expected[path][0]:
             if path not in leaves:
                 leaves[path] = np.empty(expected[path], value.dtype)
-            leaves[path][_region(expected[path], place, rule.part)] = value
+            leaves[path][_region(expected[path], position, rule.part)] = value
     errors += _missing(table, expected, found)
     if errors:
         raise WeightError(_misfit(source, fits_any=bool(found), errors=errors))
@@ -214,31 +215,30 @@ def import_weights(
 
 
 def fits(table: Sequence[Rule], name: str) -> bool:
-    """Whether a source name is of one of the rules."""
+    """Whether one of the rules takes a source name."""
     return any(rule.to_target(name) is not None for rule in table)
 
 
 def _misfit(source: Mapping[str, np.ndarray], fits_any: bool, errors: Sequence[str]) -> str:
-    """What is wrong; of a state dict of which nothing fits, what it is is enough."""
+    """The errors, or only what the state dict is if nothing of it fits."""
     what = recognized(source, changed_only=fits_any)
     if what and not fits_any:
         return f"the weights do not fit the model: they are {what}"
-    note = f" (they are {what})" if what else ""
-    return f"the weights do not fit the model{note}:\n  " + cut(errors, "\n  ")
+    return f"the weights do not fit the model{f' (they are {what})' if what else ''}:\n  " + cut(errors, "\n  ")
 
 
 def _overlap(one: _Slot, other: _Slot) -> bool:
     return all(a is None or b is None or a == b for a, b in zip(one, other, strict=True))
 
 
-def _region(shape: tuple[int, ...], place: int | None, part: Part | None) -> tuple[Any, ...]:
+def _region(shape: tuple[int, ...], position: int | None, part: Part | None) -> tuple[Any, ...]:
     """The index of a slot in a parameter of this shape."""
-    index = () if place is None else (place,)
+    index = () if position is None else (position,)
     return index if part is None else (*index, ..., part.of(shape[-1]))
 
 
-def _slot_shape(shape: tuple[int, ...], place: int | None, part: Part | None) -> tuple[int, ...]:
-    shape = shape if place is None else shape[1:]
+def _slot_shape(shape: tuple[int, ...], position: int | None, part: Part | None) -> tuple[int, ...]:
+    shape = shape if position is None else shape[1:]
     if part is None:
         return shape
     piece = part.of(shape[-1])
@@ -251,17 +251,16 @@ def _missing(
     errors = []
     for path, shape in expected.items():
         slots = found.get(path, set())
-        places = {place for place, _ in slots}
+        positions = {position for position, _ in slots}
         if not slots:
             errors.append(f"{path} {shape}: not among the weights")
-        elif None not in places and places != set(range(shape[0])):
-            errors.append(f"{path}: places {sorted(places)} are there, but 0 to {shape[0] - 1} are needed")
-        for place in sorted(places, key=str):
-            parts = {part for other, part in slots if other == place}
-            if None in parts:
-                continue
-            names = [rule.to_source(path, place) for rule in table if rule.part is not None and rule.part not in parts]
-            errors += [f"{path}: its part {name} is not among the weights" for name in names if name is not None]
+        elif None not in positions and positions != set(range(shape[0])):
+            errors.append(f"{path}: positions {sorted(positions)} are there, but 0 to {shape[0] - 1} are needed")
+        for position in sorted(positions, key=str):
+            parts = {part for other, part in slots if other == position}
+            if None not in parts:
+                names = [rule.to_source(path, position) for rule in table if rule.part not in {None, *parts}]
+                errors += [f"{path}: its part {name} is not among the weights" for name in names if name is not None]
     return errors
 
 
@@ -280,16 +279,16 @@ def export_weights(table: Sequence[Rule], params: Any) -> dict[str, np.ndarray]:
             continue
         array = np.asarray(jax.device_get(leaf))
         for rule in rules:
-            for place in range(len(array)) if rule.is_stacked(path) else [None]:
-                value = rule.transform.inverse(array[_region(array.shape, place, rule.part)])
-                result[rule.to_source(path, place)] = np.asarray(value, order="C")
+            for position in range(len(array)) if rule.is_stacked(path) else [None]:
+                value = rule.transform.inverse(array[_region(array.shape, position, rule.part)])
+                result[rule.to_source(path, position)] = np.asarray(value, order="C")
     if errors:
         raise WeightError("the parameters cannot be exported:\n  " + cut(errors, "\n  "))
     return result
 
 
 def _cover(parts: Sequence[Part | None]) -> bool:
-    """Whether these parts are a whole parameter, each of it once."""
+    """Whether these parts make up a whole parameter, each once."""
     if not parts or None in parts:
         return list(parts) == [None]
     return list(parts) == [Part(index, parts[0].shares) for index in range(len(parts[0].shares))]
@@ -301,27 +300,26 @@ def read_safetensors(path: str | os.PathLike) -> tuple[dict[str, np.ndarray], di
     Raises:
       WeightError: the file is missing or is not a safetensors file.
     """
-    path = Path(path)
-    if not path.is_file():
+    with opened(path) as file:
+        return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+
+
+@contextlib.contextmanager
+def opened(path: str | os.PathLike) -> Iterator[safe_open]:
+    """A safetensors file whose header is valid and covers the file exactly; raises as `read_safetensors`."""
+    if not os.path.isfile(path):
         raise WeightError(f"{path}: no such file")
     try:
         with safe_open(path, framework="numpy") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+            yield file
     except SafetensorError as error:
-        raise WeightError(f"{path}: {not_safetensors(path, error)}") from error
-
-
-def not_safetensors(path: Path, error: SafetensorError) -> str:
-    """What is said of a file that is no safetensors file."""
-    return (
-        f"not a readable safetensors file, but {what}"
-        if (what := unreadable(path))
-        else (f"not a readable safetensors file ({error})")
-    )
+        what = unreadable(Path(path))
+        reason = f", but {what}" if what else f" ({error})"
+        raise WeightError(f"{path}: not a readable safetensors file{reason}") from error
 
 
 def write_safetensors(path: str | os.PathLike, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> None:
-    """Writes one file atomically: a reader sees the old file or the whole new one. Equal contents give equal bytes."""
+    """Writes one file atomically. Equal contents give equal bytes."""
     ordered = {name: np.asarray(array, order="C") for name, array in tensors.items()}
     with replacing(path) as new:
         save_file(ordered, new, metadata=dict(metadata))
@@ -330,7 +328,7 @@ def write_safetensors(path: str | os.PathLike, tensors: Mapping[str, np.ndarray]
 
 
 def _sort_metadata(path: Path) -> None:
-    """Puts the entries of a file's metadata in order: the library writes them in a random one."""
+    """Sorts the entries of a file's metadata, which the library writes in random order."""
     with path.open("r+b") as file:
         size = int.from_bytes(file.read(8), "little")
         header = json.loads(file.read(size))

@@ -223,7 +223,7 @@ def test_weights_that_do_not_fit_are_all_listed(goldens):
     with pytest.raises(WeightError) as caught:
         convert_t5(broken, parse_config(T5Config, fields))
     assert "SelfAttention.query.weight (32, 32): no rule" in str(caught.value)
-    assert "blocks/q/kernel: places [0, 2] are there, but 0 to 2 are needed" in str(caught.value)
+    assert "blocks/q/kernel: positions [0, 2] are there, but 0 to 2 are needed" in str(caught.value)
 
 
 def test_bfloat16_weights_stay_bfloat16(encoder):

@@ -259,7 +259,7 @@ def test_every_weight_that_does_not_fit_is_listed(tokenizer, tmp_path):
         "encoder.conv_out.weight: shape (32, 4) after conversion, but encoder/conv_out/kernel has (32, 6)",
         "decoder.attn.blocks.1.norm1.bias: shape (3,) after conversion, but decoder/attn/blocks/norm1/bias has (32,)",
         "recovery/rec_head/bias (32,): not among the weights",
-        "decoder/attn/blocks/norm2/bias: places [1, 2] are there, but 0 to 1 are needed",
+        "decoder/attn/blocks/norm2/bias: positions [1, 2] are there, but 0 to 1 are needed",
         "encoder.head.weight (2,): no rule for this name",
     ):
         assert line in text

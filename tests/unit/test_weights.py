@@ -240,9 +240,9 @@ def test_all_errors_of_an_import_are_listed():
             "layers.0.one.weight: shape (6, 4) after conversion, but layers/one/kernel has (4, 6)",
             "unknown.weight (2, 2): no rule for this name",
             "heads.2.fc.0.weight (3, 4): the model has no parameter head_2/fc_0/kernel",
-            "layers/one/bias: places [0, 1, 2, 3] are there, but 0 to 2 are needed",
+            "layers/one/bias: positions [0, 1, 2, 3] are there, but 0 to 2 are needed",
             "scale (): not among the weights",
-            "layers/two/bias: places [0, 2] are there, but 0 to 2 are needed",
+            "layers/two/bias: positions [0, 2] are there, but 0 to 2 are needed",
             "head_0/fc_1/kernel (2, 2): not among the weights",
         ]
     )
