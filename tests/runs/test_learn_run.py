@@ -90,7 +90,7 @@ def test_a_run_leaves_concepts_that_change_images(trained, folder, config):
     ball = file.concept("ball")
     for strength, changes in ((0.0, False), (50.0, True)):
         stored = place_stored(ball, pipeline.tokenizer_2, PROMPT, "ball", strength)
-        recomputed = place_recomputed(ball, file.params, pipeline.tokenizer_2, PROMPT, encoded.txt[0], "ball", strength)
+        recomputed = place_recomputed(ball, file.params, encoded.txt[0], pipeline.tokenizer_2, PROMPT, "ball", strength)
         for placed in (stored, recomputed):
             offsets = compose([placed], pipeline.text_length).repeat(1)
             images = pipeline.generate(encoded, offsets=offsets, **size)

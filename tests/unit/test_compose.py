@@ -134,7 +134,7 @@ def test_a_recomputed_concept_has_the_prompts_own_directions(tokenizer):
     params = jax.tree.map(lambda leaf: leaf + 0.1, params)
     txt = jax.random.normal(jax.random.key(1), (LENGTH, 5))
     concept = make_concept(strength=2.0, blocks="double")
-    placed = place_recomputed(concept, params, tokenizer, "a cat and dogs", txt, "dogs", 0.5)
+    placed = place_recomputed(concept, params, txt, tokenizer, "a cat and dogs", "dogs", 0.5)
     own = concept_mod.directions(params, txt[None])
     assert placed.positions == (3, 4) and placed.strength == 0.5
     assert placed.concept.token_ids == tuple(tokenizer("dogs")["input_ids"][:2])

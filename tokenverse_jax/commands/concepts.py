@@ -1,4 +1,4 @@
-"""`tokenverse concepts inspect`: what concept files hold, and which of their words would blend in one picture."""
+"""`tokenverse concepts inspect`: the contents of concept files, and which of their words would blend in one picture."""
 
 import itertools
 from collections.abc import Callable, Sequence
@@ -23,8 +23,8 @@ from tokenverse_jax.flux.pipeline import GUIDANCE, Loader, Pipeline, PromptEncod
 from tokenverse_jax.flux.words import find_span, split_number
 
 GRID = (8, 8)  # of the noise that the keys are looked at with
-# Mean cosine of the keys of two words that are likely to blend. Of the benchmark's pairs, on the tiny model, the fifth
-# above it had lost a third of CP (docs/benchmark.md); other models have not been measured.
+# Two words are likely to blend above this mean cosine of their keys. With the tiny model, the fifth of the benchmark's
+# pairs above it lost a third of CP (docs/benchmark.md); other models have not been measured.
 PARALLEL = 0.47
 
 
@@ -41,32 +41,22 @@ def inspect_bank(paths: Sequence[Path], loader: Callable[[str], Loader], model: 
     """Tables of files and words; with several files also of the similarity of their words' attention keys.
 
     Args:
-      loader: of the base model, by its name.
-      model: that of the base model; None: as the files say.
+      loader: of a model by its name.
+      model: name of the base model; None: the one in the files.
 
     Raises:
       ValueError: a file that is not a concept file, or files of several bases.
     """
     files = {path: bank.load_concepts(path) for path in paths}
+    file_rows, word_rows = [], []
+    for path, file in files.items():
+        has_params, size = "no" if file.params is None else "yes", f"{path.stat().st_size / 1e3:,.0f}"
+        file_rows.append((str(path), file.caption, f"{file.base} ({file.base_hash[:8]})", has_params, size))
+        word_rows += [_word_row(path, concept) for concept in file.concepts]
     lines = [
-        *table(
-            ("file", "caption", "base", "Concept-Mod", "kB"),
-            [
-                (
-                    str(path),
-                    file.caption,
-                    f"{file.base} ({file.base_hash[:8]})",
-                    "no" if file.params is None else "yes",
-                    f"{path.stat().st_size / 1e3:,.0f}",
-                )
-                for path, file in files.items()
-            ],
-        ),
+        *table(("file", "caption", "base", "Concept-Mod", "kB"), file_rows),
         "",
-        *table(
-            ("word", "file", "tokens", "blocks", "strength", "norm", "norm of what blocks add"),
-            [_word_row(path, concept) for path, file in files.items() for concept in file.concepts],
-        ),
+        *table(("word", "file", "tokens", "blocks", "strength", "norm", "norm of what blocks add"), word_rows),
     ]
     if len(files) > 1:
         bases = {file.base_hash: file.base for file in files.values()}
@@ -97,12 +87,12 @@ def _similarity_lines(pairs: Sequence[Pair]) -> list[str]:
 
 
 def key_similarities(load: Loader, files: dict[Path, ConceptFile], base_hash: str) -> list[Pair]:
-    """The similarity of every two words of different files, each pair in a prompt of its own, on pure noise.
+    """The similarity of every two words of different files, each pair in its own prompt, on pure noise.
 
-    The text encoders are gone when the transformer comes.
+    The text encoders are freed before the transformer is loaded.
 
     Raises:
-      ValueError: the model is another one than the files' base, or two concepts were learned in unlike blocks.
+      ValueError: the model is not the files' base, or two concepts were learned in different blocks.
       NotFiniteError: keys that are not finite.
     """
     tokenizer = load().tokenizer_2
@@ -144,8 +134,7 @@ def cosine_in_prompt(keys: Keys, encoded: PromptEncoding, placed: Sequence[Place
       encoded: the prompt.
       placed: two concepts.
     """
-    composed = compose(placed, encoded.txt.shape[1])
-    where = [item.places for item in placed]
+    where, composed = [item.positions for item in placed], compose(placed, encoded.txt.shape[1])
     plain, steered = (float(bank.key_similarity(keys(encoded, each), *where)) for each in (NO_OFFSETS, composed))
     return plain, steered
 

@@ -1,4 +1,4 @@
-"""`tokenverse direction`: the paper's study of directions without training, on all tokens (M) and on one word's (M+).
+"""`tokenverse direction`: the paper's study of directions without training, on all tokens (M) and on a word's (M+).
 
 Axes: S strengths, H W image.
 """
@@ -24,7 +24,7 @@ from tokenverse_jax.flux.words import find_word
 
 
 class Study(NamedTuple):
-    """Images from one noise: the base model's, and for every strength those with the direction on all or on a word."""
+    """Images from one noise: the base model's, and for each strength with the direction on all tokens or on a word."""
 
     base: UInt8[np.ndarray, "H W 3"]
     everywhere: UInt8[np.ndarray, "S H W 3"]  # M
@@ -41,14 +41,14 @@ def study(
     strengths: Sequence[float],
     sampling: Sampling,
 ) -> Study:
-    """Adds the direction from the prompt `neutral` to the prompt `attribute`, as strongly as each of `strengths`.
+    """Adds the direction from the prompt `neutral` to the prompt `attribute`, with each of `strengths`.
 
     Args:
       load: gives parts of the model.
       word: of `prompt`, that takes the direction in M+; "dog#2" is its second "dog".
 
     Raises:
-      ValueError: the word is not in the prompt, or sizes that are not possible; before anything is loaded.
+      ValueError: before anything is loaded: the word is not in the prompt, or impossible sizes.
       NotFiniteError: values that are not finite, see `Pipeline.generate`.
     """
     if not np.isfinite(strengths).all():
@@ -57,16 +57,16 @@ def study(
         warn_strength(float(strength), f"the direction to {attribute!r}")
     load.check_size(sampling.height, sampling.width)
     bare = load()
-    places = find_word(bare.tokenizer_2, prompt, word)
+    positions = find_word(bare.tokenizer_2, prompt, word)
     text.encode(bare.tokenizer_2, [prompt, attribute, neutral], bare.text_length)
     encoded, negative = encode(load, [prompt, attribute, neutral], sampling)
     pipeline = load("transformer", "vae")
     flux = pipeline.transformer
-    (step,) = np.asarray(direction(flux.config, flux.params, encoded.vec[1:2], encoded.vec[2:]))
-    check_finite({"the direction": all_finite(jnp.asarray(step))}, {"transformer": flux.params})
-    steps = np.asarray([0.0, *strengths], np.float32)[:, None] * step
-    none = np.zeros_like(steps)
-    on_word = np.repeat(np.concatenate([none, steps[1:]])[:, None], len(places), axis=1)
+    (one,) = np.asarray(direction(flux.config, flux.params, encoded.vec[1:2], encoded.vec[2:]))
+    check_finite({"the direction": all_finite(jnp.asarray(one))}, {"transformer": flux.params})
+    scaled = np.asarray([0.0, *strengths], np.float32)[:, None] * one
+    none = np.zeros_like(scaled)
+    on_word = np.repeat(np.concatenate([none, scaled[1:]])[:, None], len(positions), axis=1)
     images = sample(  # one program for all of them
         pipeline,
         PromptEncoding(*(part[:1] for part in encoded)),
@@ -74,8 +74,8 @@ def study(
         np.zeros(1 + 2 * len(strengths), int),
         negative_prompt=negative,
         offsets=Offsets(
-            shared=place_on_tokens(jnp.asarray(on_word), places, 1 + max(places)),
-            everywhere=np.concatenate([steps, none[1:]]),
+            shared=place_on_tokens(jnp.asarray(on_word), positions, 1 + max(positions)),
+            everywhere=np.concatenate([scaled, none[1:]]),
         ),
     )
     base, everywhere, on_word = np.split(images, [1, 1 + len(strengths)])
@@ -83,12 +83,12 @@ def study(
 
 
 def change(images: UInt8[np.ndarray, "S H W 3"], base: UInt8[np.ndarray, "H W 3"]) -> Float[np.ndarray, "S H W"]:
-    """How far each pixel is from the base image's, from 0 to 1, mean over its colours."""
+    """Each pixel's difference from the base image's, from 0 to 1, mean over its colours."""
     return np.abs(images.astype(np.float32) - base).mean(axis=-1) / 255
 
 
 def figure(result: Study, word: str, strengths: Sequence[float]) -> UInt8[np.ndarray, "height width 3"]:
-    """Base, M and M+ over strengths, each with a heat map of what changed; all maps have one scale."""
+    """Base, M and M+ by strength, each with a heat map of the change; all maps have one scale."""
     kinds = {"M\nall tokens": result.everywhere, f'M+\n"{word}" only': result.on_word}
     changes = [change(images, result.base) for images in kinds.values()]
     maximum = max(float(np.max(changes)), 1 / 255)

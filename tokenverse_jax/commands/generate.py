@@ -18,7 +18,7 @@ from tokenverse_jax.concepts.concept_mod import Params
 from tokenverse_jax.concepts.draw import Sampling, sample
 from tokenverse_jax.flux import text
 from tokenverse_jax.flux.offsets import NO_OFFSETS, Offsets
-from tokenverse_jax.flux.pipeline import Loader, PromptEncoding
+from tokenverse_jax.flux.pipeline import Loader, Pipeline, PromptEncoding
 from tokenverse_jax.flux.sampling import SamplingConfig
 from tokenverse_jax.flux.words import Tokenizer, find_word
 
@@ -29,16 +29,16 @@ SHOWN_SIDE = 256  # smaller images are drawn larger
 
 
 class _Chosen(NamedTuple):
-    """What is asked for, and what there is of it."""
+    """A request, its concept, and the Concept-Mod in the concept's file."""
 
     request: ConceptRequest
     concept: Concept
     params: Params | None
 
 
-def _choose(requests: Sequence[ConceptRequest], base_hash: str | None, mode: Mode) -> list[_Chosen]:
-    """The concepts that are asked for; with `base_hash` None, whatever model they were learned on."""
-    files = {path: load_concepts(path, base_hash) for path in {request.path for request in requests}}
+def _choose(requests: Sequence[ConceptRequest], base: Pipeline | None, mode: Mode) -> list[_Chosen]:
+    """The concepts that are asked for; without `base`, whatever model they were learned on."""
+    files = {path: load_concepts(path, base) for path in {request.path for request in requests}}
     for path, file in files.items():
         if mode == "recomputed" and file.params is None:
             raise ValueError(f"{path}: holds no Concept-Mod, without which there are stored directions only")
@@ -46,25 +46,21 @@ def _choose(requests: Sequence[ConceptRequest], base_hash: str | None, mode: Mod
 
 
 def _compose(chosen: Sequence[_Chosen], tokenizer: Tokenizer, prompt: str, txt: Array | None) -> Offsets:
-    """Offsets of the first tokens only, up to the last one that has any.
-
-    Args:
-      txt: T5's outputs for the prompt, from which directions are made anew; None: as they are stored.
-    """
+    """The offsets of a prompt; `txt`: T5's outputs, to recompute directions from; None: directions as stored."""
     placed = []
     for request, concept, params in chosen:
-        target, strength = request.target, request.strength
+        where = prompt, request.target, request.strength
         if txt is None:
-            placed.append(place_stored(concept, tokenizer, prompt, target, strength))
+            placed.append(place_stored(concept, tokenizer, *where))
         else:
-            placed.append(place_recomputed(concept, params, tokenizer, prompt, txt, target, strength))
-    return compose(placed)
+            placed.append(place_recomputed(concept, params, txt, tokenizer, *where))
+    return compose(placed) if placed else NO_OFFSETS
 
 
 def encode(
     load: Loader, prompts: Sequence[str], sampling: SamplingConfig
 ) -> tuple[PromptEncoding, PromptEncoding | None]:
-    """Prompts, and the empty one if guidance needs it; the text encoders are loaded for this only."""
+    """The prompts' encodings, and the empty prompt's if guidance needs it; loads the text encoders only for this."""
     encoders = load("clip", "t5")
     negative = None if sampling.cfg_scale == 1.0 else encoders.encode_prompts([""])
     return encoders.encode_prompts(prompts), negative
@@ -81,23 +77,23 @@ def generate(
     compare: Compare | None = None,
     out: Path,
 ) -> None:
-    """Writes `out/0000.png` and so on, and `out/overview.png`: what the concepts are from, and the images below.
+    """Writes `out/0000.png` and so on, and `out/overview.png`: the concepts' own images above the drawn ones.
 
-    The text encoders are gone when the transformer comes, and so is what they took.
+    The text encoders are freed before the transformer is loaded.
 
     Args:
       load: gives parts of the model.
       requests: the concepts; none for the base model's images.
       num: of images.
-      mode: "stored" takes directions from the files as they are, "recomputed" makes them anew from the prompt by the
-        Concept-Mod in the files.
+      mode: "stored" takes directions from the files, "recomputed" computes them from the prompt with the Concept-Mod in
+        the files.
       compare: "base": also the base model's images from the same noise, as `out/0000_base.png`; "each": also those with
         each concept alone, as `out/0000_only_1.png` for the first.
 
     Raises:
-      ValueError: what is not possible, before anything is loaded: sizes; a prompt that is too long; a file that cannot
-        be read, has no such word or no Concept-Mod; a word that the prompt does not have, or has with another number
-        of tokens. A file that was learned on another model, once the transformer is loaded.
+      ValueError: before anything is loaded: impossible sizes; a prompt that is too long; a file that cannot be read,
+        has no such word or no Concept-Mod; a word that is not in the prompt, or has another number of tokens there.
+        Once the transformer is loaded: a file that was learned on another model.
       WorkdirError: `out` cannot be written.
       NotFiniteError: values that are not finite, see `Pipeline.generate`.
     """
@@ -113,21 +109,19 @@ def generate(
     for request in requests:
         find_word(tokenizer, prompt, request.target)
     chosen = _choose(requests, None, mode)
-    if mode == "stored" and requests:
+    if mode == "stored":
         _compose(chosen, tokenizer, prompt, None)
     encoded, negative = encode(load, [prompt], sampling)
     pipeline = load("transformer", "vae")
-    chosen = _choose(requests, pipeline.base_hash(), mode) if requests else []
+    chosen = _choose(requests, pipeline, mode)
     chosen_of = {"": chosen}
     if compare == "each" and len(chosen) > 1:
         chosen_of |= {f"_only_{number}": [one] for number, one in enumerate(chosen, start=1)}
     if compare is not None:
         chosen_of["_base"] = []
-    kinds = {}
+    kinds, txt = {}, None if mode == "stored" else encoded.txt[0]
     for kind, some in chosen_of.items():
-        offsets = NO_OFFSETS
-        if some:
-            offsets = _compose(some, tokenizer, prompt, None if mode == "stored" else encoded.txt[0]).repeat(num)
+        offsets = _compose(some, tokenizer, prompt, txt).repeat(num)
         kinds[kind] = sample(pipeline, encoded, sampling, np.arange(num), negative_prompt=negative, offsets=offsets)
     for kind, images in kinds.items():
         for i, image in enumerate(images):
@@ -139,7 +133,7 @@ def generate(
 def _overview(
     kinds: dict[str, np.ndarray], notes: dict[str, str], prompt: str, requests: Sequence[ConceptRequest]
 ) -> np.ndarray:
-    """The images that the concepts were learned from, then those of each kind in turn, with the prompt below."""
+    """Images that the concepts were learned from, then the drawn ones of each kind in turn, over the prompt."""
     num, side = len(kinds[""]), max(kinds[""].shape[1:3])
     starts = range(0, num, COLUMNS)
     rows = [list(images[i : i + COLUMNS]) for i in starts for images in kinds.values()]
@@ -153,7 +147,7 @@ def _overview(
 
 
 def _sources(requests: Sequence[ConceptRequest]) -> list[tuple[np.ndarray, str]]:
-    """The image of each file that has one, and which of its words go where."""
+    """The image of each file that has one, and its words with their targets."""
     sources = []
     for path in dict.fromkeys(request.path for request in requests):
         file = load_concepts(path)

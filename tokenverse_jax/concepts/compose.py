@@ -114,9 +114,9 @@ def place_stored(
 def place_recomputed(
     concept: Concept,
     params: Params,
+    txt: Float[Array, "T J"],
     tokenizer: Tokenizer,
     prompt: str,
-    txt: Float[Array, "T J"],
     target: str,
     strength: float = 1.0,
 ) -> PlacedConcept:
