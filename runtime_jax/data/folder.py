@@ -1,4 +1,4 @@
-"""Folders of images, by the usual conventions: a sub-folder is a class, hidden files are none, links are followed."""
+"""Folders of images: sub-folders are classes, hidden files are ignored, links are followed."""
 
 import functools
 import logging
@@ -14,31 +14,31 @@ from runtime_jax.data.picture import decode_image
 from runtime_jax.messages import cut
 
 _LOG = logging.getLogger(__name__)
-# What systems leave in folders, besides names that begin with a dot; in lower case.
+# Names, in lower case, that systems leave in folders; names that begin with a dot are ignored too.
 LITTER = {"__macosx", "@eadir", "$recycle.bin", "system volume information", "lost+found", "thumbs.db", "desktop.ini"}
-# Formats that Pillow knows without reading pixels (or only by another program, which no unknown file should start).
+# Formats whose pixels Pillow does not read, or only with another program, which no unknown file should start.
 _UNREAD = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}
 
 
 @functools.cache
 def suffixes() -> frozenset[str]:
-    """Suffixes of pictures, in lower case: those of every format that Pillow reads."""
+    """The suffixes, in lower case, of every format that Pillow reads."""
     Image.init()
     read = (Image.OPEN.keys() - _UNREAD) | {"MPO"}  # several JPEGs in one, opened as the first
     return frozenset(suffix for suffix, kind in Image.registered_extensions().items() if kind in read)
 
 
 def image_files(root: Path) -> list[Path]:
-    """The pictures in a folder and its sub-folders, as paths within it, in order of their names."""
+    """The pictures in a folder and its sub-folders, as relative paths in order of their names."""
     return _scan(root).files
 
 
 class _Found(NamedTuple):
-    """What is in a folder; paths within it."""
+    """The contents of a folder, as relative paths."""
 
     files: list[Path]
     folders: list[str]  # directly in it
-    passed_over: Counter[str]  # what is no picture, by the reason
+    passed_over: Counter[str]  # other files, by the reason
 
 
 def _scan(root: Path) -> _Found:
@@ -74,7 +74,7 @@ def _scan(root: Path) -> _Found:
 
 
 def _natural(names: Sequence[str]) -> list[str]:
-    """Names in order, by value where all are numbers."""
+    """Sorted names; numerically if all are numbers."""
     if all(name.isdecimal() for name in names):
         return sorted(names, key=lambda name: (int(name), name))
     return sorted(names)
@@ -83,19 +83,15 @@ def _natural(names: Sequence[str]) -> list[str]:
 class FolderSource:
     """Images in a folder; an unreadable file is replaced by the next readable one and named in "skipped".
 
-    With images in sub-folders only, these are the classes, whether they hold images or not: in order of their names, or
-    of their numbers where all names are numbers. What was passed over is logged once, with its count.
+    If all images are in sub-folders, these are the classes, empty ones too, in order of their names, or numerically if
+    all are numbers. Files that were passed over are counted in one warning.
     """
 
     def __init__(self, path: str, classes: Sequence[str] | None = None):
-        """Looks what there is, and makes sure that one image can be read.
-
-        Args:
-            path: of the folder.
-            classes: names of the labels 0, 1, ...; None: those of the sub-folders.
+        """Lists the folder and reads one image; `classes` names the labels 0, 1, ... (None: the sub-folders).
 
         Raises:
-            ValueError: no folder, nothing readable in it, or images outside of `classes`, if these are given.
+            ValueError: no folder, nothing readable in it, or images outside of `classes`.
         """
         root = Path(os.path.expanduser(path))
         if not path or not root.is_dir():
@@ -114,16 +110,15 @@ class FolderSource:
         self._labels = {name: label for label, name in enumerate(names)}
         empty = sorted(set(names) - {file.parts[0] for file in found.files}) if self.classes else []
         _tell_once(path, _counted(found.passed_over), cut(empty), cut(outside) if len(outside) < len(self) else "")
-        # Ends with an error, before any training, when no file at all can be read.
-        self[0]
+        self[0]  # raises, before any training, if no file at all can be read
 
     def __len__(self) -> int:
         return len(self._files)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         skipped = []
-        for step in range(len(self)):
-            file = self._files[(index + step) % len(self)]
+        for offset in range(len(self)):
+            file = self._files[(index + offset) % len(self)]
             try:
                 image = decode_image((self._root / file).read_bytes())
             except (OSError, ValueError):
@@ -140,7 +135,7 @@ def _counted(passed_over: Counter[str]) -> str:
 
 @functools.cache
 def _tell_once(path: str, passed_over: str, empty: str, outside: str) -> None:
-    """Once for each folder in a process: a run opens its sources several times."""
+    """Warns once per folder and process: a run opens its sources several times."""
     notes = [f"passed over {passed_over}"] * bool(passed_over) + [f"classes without images: {empty}"] * bool(empty)
     notes += [f"no classes, because of images outside of their folders: {outside}"] * bool(outside)
     if notes:

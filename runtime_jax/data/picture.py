@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-from jaxtyping import Bool, Num, UInt8
+from jaxtyping import Num, UInt8
 from PIL import Image, ImageCms, ImageOps
 
 ORIENTATION = 0x0112  # EXIF tag; from 5 on, the sides are exchanged
@@ -19,12 +19,12 @@ SIXTEEN_BITS = ("PNG", "PPM")  # formats whose integers beyond 8 bits, of mode "
 def decode_image(data: bytes) -> UInt8[np.ndarray, "H W 3"]:
     """A picture as uint8 [H, W, 3]: upright by its EXIF tag, transparency over white, of several frames the first.
 
-    Samples of more than 8 bits are brought to 0..255 by what white is. The file says so for 16 bits (and 12 in TIFF).
-    For 32 bits it does not: integers up to 255 are taken as 8 bits and up to 65535 as 16; floats up to 1 as 0..1, and
-    whole ones as integers.
+    Samples of more than 8 bits are scaled so that white is 255. Files of 16 bits (and TIFFs of 12) define white; for 32
+    bits the values do: integers up to 255 count as 8 bits, up to 65535 as 16; floats up to 1 as 0..1, whole floats as
+    integers.
 
     Raises:
-        ValueError: not a picture, a damaged one, one whose range is not known, or one that Pillow reads wrongly.
+        ValueError: not a picture, a damaged one, one of unknown range, or one that Pillow reads wrongly.
     """
     with _readable(), Image.open(io.BytesIO(data)) as image:
         if reason := _misread(image, data):
@@ -40,9 +40,9 @@ def decode_image(data: bytes) -> UInt8[np.ndarray, "H W 3"]:
 
 
 def image_size(path: Path) -> tuple[int, int]:
-    """Height and width of a picture, upright; only what comes before the pixels is read.
+    """Height and width of a picture, upright.
 
-    So `decode_image` may turn a PNG whose EXIF data come after them.
+    Only what precedes the pixels is read, so a turn that a PNG asks for in EXIF data behind them is missed.
 
     Raises:
         ValueError: not a picture.
@@ -66,7 +66,7 @@ def _readable() -> Iterator[None]:
 
 
 def _misread(image: Image.Image, data: bytes) -> str | None:
-    """Why Pillow would give other pixels than the file has, where it would."""
+    """Why Pillow would read other pixels than the file has; None if it would not."""
     if image.format == "PNG" and image.mode == "RGB" and "transparency" in image.info and data[PNG_BITS] == 16:
         # Pillow cuts the samples to 8 bits, where many look like the transparent colour.
         return "a transparent colour of 16 bits a channel: save it with an alpha channel, or with 8 bits"
@@ -89,14 +89,14 @@ def _misread_tiff(image: Image.Image) -> str | None:
 
 
 def _white(image: Image.Image) -> int | None:
-    """The largest sample that the file can have, beyond 8 bits; None: it does not say."""
+    """The largest sample that a file of more than 8 bits can have; None: the file does not say."""
     if image.format == "TIFF" and image.tag_v2.get(BITS, (0,))[0] == 12:
         return 4095
     return 65535 if image.mode.startswith("I;16") or (image.format in SIXTEEN_BITS and image.mode == "I") else None
 
 
 def _is_negative(image: Image.Image) -> bool:
-    """Whether white is zero and Pillow has not turned it, as it does for samples of 8 bits."""
+    """Whether white is zero and Pillow has not inverted the samples, as it does those of 8 bits."""
     return image.format == "TIFF" and image.mode.startswith(("I;16", "F")) and image.tag_v2.get(PHOTOMETRIC) == 0
 
 
@@ -112,29 +112,24 @@ def _from_samples(
 
 
 def _largest(samples: Num[np.ndarray, "H W"]) -> int:
-    """What is taken for white by the samples themselves."""
+    """White, judged by the samples themselves."""
     low, high = samples.min(), samples.max()
     if np.isfinite(low) and np.isfinite(high) and low >= 0:
         is_float = samples.dtype.kind == "f"
         if is_float and high <= 1:
             return 1
-        if high <= 65535 and not (is_float and _has_fractions(samples).any()):
+        if high <= 65535 and not (is_float and (samples != np.floor(samples)).any()):
             return 255 if high <= 255 else 65535
     kind = "floats from 0 to 1, or whole ones" if samples.dtype.kind == "f" else "integers"
     raise ValueError(f"samples of {low} to {high}: {kind} from 0 to 255 or 65535 are needed")
 
 
-def _has_fractions(samples: Num[np.ndarray, "H W"]) -> Bool[np.ndarray, "H W"]:
-    return samples != np.floor(samples)
-
-
 def _from_eight_bits(image: Image.Image) -> UInt8[np.ndarray, "H W 3"]:
     if image.mode == "LAB":
         profiles = ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB")
-        # Without optimization, whose table of colours errs by up to 5 of 255.
-        flags = ImageCms.Flags.NOOPTIMIZE
+        flags = ImageCms.Flags.NOOPTIMIZE  # the optimized table of colours errs by up to 5 of 255
         image = ImageCms.profileToProfile(image, *profiles, outputMode="RGB", flags=flags)
-    if image.mode == "La":  # which Pillow converts to nothing else
+    if image.mode == "La":  # Pillow converts it to "LA" only
         image = image.convert("LA")
     if image.has_transparency_data:
         image = image.convert("RGBA")

@@ -1,7 +1,9 @@
-"""Sources -> shuffled, mixed, cropped, batched: batch number s is a pure function of (config, s)."""
+"""From sources to batches (shuffle, mix, crop, stack): batch s is a pure function of (config, s)."""
 
 import dataclasses
+import functools
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -26,7 +28,7 @@ class DataConfig:
     batch_size: examples per step over all hosts.
     sources: mixed in proportion to their weights.
     shuffle, random_crop, flip: True for training; False gives the sources in order and centre crops.
-    num_workers: processes that read and decode; 0 does it in threads, which is right on a few cores.
+    num_workers: processes that read and decode; 0: threads instead, which suit a few cores.
     """
 
     image_size: int
@@ -60,7 +62,7 @@ def make_batches(config: DataConfig, start_step: int, *, process_index: int = 0,
 
     Host h of H gets rows h * B / H to (h + 1) * B / H of the global batch, which is the same for any H; nothing before
     start_step is read. Batches are {"image": uint8 [B/H, S, S, 3], "label": int32 [B/H], "index": int64 [B/H]}, where
-    "index" is the example's position in the endless stream (step * B + row): fold it into keys.
+    "index" is the example's number in the endless stream (step * B + row): fold it into keys.
 
     Raises:
         ValueError: a bad config, a missing source, or a batch that the hosts do not divide.
@@ -86,13 +88,13 @@ def read_batches(
     process_count: int = 1,
     num_workers: int = 0,
 ) -> "Batches":
-    """What `make_batches` does, for any endless sequence of examples: this host's part of the batches from start_step.
+    """`make_batches` for any endless sequence of examples.
 
     Args:
         stream: element i is an example, a pure function of i.
         stack: examples -> batch.
         batch_size: examples per step over all hosts.
-        num_workers: processes that read; 0 does it in threads.
+        num_workers: processes that read; 0: threads instead.
 
     Raises:
         ValueError: a negative step, or a batch that the hosts do not divide.
@@ -108,65 +110,47 @@ def read_batches(
     threads = 0 if num_workers else 2
     batches = mine.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads))
     if num_workers:
-        # Grain reads an absl flag here, which fails in a program that does not parse its flags with absl.
+        # Grain reads an absl flag here, which fails unless absl has parsed the command line.
         if not flags.FLAGS.is_parsed():
             flags.FLAGS.mark_as_parsed()
         batches = batches.mp_prefetch(grain.MultiprocessingOptions(num_workers=num_workers))
-        # What the workers hand over lies in shared memory: copied out, so that nobody has to give it back.
+        # The workers' batches lie in shared memory, which copies need not give back.
         batches = batches.map(_copy)
     return Batches(iter(batches))
 
 
 class Batches(Iterator[Batch]):
-    """The iterator of `read_batches`; `skipped` tells how often each unreadable file was replaced so far."""
+    """The iterator of `read_batches`; `skipped` counts how often each unreadable file was replaced so far."""
 
     def __init__(self, batches: Iterator[dict[str, Any]]):
         self._batches = batches
-        self.skipped: dict[str, int] = {}
+        self.skipped: Counter[str] = Counter()
 
     def __next__(self) -> Batch:
-        batch = next(self._batches)
-        self._count(batch.pop("skipped", ()))
+        batch, before = next(self._batches), len(self.skipped)
+        self.skipped.update(batch.pop("skipped", ()))
+        # Warns at the first file and whenever their number has doubled, so that a bad disk does not flood the log.
+        if len(self.skipped).bit_length() > before.bit_length():
+            message = f"{len(self.skipped)} unreadable image file(s) replaced so far: {cut(self.skipped)}"
+            warnings.warn(message, stacklevel=2)
         return batch
 
     def close(self) -> None:
-        """Stops the threads or processes behind the iterator; no batch can be drawn afterwards."""
+        """Stops the threads or processes behind the iterator, and ends it."""
         self._batches.close()
-
-    def _count(self, names: tuple[str, ...]) -> None:
-        before = len(self.skipped)
-        for name in names:
-            self.skipped[name] = self.skipped.get(name, 0) + 1
-        # Reported at the first file and whenever their number has doubled, so that a bad disk does not flood the log.
-        if len(self.skipped).bit_length() > before.bit_length():
-            message = f"{len(self.skipped)} unreadable image file(s) replaced so far: {cut(self.skipped)}"
-            warnings.warn(message, stacklevel=3)
 
 
 def _stream(config: DataConfig) -> grain.MapDataset:
     """The endless sequence of examples; element i depends on the config and i alone."""
     parts = []
     for number, source in enumerate(config.sources):
-        part = grain.MapDataset.source(_Tagged(open_source(source), source.scale))
+        examples = grain.MapDataset.source(open_source(source))
+        part = examples.map(functools.partial(dict, crop_scale=source.scale))  # adds a key to each example
         if config.shuffle:
             part = part.shuffle(int(host_rng(config.seed, Stream.DATA, number).integers(2**32)))
         parts.append(part.repeat())
     mixed = parts[0] if len(parts) == 1 else grain.MapDataset.mix(parts, [s.weight for s in config.sources])
     return mixed.map_with_index(_Augment(config))
-
-
-@dataclasses.dataclass(frozen=True)
-class _Tagged:
-    """Adds to each example how its source wants it cropped."""
-
-    source: Any
-    crop_scale: tuple[float, float]
-
-    def __len__(self) -> int:
-        return len(self.source)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        return {**self.source[index], "crop_scale": self.crop_scale}
 
 
 @dataclasses.dataclass(frozen=True)

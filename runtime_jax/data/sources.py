@@ -1,7 +1,7 @@
 """Where pictures come from: TFDS datasets, folders of images, and scikit-learn's two sample photographs.
 
 Every source is a random-access sequence of examples `{"image": uint8 [H, W, 3], "label": int}`, with "caption" where
-the dataset has one, and "skipped" naming the unreadable files that stood in the example's place.
+the dataset has one, and "skipped" with the unreadable files that the example replaces.
 """
 
 import dataclasses
@@ -21,7 +21,7 @@ PHOTO_REGIONS = {
     "china.jpg": {"train": (0, 0, 427, 427), "held_out": (427, 0, 640, 427)},
     "flower.jpg": {"train": (0, 0, 360, 427), "held_out": (360, 0, 640, 427)},
 }
-# A photograph has no number of crops of its own: this many count as one epoch.
+# Crops of a photograph that count as one epoch.
 CROPS_PER_PHOTO = 1024
 
 
@@ -33,9 +33,9 @@ class SourceConfig:
     kind "folder": `path` holds one sub-folder per class (see `FolderSource`) or images directly (label -1).
     kind "photos": crops of scikit-learn's china.jpg and flower.jpg; `split` is "train" or "held_out" (label -1).
     weight: share of the examples drawn from here, relative to the other sources.
-    crop_scale: side of a random crop relative to the picture's shorter side, drawn log-uniformly between the two;
-        None is (0.25, 1) for photos, which are large and few, and (1, 1) for the others.
-    classes: of kind "folder", the names of the labels 0, 1, ..., which may have no images here; None: the sub-folders.
+    crop_scale: range of a random crop's side relative to the picture's shorter side, drawn log-uniformly; None is
+        (0.25, 1) for photos, which are large and few, and (1, 1) for the other kinds.
+    classes: for kind "folder", the names of the labels 0, 1, ..., also of those without images; None: the sub-folders.
     """
 
     kind: Literal["tfds", "folder", "photos"]
@@ -60,7 +60,7 @@ class SourceConfig:
 
 
 class MissingDatasetError(ValueError):
-    """A TFDS dataset that is not prepared; a program may add how its users make `name` under `data_dir`."""
+    """A TFDS dataset is not prepared; a program may add how to prepare `name` under `data_dir`."""
 
     def __init__(self, message: str, *, name: str, data_dir: str):
         super().__init__(message)
@@ -71,7 +71,7 @@ class MissingDatasetError(ValueError):
 class Source(Protocol):
     """A random-access sequence of examples.
 
-    `classes`: names of the labels 0, 1, ...; None where an example may have no label (-1).
+    `classes`: names of the labels 0, 1, ...; None if an example may have no label (-1).
     """
 
     @property
@@ -104,12 +104,12 @@ def open_source(config: SourceConfig) -> Source:
 
 
 def classes_of(sources: Sequence[SourceConfig]) -> list[tuple[str, list[str] | None]]:
-    """What each source is called in messages, and its classes; raises as `open_source`."""
+    """(name for messages, classes) of each source; raises as `open_source`."""
     return [(source.name or source.path or source.kind, open_source(source).classes) for source in sources]
 
 
 def check_same_classes(classes: Sequence[tuple[str, list[str] | None]]) -> None:
-    """Raises ValueError where sources, as `classes_of` gives them, have labels that mean different things."""
+    """Raises ValueError if the labels of some sources, as `classes_of` returns them, have different meanings."""
     (first, names), *others = classes
     for where, other in others:
         if other != names:
@@ -136,7 +136,7 @@ class TfdsSource:
         features = builder.info.features
         if "image" not in features:
             raise ValueError(f"dataset {name!r} has no feature 'image', only {sorted(features)}")
-        # Only what is used is parsed, and images are decoded here: TFDS would decode masks and attributes too.
+        # TFDS would decode masks and attributes too: it parses these features only, and images are decoded here.
         wanted = {key: features[key] for key in ("image", "label", "caption") if key in features}
         label = wanted.get("label")
         self.classes = list(label.names) if isinstance(label, tfds.features.ClassLabel) else None
@@ -146,9 +146,8 @@ class TfdsSource:
         try:
             self._records = builder.as_data_source(split=split, deserialize_method=raw)
         except NotImplementedError as error:
-            raise ValueError(
-                f"dataset {name!r} in {data_dir!r} has no random access: {_recipe(name, data_dir)}"
-            ) from error
+            message = f"dataset {name!r} in {data_dir!r} has no random access: {_recipe(name, data_dir)}"
+            raise ValueError(message) from error
 
     def __len__(self) -> int:
         return len(self._records)
@@ -188,10 +187,8 @@ def photo_region(name: str, split: str) -> UInt8[np.ndarray, "H W 3"]:
     """The training or held-out region of a sample photograph, uint8 [H, W, 3].
 
     Raises:
-        ValueError: unknown photograph, or scikit-learn is not installed.
+        ValueError: scikit-learn is not installed.
     """
-    if name not in PHOTO_REGIONS:
-        raise ValueError(f"photograph {name!r}: allowed are {sorted(PHOTO_REGIONS)}")
     # Found without importing scikit-learn, which is slow.
     spec = importlib.util.find_spec("sklearn")
     if spec is None:

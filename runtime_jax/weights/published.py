@@ -75,8 +75,8 @@ _BEGINNINGS = (
 def unwrapped(source: Mapping[str, T], fits: Callable[[str], bool]) -> dict[str, T]:
     """A state dict without the prefix of its names, if no name fits as it is.
 
-    Of several networks in a checkpoint only the one that fits remains. A warning names the prefix and what was left out.
-    `fits` tells whether a name belongs to the network that is needed.
+    Of several networks in a checkpoint, only the one that fits remains. A warning names the prefix and what is left
+    out. `fits` tells whether a name belongs to the network that is needed.
     """
     source = {name.replace("._orig_mod.", "."): value for name, value in source.items()}
     if any(map(fits, source)):

@@ -14,8 +14,6 @@ from PIL import Image, ImageOps
 
 from mini_scenes import CLASSES, prepare
 from runtime_jax.data import (
-    PHOTO_REGIONS,
-    Batches,
     DataConfig,
     MissingDatasetError,
     SourceConfig,
@@ -24,10 +22,9 @@ from runtime_jax.data import (
     make_batches,
     num_examples,
     open_source,
-    photo_region,
-    random_crop,
 )
-from runtime_jax.data.sources import CROPS_PER_PHOTO
+from runtime_jax.data.pipeline import Batches, random_crop
+from runtime_jax.data.sources import CROPS_PER_PHOTO, PHOTO_REGIONS, photo_region
 
 PHOTOS = SourceConfig(kind="photos", crop_scale=(0.3, 1.0))
 SIZE = 32
