@@ -17,7 +17,7 @@ demo: $(VENV)/.installed
 	$(FAST) $(BIN)/mergevq train --config configs/mergevq_tiny.py:demo --workdir $(RUN)
 	$(FAST) $(BIN)/mergevq evaluate --tokenizer tiny --tokenizer $(RUN)/tokenizer \
 		--metrics $(RUN)/metrics.jsonl --out $(RUN)/report
-	$(FAST) $(BIN)/mergevq sample --model tiny-mergear --num 48 --batch-size 48 --merge-number 144 --cfg-scale 3.5 \
+	$(FAST) $(BIN)/mergevq sample --model tiny-mergear --num 48 --batch-size 48 --keep 144 --cfg-scale 3.5 \
 		--show-cache --out $(RUN)/samples
 	for word in star heart; do \
 		$(FAST) $(BIN)/tokenverse learn --config configs/tokenverse_tiny.py:$$word --workdir $(RUN)/$$word \

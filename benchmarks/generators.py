@@ -1,11 +1,11 @@
-"""Trained generators side by side: plain autoregression, MergeAR, RandAR, and MergeAR with stores of other sizes.
+"""Compares trained generators: plain autoregression, MergeAR, RandAR, and MergeAR with other KV cache sizes.
 
 python benchmarks/generators.py --plain runs/plain/generator --merge runs/mergear/generator \\
-    --random runs/randar/generator --out runs/generators          # goes on where it was stopped
+    --random runs/randar/generator --out runs/generators          # resumes where it was stopped
 
-Draws sets of images as `mergevq sample` does, a folder for each row and seed, and hands them to `mergevq compare`:
-class accuracy, a Fréchet distance in the judge's features, bytes of the store, seconds an image, and a plot of quality
-against the slots of the store.
+Draws a set of images for each row and seed, each in its own folder, as `mergevq sample` does. `mergevq compare` then
+measures class accuracy, the Fréchet distance in the judge's features, KV cache bytes and seconds per image, and plots
+quality against cache slots.
 """
 
 import argparse
@@ -20,32 +20,32 @@ from mini_scenes.judge import Judge
 from runtime_jax.config import to_dict
 
 KEEPS = (144, 256)
-# Of the smaller K; more distinct codes than K are drawn, and the largest holds them all.
+# At the smaller K. Samples have more than K distinct codes; the largest capacity holds them all.
 CAPACITIES = {"evict-oldest": (16, 32, 64, 208), "full": (16, 32, 64, 144)}
 STEPS = (8, 16, 32, 64)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """A generator, and how it draws."""
+    """A generator and its sampling settings."""
 
     name: str
     model: str
-    merge_number: int | None = None
+    keep: int | None = None
     steps: int | None = None
     sampling: SamplingConfig
 
     @property
     def folder(self) -> str:
-        """Its folder's name."""
+        """Name of the row's folder."""
         return self.name.replace(", ", "_").replace(" ", "").replace("=", "")
 
 
 def make_rows(scale: float, temperature: float, *, plain_model: str, merge_model: str, random_model: str) -> list[Row]:
-    """All rows; every generator is guided alike, RandAR with its linear schedule, and drawn at the same temperature."""
+    """All rows. They share guidance (linear for RandAR) and temperature, except "plain", which uses the defaults."""
     plain = SamplingConfig(cfg_scale=scale, temperature=temperature)
     linear = replace(plain, cfg_scale=2 * scale - 1, cfg_schedule="linear")
-    merged = [Row(name=f"MergeAR, K = {keep}", model=merge_model, merge_number=keep, sampling=plain) for keep in KEEPS]
+    merged = [Row(name=f"MergeAR, K = {keep}", model=merge_model, keep=keep, sampling=plain) for keep in KEEPS]
     sized = [
         replace(
             merged[0],
@@ -59,7 +59,7 @@ def make_rows(scale: float, temperature: float, *, plain_model: str, merge_model
         Row(
             name=f"RandAR, K = {keep}, {steps} steps",
             model=random_model,
-            merge_number=keep,
+            keep=keep,
             steps=steps,
             sampling=linear,
         )
@@ -76,16 +76,16 @@ def make_rows(scale: float, temperature: float, *, plain_model: str, merge_model
 
 
 def main() -> None:
-    """Draws what is missing, then compares."""
+    """Draws the missing sets, then compares all."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for kind in ("plain", "merge", "random"):
         parser.add_argument(f"--{kind}", required=True, help="shipped name, folder or hub id")
     parser.add_argument("--out", type=Path, default=Path("runs/generators"))
-    parser.add_argument("--num", type=int, default=192, help="images of a row and seed")
+    parser.add_argument("--num", type=int, default=192, help="images per row and seed")
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--cfg-scale", type=float, default=3.5)
-    parser.add_argument("--temperature", type=float, default=1.0, help="of all but the row without guidance")
+    parser.add_argument("--temperature", type=float, default=1.0, help="for all rows except the one without guidance")
     parser.add_argument("--data-dir", default="data")
     args = parser.parse_args()
     folders = {}
@@ -93,21 +93,21 @@ def main() -> None:
     for row in make_rows(args.cfg_scale, args.temperature, **models):
         folders[row.name] = [args.out / row.folder / str(seed) for seed in range(args.seeds)]
         for seed, folder in enumerate(folders[row.name]):
-            if (folder / "protocol.json").exists():  # written last but for the pictures
+            if (folder / "protocol.json").exists():  # written last, except for the pictures
                 model, there = load_generator(row.model), read_samples(folder).protocol
                 wanted = {
                     "fingerprint": model.fingerprint(),
                     "num": args.num,
-                    "merge_number": row.merge_number,
+                    "keep": row.keep,
                     "sampling": to_dict(row.sampling if row.steps else model.info.sampling(row.sampling)),
                     "batch_size": args.batch_size,
                 }
                 if differing := [name for name, value in wanted.items() if there.get(name) != value]:
-                    raise ValueError(f"{folder}: its {', '.join(differing)} differ; take another --out")
+                    raise ValueError(f"{folder} was drawn with other {', '.join(differing)}; choose another --out")
                 continue
             request = Request(
                 num=args.num,
-                merge_number=row.merge_number,
+                keep=row.keep,
                 sampling=row.sampling,
                 steps=row.steps,
                 seed=seed,

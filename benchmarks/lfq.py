@@ -33,7 +33,7 @@ def factored(z: jax.Array) -> jax.Array:
 
 def dense(z: jax.Array) -> jax.Array:
     """Entropy loss of features [N, b], from a softmax over a codebook [2^b, b] (MAGVIT-v2, arXiv 2310.05737)."""
-    codebook = lfq.indices_to_codes(jnp.arange(2 ** z.shape[1]), z.shape[1]).astype(z.dtype)
+    codebook = lfq.from_indices(jnp.arange(2 ** z.shape[1]), z.shape[1]).astype(z.dtype)
     logits = (2 / TEMPERATURE) * jnp.einsum("nb,cb->nc", z, codebook, precision="highest")
     log_probability = jax.nn.log_softmax(logits, axis=-1)
     probability = jnp.exp(log_probability)

@@ -1,19 +1,23 @@
-"""Speed of drawing codes: MergeAR at several K, plain autoregression, and a Llama of transformers in PyTorch.
+"""Sampling speed: MergeAR at several K, plain autoregression, and a PyTorch Llama from transformers.
 
 python benchmarks/mergear.py                                                   # a small model on CPU
 python benchmarks/mergear.py --lengths 256 --batches 1                         # its smallest case
 python benchmarks/mergear.py --preset L --dtype bfloat16 --torch-compile       # GPU
 
-A step draws one code for every image of the batch. All steps cost the same, whatever the codes are and the store
-holds, so that a step's time is the difference between draws of `--steps` codes and of a quarter of them, both with the
-store of L: what a draw does once, as zeros of several gigabytes, is left out. The parameters are random. A step's
-floor is the larger of two times: the FLOPs of its matmuls at the rate of the fastest square matmul, and the bytes that
-it must read (weights and store, once) at the rate of the fastest large copy, both measured beside it. The peer, if
-PyTorch is installed, is a Llama with as many blocks (those of the head included), as wide, and with as many logits; it
-has a static cache of all L tokens, and draws by multinomial.
+A step draws one code for each image of the batch. All steps cost the same, whatever the codes and the contents of the
+KV cache. A step's time is therefore the time of `--steps` codes minus that of a quarter as many, divided by the
+difference in steps; both runs have the cache of L tokens. This excludes one-time costs, such as zeroing gigabytes.
+Parameters are random.
 
-A batch is split over all devices. The rates are then those of one device times their number, but on a CPU, where
-XLA_FLAGS=--xla_force_host_platform_device_count=2 makes two devices of the same cores. The peer has one device.
+A step's floor is the larger of two times: its matmul FLOPs at the rate of the fastest square matmul, and the bytes that
+it must read (weights and cache, once) at the rate of the fastest large copy. Both rates are measured beside each case.
+
+The peer, if PyTorch is installed, is a Llama with the same number of blocks (head included), width and number of
+logits. It has a static cache of all L tokens and samples with torch.multinomial.
+
+The batch is split over all devices, and the rates are those of one device times the number of devices. On a CPU they
+are not multiplied: XLA_FLAGS=--xla_force_host_platform_device_count=2 makes two devices of the same cores. The peer
+runs on one device.
 """
 
 import argparse
@@ -45,32 +49,32 @@ from runtime_jax.nn.compute import Compute
 from runtime_jax.prng import Stream, stream_key
 from runtime_jax.sharding import MeshConfig, make_mesh, param_shardings, place, replicated
 
-SMALL = GeneratorConfig(num_layers=6, dim=384, num_heads=6, head_layers=1)  # where overhead rules
+SMALL = GeneratorConfig(num_layers=6, dim=384, num_heads=6, head_layers=1)  # small enough that overhead dominates
 COPY_BYTES = 2**28
 HEAD = ("L", "batch", "sampler", "slots", "ms a step", "tokens/s", "floor, ms", "bound by", "of floor", "of peer")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LongPlan(Plan):
-    """The plan of a few codes, with the store of more."""
+    """A plan for a few codes, with the KV cache of the whole image."""
 
     whole: Plan
 
     @property
     def slots(self) -> int:
-        """Those of the whole image."""
+        """Cache slots of the whole image."""
         return self.whole.slots
 
 
 class Rates(NamedTuple):
-    """What this device reaches."""
+    """Rates measured on this device."""
 
-    flops: float  # a second
-    bytes: float  # read or written a second
+    flops: float  # per second
+    bytes: float  # read or written per second
 
 
 class Draw(NamedTuple):
-    """A draw, ready to run."""
+    """A compiled sampling run."""
 
     run: Callable[[], object]
     steps: int
@@ -83,26 +87,26 @@ class Contender(NamedTuple):
     batch: int
     name: str
     slots: int
-    draws: tuple[Draw, Draw]  # a short one and a long one
-    flops: float = math.nan  # of one step
-    bytes: float = math.nan  # that one step reads
+    draws: tuple[Draw, Draw]  # short, long
+    flops: float = math.nan  # per step
+    bytes: float = math.nan  # read per step
 
 
 def samplers(config: GeneratorConfig, length: int, ratios: list[float]) -> Iterator[tuple[str, GeneratorConfig, dict]]:
-    """Name, model and store of what is to be timed: plain autoregression, and MergeAR at K = ratio L."""
+    """Name, model and cache settings of each sampler: plain autoregression, and MergeAR at K = ratio x L."""
     side = math.isqrt(length)
     config = dataclasses.replace(config, grid=(side, side), merge_instruction=False)
     yield "plain", config, {}
     for ratio in ratios:
         kept = round(ratio * length)
-        merged = dataclasses.replace(config, merge_instruction=True, merge_numbers=(kept,))
+        merged = dataclasses.replace(config, merge_instruction=True, keeps=(kept,))
         yield f"MergeAR, K = {kept}", merged, {"window": 2, "capacity": kept}
 
 
 def sampler(
     name: str,
     config: GeneratorConfig,
-    store: dict,
+    kv_cache: dict,
     *,
     steps: tuple[int, int],
     batch: int,
@@ -110,10 +114,10 @@ def sampler(
     compute: Compute,
     mesh: jax.sharding.Mesh,
 ) -> Contender:
-    """Compiles a sampler, for a short and a long draw; a batch is split over the devices, if it divides by them."""
+    """Compiles a sampler for a short and a long draw. The devices split the batch if their number divides it."""
     settings = SamplingConfig(cfg_scale=cfg_scale)
-    kept = config.merge_numbers[0] if config.merge_instruction else None
-    whole, _ = make_plan(config, dataclasses.replace(settings, **store), kept, compute)
+    kept = config.keeps[0] if config.merge_instruction else None
+    whole, _ = make_plan(config, dataclasses.replace(settings, **kv_cache), kept, compute)
     params = random_like(np.random.default_rng(0), param_shapes(config))
     placed = place(params, param_shardings(params, SHARDING_RULES, mesh))
     numbers = jnp.arange(batch, dtype=jnp.int32)
@@ -121,10 +125,10 @@ def sampler(
     merge = None if kept is None else jnp.zeros_like(labels)
 
     def draw(codes: int) -> tuple[Draw, float]:
-        """Also the FLOPs of a step."""
-        merge_number = kept and min(kept, codes)
-        few = dataclasses.replace(config, grid=(1, codes), merge_numbers=(merge_number or 1,))
-        plan, knobs = make_plan(few, settings, merge_number, compute)
+        """A draw of `codes` codes, and the FLOPs of a step."""
+        keep = kept and min(kept, codes)
+        few = dataclasses.replace(config, grid=(1, codes), keeps=(keep or 1,))
+        plan, knobs = make_plan(few, settings, keep, compute)
         rest = labels, merge, stream_key(0, Stream.SAMPLE), numbers, knobs
         arguments = placed, *jax.device_put(rest, replicated(mesh))
         with jax.set_mesh(mesh):
@@ -138,7 +142,7 @@ def sampler(
 
 
 def seconds_a_step(contenders: list[Contender], repeats: int) -> list[float]:
-    """Of the fastest draws of each. They take turns, so that whatever slows the machine down slows all of them."""
+    """Seconds of a step, from each contender's fastest draws. They run in turn, so other load slows all of them."""
     draws = [draw for contender in contenders for draw in contender.draws]
     for draw in draws:
         draw.run()
@@ -148,21 +152,21 @@ def seconds_a_step(contenders: list[Contender], repeats: int) -> list[float]:
 
 
 def timed(call: Callable[[], object]) -> float:
-    """Seconds of one call."""
+    """Seconds of a call."""
     start = time.perf_counter()
     call()
     return time.perf_counter() - start
 
 
 def best(call: Callable[[], object], repeats: int) -> float:
-    """Seconds of the fastest of `repeats` calls, after one to warm up."""
+    """Seconds of the fastest of `repeats` calls, after a warm-up call."""
     call()
     return min(timed(call) for _ in range(repeats))
 
 
 def bytes_read(params: Params, plan: Plan, batch: int, parts: int) -> float:
-    """Bytes that a step must read: every weight that is multiplied, on each of the devices that have a part of the
-    batch, and the keys and values of every slot.
+    """Bytes that a step must read: all weights of matmuls, on each device that has a part of the batch, and the keys
+    and values of all cache slots.
     """
     config = plan.config
     weights = sum(leaf.size for name, part in params.items() if "emb" not in name for leaf in jax.tree.leaves(part))
@@ -171,7 +175,7 @@ def bytes_read(params: Params, plan: Plan, batch: int, parts: int) -> float:
 
 
 def copy_rate(repeats: int) -> float:
-    """Bytes read and written a second by the fastest of two passes over a large array: a sum, and a copy."""
+    """Bytes read and written per second by the faster of two passes over a large array: a sum and a copy."""
     array = jnp.ones(COPY_BYTES // 4, jnp.float32)
     rates = []
     for function, passes in ((jnp.sum, 1), (lambda x: x + 1, 2)):
@@ -183,7 +187,7 @@ def copy_rate(repeats: int) -> float:
 def peer(
     config: GeneratorConfig, length: int, *, batch: int, rows: int, dtype: str, compiled: bool, steps: tuple[int, int]
 ) -> Contender:
-    """A Llama in PyTorch with a static cache."""
+    """A PyTorch Llama with a static cache."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM, StaticCache
 
@@ -217,7 +221,7 @@ def peer(
 
 
 def line(row: Contender, seconds: float, peer_seconds: float | None, rates: Rates) -> list[str]:
-    """Cells of one line of the table."""
+    """Cells of one table row."""
     computing, reading = row.flops / rates.flops, row.bytes / rates.bytes
     floor = max(computing, reading)
     cells = [row.length, row.batch, row.name, row.slots, f"{1e3 * seconds:.2f}", f"{row.batch / seconds:.0f}"]
@@ -227,37 +231,37 @@ def line(row: Contender, seconds: float, peer_seconds: float | None, rates: Rate
 
 
 def contenders(args: argparse.Namespace, length: int, batch: int, compute: Compute) -> Iterator[Contender]:
-    """The peer, if there is one, and every sampler."""
+    """The peer, if wanted, and all samplers."""
     config = PRESETS[args.preset] if args.preset else SMALL
     sizes = {"batch": batch, "steps": (args.steps // 4, args.steps)}
     if args.peer:
         options = {"dtype": args.dtype, "compiled": args.torch_compile, "rows": 1 + (args.cfg_scale != 1)}
         yield peer(config, length, **sizes, **options)
     how = {"cfg_scale": args.cfg_scale, "compute": compute, "mesh": make_mesh(MeshConfig())}
-    for name, model, store in samplers(config, length, args.ratios):
-        yield sampler(name, model, store, **sizes, **how)
+    for name, model, kv_cache in samplers(config, length, args.ratios):
+        yield sampler(name, model, kv_cache, **sizes, **how)
 
 
 def main() -> None:
     """Prints a table and a line of JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--preset", choices=sorted(PRESETS), help="default: 6+1 layers, 384 wide, 6 heads")
-    parser.add_argument("--lengths", type=int, nargs="+", default=[256, 1024, 4096], help="squares")
+    parser.add_argument("--preset", choices=sorted(PRESETS), help="default: 6+1 layers, width 384, 6 heads")
+    parser.add_argument("--lengths", type=int, nargs="+", default=[256, 1024, 4096], help="square numbers")
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 16, 64])
     parser.add_argument("--ratios", type=float, nargs="+", default=[1.0, 0.56, 0.25], help="K / L")
-    parser.add_argument("--cfg-scale", type=float, default=1.0, help="other than 1: two rows of the network an image")
+    parser.add_argument("--cfg-scale", type=float, default=1.0, help="other than 1: two network rows per image")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
-    parser.add_argument("--repeats", type=int, default=3, help="timed draws of each; the best counts")
-    parser.add_argument("--steps", type=int, default=64, help="of a long draw; 4 or more")
+    parser.add_argument("--repeats", type=int, default=3, help="timed draws per sampler; the best counts")
+    parser.add_argument("--steps", type=int, default=64, help="codes of a long draw; at least 4")
     parser.add_argument("--no-peer", dest="peer", action="store_false")
     parser.add_argument("--torch-compile", action="store_true")
     args = parser.parse_args()
     if wrong := [length for length in args.lengths if math.isqrt(length) ** 2 != length]:
-        parser.error(f"--lengths {wrong}: squares are needed")
+        parser.error(f"--lengths {wrong} must be square numbers")
     if not 4 <= args.steps <= min(args.lengths):
-        parser.error(f"--steps {args.steps}: 4 to the smallest of --lengths, {min(args.lengths)}, are possible")
+        parser.error(f"--steps {args.steps} must be between 4 and the smallest of --lengths, {min(args.lengths)}")
     if args.peer and importlib.util.find_spec("torch") is None:
-        print("PyTorch is not installed: no peer\n")
+        print("PyTorch is not installed, so there is no peer\n")
         args.peer = False
     compute, device = Compute(dtype=args.dtype), jax.devices()[0]
     lines, records, seen = [], [], []

@@ -1,4 +1,4 @@
-"""MergeAR's attention in training: over the merged keys (the library's) against all pairs under a mask (jax.nn's).
+"""MergeAR's attention in training: over merged keys only (the library's) against over all keys with a mask (jax.nn).
 
 python benchmarks/merged_attention.py
 """
@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from mergear import best
 
-from mergevq_jax.generator.mask import first_members, merge_mask
+from mergevq_jax.generator.mask import first_of_group, merge_mask
 from mergevq_jax.generator.merged_attention import merged_attention, merged_keys
 from runtime_jax.cost import count_flops, table
 from runtime_jax.nn.attention import attention
@@ -23,7 +23,7 @@ HEAD = ("L", "K", "form", "GFLOP", "gradient, ms", "temporary MB", "largest diff
 
 
 class Measured(NamedTuple):
-    """One form: its gradients, and what they cost."""
+    """Gradients of one form, and their cost."""
 
     gradients: list[np.ndarray]
     gflop: float
@@ -32,7 +32,7 @@ class Measured(NamedTuple):
 
 
 def measure(attend: Callable, inputs: list[jax.Array], repeats: int) -> Measured:
-    """Compiles the gradients of an attention's sum of squares; the time is the best of `repeats`."""
+    """Compiles and times the gradients of the output's sum of squares; the time is the best of `repeats` runs."""
     gradients = jax.grad(lambda *x: jnp.square(attend(*x)).sum(), argnums=(0, 1, 2))
     traced = jax.jit(gradients).trace(*inputs)
     compiled = traced.lower().compile()
@@ -43,14 +43,14 @@ def measure(attend: Callable, inputs: list[jax.Array], repeats: int) -> Measured
 
 
 def compare(length: int, keep: int, shape: tuple[int, int, int], repeats: int) -> list[tuple[str, ...]]:
-    """Rows of the table for one number of kept tokens; `shape` is batch, heads and channels of a head."""
+    """Table rows for one length and number of kept tokens; `shape` is batch, heads and channels per head."""
     batch, heads, width = shape
     rng = np.random.default_rng(keep)
     inputs = [
         jnp.asarray(rng.normal(size=(batch, PREFIX + length, heads, width)), jnp.float32) for _ in ("q", "k", "v")
     ]
     groups = np.concatenate([np.tile(np.arange(keep), (batch, 1)), rng.integers(keep, size=(batch, length - keep))], 1)
-    first = first_members(jnp.asarray(rng.permuted(groups, axis=1), jnp.int32))
+    first = first_of_group(jnp.asarray(rng.permuted(groups, axis=1), jnp.int32))
     mask = merge_mask(first, window=WINDOW, prefix=PREFIX)
     keys = merged_keys(first, keep, window=WINDOW, prefix=PREFIX)
     masked = measure(functools.partial(attention, mask=mask), inputs, repeats)
@@ -69,7 +69,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--lengths", type=int, nargs="+", default=[256, 1024, 2304])
     parser.add_argument("--ratios", type=float, nargs="+", default=[0.5625, 0.25], help="K / L")
-    parser.add_argument("--shape", type=int, nargs=3, default=[2, 6, 64], help="batch, heads, channels of a head")
+    parser.add_argument("--shape", type=int, nargs=3, default=[2, 6, 64], help="batch, heads, channels per head")
     parser.add_argument("--repeats", type=int, default=5)
     args = parser.parse_args()
     device = jax.devices()[0]

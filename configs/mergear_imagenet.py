@@ -4,7 +4,7 @@
         --config.tokenizer=runs/gr-d64/tokenizer
 
 The argument is a size: B, L or XL. ImageNet is read through TFDS (`imagenet2012`, prepared as array_record) and
-tokenized in the step; with codes that `mergevq tokenize` wrote for each K, without flips, instead:
+tokenized in each step. To train on codes that `mergevq tokenize` wrote for each K instead, without flips:
 
     --config.data="{'folders': ['codes/144', 'codes/169', 'codes/196', 'codes/225', 'codes/256'], 'batch_size': 768}"
 """
@@ -17,7 +17,7 @@ from runtime_jax.config import to_dict
 
 
 def get_config(arg: str = "L") -> ConfigDict:
-    """`arg` names a preset."""
+    """`arg`: B, L or XL."""
     stage1 = gaussian(144, 6)
     keeps, weights = stage1.keeps[1:], stage1.weights[1:]  # the paper's second stage starts at 144
     data = {"kind": "tfds", "name": "imagenet2012", "data_dir": "data"}
@@ -25,7 +25,7 @@ def get_config(arg: str = "L") -> ConfigDict:
         {
             "task": "generator",
             "kind": "merge",
-            "model": to_dict(preset(arg, merge_numbers=keeps)),
+            "model": to_dict(preset(arg, keeps=keeps)),
             "tokenizer": "runs/gr-d64/tokenizer",
             "merge_ratio": {"keeps": list(keeps), "weights": list(weights)},
             "compute": {"dtype": "bfloat16", "remat": True},

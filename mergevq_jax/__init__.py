@@ -25,7 +25,7 @@ __getattr__, __dir__, __all__ = lazy.attributes(
             "recover",
         ),
         "mergevq_jax.tokenizer.quantizers.lfq": ("quantize",),
-        "mergevq_jax.tokenizer.quantizers.quantizer": ("LFQ", "Quantizer"),
+        "mergevq_jax.tokenizer.quantizers.quantizer": ("QUANTIZERS", "Quantizer"),
         "mergevq_jax.tokenizer.tome": ("bipartite_soft_matching", "merge", "unmerge"),
         "mergevq_jax.generator.images": ("codes_to_images", "recovered_to_images"),
         "mergevq_jax.generator.model": ("GeneratorModel", "load_generator"),

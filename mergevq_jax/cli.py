@@ -100,7 +100,7 @@ def _sample_command(line: CommandLine) -> None:
         action="append",
         help="a class's name, or its number unless the names are numbers; several take turns (all)",
     )
-    sub.add_argument("--merge-number", type=int, help="distinct tokens asked for (middle one)")
+    sub.add_argument("--keep", "--merge-number", type=int, help="distinct tokens K asked for (middle one)")
     part = {"nargs": "+", "metavar": "VALUE"}  # one value, or one for each sub-token
     sub.add_argument("--cfg-scale", type=float, default=[1.0], help="guidance; 1 is none", **part)
     sub.add_argument("--cfg-schedule", default="constant", help="constant, linear or interval")
@@ -112,8 +112,8 @@ def _sample_command(line: CommandLine) -> None:
     sub.add_argument("--top-p", type=float, default=[1.0], help="1: off", **part)
     sub.add_argument("--greedy", action="store_true", help="the likeliest code, always")
     sub.add_argument("--window", type=int, help="recent tokens that are always seen (as in training)")
-    sub.add_argument("--capacity", type=int, help="older tokens that the store keeps (the merge number)")
-    sub.add_argument("--policy", default="evict-oldest", help="what a full store does: evict-oldest or full")
+    sub.add_argument("--capacity", type=int, help="older tokens that the KV cache keeps (K)")
+    sub.add_argument("--policy", default="evict-oldest", help="what a full KV cache does: evict-oldest or full")
     sub.add_argument("--steps", type=int, help="calls of the network, for a generator in random order (64)")
     sub.add_argument("--seed", type=int, default=0)
     sub.add_argument("--batch-size", type=int, default=64, help="images drawn together; no result depends on it")
@@ -121,7 +121,7 @@ def _sample_command(line: CommandLine) -> None:
     sub.add_argument(
         "--tensor", type=int, default=1, help="devices that share each weight (1); batches split over the rest"
     )
-    sub.add_argument("--show-cache", action="store_true", help="also draw what the store kept, and how full it was")
+    sub.add_argument("--show-cache", action="store_true", help="also draw what the KV cache kept, and how full it was")
     sub.add_argument("--out", type=Path, default=Path("runs/sample"))
 
 
@@ -220,7 +220,7 @@ def _sample(args, _) -> None:
     request = Request(
         num=args.num,
         classes=tuple(args.classes or ()),
-        merge_number=args.merge_number,
+        keep=args.keep,
         sampling=sampling,
         steps=args.steps,
         seed=args.seed,

@@ -14,7 +14,7 @@ import math
 import runpy
 import types
 import typing
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union
@@ -54,15 +54,40 @@ def build(cls: type[T], mapping: Mapping | ConfigDict | FrozenConfigDict, path: 
     return result
 
 
+def added(default: Any) -> Any:
+    """A dataclass field that older files lack. `to_dict` leaves it out at its default, so that what it gives for an
+    old config, and every fingerprint of that, stays the same."""
+    return dataclasses.field(default=default, metadata={"added": True})
+
+
+def renamed(old: str, default: Any, convert: Callable[[Any], Any] = lambda value: value) -> Any:
+    """A dataclass field that older files know as `old`; `build` reads those and converts the value."""
+    return dataclasses.field(default=default, metadata={"old": old, "convert": convert})
+
+
 def to_dict(value: Any) -> Any:
     """The plain dicts, lists and scalars of a config dataclass: `build(type(x), to_dict(x)) == x`."""
     if dataclasses.is_dataclass(value):
-        return {field.name: to_dict(getattr(value, field.name)) for field in dataclasses.fields(value)}
+        items = ((field, getattr(value, field.name)) for field in dataclasses.fields(value))
+        return {
+            field.name: to_dict(item)
+            for field, item in items
+            if not ("added" in field.metadata and item == field.default)
+        }
     if isinstance(value, Mapping):
         return {key: to_dict(item) for key, item in value.items()}
     if isinstance(value, tuple | list):
         return [to_dict(item) for item in value]
     return value
+
+
+def with_new_names(cls: type, mapping: Mapping[str, Any]) -> dict[str, Any]:
+    """What `to_dict` gave for a config of this class when some of its fields had other names; see `renamed`."""
+    kinds = typing.get_type_hints(cls)
+    return {
+        key: with_new_names(kinds[key], value) if dataclasses.is_dataclass(kinds.get(key)) and value else value
+        for key, value in _renamed(mapping, dataclasses.fields(cls)).items()
+    }
 
 
 def load(spec: str, overrides: Iterable[str] = (), *, new_keys: bool = False) -> ConfigDict:
@@ -234,12 +259,11 @@ def _convert_dataclass(cls: type[T], value: Any, path: str, problems: list[str])
     before = len(problems)
     hints = typing.get_type_hints(cls)
     fields = {field.name: field for field in dataclasses.fields(cls) if field.init}
-    values = dict(value.items())
+    values = _renamed(value, fields.values())
+    now = {field.metadata.get("old"): name for name, field in fields.items()}
     for key in (key for key in values if key not in fields):
-        problems.append(
-            f"{path}.{key}: unknown key (value {values[key]!r}){_closest(key, fields.keys() - values.keys())}"
-            f"; known: {', '.join(fields)}"
-        )
+        hint = f"; it is now {now[key]!r}" if key in now else _closest(key, fields.keys() - values.keys())
+        problems.append(f"{path}.{key}: unknown key (value {values[key]!r}){hint}; known: {', '.join(fields)}")
     kwargs = {}
     for name, field in fields.items():
         if name in values:
@@ -255,6 +279,16 @@ def _convert_dataclass(cls: type[T], value: Any, path: str, problems: list[str])
     except ValueError as error:
         problems.append(f"{path}: {error}")
         return None
+
+
+def _renamed(mapping: Mapping | ConfigDict | FrozenConfigDict, fields: Iterable[dataclasses.Field]) -> dict[str, Any]:
+    values = dict(mapping.items())
+    for field in fields:
+        if (old := field.metadata.get("old")) in values and field.name not in values:
+            with contextlib.suppress(TypeError, ValueError):  # of another type: reported under its old name
+                values[field.name] = field.metadata["convert"](values[old])
+                del values[old]
+    return values
 
 
 def _convert_tuple(kind: Any, value: Sequence, path: str, problems: list[str]) -> tuple | None:

@@ -38,11 +38,11 @@ MODEL = GeneratorConfig(
     num_heads=2,
     ffn_dim=24,
     head_layers=1,
-    code_bits=(1, 3),
+    vocab_sizes=(2, 8),
     num_classes=2,
     class_dropout=0.5,
     grid=(4, 4),
-    merge_numbers=(10, 16),
+    keeps=(10, 16),
 )
 IMAGES = 10
 

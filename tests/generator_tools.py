@@ -16,10 +16,10 @@ CONFIG = GeneratorConfig(
     num_heads=2,
     ffn_dim=24,
     head_layers=1,
-    code_bits=(2, 3),
+    vocab_sizes=(4, 8),
     num_classes=5,
     grid=(3, 4),
-    merge_numbers=(4, 9, 12),
+    keeps=(4, 9, 12),
 )
 MODEL = Generator(CONFIG)
 # The paper's example of nine tokens (figure of the mask), counted from 1: what each one sees with a window of two.
@@ -51,7 +51,7 @@ def random_params(config=CONFIG, seed=0):
 
 def random_codes(batch, config=CONFIG, seed=1, values=None):
     """Codes [B, L], from the first `values` of them."""
-    values = values or 2 ** sum(config.code_bits)
+    values = values or config.vocab_size
     return np.random.default_rng(seed).integers(0, values, (batch, config.length)).astype(np.int32)
 
 

@@ -13,6 +13,7 @@ from golden_tools import Tensors, apply, convert_both_ways, jit, require_equal, 
 from mergevq_jax.generator import transformer
 from mergevq_jax.generator.config import GeneratorConfig
 from mergevq_jax.generator.convert import generator_table
+from mergevq_jax.generator.sub_tokens import join_indices, split_indices
 from mergevq_jax.tokenizer import convert, recovery, tome
 from mergevq_jax.tokenizer.config import RecoveryConfig, TokenizerConfig
 from mergevq_jax.tokenizer.decoder import Decoder
@@ -110,7 +111,7 @@ def run_lfq(config: dict, params: Tensors, inputs: Tensors) -> Tensors:
     codes = lfq.quantize(z)
     like_input = lambda tokens: np.asarray(tokens).swapaxes(1, 2).reshape(inputs["x"].shape)  # noqa: E731
     return {
-        "indices": lfq.codes_to_indices(codes).reshape(-1),
+        "indices": lfq.to_indices(codes).reshape(-1),
         "quantized": like_input(codes),
         "aux_loss": loss,
         "sample_entropy": terms.per_sample,
@@ -121,8 +122,8 @@ def run_lfq(config: dict, params: Tensors, inputs: Tensors) -> Tensors:
 
 
 def run_lfq_factorized(config: dict, params: Tensors, inputs: Tensors) -> Tensors:
-    indices = lfq.codes_to_indices(jnp.asarray(to_tokens(inputs["x"])))
-    pre, post = lfq.split_indices(indices, config["factorized_bits"])
+    indices = lfq.to_indices(jnp.asarray(to_tokens(inputs["x"])))
+    pre, post = split_indices(indices, [2**bits for bits in config["factorized_bits"]])
     return {"pre": pre.reshape(-1), "post": post.reshape(-1)}
 
 
@@ -163,7 +164,7 @@ def generator_config(reference: dict[str, Any], params: Tensors) -> GeneratorCon
         num_heads=reference["n_head"],
         ffn_dim=len(params["spatial_blocks.0.feed_forward.w1.weight"]),
         head_layers=reference["factorized_n_layer"],
-        code_bits=tuple(reference["factorized_bits"]),
+        vocab_sizes=tuple(2**bits for bits in reference["factorized_bits"]),
         num_classes=reference["class_num"],
         grid=(side, side),
         merge_instruction=False,
@@ -181,7 +182,7 @@ def run_gpt(config: dict, params: Tensors, inputs: Tensors) -> Tensors:
     ours = generator_config(config, params)
     weights = convert_both_ways(generator_table(ours), params, transformer.param_shapes(ours))
     sub_tokens = [jnp.asarray(inputs[name], jnp.int32) for name in ("pre", "post")]
-    indices = lfq.join_indices(sub_tokens, ours.code_bits)
+    indices = join_indices(sub_tokens, ours.vocab_sizes)
     labels = inputs["class"][:, 0].astype(np.int32)
     pre, post = teacher_forced(weights, indices, labels, module=transformer.Generator(ours))
     return {"logits_pre": pre, "logits_post": post}

@@ -17,7 +17,7 @@ from mergevq_jax.evaluate.held_out import BATCH_SIZE, read_scenes
 from mergevq_jax.generator.images import recovered_to_images
 from mergevq_jax.generator.kinds.randar import Codes
 from mergevq_jax.tokenizer.model import Tokenizer, load_tokenizer, read_tokenizer_config
-from mergevq_jax.tokenizer.tome import first_members
+from mergevq_jax.tokenizer.tome import group_starts
 from mini_scenes import CLASSES
 from mini_scenes.judge import Judge
 from runtime_jax.cost import table
@@ -29,7 +29,7 @@ Images = UInt8[np.ndarray, "B H W 3"] | UInt8[Array, "B H W 3"]
 REAL = "held-out scenes"
 SHOWN = 12  # images of a row in the picture
 # What the folders of a row share; of a protocol.
-SETTINGS = ("fingerprint", "merge_number", "sampling", "steps", "slots", "compute", "device", "mesh")
+SETTINGS = ("fingerprint", "keep", "sampling", "steps", "slots", "compute", "device", "mesh")
 
 
 class Folder(NamedTuple):
@@ -40,7 +40,7 @@ class Folder(NamedTuple):
 
 
 class Curve(NamedTuple):
-    """All settings of a MergeAR sampling but the store's size."""
+    """All settings of a MergeAR sampling but the KV cache's size."""
 
     name: str  # policy and K
     digest: str  # of the others
@@ -52,7 +52,7 @@ class Row(NamedTuple):
     name: str
     quality: Quality
     sets: int
-    curve: Curve | None = None  # of a store that can be full
+    curve: Curve | None = None  # of a KV cache that can be full
     slots: int | None = None
     cache_bytes: int | None = None  # keys and values for one image
     seconds: float | None = None  # for one image, in batches, of the fastest set
@@ -70,7 +70,7 @@ def compare(
 ) -> None:
     """Prints a table; writes it as compare.md, and the first images of every row as compare.png.
 
-    Rows that differ in nothing but the slots of the store are also plotted, a line for each policy, as trade_off.png.
+    Rows that differ only in the slots of the KV cache are also plotted, a line for each policy, as trade_off.png.
 
     The first rows are real: validation scenes against the test scenes that all are measured against, and, with a
     tokenizer, their reconstructions; no generator can be expected to do better.
@@ -130,7 +130,7 @@ def _compare(
     save_png(out / "compare.png", image_grid(shown, row_labels=list(sets)))
     written = ["compare.md", "compare.png"]
     if panels := trade_off(measured):
-        plot_lines(panels, out / "trade_off.png", x_label="slots of the store")
+        plot_lines(panels, out / "trade_off.png", x_label="slots of the KV cache")
         written.append("trade_off.png")
     print(f"{', '.join(written)}: in {out}")
 
@@ -143,6 +143,7 @@ def read_samples(path: Path) -> Folder:
     """
     try:
         protocol = json.loads((path / "protocol.json").read_text())
+        protocol.setdefault("keep", protocol.get("merge_number"))  # its name in older protocols
         with np.load(path / "samples.npz") as arrays:
             images, labels = arrays["arr_0"], arrays["arr_1"]
     except (OSError, KeyError, BadZipFile, json.JSONDecodeError) as error:
@@ -153,7 +154,7 @@ def read_samples(path: Path) -> Folder:
 
 
 def cache_bytes(protocol: Mapping[str, Any]) -> int:
-    """Size of the store of keys and values for one image, both rows of it under guidance."""
+    """Size of the KV cache for one image, both rows of it under guidance."""
     architecture, scale = protocol["generator"]["architecture"], protocol["sampling"]["cfg_scale"]
     rows = 1 + any(value != 1 for value in np.atleast_1d(scale))
     width = {"float32": 4, "bfloat16": 2}[protocol["compute"]["dtype"]]
@@ -168,7 +169,7 @@ def _reconstructions(tokenizer: Tokenizer, keeps: Sequence[int], size: int) -> d
 
     def recovered(images: Images, *, keep: int) -> Images:
         tokens = tokenizer.encode(images, keep=keep)
-        positions = first_members(tokens.source_map, keep)
+        positions = group_starts(tokens.source_map, keep)
         return recovered_to_images(tokenizer, Codes(tokens.indices, positions))
 
     ways = {f"reconstructed, K = {keep}": functools.partial(tokenizer.reconstruct, keep=keep) for keep in keeps}
@@ -222,7 +223,7 @@ def _curve(protocol: Mapping[str, Any]) -> Curve | None:
     sampling = {name: value for name, value in protocol["sampling"].items() if name != "capacity"}
     rest = json.dumps([protocol["fingerprint"], sampling, protocol["compute"]], sort_keys=True)
     digest = hashlib.sha256(rest.encode()).hexdigest()[:4]
-    return Curve(f"{sampling['policy']}, K = {protocol['merge_number']}", digest)
+    return Curve(f"{sampling['policy']}, K = {protocol['keep']}", digest)
 
 
 def trade_off(rows: Sequence[Row]) -> dict[str, dict[str, Points]]:

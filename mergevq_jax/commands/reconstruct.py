@@ -129,7 +129,7 @@ def reconstruct(
         for keep in plan:
             rebuilt = np.asarray(loaded.reconstruct(image, keep=keep))
             save_png(out / f"{picture.name}_k{keep}.png", rebuilt[0])
-            bits = keep * loaded.bits
+            bits = keep * config.bits
             print(
                 f"  K = {keep}: {psnr(rebuilt, image)[0]:.2f} dB with {bits} code bits "
                 f"({bits / image[0].size:.3f} a value)"

@@ -18,7 +18,7 @@ import numpy as np
 from jaxtyping import Array, Int, UInt8
 from tqdm import tqdm
 
-from mergevq_jax.generator.kinds.kind import StoreUse
+from mergevq_jax.generator.kinds.kind import CacheUse
 from mergevq_jax.generator.kinds.table import KINDS
 from mergevq_jax.generator.model import GeneratorInfo, GeneratorModel, load_generator, read_info
 from mergevq_jax.generator.sampling.plan import DrawPlan, SamplingConfig
@@ -41,7 +41,7 @@ class Request:
 
     num: int = 64
     classes: tuple[str, ...] = ()  # as `GeneratorInfo.class_number` takes them, in turn; none: all
-    merge_number: int | None = None  # None: GeneratorConfig.usual_merge_number
+    keep: int | None = None  # None: GeneratorConfig.usual_keep
     sampling: SamplingConfig = SamplingConfig()
     steps: int | None = None  # calls of the network by a generator in random order; None: 64
     seed: int = 0
@@ -58,7 +58,7 @@ class Drawn:
 
     images: UInt8[np.ndarray, "N H W 3"]
     labels: Int[np.ndarray, "N"]
-    store: StoreUse | None  # None in random order, where every code is kept
+    cache: CacheUse | None  # None in random order, where every code is kept
     seconds: float
     seconds_per_image: float | None  # of the batches for which nothing was compiled, if there are any
 
@@ -132,7 +132,7 @@ def _sample(
         "generator": config_lib.to_dict(info),
         "num": request.num,
         "labels": drawn.labels.tolist(),
-        "merge_number": _merge_number(info, request),
+        "keep": _keep(info, request),
         "sampling": config_lib.to_dict(info.sampling(request.sampling)),
         "steps": KINDS[info.kind].calls(info.architecture, plan),
         "seed": request.seed,
@@ -145,22 +145,22 @@ def _sample(
     write_json(out / "protocol.json", protocol)
     save_png(out / "samples.png", _picture(list(drawn.images), names))
     if show_cache:
-        save_png(out / "cache.png", _picture(_dimmed(drawn.images, drawn.store, info.architecture.grid), names))
-        steps, used = np.arange(1, info.architecture.length + 1), drawn.store.occupancy
+        save_png(out / "cache.png", _picture(_dimmed(drawn.images, drawn.cache, info.architecture.grid), names))
+        steps, used = np.arange(1, info.architecture.length + 1), drawn.cache.occupancy
         curves = {"slots, mean": (steps, used.mean(axis=0)), "slots, largest": (steps, used.max(axis=0))}
         title = f"{plan.slots} slots for {info.architecture.prefix + info.architecture.length} tokens"
         loss_curve(curves, out / "occupancy.png", title=title)
     (parts / CLAIM_NAME).unlink()  # first: parts without it are of nobody
     shutil.rmtree(parts)
-    overflowed = "" if drawn.store is None else f"; the store overflowed {drawn.store.overflows.sum()} times"
+    overflowed = "" if drawn.cache is None else f"; the KV cache overflowed {drawn.cache.overflows.sum()} times"
     return f"{request.num} images are in {out}{overflowed}"
 
 
 def _plan(info: GeneratorInfo, request: Request, compute: Compute, *, show_cache: bool) -> DrawPlan:
     """What will be compiled; ValueError for what this generator cannot do."""
-    kind, sampling, number = KINDS[info.kind], info.sampling(request.sampling), _merge_number(info, request)
+    kind, sampling, number = KINDS[info.kind], info.sampling(request.sampling), _keep(info, request)
     plan = kind.plan(info.architecture, sampling, number, steps=request.steps, compute=compute)
-    if show_cache and not kind.store:
+    if show_cache and not kind.compresses:
         raise ValueError("--show-cache: a generator in random order keeps every code")
     return plan
 
@@ -195,10 +195,10 @@ def draw(
     for number in tqdm(missing, initial=batches - len(missing), total=batches, desc="batches", disable=None):
         examples = np.arange(number * size, (number + 1) * size, dtype=np.int32)
         begin = time.perf_counter()
-        images, store = jax.device_get(_draw_batch(model, tokenizer, request, padded[examples], examples))
+        images, cache = jax.device_get(_draw_batch(model, tokenizer, request, padded[examples], examples))
         seconds = {"seconds": time.perf_counter() - begin, "compiled": number == missing[0]}
         with replacing(paths[number]) as new:
-            np.savez(new, images=images, **({} if store is None else store._asdict()), **seconds)
+            np.savez(new, images=images, **({} if cache is None else cache._asdict()), **seconds)
     return _joined(paths, labels, size)
 
 
@@ -208,7 +208,7 @@ def _joined(paths: Sequence[Path], labels: Int[np.ndarray, "N"], size: int) -> D
     for start, path in zip(range(0, len(labels), size), paths, strict=True):
         with np.load(path) as arrays:
             timed.append((float(arrays["seconds"]), bool(arrays["compiled"])))
-            for name in ("images", *(StoreUse._fields if "kept" in arrays else ())):
+            for name in ("images", *(CacheUse._fields if "kept" in arrays else ())):
                 part = arrays[name]
                 if name not in whole:
                     whole[name] = np.empty((len(labels), *part.shape[1:]), part.dtype)
@@ -218,7 +218,7 @@ def _joined(paths: Sequence[Path], labels: Int[np.ndarray, "N"], size: int) -> D
     return Drawn(
         images,
         labels,
-        StoreUse(**whole) if whole else None,
+        CacheUse(**whole) if whole else None,
         sum(seconds for seconds, _ in timed),
         sum(others) / (len(others) * size) if others else None,
     )
@@ -230,39 +230,39 @@ def _draw_batch(
     request: Request,
     labels: Int[np.ndarray, "B"],
     examples: Int[np.ndarray, "B"],
-) -> tuple[UInt8[Array, "B H W 3"], StoreUse | None]:
-    kind, number = KINDS[model.info.kind], _merge_number(model.info, request)
+) -> tuple[UInt8[Array, "B H W 3"], CacheUse | None]:
+    kind, number = KINDS[model.info.kind], _keep(model.info, request)
     how = {"sampling": request.sampling, "steps": request.steps, "seed": request.seed, "examples": examples}
     drawn = model.draw(labels, number, **how)
     return kind.images(tokenizer, drawn), kind.use(drawn)
 
 
-def _merge_number(info: GeneratorInfo, request: Request) -> int | None:
-    return info.architecture.usual_merge_number if request.merge_number is None else request.merge_number
+def _keep(info: GeneratorInfo, request: Request) -> int | None:
+    return info.architecture.usual_keep if request.keep is None else request.keep
 
 
 def _measured(drawn: Drawn) -> dict[str, Any]:
-    """How long it took, and what the store did."""
+    """How long it took, and what the KV cache did."""
     seconds = {
         "seconds": drawn.seconds,
         "seconds_per_image": drawn.seconds_per_image,  # without the batches that compiled
     }
-    if (store := drawn.store) is None:
+    if (cache := drawn.cache) is None:
         return seconds
     return seconds | {
-        "first_occurrences_mean": float(store.first_occurrence.sum(axis=1).mean()),
-        "slots_used_mean": float(store.occupancy.mean()),
-        "slots_used_most": int(store.occupancy.max()),
-        "overflows": int(store.overflows.sum()),
-        "images_with_overflow": int((store.overflows > 0).sum()),
+        "first_occurrences_mean": float(cache.first_occurrence.sum(axis=1).mean()),
+        "slots_used_mean": float(cache.occupancy.mean()),
+        "slots_used_most": int(cache.occupancy.max()),
+        "overflows": int(cache.overflows.sum()),
+        "images_with_overflow": int((cache.overflows > 0).sum()),
     }
 
 
 def _dimmed(
-    images: UInt8[np.ndarray, "N H W 3"], store: StoreUse, grid: tuple[int, int]
+    images: UInt8[np.ndarray, "N H W 3"], cache: CacheUse, grid: tuple[int, int]
 ) -> list[UInt8[np.ndarray, "H W 3"]]:
-    """The images with the tokens dimmed that are no longer in the store when the last one is drawn."""
-    shown = zip(images[:MAX_SHOWN], store.kept[:MAX_SHOWN], strict=True)
+    """The images with the tokens dimmed that are no longer in the KV cache when the last one is drawn."""
+    shown = zip(images[:MAX_SHOWN], cache.kept[:MAX_SHOWN], strict=True)
     return [dim_tokens(image, kept, grid=grid) for image, kept in shown]
 
 

@@ -53,7 +53,7 @@ def _tokenize(
     shards = -(-len(images) // shard_size)
     info = {
         "tokenizer": loaded.fingerprint(),
-        "bits": loaded.bits,
+        "bits": config.bits,
         "keep": keep,
         "grid": list(config.grid(config.resolution, config.resolution)),
         "classes": images.classes,

@@ -40,19 +40,19 @@ def psnr(images: ArrayLike, targets: ArrayLike) -> Float[np.ndarray, "batch"]:
 class CodeUsage:
     """Counts code indices as they come: `usage.update(indices)` for each batch, then read the properties.
 
-    Bit j of an index is channel j of the code (channel 0 least significant).
+    With LFQ, bit j of an index is channel j of the code (channel 0 least significant).
     """
 
-    bits: int
+    vocab_size: int
     counts: Int[np.ndarray, "codes"] = field(init=False, repr=False)
 
     def __post_init__(self):
-        if not 1 <= self.bits <= 24:
-            raise ValueError(f"CodeUsage: bits must be 1 to 24, got {self.bits}")
-        self.counts = np.zeros(2**self.bits, np.int64)
+        if not 2 <= self.vocab_size <= 2**24:
+            raise ValueError(f"CodeUsage: 2 to 2^24 codes are counted, not {self.vocab_size}")
+        self.counts = np.zeros(self.vocab_size, np.int64)
 
     def update(self, indices: ArrayLike) -> None:
-        """Adds code indices of any shape; ValueError when one is not in 0..2^bits - 1."""
+        """Adds code indices of any shape; ValueError when one is not in 0..vocab_size - 1."""
         indices = np.asarray(indices).reshape(-1)
         if indices.size and (indices.min() < 0 or indices.max() >= self.counts.size):
             raise ValueError(
@@ -69,7 +69,7 @@ class CodeUsage:
     def bit_rates(self) -> Float[np.ndarray, "bits"]:
         """Share of tokens in which each bit is one."""
         codes = np.arange(self.counts.size)
-        ones = [self.counts[(codes >> bit) & 1 == 1].sum() for bit in range(self.bits)]
+        ones = [self.counts[(codes >> bit) & 1 == 1].sum() for bit in range((self.vocab_size - 1).bit_length())]
         return np.array(ones, np.float64) / self._counted()
 
     @property
@@ -80,7 +80,7 @@ class CodeUsage:
 
     @property
     def used(self) -> float:
-        """Share of all 2^bits codes that occur; at most tokens / 2^bits."""
+        """Share of all codes that occur; at most tokens / vocab_size."""
         return float(np.mean(self.counts > 0)) if self._counted() else 0.0
 
     @property

@@ -7,7 +7,9 @@ from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any
 
-MAX_BITS = 30  # code indices are int32
+from runtime_jax.config import renamed
+
+MAX_CODES = 2**30  # code indices are int32
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,12 +21,13 @@ class GeneratorConfig:
     num_heads: int = 16
     ffn_dim: int | None = None  # None: LlamaGen's rule, 8/3 of the width rounded up to a multiple of 256
     head_layers: int = 2  # blocks over the sub-tokens of one code
-    code_bits: tuple[int, ...] = (6, 12)  # of each sub-token; the first has a code's least significant bits
+    # Values of each sub-token; the first is the least significant (the paper's 6 and 12 bits).
+    vocab_sizes: tuple[int, ...] = renamed("code_bits", (2**6, 2**12), lambda bits: tuple(2**n for n in bits))
     num_classes: int = 1000
     class_dropout: float = 0.1  # above 0 there is a null class, which guidance needs
     grid: tuple[int, int] = (16, 16)  # raster tokens, rows and columns
     merge_instruction: bool = True  # a second prefix token that says how many tokens are distinct
-    merge_numbers: tuple[int, ...] = (64, 100, 144, 196, 256)  # that it can say
+    keeps: tuple[int, ...] = renamed("merge_numbers", (64, 100, 144, 196, 256))  # K that it can say
     rope_base: float = 10_000.0
     norm_eps: float = 1e-5
     zero_class_rope: bool = False  # the released weights were trained with the class token's q and k set to zero
@@ -40,18 +43,16 @@ class GeneratorConfig:
                 f"dim={self.dim} over num_heads={self.num_heads}: heads must have a multiple of 4 channels "
                 "(pairs that rows turn, and as many that columns turn)"
             )
-        if not self.code_bits or min(self.code_bits) < 1 or sum(self.code_bits) > MAX_BITS:
-            problems.append(f"code_bits={self.code_bits}: at least one bit each, at most {MAX_BITS} together")
+        if not self.vocab_sizes or min(self.vocab_sizes) < 2 or self.vocab_size > MAX_CODES:
+            problems.append(f"vocab_sizes={self.vocab_sizes}: at least 2 values each, at most 2^30 codes together")
         if min(self.grid) < 1:
             problems.append(f"grid={self.grid}: positive numbers are needed")
-        if len(self.code_bits) > self.length + 1:
-            problems.append(f"code_bits={self.code_bits}: more sub-tokens than a grid of {self.grid} has positions")
+        if len(self.vocab_sizes) > self.length + 1:
+            problems.append(f"vocab_sizes={self.vocab_sizes}: more sub-tokens than a grid of {self.grid} has positions")
         if not 0 <= self.class_dropout < 1:
             problems.append(f"class_dropout={self.class_dropout}: a probability below 1 is needed")
-        if self.merge_instruction and not _rising(0, *self.merge_numbers, self.length + 1):
-            problems.append(
-                f"merge_numbers={self.merge_numbers}: rising numbers of kept tokens, 1 to {self.length} (all of them)"
-            )
+        if self.merge_instruction and not _rising(0, *self.keeps, self.length + 1):
+            problems.append(f"keeps={self.keeps}: rising numbers of kept tokens, 1 to {self.length} (all of them)")
         if problems:
             raise ValueError("generator config: " + "; ".join(problems))
 
@@ -76,9 +77,9 @@ class GeneratorConfig:
         return self.ffn_dim or -(-(8 * self.dim // 3) // 256) * 256
 
     @property
-    def vocab_sizes(self) -> tuple[int, ...]:
-        """Values of each sub-token."""
-        return tuple(2**bits for bits in self.code_bits)
+    def vocab_size(self) -> int:
+        """Number of codes."""
+        return math.prod(self.vocab_sizes)
 
     @property
     def null_class(self) -> int | None:
@@ -86,25 +87,23 @@ class GeneratorConfig:
         return self.num_classes if self.class_dropout else None
 
     @property
-    def usual_merge_number(self) -> int | None:
-        """What is asked for where nothing is said: the middle one of `merge_numbers`, of two the smaller."""
-        return self.merge_numbers[(len(self.merge_numbers) - 1) // 2] if self.merge_instruction else None
+    def usual_keep(self) -> int | None:
+        """What is asked for where nothing is said: the middle one of `keeps`, of two the smaller."""
+        return self.keeps[(len(self.keeps) - 1) // 2] if self.merge_instruction else None
 
-    def merge_index(self, merge_number: int | None) -> int | None:
-        """Place of a number of kept tokens in `merge_numbers`; None for a model without merge instruction.
+    def merge_index(self, keep: int | None) -> int | None:
+        """Place of a number of kept tokens in `keeps`; None for a model without merge instruction.
 
         Raises:
           ValueError: a number that the model does not know, or none where one is needed, or one where none is.
         """
         if not self.merge_instruction:
-            if merge_number is not None:
-                raise ValueError(f"merge number {merge_number}: this generator has no merge instruction, give None")
+            if keep is not None:
+                raise ValueError(f"K = {keep}: this generator has no merge instruction, give None")
             return None
-        if merge_number not in self.merge_numbers:
-            raise ValueError(
-                f"merge number {merge_number}: this generator knows {', '.join(map(str, self.merge_numbers))}"
-            )
-        return self.merge_numbers.index(merge_number)
+        if keep not in self.keeps:
+            raise ValueError(f"K = {keep}: this generator knows {', '.join(map(str, self.keeps))}")
+        return self.keeps.index(keep)
 
 
 def _rising(*numbers: int) -> bool:
@@ -128,7 +127,7 @@ PRESETS: Mapping[str, GeneratorConfig] = MappingProxyType(
         "L": GeneratorConfig(),
         "XL": GeneratorConfig(num_layers=36, dim=1280, num_heads=20),
         "tiny": GeneratorConfig(  # for the codes of the tokenizer's tiny preset and the classes of mini_scenes
-            num_layers=4, dim=128, num_heads=4, ffn_dim=352, head_layers=1, code_bits=(6, 6), num_classes=12
+            num_layers=4, dim=128, num_heads=4, ffn_dim=352, head_layers=1, vocab_sizes=(64, 64), num_classes=12
         ),
     }
 )

@@ -12,7 +12,7 @@ from runtime_jax.weights.published import unwrapped
 
 def generator_table(config: GeneratorConfig) -> tuple[Rule, ...]:
     """Rules of `Generator`: the released stage-2 names, and our own for what the released one has not."""
-    parts = range(len(config.code_bits))
+    parts = range(len(config.vocab_sizes))
     names = ("pre_emb", "post_emb") if len(parts) == 2 else [f"code_emb.{part}" for part in parts]
     return (
         *(Rule(f"{names[part]}.weight", f"code_emb_{part}/embedding") for part in parts),

@@ -57,7 +57,7 @@ def make_batches(
 ) -> Iterator[dict[str, np.ndarray]]:
     """An endless iterator of this host's part of the batches start_step, start_step + 1, ...
 
-    Batches have "label" int32 [B], "index" int64 [B], the example's place in the endless stream, and
+    Batches have "label" int32 [B], "index" int64 [B], the example's number in the endless stream, and
     from images: "image" uint8 [B, H, W, 3]; from codes on disk: "indices" int32 [B, L], the code at each raster token,
     and "source_map" int32 [B, L].
 
@@ -117,7 +117,7 @@ def _require_one_source(infos: dict[str, dict[str, Any]]) -> None:
 
 @dataclass(frozen=True)
 class _Read:
-    """From an image's number, and its place in the endless stream, to the example."""
+    """From an image's number, and the example's in the endless stream, to the example."""
 
     tokens: _Tokens
     draw: Callable[[int], int]
@@ -143,14 +143,14 @@ def check_tokenizer(config: GeneratorConfig, tokenizer: Tokenizer) -> None:
     """Makes sure that a generator's codes are a tokenizer's.
 
     Raises:
-      ValueError: another number of bits or another grid.
+      ValueError: another number of codes or another grid.
     """
     side = tokenizer.config.resolution
-    grid, bits = tokenizer.config.grid(side, side), tokenizer.bits
-    if sum(config.code_bits) != bits or config.grid != grid:
+    grid, codes = tokenizer.config.grid(side, side), tokenizer.config.vocab_size
+    if config.vocab_size != codes or config.grid != grid:
         raise ValueError(
-            f"the tokenizer has codes of {bits} bits on a grid {grid}, the generator code_bits={config.code_bits} on "
-            f"a grid {config.grid}"
+            f"the tokenizer has {codes} codes on a grid {grid}, the generator {config.vocab_size} "
+            f"(vocab_sizes={config.vocab_sizes}) on a grid {config.grid}"
         )
 
 
@@ -188,7 +188,7 @@ def _check_tokens(tokens: _Tokens, tokenizer: Tokenizer, keeps: Sequence[int]) -
         if info["tokenizer"] != fingerprint:
             raise ValueError(
                 f"{path} holds codes of another tokenizer ({info['bits']} bits, grid {info['grid']}, fingerprint "
-                f"{info['tokenizer'][:12]}) than this run's ({tokenizer.bits} bits, fingerprint "
+                f"{info['tokenizer'][:12]}) than this run's ({tokenizer.config.bits} bits, fingerprint "
                 f"{fingerprint[:12]})"
             )
     if missing := sorted(set(keeps) - tokens.folders.keys()):

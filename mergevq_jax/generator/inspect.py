@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from mergevq_jax.generator import train as stage2
 from mergevq_jax.generator.kinds.table import KINDS
 from mergevq_jax.generator.run import TrainConfig, make_program
-from mergevq_jax.generator.sampling.decode import new_store
+from mergevq_jax.generator.sampling.decode import new_kv_cache
 from runtime_jax.cost import count, program_row, size_of, table
 from runtime_jax.sharding import MeshConfig, make_mesh
 from runtime_jax.training.optimizer import make_optimizer
@@ -17,12 +17,10 @@ from runtime_jax.training.update import Optimizer
 
 
 def inspect_generator(config: TrainConfig, *, compile: bool = False) -> str:
-    """Tables: parameters, train state, FLOPs of a step on codes without its tokenizer, and the sampler's store."""
+    """Tables: parameters, train state, FLOPs of a step on codes without its tokenizer, and the sampler's KV cache."""
     model, batch_size = config.model, config.data.batch_size
     state, step = trace_train_step(config, batch_size)
-    head = (
-        f"kind {config.kind}: {model.length} raster tokens of {sum(model.code_bits)} bits, {model.prefix} before them"
-    )
+    head = f"kind {config.kind}: {model.length} raster tokens, {model.vocab_size} codes, a prefix of {model.prefix}"
     return "\n".join(
         [
             head,
@@ -51,7 +49,7 @@ def inspect_generator(config: TrainConfig, *, compile: bool = False) -> str:
             ),
             "",
             *table(
-                ("K", "slots", "of all", f"store of an image, kB in {config.compute.dtype}"),
+                ("K", "slots", "of all", f"KV cache of an image, kB in {config.compute.dtype}"),
                 [_store_row(config, keep) for keep in config.merge_ratio.keeps],
             ),
         ]
@@ -83,6 +81,6 @@ def _store_row(config: TrainConfig, keep: int) -> tuple[str, ...]:
     steps = None if steps is None else min(steps, keep)
     plan = kind.plan(model, sampling, number, steps=steps, compute=config.compute)
     full = model.prefix + kind.tokens(model)
-    store = functools.partial(new_store, model, config.compute, layers=model.num_layers, rows=plan.rows)
-    size = size_of(jax.eval_shape(functools.partial(store, slots=plan.slots)))
+    kv_cache = functools.partial(new_kv_cache, model, config.compute, layers=model.num_layers, rows=plan.rows)
+    size = size_of(jax.eval_shape(functools.partial(kv_cache, slots=plan.slots)))
     return str(keep), str(plan.slots), f"{plan.slots / full:.0%}", f"{size / 1000:,.0f}"

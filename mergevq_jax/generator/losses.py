@@ -12,8 +12,8 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from mergevq_jax.generator.config import GeneratorConfig
 from mergevq_jax.generator.merged_attention import MergedKeys
+from mergevq_jax.generator.sub_tokens import split_indices
 from mergevq_jax.generator.transformer import Generator, Params
-from mergevq_jax.tokenizer.quantizers.lfq import split_indices
 from runtime_jax.nn.compute import Compute
 from runtime_jax.prng import example_keys
 
@@ -64,7 +64,7 @@ def code_loss(
 ) -> tuple[Float[Array, ""], Means]:
     """Sum over the sub-tokens of their mean cross-entropies, in nats; with the loss and accuracy of each."""
     means: Means = {}
-    for part, (scores, values) in enumerate(zip(logits, split_indices(indices, config.code_bits), strict=True)):
+    for part, (scores, values) in enumerate(zip(logits, split_indices(indices, config.vocab_sizes), strict=True)):
         means[f"loss/{part}"] = jnp.mean(optax.softmax_cross_entropy_with_integer_labels(scores, values))
         means[f"accuracy/{part}"] = jnp.mean((jnp.argmax(scores, axis=-1) == values).astype(jnp.float32))
     total = sum(means[f"loss/{part}"] for part in range(len(logits)))

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
 
-def first_members(groups: Int[Array, "B L"]) -> Int[Array, "B L"]:
-    """Raster index of the first token in each token's group.
+def first_of_group(groups: Int[Array, "B L"]) -> Int[Array, "B L"]:
+    """Raster position of the first token in each token's group.
 
     Args:
       groups: a number that the tokens of one group share: the tokenizer's source map, or the code indices themselves,
@@ -22,13 +22,13 @@ def merge_mask(first: Int[Array, "B L"], *, window: int | Int[Array, ""], prefix
     ones the first of each group; never later ones.
 
     Args:
-      first: of `first_members`.
+      first: of `first_of_group`.
       window: recent tokens that are always seen; L or more is plain autoregression.
       prefix: tokens in front of the raster.
     """
-    place = jnp.arange(-prefix, first.shape[1])
-    distance = place[:, None] - place[None, :]
-    kept = jnp.pad(first == place[None, prefix:], ((0, 0), (prefix, 0)), constant_values=True)
+    position = jnp.arange(-prefix, first.shape[1])
+    distance = position[:, None] - position[None, :]
+    kept = jnp.pad(first == position[None, prefix:], ((0, 0), (prefix, 0)), constant_values=True)
     return (distance >= 0)[None] & ((distance <= window)[None] | kept[:, None])
 
 

@@ -33,14 +33,14 @@ def merged_keys(first: Int[Array, "B L"], keep: int, *, window: int, prefix: int
     """What `mask.merge_mask` says, as positions.
 
     Args:
-      first: of `mask.first_members`, with at most `keep` groups in an image.
+      first: of `mask.first_of_group`, with at most `keep` groups in an image.
       keep: K.
       window: recent tokens that are always seen.
       prefix: tokens in front of the raster.
     """
     batch, length = first.shape
-    place = jnp.arange(length)[None]
-    kept = jnp.sort(jnp.where(first == place, place, length), axis=1)[:, :keep]
+    position = jnp.arange(length)[None]
+    kept = jnp.sort(jnp.where(first == position, position, length), axis=1)[:, :keep]
     always = jnp.broadcast_to(jnp.arange(prefix)[None], (batch, prefix))
     return MergedKeys(jnp.concatenate([always, prefix + kept], axis=1), window)
 
@@ -50,16 +50,16 @@ def merged_attention(
 ) -> Float[Array, "B N H D"]:
     """`attention` under the mask that `keys` stands for; logits and softmax in float32."""
     length, scale = query.shape[1], query.shape[-1] ** -0.5
-    places, offsets = jnp.arange(length), range(keys.window + 1)
+    positions, offsets = jnp.arange(length), range(keys.window + 1)
     chosen = jnp.minimum(keys.positions, length - 1)[:, :, None, None]
     old_key, old_value = (jnp.take_along_axis(x, chosen, axis=1) for x in (key, value))
     old = jnp.einsum("bnhd,bshd->bhns", query, old_key, preferred_element_type=jnp.float32)
-    beyond = keys.positions[:, None, :] < (places - keys.window)[None, :, None]
+    beyond = keys.positions[:, None, :] < (positions - keys.window)[None, :, None]
     old = jnp.where(beyond[:, None], scale * old, HIDDEN)
 
     near = [jnp.einsum("bnhd,bnhd->bhn", query, _later(key, by), preferred_element_type=jnp.float32) for by in offsets]
     near = [
-        jnp.where(places[None, None] >= by, scale * logits, HIDDEN) for by, logits in zip(offsets, near, strict=True)
+        jnp.where(positions[None, None] >= by, scale * logits, HIDDEN) for by, logits in zip(offsets, near, strict=True)
     ]
 
     weights = jax.nn.softmax(jnp.concatenate([old, jnp.stack(near, axis=-1)], axis=-1), axis=-1).astype(value.dtype)

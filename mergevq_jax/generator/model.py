@@ -1,6 +1,6 @@
 """A trained generator with a folder behind it, and the tokenizer that its codes are of.
 
-Axes: B batch, H W image, L raster tokens, K codes; M merge numbers, C classes.
+Axes: B batch, H W image, L raster tokens, K codes; M choices of K, C classes.
 """
 
 import os
@@ -85,7 +85,7 @@ class GeneratorModel:
 
     info: GeneratorInfo
     params: Params
-    group_starts: Int[Array | np.ndarray, "M C L"] | None = None  # of RandAR; counted as in `positions`
+    start_counts: Int[Array | np.ndarray, "M C L"] | None = None  # of RandAR; counted as in `positions`
     compute: Compute = Compute()
 
     @property
@@ -119,7 +119,7 @@ class GeneratorModel:
 
     @property
     def _saved(self) -> dict[str, Any]:
-        return self.params | ({} if self.group_starts is None else {GROUP_STARTS: self.group_starts})
+        return self.params | ({} if self.start_counts is None else {GROUP_STARTS: self.start_counts})
 
     def place(self, mesh: Mesh) -> "GeneratorModel":
         """With its weights on a mesh, split as in training; to be used under `jax.set_mesh(mesh)`."""
@@ -146,7 +146,7 @@ class GeneratorModel:
     def draw(
         self,
         labels: Sequence[int] | Int[np.ndarray, "B"],
-        merge_number: int | None = None,
+        keep: int | None = None,
         *,
         sampling: SamplingConfig,
         seed: int,
@@ -157,20 +157,20 @@ class GeneratorModel:
         return KINDS[self.info.kind].draw(
             self.params,
             np.asarray(labels, np.int32),
-            merge_number,
+            keep,
             config=self.config,
             sampling=self.info.sampling(sampling),
             steps=steps,
             seed=seed,
             examples=examples,
-            counts={} if self.group_starts is None else {GROUP_STARTS: self.group_starts},
+            counts={} if self.start_counts is None else {GROUP_STARTS: self.start_counts},
             compute=self.compute,
         )
 
     def sample(
         self,
         labels: Sequence[int] | Int[np.ndarray, "B"],
-        merge_number: int | None = None,
+        keep: int | None = None,
         *,
         sampling: SamplingConfig,
         seed: int,
@@ -180,7 +180,7 @@ class GeneratorModel:
         return sample(
             self.params,
             np.asarray(labels, np.int32),
-            merge_number,
+            keep,
             config=self.config,
             sampling=self.info.sampling(sampling),
             seed=seed,
@@ -191,7 +191,7 @@ class GeneratorModel:
     def sample_randar(
         self,
         labels: Sequence[int] | Int[np.ndarray, "B"],
-        merge_number: int | None = None,
+        keep: int | None = None,
         *,
         sampling: SamplingConfig,
         seed: int,
@@ -203,13 +203,13 @@ class GeneratorModel:
         return randar_sample(
             self.params,
             np.asarray(labels, np.int32),
-            merge_number,
+            keep,
             config=self.config,
             sampling=sampling,
             seed=seed,
             steps=steps,
             examples=examples,
-            group_starts=self.group_starts,
+            start_counts=self.start_counts,
             positions=positions,
             compute=self.compute,
         )

@@ -21,7 +21,6 @@ from mergevq_jax.generator.sampling.plan import WINDOW, SamplingConfig
 from mergevq_jax.generator.transformer import SHARDING_RULES
 from mergevq_jax.merge_ratio import MergeRatioConfig, draw_keep
 from mergevq_jax.tokenizer.model import Tokenizer, load_tokenizer
-from mergevq_jax.tokenizer.quantizers.quantizer import LFQ
 from runtime_jax import config as config_lib
 from runtime_jax import sharding
 from runtime_jax.config import naming
@@ -62,7 +61,7 @@ class TrainConfig:
     """A whole run; what configs/mergear_*.py return is built into this."""
 
     task: Literal["generator"] = "generator"
-    seed: int = 0  # of parameters, merge numbers and class dropout; data.seed orders the data
+    seed: int = 0  # of parameters, K and class dropout; data.seed orders the data
     kind: KindName = "merge"
     model: GeneratorConfig
     tokenizer: str = "tiny"  # shipped, folder or hub id; frozen
@@ -82,9 +81,9 @@ class TrainConfig:
     resume_from: str | None = None  # another run's workdir or checkpoint
 
     def __post_init__(self):
-        known = self.model.merge_numbers
+        known = self.model.keeps
         if self.model.merge_instruction and (unknown := sorted(set(self.all_keeps) - set(known))):
-            raise ValueError(f"K = {unknown} in merge_ratio or evaluation.keeps: model.merge_numbers has only {known}")
+            raise ValueError(f"K = {unknown} in merge_ratio or evaluation.keeps: model.keeps has only {known}")
         KINDS[self.kind].check_keeps(self.model, self.all_keeps)
         if self.data.batch_size % self.accumulate:
             raise ValueError(f"data.batch_size={self.data.batch_size} does not divide by accumulate={self.accumulate}")
@@ -101,7 +100,7 @@ class TrainConfig:
         return tuple(dict.fromkeys((*self.merge_ratio.keeps, *self.evaluated_keeps)))
 
     @property
-    def preview_number(self) -> int | None:
+    def preview_keep(self) -> int | None:
         """The merge instruction of the preview: the K that is drawn most often."""
         likeliest = self.merge_ratio.keeps[int(np.argmax(self.merge_ratio.weights))]
         return likeliest if self.model.merge_instruction else None
@@ -111,7 +110,6 @@ class TrainConfig:
         return stage2.StepConfig(
             model=self.model,
             tokenizer=None if tokenizer is None else tokenizer.config,
-            quantizer=LFQ if tokenizer is None else tokenizer.quantizer,
             kind=self.kind,
             window=self.window,
             groups=self.groups,
@@ -166,6 +164,7 @@ def _train(config: TrainConfig, workdir: Path) -> Trained:
             workdir=workdir,
             config=config.loop,
             resolved_config=resolved,
+            config_class=TrainConfig,
             total_steps=total_steps,
             batch_size=batch_size,
             batches=lambda step: generator_data.make_batches(config.data, draw, step, **_hosts()),
@@ -211,7 +210,7 @@ def check(config: TrainConfig, tokenizer: Tokenizer) -> GeneratorInfo:
     if kind.recovers and tokenizer.config.recovery is None:
         raise ValueError(f"tokenizer {config.tokenizer} has no source recovery, which kind={config.kind!r} needs")
     sampling, steps = info.sampling(config.evaluation.sampling), config.evaluation.sampling_steps
-    kind.plan(config.model, sampling, config.preview_number, steps=steps, compute=config.compute)
+    kind.plan(config.model, sampling, config.preview_keep, steps=steps, compute=config.compute)
     return info
 
 
@@ -271,15 +270,15 @@ class Run:
         params = sharding.place(model.params, self.program.shardings.params)
         state = state.replace(params=params, ema=jax.tree.map(lambda leaf: leaf.copy(), params))
         if isinstance(state, stage2.CountingState):
-            starts = sharding.place(model.group_starts, self.program.shardings.group_starts)
+            starts = sharding.place(model.start_counts, self.program.shardings.group_starts)
             state = state.replace(group_starts=starts)
         return state
 
     def averaged(self, state: stage2.TrainState) -> GeneratorModel:
         """The generator with the averaged parameters, on the host."""
         model = self._model(state)
-        params, starts = jax.device_get(self._on_every_device((model.params, model.group_starts)))
-        return dataclasses.replace(model, params=params, group_starts=starts)
+        params, starts = jax.device_get(self._on_every_device((model.params, model.start_counts)))
+        return dataclasses.replace(model, params=params, start_counts=starts)
 
     def _model(self, state: stage2.TrainState) -> GeneratorModel:
         starts = state.group_starts if isinstance(state, stage2.CountingState) else None
@@ -309,7 +308,7 @@ class Run:
         rows, columns = min(config.preview_classes, self._config.model.num_classes), config.preview_images
         model = self._model(state)
         labels = np.repeat(np.arange(rows), columns)
-        number, seed = self._config.preview_number, self._config.seed
+        number, seed = self._config.preview_keep, self._config.seed
         drawn = model.draw(labels, number, sampling=config.sampling, seed=seed, steps=config.sampling_steps)
         images = KINDS[self._config.kind].images(self._tokenizer, drawn)
         images = np.asarray(self._on_every_device(images))

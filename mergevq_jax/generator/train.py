@@ -29,7 +29,7 @@ from mergevq_jax.generator.sampling.plan import WINDOW
 from mergevq_jax.generator.transformer import Params, init_params
 from mergevq_jax.tokenizer import model as tokenizer_model
 from mergevq_jax.tokenizer.config import TokenizerConfig
-from mergevq_jax.tokenizer.quantizers.quantizer import LFQ, Quantizer
+from mergevq_jax.tokenizer.quantizers.quantizer import QUANTIZERS
 from runtime_jax.nn.compute import Compute
 from runtime_jax.prng import Stream, stream_key
 from runtime_jax.sharding import Axis, constrain
@@ -47,7 +47,6 @@ class StepConfig:
 
     model: GeneratorConfig
     tokenizer: TokenizerConfig | None = None  # of images; None: batches have codes
-    quantizer: Quantizer = LFQ  # the tokenizer's
     kind: KindName = "merge"  # MergeAR, plain autoregression over all raster tokens, or RandAR over the distinct ones
     window: int = WINDOW  # "merge": recent tokens that are always seen
     groups: Groups = "source_map"  # "merge": what makes tokens one group; with "codes" as when sampling
@@ -139,6 +138,7 @@ def tokenize(
         return batch
     images = constrain(tokenizer_model.to_float(batch["image"]), Axis.BATCH, None, None, None)
     encoded = tokenizer_model.encode(tokenizer, config.tokenizer, images, keep=keep, compute=config.tokenizer_compute)
-    indices = jnp.take_along_axis(config.quantizer.to_indices(encoded.z), encoded.source_map, axis=1)
+    indices = QUANTIZERS[config.tokenizer.quantizer].to_indices(encoded.z)
+    indices = jnp.take_along_axis(indices, encoded.source_map, axis=1)
     others = {name: value for name, value in batch.items() if name != "image"}
     return others | {"indices": indices, "source_map": encoded.source_map}

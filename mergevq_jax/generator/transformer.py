@@ -22,8 +22,8 @@ from mergevq_jax.generator.config import GeneratorConfig
 from mergevq_jax.generator.mask import causal_mask
 from mergevq_jax.generator.merged_attention import MergedKeys, merged_attention
 from mergevq_jax.generator.sampling.position_cache import attend, write
+from mergevq_jax.generator.sub_tokens import split_indices
 from mergevq_jax.tokenizer.layers import linear_normal
-from mergevq_jax.tokenizer.quantizers.lfq import split_indices
 from runtime_jax.nn.attention import attention
 from runtime_jax.nn.compute import Compute
 from runtime_jax.nn.rotary import apply_rope
@@ -54,7 +54,7 @@ def rope_table(config: GeneratorConfig) -> Float[np.ndarray, "2 N pairs"]:
 def head_rope_table(config: GeneratorConfig) -> Float[np.ndarray, "2 S pairs"]:
     """The same for the positions in the head's blocks: as released, the class token's row and the raster's first."""
     table = np.delete(rope_table(config), np.arange(1, config.prefix), axis=1)
-    return table[:, : len(config.code_bits)]
+    return table[:, : len(config.vocab_sizes)]
 
 
 def _dense(features: int, compute: Compute) -> nn.Dense:
@@ -77,7 +77,7 @@ def _embed(count: int, config: GeneratorConfig, compute: Compute) -> nn.Embed:
 
 
 class Attention(nn.Module):
-    """Self-attention with rotary positions, over a whole sequence or over a store of keys and values."""
+    """Self-attention with rotary positions, over a whole sequence or over a KV cache of keys and values."""
 
     config: GeneratorConfig
     compute: Compute
@@ -87,7 +87,7 @@ class Attention(nn.Module):
         self.wo = _dense(self.config.dim, self.compute)
 
     def __call__(
-        self, x: Float[Array, "B n D"], rope: Float[Array, "2 *places n pairs"], seen: Seen
+        self, x: Float[Array, "B n D"], rope: Float[Array, "2 *rows n pairs"], seen: Seen
     ) -> Float[Array, "B n D"]:
         query, key, value = self._project(x, rope)
         if isinstance(seen, MergedKeys):
@@ -99,7 +99,7 @@ class Attention(nn.Module):
     def step(
         self,
         x: Float[Array, "B n D"],
-        rope: Float[Array, "2 *places n pairs"],
+        rope: Float[Array, "2 *rows n pairs"],
         keys: Float[Array, "*B H C head"],
         values: Float[Array, "*B H C head"],
         slots: Int[Array, "B n"],
@@ -155,14 +155,14 @@ class Block(nn.Module):
         self.feed_forward = FeedForward(self.config, self.compute)
 
     def __call__(
-        self, x: Float[Array, "B n D"], rope: Float[Array, "2 *places n pairs"], seen: Seen
+        self, x: Float[Array, "B n D"], rope: Float[Array, "2 *rows n pairs"], seen: Seen
     ) -> tuple[Float[Array, "B n D"], None]:
         """As `nn.scan` wants it: the second output is nothing."""
         x = x + self.attention(self.attention_norm(x), rope, seen)
         return constrain(x + self.feed_forward(self.ffn_norm(x)), Axis.BATCH, None, None), None
 
     def step(self, x, rope, keys, values, slots, visible, w13):
-        """New positions; returns them and the store's new keys and values."""
+        """New positions; returns them and the KV cache's new keys and values."""
         attended, keys, values = self.attention.step(self.attention_norm(x), rope, keys, values, slots, visible)
         x = x + attended
         return x + self.feed_forward.step(self.ffn_norm(x), w13), keys, values
@@ -184,7 +184,7 @@ class Generator(nn.Module):
         self.code_emb = [_embed(size, config, compute) for size in config.vocab_sizes]
         self.class_emb = _embed(config.num_classes + (config.null_class is not None), config, compute)
         if config.merge_instruction:
-            self.merge_emb = _embed(len(config.merge_numbers), config, compute)
+            self.merge_emb = _embed(len(config.keeps), config, compute)
         if config.position_instruction:
             self.position_emb = self.param("position_emb", linear_normal, (1, config.dim))
         self.spatial_blocks = self._stack(config.num_layers)
@@ -215,7 +215,7 @@ class Generator(nn.Module):
         Args:
           indices: codes in raster order.
           labels: classes, or the null class.
-          merge: place in `merge_numbers`; None for a model without merge instruction.
+          merge: index in `keeps`; None for a model without merge instruction.
           seen: of `merge_mask` or `merged_keys`; None: plain autoregression.
 
         Raises:
@@ -256,14 +256,14 @@ class Generator(nn.Module):
         return constrain(jnp.stack(tokens, axis=1), Axis.BATCH, None, None)
 
     def embed_positions(self, rope: Float[Array, "2 B n pairs"]) -> Float[Array, "B n D"]:
-        """Position instructions (RandAR): the one learned vector, turned as a query in each of these places."""
+        """Position instructions (RandAR): the one learned vector, turned as a query at each of these positions."""
         heads = rearrange(self.position_emb, "1 (h d) -> 1 1 h d", h=self.config.num_heads)
         turned = apply_rope(jnp.broadcast_to(heads, (*rope.shape[1:3], *heads.shape[2:])), rope)
         x = rearrange(turned, "b n h d -> b n (h d)").astype(self.compute.jax_dtype)
         return constrain(x, Axis.BATCH, None, None)
 
     def trunk(
-        self, x: Float[Array, "B n D"], rope: Float[Array, "2 *places n pairs"], seen: Seen
+        self, x: Float[Array, "B n D"], rope: Float[Array, "2 *rows n pairs"], seen: Seen
     ) -> Float[Array, "B n D"]:
         """The blocks over positions: embedded inputs to hidden states."""
         return self.spatial_blocks(constrain(x, Axis.BATCH, None, None), rope, seen)[0]
@@ -284,7 +284,7 @@ class Generator(nn.Module):
         return constrain(self.head[index](self.norm(x)), Axis.BATCH, None, None)
 
     def _split(self, indices) -> Sequence[Array]:
-        return split_indices(indices, self.config.code_bits)
+        return split_indices(indices, self.config.vocab_sizes)
 
 
 def init_params(config: GeneratorConfig, key: Array) -> Params:

@@ -7,6 +7,8 @@ from types import MappingProxyType
 from typing import Literal
 
 from mergevq_jax.tokenizer import tome
+from mergevq_jax.tokenizer.quantizers.quantizer import QUANTIZERS
+from runtime_jax.config import added
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,13 +36,15 @@ class TokenizerConfig:
     num_heads: int = 8
     head_dim: int | None = None  # if given, heads are at least width // head_dim
     isotropic: int | None = None  # width of the patchify encoder (variant R); None: the CNN encoder
-    z_channels: int = 18  # bits of a code
+    z_channels: int = 18  # channels of a code; for LFQ its bits
     keep: int = 144  # tokens kept of a training image
     layer_scale: float = 1e-5
     dist_head: Literal["layer3", "layer2"] | None = "layer3"
     num_classes: int = 768  # width of the alignment head's output
     num_rep_blocks: int = 0  # blocks before the alignment head
     recovery: RecoveryConfig | None = RecoveryConfig()
+    quantizer: str = added("lfq")  # of `QUANTIZERS`
+    merge_rule: str = added("tome")  # of `tome.MERGE_RULES`
 
     def __post_init__(self):
         names = (
@@ -78,8 +82,11 @@ class TokenizerConfig:
             problems.append(
                 f"isotropic={self.isotropic}: a multiple of norm_num_groups={self.norm_num_groups} is needed"
             )
-        if not 1 <= self.z_channels <= 30:
-            problems.append(f"z_channels={self.z_channels}: allowed are 1 to 30 bits (indices are int32)")
+        for name, known in (("quantizer", QUANTIZERS), ("merge_rule", tome.MERGE_RULES)):
+            if (value := getattr(self, name)) not in known:
+                problems.append(f"{name}={value!r}: there are {', '.join(known)}; others must be added to them first")
+        if self.quantizer in QUANTIZERS and (self.z_channels < 1 or self.vocab_size > 2**30):
+            problems.append(f"z_channels={self.z_channels}: at least 1, and at most 2^30 codes (indices are int32)")
         if self.resolution % self.downsampling or self.resolution < 2 * self.downsampling:
             problems.append(
                 f"resolution={self.resolution}: a multiple of the downsampling {self.downsampling}, at least twice it"
@@ -96,6 +103,16 @@ class TokenizerConfig:
         if problems:
             raise ValueError("tokenizer config: " + "; ".join(problems))
         self.merge_counts(self.raw_tokens, self.keep)
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of codes."""
+        return QUANTIZERS[self.quantizer].vocab_size(self.z_channels)
+
+    @property
+    def bits(self) -> int:
+        """Bits that an index takes."""
+        return (self.vocab_size - 1).bit_length()
 
     @property
     def widths(self) -> tuple[int, ...]:

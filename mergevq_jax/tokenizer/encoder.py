@@ -99,7 +99,12 @@ class _MergingBlocks(nn.Module):
         block = nn.remat(Block) if self.compute.remat else Block
         for index, count in enumerate(self.counts):
             x, size, source_map = block(
-                self.config.encoder_heads, self.config.layer_scale, self.compute, count, name=f"blocks_{index}"
+                self.config.encoder_heads,
+                self.config.layer_scale,
+                self.compute,
+                count,
+                merge_rule=self.config.merge_rule,
+                name=f"blocks_{index}",
             )(x, size, source_map)
         return x, size, source_map
 

@@ -140,13 +140,14 @@ class LayerScale(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block that merges `merge_count` tokens between attention and MLP (ToMe)."""
+    """Pre-norm transformer block that merges `merge_count` tokens between attention and MLP, by `merge_rule`."""
 
     num_heads: int
     layer_scale: float
     compute: Compute
     merge_count: int = 0  # token 0 is the class token and never merges
     grid: tuple[int, int] | None = None  # of the MLP's depthwise convolution
+    merge_rule: str = "tome"
 
     @nn.compact
     def __call__(
@@ -161,7 +162,7 @@ class Block(nn.Module):
         )
         x = x + LayerScale(self.layer_scale, name="ls1")(attended)
         if self.merge_count:
-            matching = tome.bipartite_soft_matching(metric, self.merge_count, class_token=True)
+            matching = tome.MERGE_RULES[self.merge_rule](metric, self.merge_count, class_token=True)
             source_map = constrain(tome.merge_source_map(matching, source_map), Axis.BATCH, None)
             x, size = tome.merge(matching, x, size)
             size = constrain(size, Axis.BATCH, None)

@@ -22,7 +22,7 @@ from mergevq_jax.tokenizer import convert, tome
 from mergevq_jax.tokenizer.config import TokenizerConfig, ratio_keep
 from mergevq_jax.tokenizer.decoder import Decoder
 from mergevq_jax.tokenizer.encoder import Encoded, Encoder
-from mergevq_jax.tokenizer.quantizers.quantizer import LFQ, Quantizer
+from mergevq_jax.tokenizer.quantizers.quantizer import QUANTIZERS
 from mergevq_jax.tokenizer.recovery import SourceRecovery, recovered_source_map
 from runtime_jax.finite import all_finite, check_finite
 from runtime_jax.nn.compute import Compute
@@ -157,31 +157,23 @@ class Tokenizer:
     config: TokenizerConfig
     params: Params
     compute: Compute = Compute()
-    quantizer: Quantizer = LFQ
 
     @classmethod
-    def from_pretrained(
-        cls, path: str | os.PathLike, *, compute: Compute = Compute(), quantizer: Quantizer = LFQ
-    ) -> "Tokenizer":
+    def from_pretrained(cls, path: str | os.PathLike, *, compute: Compute = Compute()) -> "Tokenizer":
         """Loads a folder with config.json and model.safetensors, a hub id, or a shipped one by its name.
 
         Raises:
-          ValueError: folder, a file in it or a parameter missing; another kind of model, or another quantizer's.
+          ValueError: folder, a file in it or a parameter missing; another kind of model; a quantizer not known.
         """
         folder = model_folder.find_folder(shipped(path), "tokenizer")
-        config = read_tokenizer_config(folder, quantizer)
+        config = read_tokenizer_config(folder)
         params = model_folder.read_params(folder, convert.tokenizer_table(config), param_shapes(config))
-        return cls(config, params, compute, quantizer)
-
-    @property
-    def bits(self) -> int:
-        """Of an index."""
-        return self.quantizer.bits(self.config.z_channels)
+        return cls(config, params, compute)
 
     def save_pretrained(self, path: str | os.PathLike) -> None:
         """Writes config.json and model.safetensors (released state-dict names); each file atomically."""
         table = convert.tokenizer_table(self.config)
-        model_folder.write_folder(Path(path), _model_type(self.quantizer), self.config, table, self.params)
+        model_folder.write_folder(Path(path), MODEL_TYPE, self.config, table, self.params)
 
     def fingerprint(self) -> str:
         """SHA-256 over config and parameters: codes of one tokenizer mean nothing to another."""
@@ -203,8 +195,7 @@ class Tokenizer:
         grid = self.config.grid(*images.shape[1:3])
         keep = ratio_keep(self.config, grid[0] * grid[1]) if keep is None else keep
         self.config.merge_counts(grid[0] * grid[1], keep)
-        static = self.config, keep, self.compute, self.quantizer
-        indices, source_map, finite = _encode_images(self.params, images, *static)
+        indices, source_map, finite = _encode_images(self.params, images, self.config, keep, self.compute)
         check_finite({"the encoder's features": finite}, {"tokenizer": self.params})
         return Tokens(indices=indices, source_map=source_map, grid=grid)
 
@@ -214,23 +205,21 @@ class Tokenizer:
         Raises:
           NotFiniteError: pixels that are not finite.
         """
-        images, finite = _decode_tokens(self.params, tokens, self.config, self.compute, self.quantizer)
+        images, finite = _decode_tokens(self.params, tokens, self.config, self.compute)
         check_finite({"the decoder's images": finite}, {"tokenizer": self.params})
         return images
 
-    def recover(self, indices: Int[Array, "B K"], starts: Int[Array, "B K"] | None = None) -> Int[Array, "B L"]:
+    def recover(self, indices: Int[Array, "B K"], group_starts: Int[Array, "B K"] | None = None) -> Int[Array, "B L"]:
         """The source map that the codes suggest, for images of the training size (paper section 3.3).
 
         Args:
-          starts: raster position of each group's first member, if known; see `recovered_source_map`.
+          group_starts: raster position of each group's first member, if known; see `recovered_source_map`.
 
         Raises:
           ValueError: this tokenizer has no source recovery.
           NotFiniteError: logits that are not finite.
         """
-        source_map, finite = _recover_source_map(
-            self.params, indices, starts, self.config, self.compute, self.quantizer
-        )
+        source_map, finite = _recover_source_map(self.params, indices, group_starts, self.config, self.compute)
         check_finite({"source recovery's logits": finite}, {"tokenizer": self.params})
         return source_map
 
@@ -241,27 +230,23 @@ class Tokenizer:
         return self.decode(self.encode(images, keep=keep))
 
 
-def load_tokenizer(source: str | os.PathLike, *, compute: Compute = Compute(), quantizer: Quantizer = LFQ) -> Tokenizer:
+def load_tokenizer(source: str | os.PathLike, *, compute: Compute = Compute()) -> Tokenizer:
     """A shipped tokenizer by its name ("tiny"), otherwise a folder or hub id.
 
     Raises:
       ValueError: as `Tokenizer.from_pretrained`.
     """
-    return Tokenizer.from_pretrained(source, compute=compute, quantizer=quantizer)
+    return Tokenizer.from_pretrained(source, compute=compute)
 
 
-def read_tokenizer_config(source: str | os.PathLike, quantizer: Quantizer = LFQ) -> TokenizerConfig:
+def read_tokenizer_config(source: str | os.PathLike) -> TokenizerConfig:
     """The architecture of what `load_tokenizer` would load: its config.json alone, without weights.
 
     Raises:
       ValueError: as `Tokenizer.from_pretrained`.
     """
     path = model_folder.find_folder(shipped(source), "tokenizer") / model_folder.CONFIG_NAME
-    return model_folder.read_config(path, TokenizerConfig, _model_type(quantizer), "tokenizer")
-
-
-def _model_type(quantizer: Quantizer) -> str:
-    return MODEL_TYPE if quantizer is LFQ else f"{MODEL_TYPE}_{quantizer.name}"
+    return model_folder.read_config(path, TokenizerConfig, MODEL_TYPE, "tokenizer")
 
 
 def to_float(images: UInt8[Array, "*shape"] | UInt8[np.ndarray, "*shape"]) -> Float[Array, "*shape"]:
@@ -274,22 +259,23 @@ def to_uint8(images: Float[Array, "*shape"]) -> UInt8[Array, "*shape"]:
     return jnp.round((jnp.clip(images, -1.0, 1.0) + 1.0) * 127.5).astype(jnp.uint8)
 
 
-@functools.partial(jax.jit, static_argnames=("config", "keep", "compute", "quantizer"))
-def _encode_images(params, images, config, keep, compute, quantizer):
+@functools.partial(jax.jit, static_argnames=("config", "keep", "compute"))
+def _encode_images(params, images, config, keep, compute):
     encoded = encode(params, config, to_float(images), keep=keep, compute=compute)
     # Whole on every device, so that each host of a pod can read them.
-    indices, source_map = quantizer.to_indices(encoded.z), encoded.source_map
+    indices, source_map = QUANTIZERS[config.quantizer].to_indices(encoded.z), encoded.source_map
     return constrain(indices, None, None), constrain(source_map, None, None), all_finite(encoded.z)
 
 
-@functools.partial(jax.jit, static_argnames=("config", "compute", "quantizer"))
-def _recover_source_map(params, indices, starts, config, compute, quantizer):
-    logits = recover(params, config, quantizer.from_indices(indices, config.z_channels), compute=compute)
-    return constrain(recovered_source_map(logits, starts), None, None), all_finite(logits)
+@functools.partial(jax.jit, static_argnames=("config", "compute"))
+def _recover_source_map(params, indices, group_starts, config, compute):
+    codes = QUANTIZERS[config.quantizer].from_indices(indices, config.z_channels)
+    logits = recover(params, config, codes, compute=compute)
+    return constrain(recovered_source_map(logits, group_starts), None, None), all_finite(logits)
 
 
-@functools.partial(jax.jit, static_argnames=("config", "compute", "quantizer"))
-def _decode_tokens(params, tokens, config, compute, quantizer):
-    codes = quantizer.from_indices(tokens.indices, config.z_channels)
+@functools.partial(jax.jit, static_argnames=("config", "compute"))
+def _decode_tokens(params, tokens, config, compute):
+    codes = QUANTIZERS[config.quantizer].from_indices(tokens.indices, config.z_channels)
     images = decode(params, config, codes, tokens.source_map, tokens.grid, compute=compute)
     return constrain(to_uint8(images), None, None, None, None), all_finite(images)

@@ -71,16 +71,18 @@ def source_loss(logits: Float[Array, "B L K"], source_map: Int[Array, "B L"]) ->
     return -jnp.mean(jnp.take_along_axis(log_probability, source_map[..., None], axis=-1))
 
 
-def recovered_source_map(logits: Float[Array, "B L K"], starts: Int[Array, "B K"] | None = None) -> Int[Array, "B L"]:
+def recovered_source_map(
+    logits: Float[Array, "B L K"], group_starts: Int[Array, "B K"] | None = None
+) -> Int[Array, "B L"]:
     """The likeliest group of each position.
 
     Args:
-      starts: where each group has its first member, if that is known: a position is then of a group that starts at or
-        before it (any, before the first of all), and of the one that starts there if one does.
+      group_starts: raster position of each group's first member, if known. A position then belongs to the group that
+        starts there, if one does, and otherwise to a group that starts before it (to any, before the first start).
     """
-    if starts is not None:
-        place, start = jnp.arange(logits.shape[1])[None, :, None], starts[:, None]
-        possible = start <= place
+    if group_starts is not None:
+        position, start = jnp.arange(logits.shape[1])[None, :, None], group_starts[:, None]
+        possible = start <= position
         possible |= ~possible.any(axis=-1, keepdims=True)
-        logits = jnp.where(start == place, jnp.inf, jnp.where(possible, logits, -jnp.inf))
+        logits = jnp.where(start == position, jnp.inf, jnp.where(possible, logits, -jnp.inf))
     return jnp.argmax(logits, axis=-1).astype(jnp.int32)

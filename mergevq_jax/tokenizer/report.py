@@ -33,7 +33,7 @@ def measure(
     config, results = tokenizer.config, []
     recovers = config.recovery is not None and images.shape[1:3] == (config.resolution, config.resolution)
     for keep in keeps:
-        usage, values, recovered = CodeUsage(tokenizer.bits), [], []
+        usage, values, recovered = CodeUsage(config.vocab_size), [], []
         for start in tqdm(range(0, len(images), batch_size), desc=f"K={keep}", leave=False, disable=None):
             batch = images[start : start + batch_size]
             tokens = tokenizer.encode(_padded(batch, batch_size), keep=keep)
@@ -83,7 +83,7 @@ def table(results: Mapping[str, Sequence[Reconstruction]]) -> str:
             usage, rates = row.usage, row.usage.bit_rates
             lines.append(
                 f"| {name} | {row.psnr.count} | {row.keep} | {row.psnr} | {row.recovered_psnr or '-'} "
-                f"| {100 * usage.used:.1f} % of {2**usage.bits} | "
+                f"| {100 * usage.used:.1f} % of {usage.vocab_size} | "
                 f"{usage.perplexity:.0f} | {rates.min():.2f} to {rates.max():.2f} | {len(usage.dead_bits)} |"
             )
     return "\n".join(lines) + "\n"

@@ -47,7 +47,7 @@ class TrainConfig:
     """A whole run; what configs/mergevq_*.py return is built into this."""
 
     task: Literal["tokenizer"] = "tokenizer"
-    seed: int = 0  # of parameters, merge numbers and augmentation; data.seed orders the data
+    seed: int = 0  # of parameters, K and augmentation; data.seed orders the data
     model: TokenizerConfig
     compute: Compute = Compute()
     losses: stage1.LossConfig = stage1.LossConfig()

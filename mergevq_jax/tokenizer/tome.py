@@ -8,6 +8,7 @@ Axes: B batch, L raw tokens, T tokens before and K after a merge (a class token 
 
 import bisect
 import functools
+from collections.abc import Callable
 
 import flax.struct
 import jax
@@ -24,9 +25,9 @@ _IN_RANGE = {"mode": "promise_in_bounds", "wrap_negative_indices": False}
 class Matching:
     """Which tokens stay and which one each merged token joins."""
 
-    kept: Int[Array, "B K"]  # token that each new place continues
+    kept: Int[Array, "B K"]  # token that each new one continues
     source: Int[Array, "B r"]  # tokens that are merged away
-    place: Int[Array, "B r"]  # new place that each of them joins
+    target: Int[Array, "B r"]  # new token that each of them joins
 
 
 def merge_counts(raw: int, kept: int, layers: int) -> tuple[int, ...]:
@@ -107,8 +108,14 @@ def bipartite_soft_matching(metric: Float[Array, "B T D"], r: int, *, class_toke
     return Matching(
         kept=jnp.concatenate([2 * staying, odd_index], axis=1),
         source=2 * merged,
-        place=staying.shape[1] + _take(partner, merged),
+        target=staying.shape[1] + _take(partner, merged),
     )
+
+
+# By name. A rule that is added here can be `TokenizerConfig.merge_rule`. It chooses r pairs from the tokens' metric
+# [B, T, d]; with class_token, token 0 stays by itself.
+MergeRule = Callable[..., Matching]
+MERGE_RULES: dict[str, MergeRule] = {"tome": bipartite_soft_matching}
 
 
 def merge(
@@ -123,18 +130,18 @@ def merge(
 
 def _sum_into(matching: Matching, x: Float[Array, "B T D"]) -> Float[Array, "B K D"]:
     kept, gone = _take(x, matching.kept), _take(x, matching.source)
-    return jax.vmap(lambda to, place, rows: to.at[place].add(rows, **_IN_RANGE))(kept, matching.place, gone)
+    return jax.vmap(lambda to, target, rows: to.at[target].add(rows, **_IN_RANGE))(kept, matching.target, gone)
 
 
 def merge_source_map(matching: Matching, source_map: Int[Array, "B L"]) -> Int[Array, "B L"]:
     """The map from raw tokens through one more merge."""
 
-    def new_places(kept, source, place):
-        new_place = jnp.zeros(kept.shape[0] + source.shape[0], source_map.dtype)
-        new_place = new_place.at[kept].set(jnp.arange(kept.shape[0], dtype=source_map.dtype), **_IN_RANGE)
-        return new_place.at[source].set(place.astype(source_map.dtype), **_IN_RANGE)
+    def new_tokens(kept, source, target):
+        token = jnp.zeros(kept.shape[0] + source.shape[0], source_map.dtype)
+        token = token.at[kept].set(jnp.arange(kept.shape[0], dtype=source_map.dtype), **_IN_RANGE)
+        return token.at[source].set(target.astype(source_map.dtype), **_IN_RANGE)
 
-    return _take(jax.vmap(new_places)(matching.kept, matching.source, matching.place), source_map)
+    return _take(jax.vmap(new_tokens)(matching.kept, matching.source, matching.target), source_map)
 
 
 def _take(x: Array, index: Int[Array, "B N"]) -> Array:
@@ -147,7 +154,7 @@ def unmerge(tokens: Float[Array, "B K D"], source_map: Int[Array, "B L"]) -> Flo
     return jnp.take_along_axis(tokens, source_map[..., None], axis=1)
 
 
-def first_members(source_map: Int[Array, "B L"], kept: int) -> Int[Array, "B K"]:
+def group_starts(source_map: Int[Array, "B L"], kept: int) -> Int[Array, "B K"]:
     """Smallest raw index of each kept token's group; L where a group is empty."""
     length = source_map.shape[1]
     index = jnp.arange(length, dtype=source_map.dtype)

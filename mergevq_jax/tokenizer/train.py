@@ -21,7 +21,7 @@ from mergevq_jax.tokenizer.losses import adversarial, alignment, dinov2
 from mergevq_jax.tokenizer.losses.adversarial import LeCam, PatchDiscriminator
 from mergevq_jax.tokenizer.losses.dinov2 import DINOv2Config
 from mergevq_jax.tokenizer.losses.perceptual import LPIPS
-from mergevq_jax.tokenizer.quantizers.quantizer import LFQ, Quantizer
+from mergevq_jax.tokenizer.quantizers.quantizer import QUANTIZERS
 from runtime_jax.nn.compute import Compute
 from runtime_jax.prng import Stream, example_keys, stream_key
 from runtime_jax.sharding import Axis, Rule, constrain
@@ -79,7 +79,6 @@ class StepConfig:
     accumulate: int = 1  # parts of one update; see `taken_by_part`
     ema_decay: float = 0.999
     teacher: DINOv2Config | None = None  # of the alignment loss, unless that is "label"
-    quantizer: Quantizer = LFQ
     seed: int = 0
 
     def __post_init__(self):
@@ -87,9 +86,9 @@ class StepConfig:
         if self.accumulate < 1 or not 0 <= self.ema_decay < 1:
             raise ValueError(f"accumulate={self.accumulate} is at least 1, ema_decay={self.ema_decay} in [0, 1)")
         for term in ("entropy", "commitment"):
-            if getattr(losses, f"{term}_weight") and getattr(self.quantizer, term) is None:
+            if getattr(losses, f"{term}_weight") and getattr(QUANTIZERS[config.quantizer], term) is None:
                 raise ValueError(
-                    f"losses.{term}_weight is not 0, but the quantizer {self.quantizer.name!r} has no such loss"
+                    f"losses.{term}_weight is not 0, but the quantizer {config.quantizer!r} has no such loss"
                 )
         if losses.alignment_weight:
             if config.dist_head is None:
@@ -246,7 +245,8 @@ def _losses(trained, disc_stats, lecam, frozen, batch, step, config: StepConfig,
     losses = config.losses
     images = constrain(model.to_float(batch["image"]), Axis.BATCH, None, None, None)
     encoded = model.encode(params, config.model, images, keep=keep, compute=config.compute)
-    codes = config.quantizer.quantize(encoded.z)
+    quantizer = QUANTIZERS[config.model.quantizer]
+    codes = quantizer.quantize(encoded.z)
     grid = config.model.grid(*images.shape[1:3])
     rebuilt = model.decode(params, config.model, codes, encoded.source_map, grid, compute=config.compute)
     metrics = {"mse": jnp.mean(jnp.square(jnp.clip(rebuilt, -1, 1) - images))}
@@ -256,11 +256,11 @@ def _losses(trained, disc_stats, lecam, frozen, batch, step, config: StepConfig,
     if losses.perceptual_weight:
         terms["perceptual"] = (losses.perceptual_weight, _perceptual_loss(frozen.lpips, images, rebuilt, config))
     if losses.entropy_weight:
-        entropy = config.quantizer.entropy(encoded.z, temperature=losses.entropy_temperature)
+        entropy = quantizer.entropy(encoded.z, temperature=losses.entropy_temperature)
         terms["entropy"] = (losses.entropy_weight, entropy.loss)
         metrics |= {"entropy/per_sample": entropy.per_sample, "entropy/codebook": entropy.codebook}
     if losses.commitment_weight:
-        terms["commitment"] = (losses.commitment_weight, config.quantizer.commitment(encoded.z))
+        terms["commitment"] = (losses.commitment_weight, quantizer.commitment(encoded.z))
     if losses.source_weight:
         # On constants: recovery learns to read the codes, the codes are not shaped by it.
         logits = model.recover(params, config.model, jax.lax.stop_gradient(codes), compute=config.compute)

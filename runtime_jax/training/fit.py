@@ -20,6 +20,7 @@ def fit(
     workdir: Path,
     config: loop.LoopConfig,
     resolved_config: Mapping[str, Any],
+    config_class: type | None = None,
     total_steps: int,
     batch_size: int,
     batches: Callable[[int], Iterator[loop.Batch]],
@@ -43,7 +44,7 @@ def fit(
       dtype: of the matmuls, for the MFU.
       variant: step -> variant of the program.
       init: makes a new state; None: `program.init`.
-      init_from, resume_from, must_match, may_differ: as in `initial_state`.
+      config_class, init_from, resume_from, must_match, may_differ: as in `initial_state`.
       notes: lines to print before the first step.
 
     Raises:
@@ -53,6 +54,7 @@ def fit(
         workdir,
         program.abstract_state,
         config=resolved_config,
+        config_class=config_class,
         init=init or program.init,
         init_from=init_from,
         resume_from=resume_from,

@@ -1,12 +1,13 @@
 """Where a run's state comes from: its own checkpoints, another run's, weights, or nothing."""
 
 import fnmatch
+import functools
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from runtime_jax.config import config_changes
+from runtime_jax.config import config_changes, with_new_names
 from runtime_jax.messages import cut
 from runtime_jax.training.checkpoint import Checkpointer, DamagedCheckpointError, set_aside
 from runtime_jax.workdir import local_path, output_folder
@@ -27,6 +28,7 @@ def initial_state(
     abstract_state: Any,
     *,
     config: Mapping[str, Any],
+    config_class: type | None = None,
     init: Callable[[], Any],
     init_from: Callable[[Any], Any] | None = None,
     resume_from: str | Path | None = None,
@@ -44,6 +46,7 @@ def initial_state(
         workdir: directory of this run.
         abstract_state: tree of jax.ShapeDtypeStruct with shardings: what the state is and where it belongs.
         config: resolved config of this run, compared with the checkpoint's.
+        config_class: dataclass of that config, where fields have been renamed.
         init: makes a new state.
         init_from: gives that state other weights.
         resume_from: see 2.
@@ -62,17 +65,23 @@ def initial_state(
     def barred(key: str) -> bool:
         return _is_under(key, must_match) and not _is_under(key, may_differ)
 
+    def restored(checkpointer: Checkpointer, step: int) -> Any:
+        saved = checkpointer.config(step)
+        saved = saved if config_class is None else with_new_names(config_class, saved)
+        _check_config(f"config of {checkpointer.path(step)}", config_changes(saved, config), barred)
+        checkpointer.loop(step)  # if it is damaged, this is the time to find out
+        return checkpointer.restore(abstract_state, step)
+
     with Checkpointer(path) as own:
         if own.steps():
-            return _newest_readable(own, lambda step: _restored(own, step, abstract_state, config, barred))
+            return _newest_readable(own, functools.partial(restored, own))
     if resume_from is not None:
         source, step = _locate(resume_from)
         with Checkpointer(source, read_only=True) as other:
             step = other.latest() if step is None else step
             if step not in other.steps():
                 raise FileNotFoundError(f"resume_from {resume_from}: no complete checkpoint there")
-            state = _restored(other, step, abstract_state, config, barred)
-            return InitialState(state, step, f"resumed from {other.path(step)}")
+            return InitialState(restored(other, step), step, f"resumed from {other.path(step)}")
     if init_from is not None:
         return InitialState(init_from(init()), 0, "init_from weights")
     return InitialState(init(), 0, "scratch")
@@ -96,23 +105,12 @@ def _newest_readable(own: Checkpointer, restore: Callable[[int], Any]) -> Initia
     raise DamagedCheckpointError(f"{own.directory}: none of {len(damaged)} checkpoints can be read: {damaged[0]}")
 
 
-def _restored(
-    checkpointer: Checkpointer,
-    step: int,
-    abstract_state: Any,
-    config: Mapping[str, Any],
-    barred: Callable[[str], bool],
-) -> Any:
-    """The state of one checkpoint, after a look at what differs between its config and this run's."""
-    changes = config_changes(checkpointer.config(step), config)
-    where = f"config of {checkpointer.path(step)}"
+def _check_config(where: str, changes: Mapping[str, str], barred: Callable[[str], bool]) -> None:
     forbidden = [line for key, line in changes.items() if barred(key)]
     if forbidden:
         raise ValueError(f"{where} differs from this run's in keys that must not change:\n  " + cut(forbidden, "\n  "))
     if changes:
         _LOG.warning("%s differs from this run's:\n  %s", where, cut(changes.values(), "\n  "))
-    checkpointer.loop(step)  # if it is damaged, this is the time to find out
-    return checkpointer.restore(abstract_state, step)
 
 
 def _is_under(key: str, prefixes: Sequence[str]) -> bool:

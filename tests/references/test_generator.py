@@ -24,7 +24,7 @@ from golden_tools import jit
 
 from mergevq_jax.generator import convert
 from mergevq_jax.generator.config import PRESETS, GeneratorConfig, preset
-from mergevq_jax.generator.mask import first_members, merge_mask
+from mergevq_jax.generator.mask import first_of_group, merge_mask
 from mergevq_jax.generator.transformer import (
     SHARDING_RULES,
     Generator,
@@ -57,11 +57,11 @@ def test_the_nine_token_example_row_by_row():
     np.testing.assert_array_equal(mask[:2], np.eye(2, 11, dtype=bool) | np.eye(2, 11, -1, dtype=bool))
 
 
-def test_first_members_of_groups_and_of_equal_codes():
+def test_first_of_group_of_groups_and_of_equal_codes():
     groups = random_codes(4, values=5)
     expected = [[row.index(value) for value in row] for row in groups.tolist()]
-    np.testing.assert_array_equal(first_members(jnp.asarray(groups)), expected)
-    np.testing.assert_array_equal(first_members(jnp.asarray(CODES_OF_NINE)), FIRST_OF_NINE)
+    np.testing.assert_array_equal(first_of_group(jnp.asarray(groups)), expected)
+    np.testing.assert_array_equal(first_of_group(jnp.asarray(CODES_OF_NINE)), FIRST_OF_NINE)
 
 
 # The transformer.
@@ -160,15 +160,15 @@ def test_another_constant_does_not_give_the_golden_logits(change, goldens, monke
     assert relative_error([got[name] for name in expected], list(expected.values())) > 1e-4
 
 
-@pytest.mark.parametrize("bits", [(2, 3), (1, 2, 2), (5,)], ids=str)
-def test_weights_there_and_back(bits):
-    config = dataclasses.replace(CONFIG, code_bits=bits)
+@pytest.mark.parametrize("vocab_sizes", [(4, 8), (2, 4, 4), (32,), (5, 3)], ids=str)
+def test_weights_there_and_back(vocab_sizes):
+    config = dataclasses.replace(CONFIG, vocab_sizes=vocab_sizes)
     params, table = random_params(config), convert.generator_table(config)
     tensors = export_weights(table, params)
     assert {"class_emb.embedding_table.weight", "spatial_blocks.1.attention.wqkv.weight", "head.0.weight"} <= set(
         tensors
     )
-    assert ("pre_emb.weight" in tensors) == (len(bits) == 2)
+    assert ("pre_emb.weight" in tensors) == (len(vocab_sizes) == 2)
     again = import_weights(table, tensors, param_shapes(config))
     jax.tree.map(np.testing.assert_array_equal, again, params)
 
@@ -190,13 +190,13 @@ def test_a_released_checkpoint():
         ({"dim": 0, "ffn_dim": -1}, "dim=0, ffn_dim=-1: positive numbers"),
         ({"num_heads": 3}, "dim=16 over num_heads=3: heads must have a multiple of 4 channels"),
         ({"num_heads": 8}, "dim=16 over num_heads=8: heads must have a multiple of 4 channels"),
-        ({"code_bits": ()}, r"code_bits=\(\): at least one bit each, at most 30 together"),
-        ({"code_bits": (16, 16)}, "at most 30 together"),
-        ({"code_bits": (1, 1, 1), "grid": (1, 1), "merge_numbers": (1,)}, "more sub-tokens than a grid"),
+        ({"vocab_sizes": ()}, r"vocab_sizes=\(\): at least 2 values each, at most 2\^30 codes together"),
+        ({"vocab_sizes": (65536, 65536)}, r"at most 2\^30 codes together"),
+        ({"vocab_sizes": (2, 2, 2), "grid": (1, 1), "keeps": (1,)}, "more sub-tokens than a grid"),
         ({"grid": (0, 4)}, r"grid=\(0, 4\): positive"),
         ({"class_dropout": 1.0}, "class_dropout=1.0: a probability below 1"),
-        ({"merge_numbers": (4, 13)}, r"merge_numbers=\(4, 13\): rising numbers of kept tokens, 1 to 12"),
-        ({"merge_numbers": ()}, r"merge_numbers=\(\): rising numbers"),
+        ({"keeps": (4, 13)}, r"keeps=\(4, 13\): rising numbers of kept tokens, 1 to 12"),
+        ({"keeps": ()}, r"keeps=\(\): rising numbers"),
     ],
     ids=lambda value: "" if isinstance(value, str) else str(value),
 )
@@ -210,14 +210,14 @@ def test_an_unknown_preset():
         preset("M")
 
 
-def test_merge_numbers_that_the_model_does_not_know():
+def test_numbers_of_kept_tokens_that_the_model_does_not_know():
     assert [CONFIG.merge_index(number) for number in (4, 9, 12)] == [0, 1, 2]
     for number in (5, None):
-        with pytest.raises(ValueError, match=f"merge number {number}: this generator knows 4, 9, 12"):
+        with pytest.raises(ValueError, match=f"K = {number}: this generator knows 4, 9, 12"):
             CONFIG.merge_index(number)
     plain = GeneratorConfig(merge_instruction=False)
     assert plain.merge_index(None) is None
-    with pytest.raises(ValueError, match="merge number 144: this generator has no merge instruction, give None"):
+    with pytest.raises(ValueError, match="K = 144: this generator has no merge instruction, give None"):
         plain.merge_index(144)
 
 

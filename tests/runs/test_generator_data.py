@@ -135,8 +135,8 @@ def test_codes_that_do_not_fit_the_generator(root, tmp_path):
     unnamed = TokensConfig(folders=(altered(root, tmp_path / "unnamed", classes=None),), batch_size=1)
     with pytest.raises(ValueError, match="has no labels"):
         check_data(unnamed, MODEL, tokenizer, (10,))
-    for changes in ({"code_bits": (2, 3)}, {"grid": (2, 8)}):
-        with pytest.raises(ValueError, match=r"codes of 4 bits on a grid \(4, 4\)"):
+    for changes in ({"vocab_sizes": (4, 8)}, {"grid": (2, 8)}):
+        with pytest.raises(ValueError, match=r"has 16 codes on a grid \(4, 4\)"):
             check_tokenizer(dataclasses.replace(MODEL, **changes), tokenizer)
 
 

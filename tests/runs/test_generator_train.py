@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import json
 import shutil
 
 import jax
@@ -27,14 +28,14 @@ from mergevq_jax.generator import train
 from mergevq_jax.generator.config import preset
 from mergevq_jax.generator.data import TokensConfig
 from mergevq_jax.generator.losses import conditions
-from mergevq_jax.generator.mask import first_members, merge_mask
+from mergevq_jax.generator.mask import first_of_group, merge_mask
 from mergevq_jax.generator.model import GeneratorModel
 from mergevq_jax.generator.run import EvaluationConfig, TrainConfig
 from mergevq_jax.generator.run import train as run_training
+from mergevq_jax.generator.sub_tokens import split_indices
 from mergevq_jax.generator.transformer import SHARDING_RULES, Generator
 from mergevq_jax.tokenizer.config import PRESETS
 from mergevq_jax.tokenizer.model import param_shapes as tokenizer_shapes
-from mergevq_jax.tokenizer.quantizers.lfq import split_indices
 from runtime_jax.config import build, load, to_dict
 from runtime_jax.sharding import MeshConfig, make_mesh, param_shardings, place, shard_batch
 from runtime_jax.training.optimizer import make_optimizer, make_schedule
@@ -80,7 +81,7 @@ def expected_loss(params, codes, mask):
     """Cross-entropies from the logits of teacher forcing, by NumPy."""
     merge = jnp.zeros(BATCH, jnp.int32)
     logits = Generator(MODEL).apply({"params": params}, codes["indices"], codes["label"], merge, mask)
-    parts = zip(logits, split_indices(codes["indices"], MODEL.code_bits), strict=True)
+    parts = zip(logits, split_indices(codes["indices"], MODEL.vocab_sizes), strict=True)
     return sum(
         -np.take_along_axis(np.asarray(jax.nn.log_softmax(scores)), values[..., None], axis=-1).mean()
         for scores, values in parts
@@ -92,7 +93,7 @@ def test_the_loss_is_that_of_the_masked_logits(state, codes, groups):
     mask = None
     config = dataclasses.replace(CONFIG, kind="plain")
     if groups is not None:
-        mask = merge_mask(first_members(codes[groups]), window=2, prefix=MODEL.prefix)
+        mask = merge_mask(first_of_group(codes[groups]), window=2, prefix=MODEL.prefix)
         config = dataclasses.replace(CONFIG, groups="codes" if groups == "indices" else groups)
     means = loss_of(config)(state.params, None, codes)
     np.testing.assert_allclose(means["loss"], expected_loss(state.params, codes, mask), rtol=1e-5)
@@ -102,7 +103,7 @@ def test_the_loss_is_that_of_the_masked_logits(state, codes, groups):
 def test_a_new_generator_is_uniform_and_all_of_it_learns(codes):
     state = jit(functools.partial(train.init_state, CONFIG, SGD))()
     new, metrics = step_of(CONFIG)(state, None, codes)
-    np.testing.assert_allclose(metrics["loss"][0], sum(MODEL.code_bits) * np.log(2), rtol=1e-6)
+    np.testing.assert_allclose(metrics["loss"][0], np.log(MODEL.vocab_size), rtol=1e-6)
     newer, _ = step_of(CONFIG)(new, None, codes)  # the heads start at zero and hide the rest from the first gradient
     changed = jax.tree.map(lambda a, b: bool((a != b).any()), state.params, newer.params)
     assert all(jax.tree.leaves(changed)) and newer.step == 2
@@ -206,7 +207,7 @@ def test_an_update_that_is_not_finite_is_skipped(state, codes):
 @pytest.mark.parametrize("size", ["B", "L", "XL"])
 def test_imagenet_configs_build(size):
     config = build(TrainConfig, load(f"configs/mergear_imagenet.py:{size}"))
-    assert config.model == preset(size, merge_numbers=(144, 169, 196, 225, 256))
+    assert config.model == preset(size, keeps=(144, 169, 196, 225, 256))
     assert build(TrainConfig, to_dict(config)) == config
 
 
@@ -269,6 +270,27 @@ def test_a_run_goes_on_bit_equal(kind, request, tmp_path):
         np.testing.assert_array_equal(whole[name], again[name], err_msg=name)
 
 
+def with_old_names(path, *keys):
+    """Writes a JSON file as an older version did, which had other names in the architecture under `keys`."""
+    fields = json.loads(path.read_text())
+    architecture = functools.reduce(dict.get, keys, fields)
+    assert (architecture.pop("vocab_sizes"), architecture.pop("keeps")) == ([2, 8], [10, 16])
+    architecture |= {"code_bits": [1, 3], "merge_numbers": [10, 16]}
+    path.write_text(json.dumps(fields))
+
+
+def test_checkpoints_and_generators_of_an_older_version(trained, tmp_path):
+    config, workdir = trained
+    shutil.copytree(workdir, tmp_path / "old")
+    with_old_names(tmp_path / "old" / "generator" / "config.json", "architecture")
+    assert GeneratorModel.from_pretrained(tmp_path / "old" / "generator").config == MODEL
+    with_old_names(tmp_path / "old" / "checkpoints" / "4" / "config" / "metadata", "model")
+    assert run_training(config, tmp_path / "old").step == 4
+    other = dataclasses.replace(config, model=dataclasses.replace(MODEL, vocab_sizes=(4, 4)))
+    with pytest.raises(ValueError, match=r"model.vocab_sizes: \[2, 8\] -> \[4, 4\]"):
+        run_training(other, tmp_path / "old")
+
+
 def test_a_run_leaves_a_generator_pictures_and_held_out_losses(trained):
     _, workdir = trained
     model = GeneratorModel.from_pretrained(workdir / "generator")
@@ -286,7 +308,7 @@ def test_a_run_leaves_a_generator_pictures_and_held_out_losses(trained):
         ({"window": 3}, "window: 2 -> 3"),
         ({"init_from": "/no/generator"}, "/no/generator"),
         ({"tokenizer": "/no/tokenizer"}, "/no/tokenizer"),
-        ({"model": dataclasses.replace(MODEL, code_bits=(2, 3))}, "codes of 4 bits"),
+        ({"model": dataclasses.replace(MODEL, vocab_sizes=(4, 8))}, "the tokenizer has 16 codes"),
         ({"model": dataclasses.replace(MODEL, num_classes=3)}, "has 2 classes, the generator model.num_classes=3"),
     ],
 )

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mergevq_jax.generator.mask import first_members, merge_mask
+from mergevq_jax.generator.mask import first_of_group, merge_mask
 from mergevq_jax.generator.merged_attention import MergedKeys, merged_attention, merged_keys
 from runtime_jax.cost import count_flops
 from runtime_jax.nn.attention import attention
@@ -31,7 +31,7 @@ def tokens(seed: int, positions: int) -> list[jax.Array]:
 def test_it_is_attention_under_the_mask(seed, groups, window, prefix, last):
     """Values and gradients, for images with K groups and with fewer, with and without the last position."""
     codes = np.random.default_rng(seed).integers(groups, size=(2, LENGTH))
-    first = first_members(jnp.asarray(codes, jnp.int32))
+    first = first_of_group(jnp.asarray(codes, jnp.int32))
     positions = prefix + LENGTH - 1 + last
     *inputs, cotangent = tokens(seed, positions)
     mask = merge_mask(first, window=window, prefix=prefix)[:, :positions, :positions]

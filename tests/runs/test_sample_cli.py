@@ -43,15 +43,15 @@ def sample(root, out, *options):
 
 
 def test_files(root, tmp_path, capsys):
-    options = ["--class", "odd", "--class", "0", "--cfg-scale", 2, 1.5, "--top-k", 2, "--seed", 7, "--merge-number", 10]
+    options = ["--class", "odd", "--class", "0", "--cfg-scale", 2, 1.5, "--top-k", 2, "--seed", 7, "--keep", 10]
     assert sample(root, tmp_path, *options, "--capacity", 4, "--show-cache") == 0
-    assert f"5 images are in {tmp_path}; the store overflowed" in capsys.readouterr().out
+    assert f"5 images are in {tmp_path}; the KV cache overflowed" in capsys.readouterr().out
     with np.load(tmp_path / "samples.npz") as arrays:
         images, labels = arrays["arr_0"], arrays["arr_1"]
     assert images.shape == (5, 8, 8, 3) and images.dtype == np.uint8 and labels.tolist() == [1, 0, 1, 0, 1]
     protocol = json.loads((tmp_path / "protocol.json").read_text())
     assert protocol["sampling"]["cfg_scale"] == [2.0, 1.5] and protocol["sampling"]["window"] == 3
-    assert (protocol["seed"], protocol["merge_number"], protocol["slots"]) == (7, 10, MODEL.prefix + 3 + 1 + 4)
+    assert (protocol["seed"], protocol["keep"], protocol["slots"]) == (7, 10, MODEL.prefix + 3 + 1 + 4)
     assert protocol["measured"]["slots_used_most"] <= protocol["slots"]
     for name in ("samples.png", "cache.png", "occupancy.png"):
         assert Image.open(tmp_path / name).size > (100, 100)
@@ -104,7 +104,7 @@ def test_a_run_that_was_stopped_goes_on(root, tmp_path, capsys, monkeypatch):
 
 
 def test_a_generator_in_random_order(root, tmp_path, capsys):
-    options = ["--model", root / "randar", "--merge-number", 16, "--cfg-scale", 2, "--steps", 4, "--seed", 7]
+    options = ["--model", root / "randar", "--keep", 16, "--cfg-scale", 2, "--steps", 4, "--seed", 7]
     for size in (5, 2):
         assert sample(root, tmp_path / str(size), *options, "--batch-size", size) == 0
     assert capsys.readouterr().out.splitlines()[-1] == f"5 images are in {tmp_path / '2'}"
@@ -116,7 +116,7 @@ def test_a_generator_in_random_order(root, tmp_path, capsys):
             # The codes are equal; the decoder rounds differently in batches of other sizes.
             np.testing.assert_allclose(images.astype(int), arrays["arr_0"][:5], atol=1)
     protocol = json.loads((tmp_path / "5" / "protocol.json").read_text())
-    assert (protocol["steps"], protocol["merge_number"]) == (4, 16)
+    assert (protocol["steps"], protocol["keep"]) == (4, 16)
     model = load_generator(root / "randar")
     codes = model.sample_randar(labels, 16, sampling=SamplingConfig(cfg_scale=2.0), seed=7, steps=4)
     np.testing.assert_array_equal(recovered_to_images(model.load_tokenizer(), codes), images)
@@ -196,8 +196,8 @@ def test_a_released_checkpoint_becomes_a_plain_generator(root, tmp_path):
     model = import_released(released, checkpoint, root / "tokenizer")
     assert (model.info.kind, model.info.window, model.info.class_number("1")) == ("plain", MODEL.length, 1)
     jax.tree.map(np.testing.assert_array_equal, model.params, params)
-    with pytest.raises(ValueError, match="codes of 4 bits"):
-        import_released(dataclasses.replace(released, code_bits=(4, 4)), checkpoint, root / "tokenizer")
+    with pytest.raises(ValueError, match="the tokenizer has 16 codes"):
+        import_released(dataclasses.replace(released, vocab_sizes=(16, 16)), checkpoint, root / "tokenizer")
 
 
 @pytest.mark.parametrize(("kind", "row"), [("merge", "144 | 149 | 58% | 2,746"), ("plain", "256 | 257 | 100% | 4,737")])
@@ -216,7 +216,7 @@ def test_inspect_says_what_sampling_remembers(kind, row, capsys):
         (["--tokenizer", "OTHER"], "is not the one whose codes this generator makes"),
         (["--class", "cat"], "class 'cat': this generator's classes are named even, odd, and numbered 0 to 1"),
         (["--class", "2"], "class '2': this generator's classes are named even, odd, and numbered 0 to 1"),
-        (["--merge-number", "12"], "merge number 12: this generator knows 10, 16"),
+        (["--keep", "12"], "K = 12: this generator knows 10, 16"),
         (["--top-k", "3"], "top_k=3: 0 (off) to the sub-tokens' vocabularies (2, 8)"),
         (["--temperature", "1", "1", "1"], "one value, or one for each of 2 sub-tokens"),
         (["--capacity", "1"], "window=3, capacity=1: needed is 1 <= window <= capacity <= 16"),

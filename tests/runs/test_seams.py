@@ -1,5 +1,6 @@
 """What a user exchanges without an edit of the packages."""
 
+import dataclasses
 import functools
 
 import jax
@@ -7,18 +8,23 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from generator_run_tools import MODEL as TINY
+from generator_run_tools import images_of, run_config, write_pictures
 from generator_tools import CONFIG as GENERATOR
 from generator_tools import random_params as random_generator
 from test_train import MODEL as TOKENIZER
 from tiny_pipeline import FLUX, random_params
 
-from mergevq_jax import load_tokenizer
-from mergevq_jax.generator.sampling.plan import SamplingConfig
+from mergevq_jax import SamplingConfig, codes_to_images, load_generator, load_tokenizer
+from mergevq_jax.generator.run import train as train_generator
 from mergevq_jax.generator.sampling.position_cache import POLICIES
 from mergevq_jax.generator.sampling.raster import sample
 from mergevq_jax.tokenizer import train
 from mergevq_jax.tokenizer.model import Tokenizer
-from mergevq_jax.tokenizer.quantizers.quantizer import Quantizer
+from mergevq_jax.tokenizer.model import param_shapes as tokenizer_shapes
+from mergevq_jax.tokenizer.quantizers.quantizer import QUANTIZERS, Quantizer
+from mergevq_jax.tokenizer.tome import MERGE_RULES, Matching
+from runtime_jax.config import to_dict
 from tokenverse_jax import Offsets
 from tokenverse_jax.concepts.learn import flow
 from tokenverse_jax.flux.autoencoder import image_ids
@@ -65,65 +71,69 @@ def test_offsets_on_image_tokens_learn():
     assert np.abs(direction).max(axis=1).all()  # every token has learned one of its own
 
 
-# Finite scalar quantisation in place of LFQ: every channel is rounded to one of four levels, two bits.
+# Finite scalar quantisation in place of LFQ: every channel is rounded to one of three levels.
 
 
 def _digits(z):
-    return jnp.round((jnp.tanh(z) + 1) * 1.5)
-
-
-def _quantize(z):
-    soft = jnp.tanh(z)
-    return soft + jax.lax.stop_gradient(_digits(z) / 1.5 - 1 - soft)
-
-
-def _to_indices(z):
-    return _digits(z).astype(jnp.int32) @ 4 ** jnp.arange(z.shape[-1])
-
-
-def _from_indices(indices, channels):
-    return jnp.stack([(indices >> 2 * channel) & 3 for channel in range(channels)], axis=-1) / 1.5 - 1
+    return jnp.round(jnp.tanh(z)) + 1
 
 
 FSQ = Quantizer(
-    name="fsq",
-    bits=lambda channels: 2 * channels,
-    quantize=_quantize,
-    to_indices=_to_indices,
-    from_indices=_from_indices,
+    vocab_size=lambda channels: 3**channels,
+    quantize=lambda z: jnp.tanh(z) + jax.lax.stop_gradient(_digits(z) - 1 - jnp.tanh(z)),
+    to_indices=lambda z: _digits(z).astype(jnp.int32) @ 3 ** jnp.arange(z.shape[-1]),
+    from_indices=lambda indices, channels: jnp.stack([indices // 3**c % 3 - 1.0 for c in range(channels)], axis=-1),
 )
+IMAGES = np.kron(np.random.default_rng(0).integers(0, 255, (4, 4, 4, 3)), np.ones((1, 4, 4, 1))).astype(np.uint8)
+# The losses that every quantizer has.
+LOSSES = train.LossConfig(perceptual_weight=0.0, entropy_weight=0.0, commitment_weight=0.0)
 
 
-def test_another_quantizer_trains_and_is_kept(tmp_path):
-    rng = np.random.default_rng(0)
-    images = np.kron(rng.integers(0, 255, (4, 4, 4, 3)), np.ones((1, 4, 4, 1))).astype(np.uint8)
-    batch = {"image": images, "label": np.zeros(4, np.int32), "index": np.arange(4)}
-    losses = train.LossConfig(perceptual_weight=0.0, entropy_weight=0.0, commitment_weight=0.0)
-    config = train.StepConfig(
-        model=TOKENIZER,
-        losses=losses,
-        discriminator=train.DiscriminatorConfig(ndf=8, num_layers=2),
-        quantizer=FSQ,
-    )
+def train_tokenizer(steps, **changes):
+    """Trains a tokenizer on four images of 16 pixels; returns it with its mean squared error at every step."""
+    model = dataclasses.replace(TOKENIZER, **changes)
+    discriminator = train.DiscriminatorConfig(ndf=8, num_layers=2)
+    config = train.StepConfig(model=model, losses=LOSSES, discriminator=discriminator)
     optimizers = train.Optimizers(optax.adam(3e-3), optax.adam(1e-4), lambda step: 3e-3)
     state = jax.jit(functools.partial(train.init_state, config, optimizers))()
     step = jax.jit(functools.partial(train.train_step, config=config, optimizers=optimizers, keep=36))
-    pixel = []
-    for _ in range(15):
-        state, metrics = step(state, train.Frozen(), batch)
-        pixel.append(float(metrics["mse"][0] / metrics["mse"][1]))
-    assert pixel[-1] < 0.4 * pixel[0] and not metrics["nonfinite"][0]
+    errors = []
+    for _ in range(steps):
+        state, metrics = step(state, train.Frozen(), {"image": IMAGES})
+        errors.append(float(metrics["mse"][0] / metrics["mse"][1]))
+    return Tokenizer(model, state.params), errors
 
-    tokenizer = Tokenizer(TOKENIZER, state.params, quantizer=FSQ)
-    tokens = tokenizer.encode(images)
-    assert tokenizer.bits == 16 and 2**8 <= tokens.indices.max() < 2**16
-    tokenizer.save_pretrained(tmp_path)
-    with pytest.raises(
-        ValueError, match="model_type is 'mergevq_tokenizer_fsq', but a tokenizer's is 'mergevq_tokenizer'"
-    ):
+
+def test_another_quantizer_from_training_to_generated_images(monkeypatch, tmp_path):
+    monkeypatch.setitem(QUANTIZERS, "fsq", FSQ)
+    tokenizer, errors = train_tokenizer(15, quantizer="fsq", z_channels=5)
+    assert errors[-1] < 0.4 * errors[0]
+    tokens = tokenizer.encode(IMAGES)
+    assert 3**4 <= tokens.indices.max() < 3**5
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    loaded = load_tokenizer(tmp_path / "tokenizer")
+    np.testing.assert_array_equal(loaded.decode(loaded.encode(IMAGES)), tokenizer.decode(tokens))
+
+    side = TOKENIZER.resolution
+    data = images_of(write_pictures(tmp_path / "pictures", side), image_size=side)
+    model = dataclasses.replace(TINY, vocab_sizes=(9, 27), grid=(8, 8), keeps=(36, 64))
+    ratio = {"keeps": [36, 64], "weights": [0.5, 0.5]}
+    config = run_config(tmp_path / "tokenizer", data, model=to_dict(model), merge_ratio=ratio)
+    trained = load_generator(train_generator(config, tmp_path / "run").folder)
+    drawn = trained.sample([0, 1], 36, sampling=SamplingConfig(), seed=0)
+    assert 3**4 <= drawn.indices.max() < 3**5
+    assert codes_to_images(trained.load_tokenizer(), drawn.indices).shape == (2, side, side, 3)
+
+
+def test_a_quantizer_that_is_not_there(tmp_path, monkeypatch):
+    with monkeypatch.context() as there:
+        there.setitem(QUANTIZERS, "fsq", FSQ)
+        config = dataclasses.replace(TOKENIZER, quantizer="fsq")
+        Tokenizer(config, random_params(tokenizer_shapes(config), seed=0)).save_pretrained(tmp_path)
+        with pytest.raises(ValueError, match="the quantizer 'fsq' has no such loss"):
+            train.StepConfig(model=config, losses=train.LossConfig(perceptual_weight=0.0))
+    with pytest.raises(ValueError, match=r"config\.json: tokenizer config: quantizer='fsq': there are lfq"):
         load_tokenizer(tmp_path)
-    loaded = load_tokenizer(tmp_path, quantizer=FSQ)
-    np.testing.assert_array_equal(loaded.decode(loaded.encode(images)), tokenizer.decode(tokens))
 
 
 def test_codes_of_another_quantizer_are_those_of_its_indices():
@@ -131,9 +141,28 @@ def test_codes_of_another_quantizer_are_those_of_its_indices():
     np.testing.assert_allclose(FSQ.from_indices(FSQ.to_indices(z), 3), FSQ.quantize(z), atol=1e-6)
 
 
-def test_a_loss_that_a_quantizer_does_not_have():
-    with pytest.raises(ValueError, match=r"losses.entropy_weight is not 0, but the quantizer 'fsq' has no such loss"):
-        train.StepConfig(model=TOKENIZER, losses=train.LossConfig(perceptual_weight=0.0), quantizer=FSQ)
+def with_the_next(metric, r, *, class_token):
+    """A token can join only the one that follows it in the raster, where ToMe looks at all; the r likest pairs do."""
+    first, second = metric[:, ::2], metric[:, 1::2]
+    likeness = jnp.einsum("bnd,bnd->bn", first[:, : second.shape[1]], second)
+    likeness = jnp.pad(likeness, ((0, 0), (0, first.shape[1] - second.shape[1])), constant_values=-jnp.inf)
+    likeness = likeness.at[:, 0].set(-jnp.inf) if class_token else likeness
+    order = jnp.argsort(-likeness, axis=-1)
+    merged, staying = order[:, :r], jnp.sort(order[:, r:], axis=-1)
+    followers = jnp.broadcast_to(jnp.arange(1, metric.shape[1], 2), second.shape[:2])
+    return Matching(
+        kept=jnp.concatenate([2 * staying, followers], axis=1), source=2 * merged, target=staying.shape[1] + merged
+    )
+
+
+def test_another_merge_rule_trains(monkeypatch):
+    monkeypatch.setitem(MERGE_RULES, "next", with_the_next)
+    tokenizer, errors = train_tokenizer(15, merge_rule="next")
+    assert errors[-1] < 0.4 * errors[0]
+    maps = np.asarray(tokenizer.encode(IMAGES).source_map)
+    for source_map in maps:  # 36 tokens, 28 of which stand for two neighbours in the raster
+        groups = [np.flatnonzero(source_map == group) for group in range(36)]
+        assert sorted(map(len, groups)) == 8 * [1] + 28 * [2] and max(map(np.ptp, groups)) == 1
 
 
 def test_another_cache_policy_samples(monkeypatch):

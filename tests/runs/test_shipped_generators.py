@@ -19,7 +19,7 @@ LINEAR = SamplingConfig(cfg_scale=6.0, cfg_schedule="linear")
 ASKED = {
     "tiny-mergear": (GUIDED, 0.8),
     "tiny-plain": (GUIDED, 0.8),
-    "tiny-randar": (replace(GUIDED, merge_number=256, sampling=LINEAR, steps=32), 0.7),
+    "tiny-randar": (replace(GUIDED, keep=256, sampling=LINEAR, steps=32), 0.7),
 }
 
 

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from ml_collections import ConfigDict
 
-from runtime_jax.config import ConfigError, Duration, build, load, to_dict
+from runtime_jax.config import ConfigError, Duration, added, build, load, renamed, to_dict, with_new_names
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -185,3 +185,40 @@ def test_bad_config_file(tmp_path, config_file):
     assert load(str(tmp_path / "plain.py")).a == 1
     with pytest.raises(ConfigError, match="get_config takes no argument 'x'"):
         load(str(tmp_path / "plain.py:x"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Changed:
+    sizes: tuple[int, ...] = renamed("bits", (4,), lambda bits: tuple(2**n for n in bits))
+    kind: str = added("usual")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Whole:
+    model: Changed
+    seed: int = 0
+
+
+def test_old_files_are_read():
+    assert build(Changed, {"bits": [2, 3]}) == Changed(sizes=(4, 8))
+    old = {"model": {"bits": [2, 3]}, "seed": 1, "elsewhere": "kept"}
+    assert with_new_names(Whole, old) == {"model": {"sizes": (4, 8)}, "seed": 1, "elsewhere": "kept"}
+    assert with_new_names(Whole, {"model": None}) == {"model": None}
+
+
+def test_an_added_field_leaves_old_files_as_they_were():
+    assert to_dict(Changed(sizes=(4,))) == {"sizes": [4]}
+    assert to_dict(Changed(kind="other")) == {"sizes": [4], "kind": "other"}
+    assert build(Changed, to_dict(Changed(kind="other"))) == Changed(kind="other")
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"bits": [2], "sizes": [4]}, r"config.bits: unknown key \(value \[2\]\); it is now 'sizes'"),
+        ({"bits": ["two"]}, r"config.bits: unknown key \(value \['two'\]\); it is now 'sizes'"),
+    ],
+)
+def test_old_names_that_cannot_be_read(fields, message):
+    with pytest.raises(ConfigError, match=message):
+        build(Changed, fields)

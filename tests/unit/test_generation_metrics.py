@@ -110,7 +110,7 @@ PROTOCOL = {
     "device": "cpu",
     "mesh": {"data": 1, "fsdp": 1, "tensor": 1},
     "num": COUNT,
-    "merge_number": 4,
+    "keep": 4,
     "steps": 16,
     "batch_size": 2,
     "slots": 10,
@@ -194,7 +194,7 @@ def test_folders_that_do_not_fit(tmp_path):
     ("changes", "message"),
     [
         ({"measured": {}}, "ours: a protocol without seconds_per_image, of another version; draw again"),
-        ({"slots": 11, "merge_number": 9}, "ours: its folders differ in merge_number, slots, not in the seed alone"),
+        ({"slots": 11, "keep": 9}, "ours: its folders differ in keep, slots, not in the seed alone"),
         ({"fingerprint": "01"}, "ours: its folders differ in fingerprint"),
         ({"seed": 0}, r"ours: seeds \[0, 0\]: every folder needs its own"),
     ],
@@ -231,7 +231,7 @@ def test_lines_join_rows_that_differ_in_slots_alone(tmp_path, monkeypatch):
         "a": {"slots": 5},
         "b": {},
         "plain": {"generator": PROTOCOL["generator"] | {"kind": "plain"}, "slots": 20, "fingerprint": "01"},
-        "other K": {"merge_number": 9, "slots": 7},
+        "other K": {"keep": 9, "slots": 7},
         "hotter": {"sampling": PROTOCOL["sampling"] | {"temperature": 2.0}, "slots": 8},
     }
     rows = [(name, [folder(tmp_path / name, **change)]) for name, change in changes.items()]

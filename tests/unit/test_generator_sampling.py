@@ -1,4 +1,4 @@
-"""Sampling: the loop against teacher forcing, random numbers, the store's memory, and what is asked of it."""
+"""Sampling: the loop against teacher forcing, random numbers, the KV cache's memory, and what is asked of it."""
 
 import dataclasses
 import functools
@@ -13,13 +13,13 @@ from golden_tools import jit
 from test_position_cache import simulate
 
 from mergevq_jax.generator.config import GeneratorConfig
-from mergevq_jax.generator.mask import first_members, merge_mask
+from mergevq_jax.generator.mask import first_of_group, merge_mask
 from mergevq_jax.generator.sampling import raster as sampling
 from mergevq_jax.generator.sampling.draw import draw, guidance_scales, keep_likely
 from mergevq_jax.generator.sampling.plan import SamplingConfig, make_plan
 from mergevq_jax.generator.sampling.raster import sample
+from mergevq_jax.generator.sub_tokens import split_indices
 from mergevq_jax.generator.transformer import SHARDING_RULES, Generator, param_shapes
-from mergevq_jax.tokenizer.quantizers.lfq import split_indices
 from runtime_jax.nn.compute import Compute
 from runtime_jax.prng import Stream, example_keys, stream_key
 from runtime_jax.sharding import MeshConfig, make_mesh, param_shardings
@@ -41,8 +41,8 @@ def codes(params, labels=LABELS, *, seed=0, examples=None, **settings):
 
 
 def masked_logits(params, indices, labels):
-    mask = jit(functools.partial(merge_mask, window=WINDOW, prefix=2))(first_members(jnp.asarray(indices)))
-    merge = np.full(len(labels), CONFIG.merge_numbers.index(NUMBER), np.int32)
+    mask = jit(functools.partial(merge_mask, window=WINDOW, prefix=2))(first_of_group(jnp.asarray(indices)))
+    merge = np.full(len(labels), CONFIG.keeps.index(NUMBER), np.int32)
     return [np.asarray(part) for part in teacher_forced(params, indices, labels, merge, mask)]
 
 
@@ -57,7 +57,7 @@ def test_greedy_codes_are_the_likeliest_under_teacher_forcing(scales, params):
     logits = masked_logits(params, drawn.indices, LABELS)
     null = masked_logits(params, drawn.indices, np.full_like(LABELS, CONFIG.null_class))
     steps = guidance_scales(scales, L, "linear")
-    for part, values in enumerate(split_indices(jnp.asarray(drawn.indices), CONFIG.code_bits)):
+    for part, values in enumerate(split_indices(jnp.asarray(drawn.indices), CONFIG.vocab_sizes)):
         mixed = null[part] + steps[:, part, None] * (logits[part] - null[part])
         np.testing.assert_array_equal(mixed.argmax(-1), values)
 
@@ -68,8 +68,8 @@ def test_temperature_top_k_and_top_p_are_those_of_each_sub_token(params):
     for settings in ({"temperature": 1e-5}, {"top_k": 1}, {"top_p": 1e-6}):
         np.testing.assert_array_equal(codes(params, **settings).indices, likeliest)
     free, first, second = codes(params), codes(params, top_k=(1, 0)), codes(params, top_p=(1.0, 1e-6))
-    parts = [split_indices(jnp.asarray(drawn.indices[:, 0]), CONFIG.code_bits) for drawn in (free, first, second)]
-    best = split_indices(jnp.asarray(likeliest[:, 0]), CONFIG.code_bits)
+    parts = [split_indices(jnp.asarray(drawn.indices[:, 0]), CONFIG.vocab_sizes) for drawn in (free, first, second)]
+    best = split_indices(jnp.asarray(likeliest[:, 0]), CONFIG.vocab_sizes)
     np.testing.assert_array_equal(parts[1][0], best[0])
     np.testing.assert_array_equal(parts[2][0], parts[0][0])
     assert (parts[0][0] != best[0]).any() and (parts[1][1] != best[1]).any()
@@ -79,7 +79,7 @@ def test_temperature_top_k_and_top_p_are_those_of_each_sub_token(params):
 
 @pytest.mark.parametrize("policy", ["evict-oldest", "full"])
 def test_a_report_of_what_the_store_held(policy, params):
-    """With room for two tokens the store overflows, as a list of tokens does."""
+    """With room for two tokens the KV cache overflows, as a list of tokens does."""
     drawn = codes(params, capacity=2, policy=policy)
     assert drawn.overflows.min() > 0
     for row in range(len(LABELS)):
@@ -96,7 +96,7 @@ def test_codes_depend_on_seed_and_example_alone(params):
     for part in (slice(0, 2), slice(2, 4)):
         got = codes(params, LABELS[part], examples=np.arange(4)[part], cfg_scale=2.0)
         jax.tree.map(np.testing.assert_array_equal, got, jax.tree.map(lambda x, part=part: x[part], whole))
-    one = codes(params, LABELS[1:2], examples=np.arange(1, 2))  # a store without an axis of rows
+    one = codes(params, LABELS[1:2], examples=np.arange(1, 2))  # a KV cache without an axis of rows
     jax.tree.map(np.testing.assert_array_equal, one, jax.tree.map(lambda x: x[1:2], codes(params)))
     again, other = codes(params, cfg_scale=2.0), codes(params, cfg_scale=2.0, seed=1)
     np.testing.assert_array_equal(again.indices, whole.indices)
@@ -116,11 +116,11 @@ def test_bfloat16_draws_what_float32_finds_likeliest_or_nearly(params):
     settings, half = SamplingConfig(greedy=True), Compute(dtype="bfloat16")
     drawn = sample(params, LABELS, NUMBER, config=CONFIG, sampling=settings, seed=0, compute=half)
     logits = masked_logits(params, drawn.indices, LABELS)
-    merge = np.full(len(LABELS), CONFIG.merge_numbers.index(NUMBER), np.int32)
+    merge = np.full(len(LABELS), CONFIG.keeps.index(NUMBER), np.int32)
     for part in teacher_forced(params, drawn.indices, LABELS, merge, module=Generator(CONFIG, half)):
         # Summed in float32: few values would be bfloat16's by chance.
         assert part.dtype == jnp.float32 and (part.astype(jnp.bfloat16).astype(jnp.float32) == part).mean() < 0.1
-    for scores, values in zip(logits, split_indices(drawn.indices, CONFIG.code_bits), strict=True):
+    for scores, values in zip(logits, split_indices(drawn.indices, CONFIG.vocab_sizes), strict=True):
         chosen = np.take_along_axis(scores, np.asarray(values)[..., None], axis=-1)[..., 0]
         assert (scores.max(-1) - chosen).max() < 0.01 * scores.std()  # measured: 0
 
@@ -132,7 +132,7 @@ def test_numbers_change_without_compiling(params):
     assert sampling.run._cache_size() == before
 
 
-# The store's memory.
+# The KV cache's memory.
 
 BATCH = 64
 WIDE = GeneratorConfig(
@@ -141,7 +141,7 @@ WIDE = GeneratorConfig(
     num_heads=4,
     ffn_dim=8,
     head_layers=1,
-    code_bits=(1, 1),
+    vocab_sizes=(2, 2),
     num_classes=2,
     merge_instruction=False,
 )
@@ -149,7 +149,7 @@ WIDE = GeneratorConfig(
 
 @functools.cache
 def compiled(side, window, capacity, batch=BATCH):
-    """A sampler whose memory is nearly all store, and the shape of one layer's keys."""
+    """A sampler whose memory is nearly all KV cache, and the shape of one layer's keys."""
     config = dataclasses.replace(WIDE, grid=(side, side))
     settings = SamplingConfig(window=window, capacity=capacity)
     plan, knobs = make_plan(config, settings, None, Compute())
@@ -162,14 +162,14 @@ def compiled(side, window, capacity, batch=BATCH):
 
 @pytest.mark.parametrize(("side", "kept", "limit"), [(16, 144, 0.60), (32, 256, 0.28)])
 def test_memory_shrinks_with_the_kept_tokens(side, kept, limit):
-    small, large = (compiled(side, *store)[0] for store in ((2, kept), (side**2, side**2)))
+    small, large = (compiled(side, *kv_cache)[0] for kv_cache in ((2, kept), (side**2, side**2)))
     assert small.memory_analysis().temp_size_in_bytes <= limit * large.memory_analysis().temp_size_in_bytes
 
 
 def test_no_memory_but_the_store():
     program, shape = compiled(16, 2, 144)
-    store = 2 * 4 * np.prod(shape)
-    assert store < program.memory_analysis().temp_size_in_bytes < 1.25 * store
+    kv_cache = 2 * 4 * np.prod(shape)
+    assert kv_cache < program.memory_analysis().temp_size_in_bytes < 1.25 * kv_cache
 
 
 def test_unguided_sampling_has_one_row_an_image():
@@ -260,16 +260,16 @@ def test_guidance_needs_a_null_class():
         ({"labels": np.asarray([0, 6])}, r"labels \[0, 6\]: classes are 0 to 4, or the null class 5"),
         ({"labels": np.asarray([-1])}, "classes are 0 to 4"),
         ({"labels": np.zeros(0, np.int32)}, "at least one"),
-        ({"merge_number": 10}, "merge number 10: this generator knows 4, 9, 12"),
-        ({"merge_number": None}, "merge number None: this generator knows 4, 9, 12"),
+        ({"keep": 10}, "K = 10: this generator knows 4, 9, 12"),
+        ({"keep": None}, "K = None: this generator knows 4, 9, 12"),
         ({"examples": np.arange(3)}, "3 example numbers for 4 labels"),
         ({"seed": -1}, "seed: got -1"),
     ],
     ids=str,
 )
 def test_requests_that_are_not_possible(arguments, message):
-    given = {"labels": LABELS, "merge_number": NUMBER, "seed": 0} | arguments
-    labels, number = given.pop("labels"), given.pop("merge_number")
+    given = {"labels": LABELS, "keep": NUMBER, "seed": 0} | arguments
+    labels, number = given.pop("labels"), given.pop("keep")
     unchecked = getattr(sample, "__wrapped__", sample)
     with pytest.raises(ValueError, match=message):
         unchecked({}, labels, number, config=CONFIG, sampling=SamplingConfig(), **given)

@@ -73,7 +73,7 @@ def test_the_dense_codebook_counts_like_the_indices():
     logits = (4 / TEMPERATURE) * jnp.asarray(z)
     probabilities = np.asarray(lfq._code_probabilities(logits))
     for index in range(32):
-        code = np.asarray(lfq.indices_to_codes(jnp.asarray(index), 5))
+        code = np.asarray(lfq.from_indices(jnp.asarray(index), 5))
         expected = np.prod(jax.nn.sigmoid(logits * code[None]), axis=-1)
         np.testing.assert_allclose(probabilities[:, index], expected, rtol=1e-5)
 
@@ -81,7 +81,7 @@ def test_the_dense_codebook_counts_like_the_indices():
 def test_entropies_at_their_limits():
     terms = entropy_terms(jnp.zeros((64, 6)))
     np.testing.assert_allclose([terms.per_sample, terms.codebook], 6 * np.log(2), rtol=1e-3)
-    all_codes = lfq.indices_to_codes(jnp.arange(64), 6)
+    all_codes = lfq.from_indices(jnp.arange(64), 6)
     terms = entropy_terms(all_codes)
     np.testing.assert_allclose([terms.per_sample, terms.codebook], [0, 6 * np.log(2)], rtol=1e-3, atol=1e-6)
     assert float(terms.loss) == pytest.approx(-6 * np.log(2), rel=1e-3)
@@ -133,7 +133,7 @@ def test_codes_are_exactly_plus_and_minus_one(dtype, compile):
 def test_zero_goes_to_minus_one():
     zeros = jnp.asarray([[0.0, -0.0, 1e-30, -1e-30]])
     assert lfq.quantize(zeros).tolist() == [[-1, -1, 1, -1]]
-    assert lfq.codes_to_indices(zeros).tolist() == [4]
+    assert lfq.to_indices(zeros).tolist() == [4]
     assert float(lfq.commitment_loss(jnp.zeros((3, 5)))) == 1.0
 
 
@@ -154,37 +154,21 @@ def test_commitment():
 
 def test_channel_0_is_the_least_significant_bit():
     codes = jnp.asarray([[1.0, -1, -1], [-1, -1, 1], [1, 1, -1]])
-    assert lfq.codes_to_indices(codes).tolist() == [1, 4, 3]
-    assert lfq.codes_to_indices(codes[0]).shape == ()
+    assert lfq.to_indices(codes).tolist() == [1, 4, 3]
+    assert lfq.to_indices(codes[0]).shape == ()
 
 
 @settings(max_examples=30, deadline=None)
 @given(st.lists(st.integers(0, 2**18 - 1), min_size=6, max_size=6))
 def test_indices_of_18_bits_round_trip(indices):
     indices = jnp.asarray(indices, jnp.int32).reshape(2, 3)
-    codes = lfq.indices_to_codes(indices, 18)
+    codes = lfq.from_indices(indices, 18)
     assert codes.shape == (2, 3, 18) and codes.dtype == jnp.float32 and set(np.unique(codes)) <= {-1.0, 1.0}
-    np.testing.assert_array_equal(lfq.codes_to_indices(codes), indices)
+    np.testing.assert_array_equal(lfq.to_indices(codes), indices)
 
 
 @pytest.mark.parametrize("bits", [1, 18, 30, 31])
 def test_the_largest_index(bits):
     codes = jnp.ones((1, bits))
-    assert lfq.codes_to_indices(codes).tolist() == [2**bits - 1]
-    np.testing.assert_array_equal(lfq.indices_to_codes(jnp.asarray([2**bits - 1]), bits), codes)
-
-
-@pytest.mark.parametrize("bits", [(6, 12), (9, 9), (18,), (1, 2, 15)])
-def test_sub_tokens_round_trip(bits):
-    indices = np.random.default_rng(0).integers(0, 2**18, (4, 50), dtype=np.int32)
-    parts = lfq.split_indices(jnp.asarray(indices), bits)
-    assert [int(part.max()) < 2**n for part, n in zip(parts, bits, strict=True)] == [True] * len(bits)
-    np.testing.assert_array_equal(lfq.join_indices(parts, bits), indices)
-    codes = np.asarray(lfq.indices_to_codes(jnp.asarray(indices), 18))
-    first = lfq.codes_to_indices(jnp.asarray(codes[..., : bits[0]]))
-    np.testing.assert_array_equal(parts[0], first)  # the first channels are the first sub-token
-
-
-def test_sub_tokens_of_unequal_number_are_refused():
-    with pytest.raises(ValueError):
-        lfq.join_indices([jnp.zeros(3, jnp.int32)], (6, 12))
+    assert lfq.to_indices(codes).tolist() == [2**bits - 1]
+    np.testing.assert_array_equal(lfq.from_indices(jnp.asarray([2**bits - 1]), bits), codes)

@@ -1,4 +1,4 @@
-"""What the store keeps, and that decoding through it equals attention over the whole sequence under the mask."""
+"""What the KV cache keeps, and that decoding through it equals attention over the whole sequence under the mask."""
 
 import dataclasses
 import functools
@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax import lax
 
-from mergevq_jax.generator.mask import causal_mask, first_members, merge_mask
+from mergevq_jax.generator.mask import causal_mask, first_of_group, merge_mask
 from mergevq_jax.generator.sampling import decode, position_cache
 from mergevq_jax.generator.transformer import Generator, rope_table
 from runtime_jax.nn.compute import Compute
@@ -69,7 +69,7 @@ def test_the_cache_holds_what_a_list_holds(policy, seed, values, window, capacit
         for step, (held, is_first, overflows) in enumerate(simulate(row, window, capacity, policy)):
             positions, *counted = (array[step, example] for array in steps)
             assert set(positions[positions >= 0].tolist()) == held
-            # No token ever moves, and none needs more slots than the store has.
+            # No token ever moves, and none needs more slots than the KV cache has.
             places[step] = counted[1]
             assert counted == [overflows, places[step], is_first]
             assert all(positions[places[position]] == position for position in held)
@@ -107,22 +107,22 @@ def test_visible_slots():
 # The central invariant.
 
 SPLITS = {
-    "6+12": dataclasses.replace(CONFIG, code_bits=(6, 12)),
-    "9+9": dataclasses.replace(CONFIG, code_bits=(9, 9)),
-    "1+2+2, plain prefix": dataclasses.replace(CONFIG, code_bits=(1, 2, 2), merge_instruction=False),
+    "6+12": dataclasses.replace(CONFIG, vocab_sizes=(64, 4096)),
+    "9+9": dataclasses.replace(CONFIG, vocab_sizes=(512, 512)),
+    "1+2+2, plain prefix": dataclasses.replace(CONFIG, vocab_sizes=(2, 4, 4), merge_instruction=False),
 }
 
 
 @functools.partial(jit, static_argnames="config")
 def attended(params, indices, labels, merge, groups, window, *, config):
     """Teacher forcing under the mask of these groups."""
-    mask = merge_mask(first_members(groups), window=window, prefix=config.prefix)
+    mask = merge_mask(first_of_group(groups), window=window, prefix=config.prefix)
     return Generator(config).apply({"params": params}, indices, labels, merge, mask)
 
 
 @functools.partial(jit, static_argnames="config")
 def decoded(params, indices, labels, merge, window, capacity, *, config):
-    """The same codes one by one through the store."""
+    """The same codes one by one through the KV cache."""
     compute, prefix, batch = Compute(), config.prefix, len(labels)
     apply = functools.partial(Generator(config).apply, {"params": params})
     layers = decode.unstacked(params["spatial_blocks"])
@@ -133,7 +133,7 @@ def decoded(params, indices, labels, merge, window, capacity, *, config):
     codes = jnp.pad(indices[:, :-1], ((0, 0), (prefix, 0)))
 
     def step(carry, inputs):
-        store, cache = carry
+        kv_cache, cache = carry
         time, rope, x, code = inputs
         placed = position_cache.insert(
             cache, code, time - prefix, window=window, capacity=capacity, policy="evict-oldest"
@@ -141,16 +141,16 @@ def decoded(params, indices, labels, merge, window, capacity, *, config):
         cache = jax.tree.map(lambda new, old: jnp.where(time < prefix, old, new), placed.cache, cache)
         slot = jnp.where(time < prefix, time, prefix + placed.slot)
         visible = position_cache.visible(cache, prefix=prefix, seen=time + 1)
-        x, store = decode.step(
-            layers, store, x[:, None], rope[:, None], slot[:, None], visible[:, None], config=config, compute=compute
+        x, kv_cache = decode.step(
+            layers, kv_cache, x[:, None], rope[:, None], slot[:, None], visible[:, None], config=config, compute=compute
         )
-        return (store, cache), x[:, 0]
+        return (kv_cache, cache), x[:, 0]
 
-    store = decode.new_store(config, compute, layers=config.num_layers, rows=batch, slots=prefix + L)
+    kv_cache = decode.new_kv_cache(config, compute, layers=config.num_layers, rows=batch, slots=prefix + L)
     steps = x.shape[1]
     rope = jnp.asarray(rope_table(config)[:, :steps]).swapaxes(0, 1)
     inputs = jnp.arange(steps), rope, x.swapaxes(0, 1), codes.T
-    (_, cache), hidden = lax.scan(step, (store, position_cache.empty_cache(batch, L)), inputs)
+    (_, cache), hidden = lax.scan(step, (kv_cache, position_cache.empty_cache(batch, L)), inputs)
     return apply(hidden.swapaxes(0, 1)[:, prefix - 1 :], indices, method=Generator.predict), cache.overflows
 
 
@@ -158,7 +158,7 @@ def random_groups(seed, batch=3, config=CONFIG):
     """Groups [B, L] of any number and shape, and codes that are equal exactly in a group."""
     rng = np.random.default_rng(seed)
     groups = np.stack([rng.integers(0, rng.integers(1, L + 1), L) for _ in range(batch)]).astype(np.int32)
-    codes = 2 ** sum(config.code_bits)
+    codes = config.vocab_size
     names = np.stack([rng.choice(codes, L, replace=False) for _ in range(batch)]).astype(np.int32)
     return groups, np.take_along_axis(names, groups, axis=1)
 

@@ -10,7 +10,7 @@ from golden_tools import jit
 from mergevq_jax.generator.kinds.positions import count_starts, draw_positions, new_counts, shares
 from runtime_jax.prng import Stream, example_keys, stream_key
 
-C, L, NUMBERS = CONFIG.num_classes, CONFIG.length, CONFIG.merge_numbers
+C, L, NUMBERS = CONFIG.num_classes, CONFIG.length, CONFIG.keeps
 
 
 def keys_of(count, seed=0):
@@ -37,7 +37,7 @@ def test_what_is_counted():
     assert counts[:, :, 0].sum() == 4
 
 
-def test_a_generator_without_merge_numbers_counts_all():
+def test_a_generator_without_merge_instruction_counts_all():
     config = dataclasses.replace(CONFIG, merge_instruction=False)
     counts = counted(new_counts(config), np.asarray([1]), np.arange(L)[None], L, config)
     np.testing.assert_array_equal(counts[0, 1], np.ones(L))

@@ -110,7 +110,7 @@ def test_a_new_model_loses_as_many_nats_as_codes_have():
     new = jit(functools.partial(init_params, RANDAR))(jax.random.key(0))
     assert new["position_emb"].shape == (1, RANDAR.dim)
     value, means = loss(new, tokens(3))
-    assert value == pytest.approx(np.log(2 ** sum(RANDAR.code_bits)), rel=1e-5)
+    assert value == pytest.approx(np.log(RANDAR.vocab_size), rel=1e-5)
     assert value == means["loss"] and means["loss/1"] == pytest.approx(np.log(8), rel=1e-5)
 
 
@@ -151,16 +151,16 @@ def test_counts_follow_a_cosine():
 
 @functools.partial(jit, static_argnames="steps")
 def decoded(params, codes, *, steps):
-    """Logits of the given codes, asked for in so many steps through the store."""
+    """Logits of the given codes, asked for in so many steps through the KV cache."""
     plan, knobs = make_randar_plan(RANDAR, SamplingConfig(), K, steps, Compute())
     sampler = RandarSampler(params, plan, knobs)
     carry, hidden = sampler.start(jnp.asarray(LABELS), jnp.asarray(MERGE)), []
     for count, *now in zip(plan.counts, *plan.steps, strict=True):
         here = slice(now[0], now[0] + plan.width)
         indices, positions = (jnp.pad(part, ((0, 0), (0, plan.width)))[:, here] for part in codes)
-        outputs, asked, rope, store = sampler.ask(carry, Step(*now), positions)
+        outputs, asked, rope, kv_cache = sampler.ask(carry, Step(*now), positions)
         known = sampler.apply(indices, method="embed_codes")
-        carry = randar_sampling.Carry(store, randar.alternating(asked, known), jnp.repeat(rope, 2, axis=2))
+        carry = randar_sampling.Carry(kv_cache, randar.alternating(asked, known), jnp.repeat(rope, 2, axis=2))
         hidden.append(outputs[:, :count])
     return sampler.apply(jnp.concatenate(hidden, axis=1), codes.indices, method="predict")
 
@@ -191,7 +191,7 @@ def draw(params, labels=LABELS, *, steps=4, seed=0, examples=None, starts=NOTHIN
         seed=seed,
         steps=steps,
         examples=examples,
-        group_starts=starts,
+        start_counts=starts,
         positions=places,
     )
     return jax.device_get(drawn)
@@ -219,7 +219,7 @@ def test_codes_depend_on_seed_and_example_alone(params):
     assert (other.indices != whole.indices).any(axis=1).all()
 
 
-def test_positions_are_drawn_for_the_class_and_the_merge_number(params):
+def test_positions_are_drawn_for_the_class_and_for_k(params):
     """Each has had groups at certain cells only, and the null class has all of them."""
     rng = np.random.default_rng(0)
     cells = rng.permuted(np.tile(np.arange(1, L), (3, 5, 1)), axis=-1)[..., : K - 1]
@@ -229,7 +229,7 @@ def test_positions_are_drawn_for_the_class_and_the_merge_number(params):
     labels = np.asarray([3, 0, 4], np.int32)
     drawn = draw(params, labels, starts=counts)
     for label, places in zip(labels, drawn.positions, strict=True):
-        assert set(places.tolist()) == {0, *cells[RANDAR.merge_numbers.index(K), label].tolist()}
+        assert set(places.tolist()) == {0, *cells[RANDAR.keeps.index(K), label].tolist()}
     given = draw(params, labels, places=drawn.positions)
     jax.tree.map(np.testing.assert_array_equal, given, drawn)
     assert set(draw(params, np.full(99, RANDAR.null_class), starts=counts).positions.flat) == set(range(L))
@@ -246,7 +246,7 @@ def test_positions_are_drawn_for_the_class_and_the_merge_number(params):
         ({"capacity": 9, "top_k": 5}, "sampling: top_k=5: .*; capacity=9: for raster order"),
         ({"policy": "full"}, "policy=full: for raster order"),
         ({"labels": np.asarray([0, 6])}, "classes are 0 to 4"),
-        ({"starts": None}, "positions of the codes, or group_starts to draw them from, are needed"),
+        ({"starts": None}, "positions of the codes, or start_counts to draw them from, are needed"),
         ({"places": np.zeros((3, 8), np.int32)}, r"positions \[3, 8\]: one for each code of each .* \[3, 9\]"),
         ({"places": np.zeros((3, 9), np.int32)}, "positions: different numbers from 0 to 11"),
         ({"places": np.tile(np.arange(4, 13), (3, 1))}, "positions: different numbers from 0 to 11"),

@@ -143,7 +143,7 @@ def test_modules_can_be_left_out():
         ({"num_res_blocks": (1, 1, 1, 1, 0)}, "without blocks the last level cannot change width"),
         ({"norm_num_groups": 0}, "norm_num_groups=0: positive numbers are needed"),
         ({"isotropic": 0}, "isotropic=0: a multiple of norm_num_groups=32"),
-        ({"z_channels": 31}, "z_channels=31: allowed are 1 to 30 bits"),
+        ({"z_channels": 31}, "z_channels=31: at least 1, and at most 2^30 codes"),
         ({"resolution": 100}, "resolution=100: a multiple of the downsampling 16"),
         ({"resolution": 16}, "resolution=16: a multiple of the downsampling 16, at least twice it"),
         ({"num_heads": 7}, "encoder: width 512 does not divide into 7 heads; decoder: width 512"),
@@ -410,7 +410,7 @@ def test_sizes_count_the_source_map(tokenizer):
 
 def test_decoding_is_unmerging_then_the_decoder(tokenizer):
     tokens = tokenizer.encode(pictures(2, 32, 32))
-    codes = lfq.indices_to_codes(tokens.indices, 6)
+    codes = lfq.from_indices(tokens.indices, 6)
     full = tome.unmerge(codes, tokens.source_map)
     every = decode(tokenizer.params, full, jnp.broadcast_to(jnp.arange(64, dtype=jnp.int32), (2, 64)))
     np.testing.assert_allclose(model.to_uint8(every).astype(int), tokenizer.decode(tokens).astype(int), atol=1)
@@ -487,7 +487,7 @@ def test_scanned_blocks_equal_a_loop(tokenizer):
 def test_recovered_maps_come_from_the_codes_alone(tokenizer):
     indices = jnp.asarray(np.random.default_rng(0).integers(64, size=(2, 36)), jnp.int32)
     source_map = tokenizer.recover(indices)
-    logits = jit(lambda codes: model.recover(tokenizer.params, CONFIG, codes))(lfq.indices_to_codes(indices, 6))
+    logits = jit(lambda codes: model.recover(tokenizer.params, CONFIG, codes))(lfq.from_indices(indices, 6))
     chosen = np.take_along_axis(np.asarray(logits), np.asarray(source_map)[..., None], axis=-1)[..., 0]
     assert source_map.shape == (2, 64) and np.all(chosen >= np.asarray(logits).max(-1) - 1e-4)
     with pytest.raises(ValueError, match="no source recovery"):
@@ -503,10 +503,10 @@ def test_where_groups_start_says_which_are_possible(tokenizer):
 
     rng = np.random.default_rng(0)
     source_map = np.stack([rng.permutation(np.r_[:36, rng.integers(0, 36, 28)]) for _ in range(2)]).astype(np.int32)
-    starts = np.asarray(tome.first_members(jnp.asarray(source_map), 36))
+    starts = np.asarray(tome.group_starts(jnp.asarray(source_map), 36))
     indices = jnp.asarray(rng.integers(64, size=(2, 36)), jnp.int32)
     found = np.asarray(tokenizer.recover(indices, jnp.asarray(starts)))
-    np.testing.assert_array_equal(tome.first_members(jnp.asarray(found), 36), starts)
+    np.testing.assert_array_equal(tome.group_starts(jnp.asarray(found), 36), starts)
 
 
 def test_source_loss_is_the_cross_entropy():

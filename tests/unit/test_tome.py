@@ -111,7 +111,7 @@ def test_the_order_of_kept_tokens():
     assert (kept[:, evens:] == np.arange(1, T, 2)).all()
     together = np.sort(np.concatenate([kept, np.asarray(matching.source)], axis=1))
     assert (together == np.arange(T)).all()
-    assert (np.asarray(matching.place) >= evens).all()  # only odd tokens are joined
+    assert (np.asarray(matching.target) >= evens).all()  # only odd tokens are joined
 
 
 def test_bfloat16_tokens_are_summed_in_float32():
@@ -178,17 +178,17 @@ def test_unmerge_gives_every_position_its_groups_token():
     np.testing.assert_array_equal(tome.unmerge(jnp.asarray(tokens), source_map), expected)
 
 
-def test_first_members():
+def test_group_starts():
     source_map = np.where(random_map() == 3, 4, random_map())  # group 3 is empty
-    found = tome.first_members(jnp.asarray(source_map, jnp.int32), 7)
+    found = tome.group_starts(jnp.asarray(source_map, jnp.int32), 7)
     for b in range(B):
         expected = [int(np.append(np.flatnonzero(source_map[b] == k), 29)[0]) for k in range(7)]
         assert found[b].tolist() == expected and expected[3] == 29
 
 
-def test_the_papers_example_of_first_members():
+def test_the_papers_example_of_group_starts():
     groups = jnp.asarray([[0, 0, 1, 1, 2, 2, 2, 3, 3]], jnp.int32)
-    members = tome.first_members(groups, 4)
+    members = tome.group_starts(groups, 4)
     positions = jnp.take_along_axis(members, groups, axis=1) + 1
     assert positions.tolist() == [[1, 1, 3, 3, 5, 5, 5, 8, 8]]
 
@@ -247,7 +247,7 @@ def matchings():
     """Only their shapes matter."""
     index = lambda count: jnp.zeros((BATCH, count), jnp.int32)  # noqa: E731
     return [
-        tome.Matching(kept=index(tokens - r), source=index(r), place=index(r))
+        tome.Matching(kept=index(tokens - r), source=index(r), target=index(r))
         for tokens, r in zip(COUNTS, STEPS, strict=False)
     ]
 
@@ -258,7 +258,7 @@ def bookkeeping(steps, x, size):
     for matching in steps:
         x, size = tome.merge(matching, x, size)
         source_map = tome.merge_source_map(matching, source_map)
-    return x, size, source_map, tome.unmerge(x, source_map), tome.first_members(source_map, KEPT)
+    return x, size, source_map, tome.unmerge(x, source_map), tome.group_starts(source_map, KEPT)
 
 
 def dense_bookkeeping(steps, x, size):

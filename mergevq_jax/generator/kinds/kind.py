@@ -1,6 +1,6 @@
 """What each kind of generator does in its own way; here, what those in raster order share.
 
-Axes: B batch, L raster tokens, M merge numbers, C classes.
+Axes: B batch, L raster tokens, M choices of K, C classes.
 """
 
 import abc
@@ -23,8 +23,8 @@ from runtime_jax.nn.compute import Compute
 Counts = Mapping[str, Array]  # what training counts beside the parameters, by name
 
 
-class StoreUse(NamedTuple):
-    """What the sampler's store did for each image."""
+class CacheUse(NamedTuple):
+    """What the sampler's KV cache did for each image."""
 
     first_occurrence: Bool[Array, "B L"] | Bool[np.ndarray, "B L"]
     kept: Bool[Array, "B L"] | Bool[np.ndarray, "B L"]  # at the end
@@ -47,7 +47,7 @@ class Kind(abc.ABC):
 
     positions = False  # whether the model has a position instruction
     recovers = False  # whether its images need source recovery
-    store = True  # whether its sampler keeps some tokens and not others
+    compresses = True  # whether its sampler keeps some tokens and not others
 
     @abc.abstractmethod
     def loss(
@@ -85,7 +85,7 @@ class Kind(abc.ABC):
         self,
         model: GeneratorConfig,
         sampling: SamplingConfig,
-        merge_number: int | None,
+        keep: int | None,
         *,
         steps: int | None,
         compute: Compute,
@@ -96,21 +96,21 @@ class Kind(abc.ABC):
           ValueError: lists all settings that are not possible with this generator.
         """
         _check_steps(steps)
-        return make_plan(model, sampling, merge_number, compute)[0]
+        return make_plan(model, sampling, keep, compute)[0]
 
     def calls(self, model: GeneratorConfig, plan: DrawPlan) -> int:
         """How often the sampler calls the network for codes."""
         return model.length
 
     def tokens(self, model: GeneratorConfig) -> int:
-        """What a store that keeps everything holds beside the prefix."""
+        """What a KV cache that keeps everything holds beside the prefix."""
         return model.length
 
     def draw(
         self,
         params: Params,
         labels: Int[np.ndarray, "B"],
-        merge_number: int | None,
+        keep: int | None,
         *,
         steps: int | None,
         counts: Counts,
@@ -128,15 +128,15 @@ class Kind(abc.ABC):
           NotFiniteError: logits that are not finite.
         """
         _check_steps(steps)
-        return sample(params, labels, merge_number, **settings)
+        return sample(params, labels, keep, **settings)
 
     def images(self, tokenizer: Tokenizer, drawn: Samples) -> UInt8[Array, "B H W 3"]:
         """What was drawn, as images."""
         return codes_to_images(tokenizer, drawn.indices)
 
-    def use(self, drawn: Samples) -> StoreUse | None:
-        """What the store did; None where it keeps everything."""
-        return StoreUse(drawn.first_occurrence, drawn.kept, drawn.occupancy, drawn.overflows)
+    def use(self, drawn: Samples) -> CacheUse | None:
+        """What the KV cache did; None where it keeps everything."""
+        return CacheUse(drawn.first_occurrence, drawn.kept, drawn.occupancy, drawn.overflows)
 
 
 def _check_steps(steps: int | None) -> None:

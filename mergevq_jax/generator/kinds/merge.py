@@ -6,7 +6,7 @@ from jaxtyping import Array, Key
 
 from mergevq_jax.generator.kinds.kind import Kind, LossConfig
 from mergevq_jax.generator.losses import Means, next_code_loss
-from mergevq_jax.generator.mask import first_members, merge_mask
+from mergevq_jax.generator.mask import first_of_group, merge_mask
 from mergevq_jax.generator.merged_attention import merged_keys
 from mergevq_jax.generator.transformer import Params
 
@@ -19,7 +19,7 @@ class MergeAR(Kind):
     ) -> tuple[Array, Means]:
         """As of `Kind`."""
         groups = batch["source_map"] if config.groups == "source_map" else batch["indices"]
-        first, model = first_members(groups), config.model
+        first, model = first_of_group(groups), config.model
         near = {"window": config.window, "prefix": model.prefix}
         if config.compute.attention == "xla" and keep + config.window < model.length:
             seen = merged_keys(first, keep, **near)

@@ -3,9 +3,9 @@
 RandAR is asked for codes at given positions and does not predict these. In training they are the first members of an
 image's groups, and far from uniform: with the tiny tokenizer at K = 144, a group starts at the left edge in 95 % of
 images and in the middle of the first row in 5 to 9 %. So a generator keeps how many images had a group's start at each
-cell, for each merge number and class.
+cell, for each K and class.
 
-Axes: B batch, M merge numbers (1 without merge instruction), C classes, "labels" these and the null class, L raster
+Axes: B batch, M choices of K (1 without merge instruction), C classes, "labels" these and the null class, L raster
 tokens, K codes.
 """
 
@@ -17,12 +17,12 @@ import numpy as np
 from jaxtyping import Array, Float, Int, Key
 
 from mergevq_jax.generator.config import GeneratorConfig
-from mergevq_jax.tokenizer.tome import first_members
+from mergevq_jax.tokenizer.tome import group_starts
 
 
 def new_counts(config: GeneratorConfig) -> Int[Array, "M C L"]:
     """Counts before the first image."""
-    return jnp.zeros((len(_merge_numbers(config)), config.num_classes, config.length), jnp.int32)
+    return jnp.zeros((len(_keeps(config)), config.num_classes, config.length), jnp.int32)
 
 
 def count_starts(
@@ -34,17 +34,17 @@ def count_starts(
     keep: int,
 ) -> Int[Array, "M C L"]:
     """The counts with a batch of images that have K = `keep` groups each."""
-    return counts.at[_merge_numbers(config).index(keep), labels[:, None], first_members(source_map, keep)].add(1)
+    return counts.at[_keeps(config).index(keep), labels[:, None], group_starts(source_map, keep)].add(1)
 
 
 def shares(counts: Int[Array | np.ndarray, "M C L"], config: GeneratorConfig) -> Float[Array, "M labels L"]:
-    """Share of images in which a group starts at a cell; every L of them add up to the merge number.
+    """Share of images in which a group starts at a cell; every L of them add up to K.
 
     The last row of each M is of all classes together, for the null class. So that every share is known, one image is
     added to a class that is like all classes together, and to these one with all cells but the first equally likely:
     the first cell starts a group in every image.
     """
-    rest = (np.asarray(_merge_numbers(config)) - 1) / max(config.length - 1, 1)
+    rest = (np.asarray(_keeps(config)) - 1) / max(config.length - 1, 1)
     equal = jnp.broadcast_to(jnp.asarray(rest, jnp.float32)[:, None, None], (len(rest), 1, config.length))
     together = _mean_with(counts.sum(axis=1, keepdims=True), equal.at[:, :, 0].set(1.0))
     return jnp.concatenate([_mean_with(counts, together), together], axis=1)
@@ -79,5 +79,5 @@ def draw_positions(shares: Float[Array, "B L"], keys: Key[Array, "B"], count: in
     return jax.vmap(draw)(shares, keys)
 
 
-def _merge_numbers(config: GeneratorConfig) -> tuple[int, ...]:
-    return config.merge_numbers if config.merge_instruction else (config.length,)
+def _keeps(config: GeneratorConfig) -> tuple[int, ...]:
+    return config.keeps if config.merge_instruction else (config.length,)

@@ -1,7 +1,7 @@
 """RandAR (arXiv 2412.01827) over merged tokens: codes in random order, each after a token that says where it goes.
 
 The sequence is the prefix, then for each of the K distinct tokens a position instruction and the code, both with the
-rotary place of the token. The instruction is one learned vector that is turned by the place; the trunk's output there
+rotary position of the token. The instruction is one learned vector, rotated to the position; the trunk's output there
 predicts the code. A token that stands for a group has the raster position of the group's first member.
 
 Which positions an image's codes have is not predicted: a sampler is told them (see `positions`). Source recovery then
@@ -42,7 +42,7 @@ def merged_codes(indices: Int[Array, "B L"], source_map: Int[Array, "B L"], keep
       indices: the code at every raster token.
       source_map: the group of every raster token, all of 0 to K - 1.
     """
-    positions = tome.first_members(source_map, keep)
+    positions = tome.group_starts(source_map, keep)
     return Codes(jnp.take_along_axis(indices, positions, axis=1), positions)
 
 

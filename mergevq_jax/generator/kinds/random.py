@@ -8,7 +8,7 @@ from jaxtyping import Array, Int, Key, UInt8
 
 from mergevq_jax.generator.config import GeneratorConfig
 from mergevq_jax.generator.images import recovered_to_images
-from mergevq_jax.generator.kinds.kind import Counts, Kind, LossConfig, StoreUse
+from mergevq_jax.generator.kinds.kind import CacheUse, Counts, Kind, LossConfig
 from mergevq_jax.generator.kinds.positions import count_starts, new_counts
 from mergevq_jax.generator.kinds.randar import Codes, randar_loss
 from mergevq_jax.generator.losses import Means
@@ -26,7 +26,7 @@ class RandAR(Kind):
 
     positions = True
     recovers = True
-    store = False
+    compresses = False
 
     def loss(
         self, params: Params, batch: Mapping[str, Array], key: Key[Array, ""] | None, *, config: LossConfig, keep: int
@@ -56,13 +56,13 @@ class RandAR(Kind):
         self,
         model: GeneratorConfig,
         sampling: SamplingConfig,
-        merge_number: int | None,
+        keep: int | None,
         *,
         steps: int | None,
         compute: Compute,
     ) -> DrawPlan:
         """As of `Kind`."""
-        return make_randar_plan(model, sampling, merge_number, steps, compute)[0]
+        return make_randar_plan(model, sampling, keep, steps, compute)[0]
 
     def calls(self, model: GeneratorConfig, plan: DrawPlan) -> int:
         """As of `Kind`."""
@@ -76,19 +76,19 @@ class RandAR(Kind):
         self,
         params: Params,
         labels: Int[np.ndarray, "B"],
-        merge_number: int | None,
+        keep: int | None,
         *,
         steps: int | None,
         counts: Counts,
         **settings: Any,
     ) -> Any:
         """As of `Kind`."""
-        return randar_sample(params, labels, merge_number, steps=steps, group_starts=counts[GROUP_STARTS], **settings)
+        return randar_sample(params, labels, keep, steps=steps, start_counts=counts[GROUP_STARTS], **settings)
 
     def images(self, tokenizer: Tokenizer, drawn: Codes) -> UInt8[Array, "B H W 3"]:
         """As of `Kind`."""
         return recovered_to_images(tokenizer, drawn)
 
-    def use(self, drawn: Codes) -> StoreUse | None:
+    def use(self, drawn: Codes) -> CacheUse | None:
         """None."""
         return None

@@ -1,1 +1,1 @@
-"""Drawing codes: the settings, the samplers in raster order and in random order, and the store of keys and values."""
+"""Drawing codes: the settings, the samplers in raster order and in random order, and the KV cache."""

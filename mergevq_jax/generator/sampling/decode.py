@@ -1,6 +1,6 @@
-"""A few positions at a time: the trunk over its store, the head over the sub-tokens of one code.
+"""A few positions at a time: the trunk over its KV cache, the head over the sub-tokens of one code.
 
-The layers are unrolled and each has its own parameters and its own part of the store, so that a loop over positions
+The layers are unrolled and each has its own parameters and its own part of the KV cache, so that a loop over positions
 reads both where they lie; a scan over stacked layers would copy each layer's slice at every step.
 
 Axes: R rows, n positions, D width, C slots.
@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from mergevq_jax.generator.config import GeneratorConfig
-from mergevq_jax.generator.sampling.position_cache import Store, empty_store
+from mergevq_jax.generator.sampling.position_cache import KVCache, empty_kv_cache
 from mergevq_jax.generator.transformer import Block, Params
 from runtime_jax.nn.compute import Compute
 
@@ -42,41 +42,41 @@ def unstacked(blocks: Params) -> list[Layer]:
     return [jax.tree.map(operator.itemgetter(layer), stacked) for layer in range(len(gate))]
 
 
-def new_store(config: GeneratorConfig, compute: Compute, *, layers: int, rows: int, slots: int) -> Store:
-    """An empty store for this many blocks, in the dtype that they compute in."""
-    return empty_store(layers, rows, config.num_heads, slots, config.head_dim, compute.jax_dtype)
+def new_kv_cache(config: GeneratorConfig, compute: Compute, *, layers: int, rows: int, slots: int) -> KVCache:
+    """An empty KV cache for this many blocks, in the dtype that they compute in."""
+    return empty_kv_cache(layers, rows, config.num_heads, slots, config.head_dim, compute.jax_dtype)
 
 
 def step(
     layers: list[Layer],
-    store: Store,
+    kv_cache: KVCache,
     x: Float[Array, "R n D"],
-    rope: Float[Array, "2 *places n pairs"],
+    rope: Float[Array, "2 *rows n pairs"],
     slots: Int[Array, "R n"],
     visible: Bool[Array, "#R n C"],
     *,
     config: GeneratorConfig,
     compute: Compute,
-) -> tuple[Float[Array, "R n D"], Store]:
+) -> tuple[Float[Array, "R n D"], KVCache]:
     """New positions through all blocks of a stack.
 
     Args:
       layers: of `unstacked`.
-      store: keys and values of the positions before them.
+      kv_cache: keys and values of the positions before them.
       x: their embeddings.
       rope: their rows of the stack's rope table.
       slots: where their keys and values go, all different.
       visible: slots that each of them sees, its own included.
 
     Returns:
-      their outputs, and the store that holds them as well.
+      their outputs, and the KV cache that holds them as well.
     """
     block = Block(config, compute)
     keys, values = [], []
-    for (params, w13), layer_keys, layer_values in zip(layers, store.keys, store.values, strict=True):
+    for (params, w13), layer_keys, layer_values in zip(layers, kv_cache.keys, kv_cache.values, strict=True):
         x, layer_keys, layer_values = block.apply(
             {"params": params}, x, rope, layer_keys, layer_values, slots, visible, w13, method=Block.step
         )
         keys.append(layer_keys)
         values.append(layer_values)
-    return x, Store(keys=tuple(keys), values=tuple(values))
+    return x, KVCache(keys=tuple(keys), values=tuple(values))

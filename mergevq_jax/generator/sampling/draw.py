@@ -25,11 +25,11 @@ def guidance_scales(
         the tokens in a part of the sequence, else 1.
       interval: that part, as fractions of the sequence: start <= token / L < end.
     """
-    place = np.arange(length)
+    position = np.arange(length)
     if schedule == "linear":
-        share = place / max(length - 1, 1)
+        share = position / max(length - 1, 1)
     elif schedule == "interval":
-        share = (place >= interval[0] * length) & (place < interval[1] * length)
+        share = (position >= interval[0] * length) & (position < interval[1] * length)
     else:
         share = np.ones(length)
     return (1 + share[:, None] * (np.asarray(scales) - 1)).astype(np.float32)

@@ -14,8 +14,8 @@ from jaxtyping import Array, Bool, Float, Int, Key
 from mergevq_jax.generator.sampling import decode
 from mergevq_jax.generator.sampling.draw import draw, guided, keep_likely, likeliest
 from mergevq_jax.generator.sampling.plan import DrawPlan, Knobs
+from mergevq_jax.generator.sub_tokens import join_indices
 from mergevq_jax.generator.transformer import Generator, Params, head_rope_table
-from mergevq_jax.tokenizer.quantizers.lfq import join_indices
 from runtime_jax.finite import check_finite
 from runtime_jax.sharding import Axis, constrain
 
@@ -69,7 +69,7 @@ class HeadSampler:
             labels = jnp.where(jnp.arange(labels.shape[0]) % 2 == 0, labels, self.config.null_class)
         return self.apply(labels, None if merge is None else self.rows(merge), method=Generator.embed_prefix)
 
-    def next_codes(
+    def next_indices(
         self, hidden: Float[Array, "R n D"], scales: Float[Array, "S"], keys: Key[Array, "S B n"]
     ) -> tuple[Int[Array, "B n"], Float[Array, "R n D"]]:
         """Draws codes, each from the trunk's output that predicts it; returns them and their embeddings.
@@ -78,23 +78,23 @@ class HeadSampler:
         """
         plan, config, side_by_side = self.plan, self.config, hidden.shape[1]
         x = rearrange(hidden, "(b g) n d -> (b n g) 1 d", g=plan.rows)
-        parts, rows = len(config.code_bits), x.shape[0]
-        store = decode.new_store(config, plan.compute, layers=config.head_layers, rows=rows, slots=parts)
+        parts, rows = len(config.vocab_sizes), x.shape[0]
+        kv_cache = decode.new_kv_cache(config, plan.compute, layers=config.head_layers, rows=rows, slots=parts)
         rope, values, embedded = jnp.asarray(head_rope_table(config)), [], []
         finite = jnp.ones(rows, bool)
         for index in range(parts):
             slots = jnp.full((rows, 1), index, jnp.int32)
             seen = (jnp.arange(parts) <= index)[None, None]
-            x, store = self.step_blocks(self.head_blocks, store, x, rope[:, index : index + 1], slots, seen)
+            x, kv_cache = self.step_blocks(self.head_blocks, kv_cache, x, rope[:, index : index + 1], slots, seen)
             logits = self.apply(index, x, method=Generator.logits)
             finite &= jnp.isfinite(logits).all(axis=(1, 2))
             values.append(self.next_values(index, logits, scales[index], keys[index].reshape(-1)))
             x = self.apply(index, self.rows(values[-1])[:, None], method=Generator.embed_sub_token)
             embedded.append(x)
-        codes = rearrange(join_indices(values, config.code_bits), "(b n) -> b n", n=side_by_side)
+        indices = rearrange(join_indices(values, config.vocab_sizes), "(b n) -> b n", n=side_by_side)
         finite = rearrange(finite, "(b n g) -> b n g", n=side_by_side, g=plan.rows).all(axis=-1)
-        codes = jnp.where(finite, codes, UNDRAWN)
-        return codes, rearrange(sum(embedded), "(b n g) 1 d -> (b g) n d", n=side_by_side, g=plan.rows)
+        indices = jnp.where(finite, indices, UNDRAWN)
+        return indices, rearrange(sum(embedded), "(b n g) 1 d -> (b g) n d", n=side_by_side, g=plan.rows)
 
     def next_values(
         self, index: int, logits: Float[Array, "rows 1 V"], scale: Float[Array, ""], keys: Key[Array, "Bn"]

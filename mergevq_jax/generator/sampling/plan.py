@@ -1,6 +1,6 @@
 """How codes are drawn: the settings, and what a sampler makes of them for one generator.
 
-Axes: B examples, L raster tokens, N codes that are drawn (L, or RandAR's K), S sub-tokens, C slots of the store.
+Axes: B examples, L raster tokens, N codes that are drawn (L, or RandAR's K), S sub-tokens, C slots of the KV cache.
 """
 
 from collections.abc import Callable, Sequence
@@ -21,7 +21,7 @@ WINDOW = 2  # the paper's figure 4
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingConfig:
-    """How codes are drawn and which of them the store keeps. A tuple has one value for each sub-token."""
+    """How codes are drawn and which of them the KV cache keeps. A tuple has one value for each sub-token."""
 
     cfg_scale: float | tuple[float, ...] = 1.0  # 1 is no guidance
     cfg_schedule: CfgSchedule = "constant"
@@ -31,7 +31,7 @@ class SamplingConfig:
     top_p: float | tuple[float, ...] = 1.0  # 1: off
     greedy: bool = False  # the likeliest value, whatever temperature, top_k and top_p say
     window: int | None = None  # recent tokens that are always seen; None: 2, or L without a merge instruction
-    capacity: int | None = None  # older first occurrences that are kept; None: the merge number, or L without one
+    capacity: int | None = None  # older first occurrences that are kept; None: K, or L without a merge instruction
     policy: str = "evict-oldest"  # of `POLICIES`: which older token goes when there are more
 
 
@@ -80,17 +80,17 @@ _PER_SUB_TOKEN: tuple[tuple[str, str, Callable[[Any, int], bool]], ...] = (
 
 
 def make_plan(
-    config: GeneratorConfig, sampling: SamplingConfig, merge_number: int | None, compute: Compute
+    config: GeneratorConfig, sampling: SamplingConfig, keep: int | None, compute: Compute
 ) -> tuple[Plan, Knobs]:
     """What the sampler is compiled for, and what it takes as numbers.
 
     Raises:
       ValueError: lists all settings that are not possible with this generator.
     """
-    config.merge_index(merge_number)
+    config.merge_index(keep)
     length = config.length
     window = (WINDOW if config.merge_instruction else length) if sampling.window is None else sampling.window
-    capacity = (merge_number or length) if sampling.capacity is None else sampling.capacity
+    capacity = (keep or length) if sampling.capacity is None else sampling.capacity
     problems = []
     if not 1 <= window <= capacity <= length:
         problems.append(f"window={window}, capacity={capacity}: needed is 1 <= window <= capacity <= {length} (tokens)")
@@ -133,13 +133,13 @@ def draw_plan(
 def checked_request(
     labels: Int[Array, "_"] | Int[np.ndarray, "_"],
     examples: Int[Array, "_"] | Int[np.ndarray, "_"] | None,
-    merge_number: int | None,
+    keep: int | None,
     config: GeneratorConfig,
 ) -> tuple[Int[np.ndarray, "B"], Int[np.ndarray, "B"], Int[np.ndarray, "B"] | None]:
     """Labels, numbers of the examples (None: 0 to B - 1) and merge instructions, ready for a sampler.
 
     Raises:
-      ValueError: no labels, or some that the generator does not know; not one number an example; a merge number as in
+      ValueError: no labels, or some that the generator does not know; not one number an example; a K as in
         `GeneratorConfig.merge_index`.
     """
     labels = np.asarray(labels)
@@ -150,7 +150,7 @@ def checked_request(
     examples = np.arange(len(labels), dtype=np.int32) if examples is None else np.asarray(examples)
     if examples.shape != labels.shape:
         raise ValueError(f"{len(examples)} example numbers for {len(labels)} labels")
-    merge = config.merge_index(merge_number)
+    merge = config.merge_index(keep)
     return labels, examples, None if merge is None else np.full(labels.shape, merge, np.int32)
 
 
@@ -158,7 +158,7 @@ def _settings(config: GeneratorConfig, sampling: SamplingConfig) -> tuple[dict[s
     """The settings that a sub-token can have for itself, one value for each, and what is wrong with any setting."""
     values, problems = {}, []
     for name, allowed, fits in _PER_SUB_TOKEN:
-        given, parts = getattr(sampling, name), len(config.code_bits)
+        given, parts = getattr(sampling, name), len(config.vocab_sizes)
         values[name] = given if isinstance(given, tuple) else (given,) * parts
         if len(values[name]) != parts:
             problems.append(f"{name}={given}: one value, or one for each of {parts} sub-tokens")

@@ -1,15 +1,15 @@
-"""MergeAR's compressed store of keys and values, and the position cache that says what is in it (paper section 4.2).
+"""MergeAR's compressed KV cache of keys and values, and the position cache that says what is in it (paper section 4.2).
 
-The store has C = P + T slots: one for each prefix token, and T = window + 1 + capacity for raster tokens: those in the
-window, the one that looks, and `capacity` older ones. All raster tokens share one pool: a token's keys and values are
-written once, to a slot that is free, and never moved. A token is a duplicate if its code equals that of an earlier
-token which counts as a first occurrence and is still there. Once a duplicate has left the window its slot is free;
-first occurrences stay. If more than `capacity` of them have left the window, one goes, by a policy of `POLICIES`:
+The KV cache has C = P + T slots: P for the prefix, and T = window + 1 + capacity for raster tokens: those in the
+window, the current one, and `capacity` older ones. All raster tokens share one pool of slots. A token's keys and values
+are written once, to a free slot, and never move. A token is a duplicate if its code equals that of an earlier first
+occurrence that is still in the cache. A duplicate's slot is free once it has left the window; first occurrences stay.
+When more than `capacity` of them have left the window, a policy of `POLICIES` chooses the one to evict:
 
     evict-oldest   the one with the smallest position
     full           the one that has just left the window
 
-Whichever it is, the example's count of overflows rises by one.
+Each eviction adds one to the example's count of overflows.
 
 Axes: B examples, R rows (examples, or twice as many under guidance), P prefix tokens, T and C slots, H heads, n tokens.
 """
@@ -48,7 +48,7 @@ POLICIES: dict[str, CachePolicy] = {"evict-oldest": _oldest, "full": _newest}
 class PositionCache(NamedTuple):
     """What is in the T slots for raster tokens; the same for all layers, and for both rows of a guided example."""
 
-    codes: Int[Array, "B T"]
+    indices: Int[Array, "B T"]  # codes
     positions: Int[Array, "B T"]  # raster positions, or EMPTY
     first: Bool[Array, "B T"]  # first occurrences
     overflows: Int[Array, "B"]
@@ -71,7 +71,7 @@ def empty_cache(batch: int, slots: int) -> PositionCache:
     """A cache of T slots without tokens."""
     shape = (batch, slots)
     return PositionCache(
-        codes=jnp.zeros(shape, jnp.int32),
+        indices=jnp.zeros(shape, jnp.int32),
         positions=jnp.full(shape, EMPTY, jnp.int32),
         first=jnp.zeros(shape, bool),
         overflows=jnp.zeros(batch, jnp.int32),
@@ -80,7 +80,7 @@ def empty_cache(batch: int, slots: int) -> PositionCache:
 
 def insert(
     cache: PositionCache,
-    code: Int[Array, "B"],
+    index: Int[Array, "B"],
     position: int | Int[Array, ""],
     *,
     window: int | Int[Array, ""],
@@ -91,7 +91,7 @@ def insert(
 
     Args:
       cache: holds the tokens before it.
-      code: of the token.
+      index: code of the token.
       position: raster position of the token, one more than at the last call.
       window: tokens before it that it sees whatever they are.
       capacity: first occurrences outside the window that are kept.
@@ -106,11 +106,11 @@ def insert(
     positions = jnp.where(gone, EMPTY, positions)
 
     free = positions == EMPTY
-    first = ~jnp.any(~free & cache.first & (cache.codes == code[:, None]), axis=1)
+    first = ~jnp.any(~free & cache.first & (cache.indices == index[:, None]), axis=1)
     slot = jnp.argmax(free, axis=1).astype(jnp.int32)
     here = jnp.arange(free.shape[1])[None] == slot[:, None]
     cache = PositionCache(
-        codes=jnp.where(here, code[:, None], cache.codes),
+        indices=jnp.where(here, index[:, None], cache.indices),
         positions=jnp.where(here, position, positions),
         first=jnp.where(here, first[:, None], cache.first),
         overflows=overflows + overflow,
@@ -119,17 +119,17 @@ def insert(
 
 
 def visible(cache: PositionCache, *, prefix: int, seen: int | Int[Array, ""]) -> Bool[Array, "B C"]:
-    """Which of the store's C = P + T slots the newest token sees; `seen` prefix tokens have been written so far."""
+    """Which of the KV cache's C = P + T slots the newest token sees; `seen` prefix tokens have been written so far."""
     there = jnp.broadcast_to(jnp.arange(prefix)[None] < seen, (cache.positions.shape[0], prefix))
     return jnp.concatenate([there, cache.positions != EMPTY], axis=1)
 
 
 def kept(cache: PositionCache, length: int) -> Bool[Array, "B L"]:
-    """Which of `length` raster tokens are in the store."""
+    """Which of `length` raster tokens are in the KV cache."""
     return jnp.any(cache.positions[:, :, None] == jnp.arange(length)[None, None], axis=1)
 
 
-class Store(NamedTuple):
+class KVCache(NamedTuple):
     """Keys and values of every layer. One array for each, since a slice of a stacked one would be a copy.
 
     A single row has no axis R: with one of size 1, XLA copies each array several times a step.
@@ -139,14 +139,14 @@ class Store(NamedTuple):
     values: tuple[Float[Array, "*R H C head"], ...]
 
 
-def empty_store(layers: int, rows: int, heads: int, slots: int, head_dim: int, dtype: DTypeLike) -> Store:
-    """A store of zeros, which nothing may see."""
+def empty_kv_cache(layers: int, rows: int, heads: int, slots: int, head_dim: int, dtype: DTypeLike) -> KVCache:
+    """A KV cache of zeros, which nothing may see."""
     shape = (heads, slots, head_dim) if rows == 1 else (rows, heads, slots, head_dim)
 
     def arrays():
         return tuple(_constrain(jnp.zeros(shape, dtype)) for _ in range(layers))
 
-    return Store(keys=arrays(), values=arrays())
+    return KVCache(keys=arrays(), values=arrays())
 
 
 def write(
@@ -178,10 +178,10 @@ def attend(
     visible: Bool[Array, "#R n C"],
 ) -> Float[Array, "R n H head"]:
     """Attention of each token over the slots visible to it; logits and softmax in float32."""
-    query = jnp.swapaxes(query, 1, 2)  # the few tokens are turned, so that no compiler turns the store
-    store = "rhcd"[4 - keys.ndim :]
-    logits = jnp.einsum(f"rhnd,{store}->rhnc", query, keys, preferred_element_type=jnp.float32)
+    query = jnp.swapaxes(query, 1, 2)  # the few tokens are turned, so that no compiler turns the KV cache
+    axes = "rhcd"[4 - keys.ndim :]
+    logits = jnp.einsum(f"rhnd,{axes}->rhnc", query, keys, preferred_element_type=jnp.float32)
     logits = jnp.where(visible[:, None], logits * query.shape[-1] ** -0.5, HIDDEN)
     weights = jax.nn.softmax(logits, axis=-1).astype(values.dtype)
-    attended = jnp.einsum(f"rhnc,{store}->rhnd", weights, values, preferred_element_type=jnp.float32)
+    attended = jnp.einsum(f"rhnc,{axes}->rhnd", weights, values, preferred_element_type=jnp.float32)
     return jnp.swapaxes(attended, 1, 2).astype(values.dtype)

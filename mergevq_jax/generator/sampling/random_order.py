@@ -1,9 +1,9 @@
-"""Sampling RandAR: several codes at a time, in one compiled loop over a store of keys and values of static shape.
+"""Sampling RandAR: several codes at a time, in one compiled loop over a KV cache of static shape.
 
-A step looks at the tokens that are known and not yet in the store (the prefix, later the position instructions and
+A step looks at the tokens that are known and not yet in the KV cache (the prefix, later the position instructions and
 codes of the step before, in the order of the training), and with them at the instructions of the codes that come next.
 Each of these sees all that is known and itself, not its neighbours: it predicts what it would if it came next and
-alone. The store keeps the known tokens; the slots of what was only asked for are written over by the next step.
+alone. The KV cache keeps the known tokens; the slots of what was only asked for are written over by the next step.
 
 Axes: B examples, R rows of the network (two for each example under guidance), K codes, T steps, n codes that are drawn
 at most in one step, S sub-tokens, C slots, P prefix tokens, D width.
@@ -25,7 +25,7 @@ from mergevq_jax.generator.kinds.randar import Codes, alternating, check_randar,
 from mergevq_jax.generator.sampling import decode
 from mergevq_jax.generator.sampling.head import HeadSampler, check_drawn, draw_keys
 from mergevq_jax.generator.sampling.plan import DrawPlan, Knobs, SamplingConfig, checked_request, draw_plan
-from mergevq_jax.generator.sampling.position_cache import Store
+from mergevq_jax.generator.sampling.position_cache import KVCache
 from mergevq_jax.generator.transformer import Generator, Params
 from runtime_jax.nn.compute import Compute
 from runtime_jax.prng import Stream, example_keys, stream_key
@@ -53,7 +53,7 @@ class Step(NamedTuple):
     """Where one step is; numbers of tokens."""
 
     start: Int[Array | np.ndarray, "*T"]  # codes drawn before
-    stored: Int[Array | np.ndarray, "*T"]  # known tokens that are in the store
+    stored: Int[Array | np.ndarray, "*T"]  # known tokens that are in the KV cache
     pending: Int[Array | np.ndarray, "*T"]  # known tokens that are not
 
 
@@ -83,7 +83,7 @@ class RandarPlan(DrawPlan):
 
 
 def make_randar_plan(
-    config: GeneratorConfig, sampling: SamplingConfig, merge_number: int | None, steps: int | None, compute: Compute
+    config: GeneratorConfig, sampling: SamplingConfig, keep: int | None, steps: int | None, compute: Compute
 ) -> tuple[RandarPlan, Knobs]:
     """What the sampler is compiled for, and what it takes as numbers; steps None are 64, or one for each code.
 
@@ -91,8 +91,8 @@ def make_randar_plan(
       ValueError: lists all settings that are not possible with this generator.
     """
     check_randar(config)
-    config.merge_index(merge_number)
-    codes = merge_number or config.length
+    config.merge_index(keep)
+    codes = keep or config.length
     problems = [
         f"{name}={getattr(sampling, name)}: for raster order; in random order every code is kept"
         for name in ("window", "capacity", "policy")
@@ -105,43 +105,43 @@ def make_randar_plan(
 def randar_sample(
     params: Params,
     labels: Int[Array, "B"] | Int[np.ndarray, "B"],
-    merge_number: int | None,
+    keep: int | None,
     *,
     config: GeneratorConfig,
     sampling: SamplingConfig,
     seed: int,
     steps: int | None = None,
     examples: Int[Array, "B"] | Int[np.ndarray, "B"] | None = None,
-    group_starts: Int[Array, "M C L"] | Int[np.ndarray, "M C L"] | None = None,
+    start_counts: Int[Array, "M C L"] | Int[np.ndarray, "M C L"] | None = None,
     positions: Int[Array, "B K"] | Int[np.ndarray, "B K"] | None = None,
     compute: Compute = Compute(),
 ) -> Codes:
-    """K codes of one image for each label, and their positions; K is the merge number, or L without one.
+    """K codes of one image for each label, and their positions; K is `keep`, or L without a merge instruction.
 
     Args:
       params, labels, config, seed, examples, compute: as in `sampling.sample`.
-      merge_number: codes of an image, one of `merge_numbers`; None without merge instruction.
+      keep: codes of an image, one of `keeps`; None without merge instruction.
       sampling: how to draw; the schedules of guidance run over the codes, and all of a step share a scale.
       steps: calls of the network, 1 to K; None: 64, or K.
-      group_starts: where groups started in training, counted as in `positions`; positions are drawn as often.
+      start_counts: where groups started in training, counted as in `positions`; positions are drawn as often.
       positions: raster positions of the codes in the order of drawing, such as those of a real image's groups; they
-        take the place of `group_starts`.
+        take the place of `start_counts`.
 
     Raises:
       ValueError: what is asked for is not possible with this generator.
       NotFiniteError: logits that are not finite; names the first code that has them.
     """
-    labels, examples, merge = checked_request(labels, examples, merge_number, config)
-    plan, knobs = make_randar_plan(config, sampling, merge_number, steps, compute)
+    labels, examples, merge = checked_request(labels, examples, keep, config)
+    plan, knobs = make_randar_plan(config, sampling, keep, steps, compute)
     codes = sum(plan.counts)
     if positions is not None:
         positions = np.asarray(positions, np.int32)
         _check_positions(positions, (len(labels), codes), config.length)
-    elif group_starts is not None:
-        places = shares(group_starts, config)[0 if merge is None else merge, labels]
-        positions = draw_positions(places, example_keys(stream_key(seed, Stream.ORDER), examples), codes)
+    elif start_counts is not None:
+        probabilities = shares(start_counts, config)[0 if merge is None else merge, labels]
+        positions = draw_positions(probabilities, example_keys(stream_key(seed, Stream.ORDER), examples), codes)
     else:
-        raise ValueError("positions of the codes, or group_starts to draw them from, are needed")
+        raise ValueError("positions of the codes, or start_counts to draw them from, are needed")
     drawn = run(params, labels, merge, positions, stream_key(seed, Stream.SAMPLE), examples, knobs, plan=plan)
     check_drawn(drawn.indices, params)
     return drawn
@@ -171,7 +171,7 @@ def run(
 ) -> Codes:
     """The compiled sampler: one scan over the steps, all of whose inputs are arrays."""
     sampler = RandarSampler(params, plan, knobs)
-    draws = draw_keys(example_keys(key, examples), sum(plan.counts), len(plan.config.code_bits))
+    draws = draw_keys(example_keys(key, examples), sum(plan.counts), len(plan.config.vocab_sizes))
 
     def body(carry, now):
         return sampler.step(carry, now, positions, draws)
@@ -184,8 +184,8 @@ def run(
 class Carry(NamedTuple):
     """What one step leaves to the next."""
 
-    store: Store
-    pending: Float[Array, "R known D"]  # known tokens that are not in the store, in front
+    kv_cache: KVCache
+    pending: Float[Array, "R known D"]  # known tokens that are not in the KV cache, in front
     rope: Float[Array, "2 R known pairs"]  # their rows of the rope table
 
 
@@ -201,7 +201,7 @@ class RandarSampler(HeadSampler):
         rows = len(prefix)
         missing = (0, 2 * plan.width - config.prefix)
         return Carry(
-            store=decode.new_store(config, plan.compute, layers=config.num_layers, rows=rows, slots=plan.slots),
+            kv_cache=decode.new_kv_cache(config, plan.compute, layers=config.num_layers, rows=rows, slots=plan.slots),
             pending=jnp.pad(prefix, ((0, 0), missing, (0, 0))),
             rope=jnp.pad(prefix_rope(config, rows), ((0, 0), (0, 0), missing, (0, 0))),
         )
@@ -213,31 +213,31 @@ class RandarSampler(HeadSampler):
         width, scales = self.plan.width, self.knobs.scales[now.start]
         positions = lax.dynamic_slice_in_dim(positions, now.start, width, axis=1)
         keys = lax.dynamic_slice_in_dim(keys, now.start, width, axis=0)
-        hidden, asked, rope, store = self.ask(carry, now, positions)
-        codes, embedded = self.next_codes(hidden, scales, jnp.moveaxis(keys, 0, -1))
-        return Carry(store, alternating(asked, embedded), jnp.repeat(rope, 2, axis=2)), codes
+        hidden, asked, rope, kv_cache = self.ask(carry, now, positions)
+        indices, embedded = self.next_indices(hidden, scales, jnp.moveaxis(keys, 0, -1))
+        return Carry(kv_cache, alternating(asked, embedded), jnp.repeat(rope, 2, axis=2)), indices
 
     def ask(
         self, carry: Carry, now: Step, positions: Int[Array, "B n"]
-    ) -> tuple[Float[Array, "R n D"], Float[Array, "R n D"], Float[Array, "2 R n pairs"], Store]:
+    ) -> tuple[Float[Array, "R n D"], Float[Array, "R n D"], Float[Array, "2 R n pairs"], KVCache]:
         """Stores what is pending, and asks for codes at `positions`.
 
         Returns:
-          the trunk's outputs that predict the codes, the instructions and their rows of the rope table, the store.
+          the trunk's outputs that predict the codes, the instructions and their rows of the rope table, the KV cache.
         """
         rope = rope_rows(self.rows(positions), self.config)
         asked = self.apply(rope, method=Generator.embed_positions)
         x = jnp.concatenate([carry.pending, asked], axis=1)
         slots, visible = self.layout(now)
-        hidden, store = self.step_blocks(
+        hidden, kv_cache = self.step_blocks(
             self.blocks,
-            carry.store,
+            carry.kv_cache,
             x,
             jnp.concatenate([carry.rope, rope], axis=2),
             jnp.broadcast_to(slots, (len(x), len(slots))),
             visible[None],
         )
-        return hidden[:, -self.plan.width :], asked, rope, store
+        return hidden[:, -self.plan.width :], asked, rope, kv_cache
 
     def layout(self, now: Step) -> tuple[Int[Array, "tokens"], Bool[Array, "tokens C"]]:
         """Slots of a step's tokens, and the slots that each of them sees.

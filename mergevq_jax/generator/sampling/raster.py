@@ -1,4 +1,4 @@
-"""Sampling MergeAR, or plain autoregression, in one compiled loop over a compressed store (paper section 4.2).
+"""Sampling MergeAR, or plain autoregression, in one compiled loop over a compressed KV cache (paper section 4.2).
 
 Axes: B examples, R rows of the network (two for each example under guidance: its class and the null class), L raster
 tokens, P prefix tokens, S sub-tokens, D width.
@@ -17,7 +17,7 @@ from mergevq_jax.generator.config import GeneratorConfig
 from mergevq_jax.generator.sampling import decode, position_cache
 from mergevq_jax.generator.sampling.head import HeadSampler, check_drawn, draw_keys
 from mergevq_jax.generator.sampling.plan import Knobs, Plan, SamplingConfig, checked_request, make_plan
-from mergevq_jax.generator.sampling.position_cache import PositionCache, Store
+from mergevq_jax.generator.sampling.position_cache import KVCache, PositionCache
 from mergevq_jax.generator.transformer import Params, rope_table
 from runtime_jax.nn.compute import Compute
 from runtime_jax.prng import Stream, example_keys, stream_key
@@ -27,14 +27,14 @@ class Samples(NamedTuple):
     """What `sample` returns."""
 
     indices: Int[Array, "B L"]  # codes in raster order
-    first_occurrence: Bool[Array, "B L"]  # tokens that were no duplicate of one in the store
-    kept: Bool[Array, "B L"]  # tokens that are in the store at the end
-    occupancy: Int[Array, "B L"]  # slots in use once a token is in the store, prefix included
-    overflows: Int[Array, "B"]  # first occurrences that the store had no room for
+    first_occurrence: Bool[Array, "B L"]  # tokens that were no duplicate of one in the KV cache
+    kept: Bool[Array, "B L"]  # tokens that are in the KV cache at the end
+    occupancy: Int[Array, "B L"]  # slots in use once a token is in the KV cache, prefix included
+    overflows: Int[Array, "B"]  # first occurrences that the KV cache had no room for
 
 
 class _Carry(NamedTuple):
-    store: Store
+    kv_cache: KVCache
     cache: PositionCache
     x: Float[Array, "R 1 D"]  # the next input
     slot: Int[Array, "B"]  # where its keys and values go
@@ -43,7 +43,7 @@ class _Carry(NamedTuple):
 def sample(
     params: Params,
     labels: Int[Array, "B"] | Int[np.ndarray, "B"],
-    merge_number: int | None,
+    keep: int | None,
     *,
     config: GeneratorConfig,
     sampling: SamplingConfig,
@@ -56,19 +56,19 @@ def sample(
     Args:
       params: of `Generator`.
       labels: classes; the null class draws without one.
-      merge_number: distinct tokens that the model is asked for, one of `merge_numbers`; None without merge instruction.
+      keep: distinct tokens that the model is asked for, one of `keeps`; None without merge instruction.
       config: sizes of the generator.
       sampling: how to draw.
       seed: with an example's number it determines the example's random numbers, whatever the batch and the mesh.
       examples: numbers of the examples; None: 0 to B - 1.
-      compute: dtype, also of the store.
+      compute: dtype, also of the KV cache.
 
     Raises:
       ValueError: what is asked for is not possible with this generator.
       NotFiniteError: logits that are not finite; names the first code that has them.
     """
-    labels, examples, merge = checked_request(labels, examples, merge_number, config)
-    plan, knobs = make_plan(config, sampling, merge_number, compute)
+    labels, examples, merge = checked_request(labels, examples, keep, config)
+    plan, knobs = make_plan(config, sampling, keep, compute)
     samples = run(params, labels, merge, stream_key(seed, Stream.SAMPLE), examples, knobs, plan=plan)
     check_drawn(samples.indices, params)
     return samples
@@ -88,11 +88,11 @@ def run(
     """The compiled sampler: one scan over prefix and raster, all of whose inputs are arrays."""
     config, batch = plan.config, labels.shape[0]
     steps = config.prefix + config.length - 1  # the last code is drawn and not looked at again
-    keys = draw_keys(example_keys(key, examples), config.length, len(config.code_bits))
+    keys = draw_keys(example_keys(key, examples), config.length, len(config.vocab_sizes))
     sampler = _Sampler(params, plan, knobs, keys)
     prefix = sampler.prefix(labels, merge)
     carry = _Carry(
-        store=decode.new_store(
+        kv_cache=decode.new_kv_cache(
             config, plan.compute, layers=config.num_layers, rows=batch * plan.rows, slots=plan.slots
         ),
         cache=position_cache.empty_cache(batch, plan.slots - config.prefix),
@@ -100,10 +100,10 @@ def run(
         slot=jnp.zeros(batch, jnp.int32),
     )
     body = functools.partial(sampler.step, prefix)
-    carry, (codes, first, occupancy) = lax.scan(body, carry, jnp.arange(steps))
+    carry, (indices, first, occupancy) = lax.scan(body, carry, jnp.arange(steps))
     real = slice(config.prefix - 1, None)
     return Samples(
-        indices=codes[real].T,
+        indices=indices[real].T,
         first_occurrence=first[real].T,
         kept=position_cache.kept(carry.cache, config.length),
         occupancy=occupancy[real].T,
@@ -124,22 +124,22 @@ class _Sampler(HeadSampler):
         rope = lax.dynamic_slice_in_dim(jnp.asarray(rope_table(config)), time, 1, axis=1)
         visible = position_cache.visible(carry.cache, prefix=config.prefix, seen=time + 1)
         slot, visible = (self.rows(part)[:, None] for part in (carry.slot, visible))
-        hidden, store = self.step_blocks(self.blocks, carry.store, carry.x, rope, slot, visible)
+        hidden, kv_cache = self.step_blocks(self.blocks, carry.kv_cache, carry.x, rope, slot, visible)
 
-        place = time - (config.prefix - 1)  # of what comes next; below 0 that is the prefix and no code
-        in_raster, position = place >= 0, jnp.maximum(place, 0)
-        codes, embedded = self.next_codes(hidden, self.knobs.scales[position], self.keys[position][..., None])
-        code = codes[:, 0]
+        following = time + 1 - config.prefix  # raster position of what comes next; below 0 that is the prefix
+        in_raster, position = following >= 0, jnp.maximum(following, 0)
+        indices, embedded = self.next_indices(hidden, self.knobs.scales[position], self.keys[position][..., None])
+        index = indices[:, 0]
         placed = position_cache.insert(
-            carry.cache, code, position, window=plan.window, capacity=plan.capacity, policy=plan.policy
+            carry.cache, index, position, window=plan.window, capacity=plan.capacity, policy=plan.policy
         )
         cache = jax.tree.map(lambda new, old: jnp.where(in_raster, new, old), placed.cache, carry.cache)
         forced = lax.dynamic_slice_in_dim(prefix, jnp.minimum(time + 1, config.prefix - 1), 1, axis=1)
         carry = _Carry(
-            store=store,
+            kv_cache=kv_cache,
             cache=cache,
             x=jnp.where(in_raster, embedded, forced),
             slot=jnp.where(in_raster, config.prefix + placed.slot, time + 1),
         )
         occupancy = config.prefix + jnp.sum(cache.positions != position_cache.EMPTY, axis=1)
-        return carry, (code, placed.first, occupancy)
+        return carry, (index, placed.first, occupancy)

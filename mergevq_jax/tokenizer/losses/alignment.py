@@ -89,8 +89,8 @@ def select_uniform(array: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
     if len(shape) != array.ndim or any(new > old or new < 1 for new, old in zip(shape, array.shape, strict=True)):
         raise ValueError(f"select_uniform: {tuple(shape)} cannot be taken from a weight of shape {array.shape}")
     for axis, (old, new) in enumerate(zip(array.shape, shape, strict=True)):
-        places = np.arange(new) * (old // new) if old % new == 0 else np.round(np.linspace(0, old - 1, new)).astype(int)
-        array = np.take(array, places, axis=axis)
+        even = np.arange(new) * (old // new) if old % new == 0 else np.round(np.linspace(0, old - 1, new)).astype(int)
+        array = np.take(array, even, axis=axis)
     return array
 
 

@@ -94,13 +94,13 @@ class LPIPS(nn.Module):
 
 _FLATTEN = Transform(lambda x: np.reshape(x, -1), lambda x: np.reshape(x, (1, -1, 1, 1)))
 # Places of the convolutions in torchvision's vgg16().features, stage by stage.
-_TORCHVISION_PLACES = ((0, 2), (5, 7), (10, 12, 14), (17, 19, 21), (24, 26, 28))
+_TORCHVISION_LAYERS = ((0, 2), (5, 7), (10, 12, 14), (17, 19, 21), (24, 26, 28))
 
 TABLE = (
     *(
-        Rule(f"features.{place}.{source}", f"vgg/conv_{stage}_{n}/{target}", transform)
-        for stage, places in enumerate(_TORCHVISION_PLACES)
-        for n, place in enumerate(places)
+        Rule(f"features.{layer}.{source}", f"vgg/conv_{stage}_{n}/{target}", transform)
+        for stage, layers in enumerate(_TORCHVISION_LAYERS)
+        for n, layer in enumerate(layers)
         for source, target, transform in (("weight", "kernel", CONV), ("bias", "bias", IDENTITY))
     ),
     Rule("lin{i}.model.1.weight", "lin_{i}", _FLATTEN),

@@ -7,8 +7,6 @@ of two [N, 2^(b/2)] factors.
 Axes: ... any batch axes, N flattened tokens, C = b bits; channel 0 is the least significant bit of an index.
 """
 
-from collections.abc import Sequence
-
 import flax.struct
 import jax
 import jax.numpy as jnp
@@ -44,14 +42,14 @@ def commitment_loss(z: Float[Array, "*batch C"]) -> Float[Array, ""]:
     return jnp.mean(jnp.square(z - jax.lax.stop_gradient(_sign(z))))
 
 
-def codes_to_indices(codes: Float[Array, "*batch C"]) -> Int[Array, "*batch"]:
+def to_indices(codes: Float[Array, "*batch C"]) -> Int[Array, "*batch"]:
     """Index sum_j 2^j [code_j > 0]; at most 31 bits."""
     ones = (codes > 0).astype(jnp.int32)
     return jnp.sum(ones << _bit_numbers(codes.shape[-1], codes.ndim), axis=-1, dtype=jnp.int32)
 
 
-def indices_to_codes(indices: Int[Array, "*batch"], bits: int) -> Float[Array, "*batch C"]:
-    """The inverse of `codes_to_indices`: codes of +1 and -1 in float32."""
+def from_indices(indices: Int[Array, "*batch"], bits: int) -> Float[Array, "*batch C"]:
+    """The inverse of `to_indices`: codes of +1 and -1 in float32."""
     ones = (indices[..., None] >> _bit_numbers(bits, indices.ndim + 1)) & 1
     return 2.0 * ones.astype(jnp.float32) - 1.0
 
@@ -59,18 +57,6 @@ def indices_to_codes(indices: Int[Array, "*batch"], bits: int) -> Float[Array, "
 def _bit_numbers(bits: int, ndim: int) -> np.ndarray:
     """0, 1, ..., bits - 1 along the last of ndim axes."""
     return np.arange(bits, dtype=np.int32).reshape(*[1] * (ndim - 1), bits)
-
-
-def split_indices(indices: Int[Array, "*batch"], bits: Sequence[int]) -> tuple[Int[Array, "*batch"], ...]:
-    """Sub-token indices of the factorised head: the first bits[0] channels, then the next bits[1], ..."""
-    starts = np.cumsum([0, *bits[:-1]])
-    return tuple((indices >> int(start)) & ((1 << n) - 1) for start, n in zip(starts, bits, strict=True))
-
-
-def join_indices(parts: Sequence[Int[Array, "*batch"]], bits: Sequence[int]) -> Int[Array, "*batch"]:
-    """The inverse of `split_indices`."""
-    starts = np.cumsum([0, *bits[:-1]])
-    return sum(part << int(start) for part, start in zip(parts, starts, strict=True))
 
 
 def entropy_terms(z: Float[Array, "*batch C"], *, temperature: float = 0.01, eps: float = 1e-5) -> EntropyTerms:
