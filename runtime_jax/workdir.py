@@ -1,4 +1,4 @@
-"""Folders that programs write: probed before anything expensive is done, and written by one run at a time."""
+"""Output folders: probed before anything expensive starts, and written by one run at a time."""
 
 import contextlib
 import errno
@@ -23,8 +23,8 @@ from jax.experimental import multihost_utils
 _LOG = logging.getLogger(__name__)
 LOCK_NAME = ".lock"
 BEAT = 10.0  # seconds between two signs of life of a run
-SILENCE = 60.0  # seconds without one, after which a run on another machine counts as dead
-_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EINVAL)  # of a file system
+SILENCE = 60.0  # seconds without a sign of life after which a run on another machine counts as dead
+_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EINVAL)  # errors of file systems without locks
 
 
 class WorkdirError(OSError):
@@ -32,19 +32,19 @@ class WorkdirError(OSError):
 
 
 def local_path(path: str | os.PathLike) -> Path:
-    """Absolute path; a URL would silently become a local folder of that name."""
+    """Absolute path; refuses a URL, which would silently become a local folder of that name."""
     if "://" in str(path):
         raise WorkdirError(f"{path}: not a path of a file system; mount the bucket and give the mount point")
     return Path(path).absolute()
 
 
 def check_output(path: str | os.PathLike, min_free_bytes: int = 0, what: str = "a run") -> Path:
-    """Makes sure that a folder can be written, before anything expensive is done; creates nothing.
+    """Checks that a folder can be written, before anything expensive starts, and creates nothing; its absolute path.
 
-    Only process 0 writes, so only process 0 looks. Returns the absolute path. `what` needs that many bytes, in errors.
+    Only process 0 writes, so only process 0 checks. Errors say that `what` needs `min_free_bytes`.
 
     Raises:
-        WorkdirError: it is a URL or no directory, a file cannot be written in it, or fewer bytes are free than that.
+        WorkdirError: it is a URL or no directory, a file cannot be written in it, or fewer bytes are free.
     """
     path = local_path(path)
     if jax.process_index() == 0:
@@ -56,7 +56,7 @@ def check_output(path: str | os.PathLike, min_free_bytes: int = 0, what: str = "
 
 
 def output_folder(path: str | os.PathLike, min_free_bytes: int = 0) -> Path:
-    """Creates a folder, after `check_output`; raises as it does."""
+    """Creates a folder after `check_output`; raises as it does."""
     path = check_output(path, min_free_bytes)
     if jax.process_index() == 0:
         with _explained(path):
@@ -66,7 +66,7 @@ def output_folder(path: str | os.PathLike, min_free_bytes: int = 0) -> Path:
 
 @contextlib.contextmanager
 def _explained(path: Path) -> Iterator[None]:
-    """Errors of writing, as errors of the folder `path`."""
+    """Turns an OSError into one that names the folder `path`."""
     try:
         yield
     except OSError as error:
@@ -84,13 +84,13 @@ def check_free(path: Path, needed: int, what: str) -> None:
 def only_writer(folder: str | os.PathLike, min_free_bytes: int = 0) -> Iterator[Path]:
     """An `output_folder` that no other run writes while the block runs.
 
-    The lock is the file `.lock` in the folder. The kernel locks it (flock) and releases it when the process ends,
-    however it ends. On some file systems (mounted buckets, some network ones) such a lock does not count on other
-    machines. So the file also says who holds it, and is touched every 10 seconds: a run on another machine that has
-    been silent for a minute counts as dead. Of several processes, process 0 takes the lock for all of them.
+    The lock is the file `.lock` in the folder. The kernel locks it (flock) and unlocks it when the process ends in any
+    way. On some file systems (mounted buckets, some network ones) other machines don't see such a lock. So the file
+    also says who holds it, and is touched every 10 seconds: a run on another machine that has been silent for a minute
+    counts as dead. Process 0 takes the lock for all processes of a run.
 
     Raises:
-        WorkdirError: as `output_folder`; or another run is writing there, with its host, its process and since when.
+        WorkdirError: as `output_folder`; or another run is writing there: names its host, process and start.
     """
     made = not local_path(folder).exists()
     folder = output_folder(folder, min_free_bytes)
@@ -115,15 +115,15 @@ def only_writer(folder: str | os.PathLike, min_free_bytes: int = 0) -> Iterator[
         yield folder
     finally:
         ended.set()
-        path.unlink(missing_ok=True)  # while it is locked: whoever has opened it meanwhile sees that it is gone
+        path.unlink(missing_ok=True)  # while it is locked, so that a run that has just opened it sees that it is gone
         os.close(file)
         if made:
             with contextlib.suppress(OSError):
-                folder.rmdir()  # where nothing has been written
+                folder.rmdir()  # if nothing was written
 
 
 def _acquire(path: Path) -> int:
-    """The open lock file, which says that it is ours."""
+    """The open lock file, locked and with this run as its owner."""
     while True:
         with _explained(path.parent):
             file = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
@@ -137,11 +137,11 @@ def _acquire(path: Path) -> int:
         except BaseException:
             os.close(file)
             raise
-        os.close(file)  # the run before has ended and removed the file after it was opened here
+        os.close(file)  # the previous run removed the file after it was opened here
 
 
 def _is_at(file: int, path: Path) -> bool:
-    """Whether an open file still is the one of that name."""
+    """Whether the open file is still the one at `path`."""
     try:
         return os.path.samestat(os.fstat(file), os.stat(path))
     except FileNotFoundError:
@@ -149,7 +149,7 @@ def _is_at(file: int, path: Path) -> bool:
 
 
 def _flock(file: int, path: Path) -> bool:
-    """Locks the file; False where the file system has no locks."""
+    """Locks the file; False if the file system has no locks."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -162,7 +162,7 @@ def _flock(file: int, path: Path) -> bool:
 
 
 def _check_owner(file: int, path: Path, locks: bool) -> None:
-    """Refuses to take over from a run that lives."""
+    """Raises WorkdirError if the owner of the lock file may be alive."""
     owner = _owner(file)
     if owner is None:
         return
@@ -196,7 +196,7 @@ def _me() -> dict[str, Any]:
 
 
 def _owner(file: int) -> dict[str, Any] | None:
-    """What the lock file says; None if nothing yet, or no longer."""
+    """The owner in the lock file; None if there is none yet, or no longer."""
     try:
         owner = json.loads(os.pread(file, 2**16, 0))
     except ValueError:
@@ -205,7 +205,7 @@ def _owner(file: int) -> dict[str, Any] | None:
 
 
 def _machine() -> str:
-    """The running system: machines may share a host name, and its numbers of processes begin anew when it starts."""
+    """The running system's id: machines may share a host name, and process numbers start again after a boot."""
     boot = Path("/proc/sys/kernel/random/boot_id")
     return boot.read_text().strip() if boot.exists() else socket.gethostname()
 
@@ -213,15 +213,13 @@ def _machine() -> str:
 def _is_alive(process: int) -> bool:
     try:
         os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        pass
+    except OSError as error:
+        return error.errno == errno.EPERM  # another user's process
     return True
 
 
 def _now(folder: Path) -> float:
-    """Time by the clock of the file system, which on a network is another machine's."""
+    """Time by the clock of the file system, which may be another machine's."""
     with tempfile.NamedTemporaryFile(dir=folder) as probe:
         return os.stat(probe.name).st_mtime
 

@@ -1,4 +1,4 @@
-"""The training of one network: its state, one update of it, and the run."""
+"""The training of one network: its state, one update, and the run."""
 
 import functools
 from collections.abc import Callable, Hashable, Iterator, Mapping
@@ -21,13 +21,13 @@ from runtime_jax.training.program import Program
 from runtime_jax.training.update import Metrics, Optimizer, Params, guarded
 
 Means = dict[str, Array]
-# (params, batch, step) -> loss and what else is logged
+# (params, batch, step) -> loss and other means to log
 Loss = Callable[[Params, dict[str, Array], Array], tuple[Array, Means]]
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingConfig:
-    """How a network is trained, whichever it is."""
+    """How any network is trained."""
 
     batch_size: int
     optimizer: OptimizerConfig
@@ -41,9 +41,9 @@ class TrainingConfig:
 
 @flax.struct.dataclass
 class TrainState:
-    """What a checkpoint holds; all of it is donated to the step."""
+    """What a checkpoint holds; a step donates all of it."""
 
-    step: Any  # untyped, as trees of shapes and of shardings have this structure too
+    step: Any  # untyped, for trees of shapes and of shardings have this structure too
     params: Params
     opt_state: Any
     ema: Params
@@ -65,7 +65,7 @@ def updated(
     """One update by mean gradients; see `guarded`.
 
     Args:
-      means: what is logged; "loss" among them.
+      means: to be logged; "loss" among them.
       fields: new values of further fields of the state.
     """
     norm = optax.tree.norm(gradients)
@@ -98,10 +98,10 @@ def train_network(
     evaluate: Callable[[Params, int], Mapping[str, float]] | None = None,
     variant: Callable[[int], Hashable] = lambda step: None,
 ) -> loop.Result:
-    """Trains, or goes on training, in `workdir`, with the whole network on every device; see `fit`.
+    """Starts or resumes a training in `workdir` with a whole copy of the network on every device; see `fit`.
 
     Args:
-      init: new parameters; traced here.
+      init: makes new parameters; traced here.
       preview, evaluate: as in `loop.Loop`, of the averaged parameters.
       variant: step -> key; steps of one key have batches of the same shapes.
     """

@@ -1,4 +1,4 @@
-"""Optimizers and schedules from config; everything counts updates, never micro-batches."""
+"""Optimizers and schedules from config; they count updates, never micro-batches."""
 
 import re
 from dataclasses import dataclass
@@ -16,11 +16,11 @@ _KERNEL = re.compile(r"(^|/)kernel$")
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
-    """Adam(W) with clipping and a schedule; with a `muon_learning_rate`, Muon for kernels and NAdam for the rest."""
+    """Adam(W) with clipping and a schedule; with `muon_learning_rate`, Muon for kernels and NAdam for the rest."""
 
     learning_rate: float = 1e-4
     muon_learning_rate: float | None = None  # follows the same schedule
-    adam_kernels: tuple[str, ...] = ()  # patterns found in the paths of kernels that Adam keeps (first and last layers)
+    adam_kernels: tuple[str, ...] = ()  # patterns in the paths of kernels left to Adam (first and last layers)
     schedule: Literal["constant", "cosine", "steps"] = "constant"
     warmup: Duration = Duration(steps=0)  # linear, from 0
     drops: tuple[Duration, ...] = ()  # "steps": times of the drops, from the start of the run
@@ -34,9 +34,8 @@ class OptimizerConfig:
 
     def __post_init__(self):
         if (self.schedule == "steps") != bool(self.drops):
-            raise ValueError(
-                f"optimizer: schedule={self.schedule!r} with drops={self.drops}: drops belong to 'steps' only"
-            )
+            what = f"schedule={self.schedule!r} with drops={self.drops}"
+            raise ValueError(f"optimizer: {what}: drops belong to 'steps' only")
         if self.learning_rate <= 0 or self.weight_decay < 0 or (self.clip_norm is not None and self.clip_norm <= 0):
             raise ValueError("optimizer: learning_rate and clip_norm are positive, weight_decay is not negative")
         if self.muon_learning_rate is None and self.adam_kernels:
@@ -97,14 +96,14 @@ def make_optimizer(config: OptimizerConfig, schedule: optax.Schedule) -> optax.G
 
 
 def _matrices(params: Any, adam_kernels: tuple[str, ...]) -> Any:
-    """How each of Muon's kernels is a matrix (inputs, outputs); None for Adam's leaves.
+    """Input and output axes of each of Muon's kernels; None for Adam's leaves.
 
-    The last axis is the output; the ones before it are the input, but for the first of a scanned dense or convolution
-    kernel (rank 3 or 5). A depthwise kernel is no matrix.
+    The last axis is the output, all others the input, except the first of a scanned dense or convolution kernel (rank 3
+    or 5). A depthwise kernel is no matrix.
     """
 
     def axes(path: tuple, leaf: Any) -> MuonDimensionNumbers | None:
-        name, rank = jax.tree_util.keystr(path, simple=True, separator="/"), len(leaf.shape)
+        name, rank = _name(path), len(leaf.shape)
         if not _KERNEL.search(name) or rank < 2 or (rank > 3 and leaf.shape[-2] == 1):
             return None
         if any(re.search(pattern, name) for pattern in adam_kernels):
@@ -115,12 +114,15 @@ def _matrices(params: Any, adam_kernels: tuple[str, ...]) -> Any:
 
 
 def _is_kernel(params: Any) -> Any:
-    """Mask of the leaves named kernel; a scanned norm has two axes, so the rank does not tell."""
-    name = lambda path: jax.tree_util.keystr(path, simple=True, separator="/")  # noqa: E731
-    return jax.tree_util.tree_map_with_path(lambda path, _: bool(_KERNEL.search(name(path))), params)
+    """Mask of the leaves named kernel; the rank does not decide, as a scanned norm has two axes."""
+    return jax.tree_util.tree_map_with_path(lambda path, _: bool(_KERNEL.search(_name(path))), params)
+
+
+def _name(path: tuple) -> str:
+    return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
 def ema_update(ema: Any, params: Any, step: jax.Array, decay: float) -> Any:
-    """Moving average in float32 whose decay grows from 0.1 as (1 + n) / (10 + n), up to `decay`; n counts updates."""
+    """Moving average in float32; after n updates its decay is (1 + n) / (10 + n), at most `decay`."""
     decay = jnp.minimum(decay, (1.0 + step) / (10.0 + step)).astype(jnp.float32)
     return jax.tree.map(lambda average, new: average + (1.0 - decay) * (new.astype(jnp.float32) - average), ema, params)

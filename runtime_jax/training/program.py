@@ -1,4 +1,4 @@
-"""The compiled side of a training run: how its state lies on the mesh, and a program for each variant of the step."""
+"""The compiled side of a training run: its state on the mesh, and a program for each variant of the step."""
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any
@@ -10,13 +10,12 @@ from runtime_jax.cost import count_flops
 
 
 class Program:
-    """A train step and its state under one mesh; use it under `jax.set_mesh(mesh)`.
+    """A train step and its state on a mesh; use it under `jax.set_mesh(mesh)`.
 
     Attributes:
       abstract_state: shapes, dtypes and shardings of the state.
       shardings: the same tree, shardings alone.
       frozen: parameters that the step reads and never changes.
-      mesh: what it was made for.
     """
 
     def __init__(
@@ -30,29 +29,28 @@ class Program:
         """Compiles nothing yet.
 
         Args:
-          init_state: a new state.
+          init_state: makes a new state.
           train_step: (state, frozen, batch, variant) -> (state, metrics); the variant, such as a number of kept tokens,
             is static.
-          rules: of `sharding.param_shardings` for the state.
-          mesh: of `sharding.make_mesh`.
-          frozen: parameters where they belong (see `sharding.replicate`), or for `trace` their shapes alone.
+          rules: of the state, for `sharding.param_shardings`.
+          frozen: parameters on the mesh (see `sharding.replicate`); shapes are enough for `trace`.
         """
         self._init_state, self._train_step = init_state, train_step
         self.mesh, self.frozen = mesh, frozen
         shapes = jax.eval_shape(init_state)
         self.shardings = sharding.param_shardings(shapes, rules, mesh)
         self.abstract_state = jax.tree.map(
-            lambda shape, place: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=place), shapes, self.shardings
+            lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where), shapes, self.shardings
         )
         self._compiled: dict[Hashable, Any] = {}
         self._flops: dict[Hashable, float] = {}
 
     def init(self) -> Any:
-        """A new state, made where it belongs."""
+        """A new state, sharded on the mesh."""
         return jax.jit(self._init_state, out_shardings=self.shardings)()
 
     def trace(self, batch: Mapping[str, Any], variant: Hashable) -> Any:
-        """The step of a variant for a batch of these shapes, traced: `.jaxpr`, `.lower()`, `.lower().compile()`."""
+        """The traced step of a variant for batches of these shapes: `.jaxpr`, `.lower()`, `.lower().compile()`."""
         jitted = jax.jit(
             lambda state, frozen, batch: self._train_step(state, frozen, batch, variant),
             donate_argnums=0,
@@ -61,7 +59,7 @@ class Program:
         return jitted.trace(self.abstract_state, self.frozen, dict(batch))
 
     def step(self, state: Any, batch: Mapping[str, Any], variant: Hashable) -> tuple[Any, Any]:
-        """One update; `state` is donated. The first call for a variant and shapes of a batch compiles."""
+        """One update; donates `state`. The first call for a variant and for the shapes of a batch compiles."""
         key = variant, tuple((name, value.shape) for name, value in sorted(batch.items()))
         if key not in self._compiled:
             traced = self.trace(batch, variant)

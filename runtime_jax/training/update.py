@@ -1,4 +1,4 @@
-"""One update of any training: the optimizer's part, and what becomes of updates that are not finite."""
+"""One update of any training: the optimizer's part, and a guard against updates that are not finite."""
 
 from collections.abc import Mapping
 from typing import Any, NamedTuple, TypeVar
@@ -25,7 +25,7 @@ class Optimizer(NamedTuple):
     def make(
         cls, config: OptimizerConfig, *, total_steps: int, batch_size: int, num_examples: int | None = None
     ) -> "Optimizer":
-        """As a config says; raises as `make_schedule`."""
+        """The optimizer of a config; raises as `make_schedule`."""
         schedule = make_schedule(config, total_steps=total_steps, batch_size=batch_size, num_examples=num_examples)
         return cls(make_optimizer(config, schedule), schedule)
 
@@ -42,16 +42,16 @@ class Optimizer(NamedTuple):
 def guarded(
     state: State, new: State, means: Mapping[str, Array], *, watched: Float[Array, ""]
 ) -> tuple[State, Metrics]:
-    """The new state; where `watched` is not finite, the old one. Either way the step's number grows by one.
+    """The new state, or the old one if `watched` is not finite; its `step` grows by one either way.
 
     Args:
       state: flax dataclass with a field `step`, before the update.
-      new: the same after it, with `step` as it was.
-      means: what is logged.
+      new: the state after the update, with the old `step`.
+      means: to be logged.
       watched: a sum of losses and norms of gradients.
 
     Returns:
-      The state, and the metrics as (sum, count); "nonfinite" counts the skipped step, whose means do not count.
+      The state, and the metrics as (sum, count); "nonfinite" counts a skipped step, whose means do not count.
     """
     finite = jnp.isfinite(watched)
     chosen = jax.tree.map(lambda new, old: jnp.where(finite, new, old), new, state)
