@@ -39,9 +39,9 @@ def local_path(path: str | os.PathLike) -> Path:
 
 
 def check_output(path: str | os.PathLike, min_free_bytes: int = 0, what: str = "a run") -> Path:
-    """Checks that a folder can be written, before anything expensive starts, and creates nothing; its absolute path.
+    """Checks that a folder can be written, before anything expensive starts; creates nothing.
 
-    Only process 0 writes, so only process 0 checks. Errors say that `what` needs `min_free_bytes`.
+    Returns the absolute path. Only process 0 writes, so only process 0 checks. Errors say what needs `min_free_bytes`.
 
     Raises:
         WorkdirError: it is a URL or no directory, a file cannot be written in it, or fewer bytes are free.

@@ -10,7 +10,7 @@ import functools
 import json
 import logging
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -108,10 +108,8 @@ class Checkpointer(contextlib.AbstractContextManager):
             loop=ocp.args.JsonSave(dict(loop or {})),
             config=ocp.args.JsonSave(dict(config)),
         )
-        try:
+        with _explained(self.path(step)):
             self._manager.save(step, args=args, force=True)
-        except Exception as error:
-            raise self._explained(error, step) from error
 
     def wait(self) -> None:
         """Blocks until the last save is on disk.
@@ -120,10 +118,8 @@ class Checkpointer(contextlib.AbstractContextManager):
             WorkdirError: the disk is full.
             CheckpointError: the save failed otherwise.
         """
-        try:
+        with _explained(self.directory):
             self._manager.wait_until_finished()
-        except Exception as error:
-            raise self._explained(error, None) from error
 
     def close(self) -> None:
         """Waits for the last save and stops the writing threads."""
@@ -132,17 +128,6 @@ class Checkpointer(contextlib.AbstractContextManager):
 
     def __exit__(self, *exc_info: object) -> None:
         self.close()
-
-    def _explained(self, error: Exception, step: int | None) -> Exception:
-        """The error of a writing thread with its path; a WorkdirError if the disk is full."""
-        where = self.directory if step is None else self.path(step)
-        chain = [error]
-        while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None and cause not in chain:
-            chain.append(cause)
-        full = any(isinstance(e, OSError) and e.errno in (errno.ENOSPC, errno.EDQUOT) for e in chain)
-        if full or "No space left" in str(error) or "RESOURCE_EXHAUSTED" in str(error):
-            return WorkdirError(f"{where}: disk full while a checkpoint was written: {error}")
-        return CheckpointError(f"{where}: a checkpoint could not be written: {type(error).__name__}: {error}")
 
     def config(self, step: int) -> dict[str, Any]:
         """The resolved config that was saved with a checkpoint."""
@@ -191,6 +176,22 @@ class Checkpointer(contextlib.AbstractContextManager):
             if unreadable or any(code in str(error) for code in _DAMAGE):
                 raise DamagedCheckpointError(f"{self.path(step)}: unreadable: {error}") from error
             raise
+
+
+@contextlib.contextmanager
+def _explained(where: Path) -> Iterator[None]:
+    """Turns errors of writing into a WorkdirError if the disk is full, else into a CheckpointError."""
+    try:
+        yield
+    except Exception as error:
+        chain = [error]
+        while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None and cause not in chain:
+            chain.append(cause)
+        full = any(isinstance(e, OSError) and e.errno in (errno.ENOSPC, errno.EDQUOT) for e in chain)
+        if full or "No space left" in str(error) or "RESOURCE_EXHAUSTED" in str(error):
+            raise WorkdirError(f"{where}: disk full while a checkpoint was written: {error}") from error
+        what = f"{type(error).__name__}: {error}"
+        raise CheckpointError(f"{where}: a checkpoint could not be written: {what}") from error
 
 
 def _is_complete(path: Path) -> bool:

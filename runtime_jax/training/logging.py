@@ -25,16 +25,13 @@ class MetricWriter(contextlib.AbstractContextManager):
     """Appends to `workdir/metrics.jsonl`, `workdir/tensorboard/` and `workdir/images/`.
 
     A run that resumes after step n drops what an earlier attempt wrote about later steps: the file then reads as if the
-    run had never been interrupted.
+    run had never been interrupted. Errors of writing are OSErrors that name the file, also when the disk is full.
     """
 
     def __init__(self, workdir: str | Path, start_step: int = 0, redo: str | None = None):
         """Opens the files and drops the lines about steps after `start_step`.
 
         With a prefix `redo`, lines about `start_step` whose names all begin with it are dropped too: they come again.
-
-        Raises:
-            OSError: a file cannot be written; names it.
         """
         self._workdir = Path(workdir)
         self._file = None
@@ -48,11 +45,7 @@ class MetricWriter(contextlib.AbstractContextManager):
         self._board = SummaryWriter(str(self._workdir / "tensorboard"), purge_step=start_step + 1)
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
-        """Writes one line {"step": step, name: value, ...}, with null for NaN and infinities, which JSON lacks.
-
-        Raises:
-            OSError: the disk is full; names the file.
-        """
+        """Writes one line {"step": step, name: value, ...}, with null for NaN and infinities, which JSON lacks."""
         if self._file is None:
             return
         record = {key: float(value) if math.isfinite(value) else None for key, value in values.items()}
@@ -63,11 +56,7 @@ class MetricWriter(contextlib.AbstractContextManager):
             self._board.add_scalar(key, value, step)
 
     def images(self, step: int, name: str, image: UInt8[np.ndarray, "H W 3"]) -> None:
-        """Writes an image as `images/<name>_<step>.png` and to TensorBoard.
-
-        Raises:
-            OSError: the disk is full; names the file.
-        """
+        """Writes an image as `images/<name>_<step>.png` and to TensorBoard."""
         if self._file is None:
             return
         from PIL import Image
@@ -152,18 +141,14 @@ class Rates(NamedTuple):
 
 
 class Stopwatch:
-    """Time per step of an interval; compilation, evaluation, pictures and checkpoints do not count."""
+    """Time per step of an interval, from now on; compilation, evaluation, pictures and checkpoints do not count."""
 
     def __init__(self) -> None:
-        self._since: float | None = None
+        self._since: float | None = time.perf_counter()  # None while paused
         self._reset()
 
     def _reset(self) -> None:
         self._steps, self._flops, self._data_wait, self._elapsed = 0, 0.0, 0.0, 0.0
-
-    def start(self) -> None:
-        """Starts the watch."""
-        self._since = time.perf_counter()
 
     def step(self, flops: float) -> None:
         """Counts one step and its floating-point operations."""

@@ -111,7 +111,6 @@ class Loop:
 
     def __post_init__(self) -> None:
         self.means = IntervalMeans()
-        self.watch = Stopwatch()
         self.skipped_in_a_row = 0
         self.skipped_files = 0
         self.pending: _Pending | None = None
@@ -148,7 +147,7 @@ class Loop:
     def train(self, state: Any, start_step: int) -> Result:
         """The steps, and what is due after each."""
         compiled: set[Hashable] = set()
-        self.watch.start()
+        self.watch = Stopwatch()
         for step in range(start_step, self.total_steps):
             key, number = self.variant(step), step + 1
             if key in compiled:
