@@ -132,7 +132,7 @@ def parallel_keys(study: Study) -> Iterator[str]:
     measured = {(r["task"], r["case"]): r["seeds"] for r in study.alone.files.records() if r["row"] == FULL}
     keys, found = compiled_keys(study.pipeline), []
     for case in study.alone.cases:
-        if len(case.uses) != 2 or any(use.place is None for use in case.uses):
+        if len(case.uses) != 2 or any(use.object is None for use in case.uses):
             continue
         placed = [
             place_stored(

@@ -41,15 +41,15 @@ def perfect_sight(scene: Scene) -> View:
     return View(image, Seen(scene, masks, textures))
 
 
-def repainted(case: Case, *places: int) -> Scene:
+def repainted(case: Case, *numbers: int) -> Scene:
     """The case's scene with other looks on some objects: the opposite colour, the next texture, upside down."""
     scene = case.scene
-    for place in places:
-        item = scene.objects[place]
+    for number in numbers:
+        item = scene.objects[number]
         rgb = tuple(255 - channel for channel in item.rgb)
         texture = TEXTURES[(TEXTURES.index(item.texture) + 1) % len(TEXTURES)]
         turned = item.rotation + 180.0
-        scene = scene.with_object(place, rgb=rgb, accent=accent_of(rgb), texture=texture, rotation=turned)
+        scene = scene.with_object(number, rgb=rgb, accent=accent_of(rgb), texture=texture, rotation=turned)
     return scene
 
 
@@ -67,7 +67,7 @@ def test_every_task_has_its_cases():
     assert counts["composition"] == 16 and counts["decomposition"] == 32 and counts["full"] == 32
     assert counts["single"] == 32 and counts["direction"] == 32 and counts["same word"] >= 20
     assert len({case.name for case in CASES}) == len(CASES)
-    assert sum(use.place is None for case in of_task("composition") for use in case.uses) == 8
+    assert sum(use.object is None for case in of_task("composition") for use in case.uses) == 8
 
 
 @pytest.mark.parametrize("count", [0, 2, 6])
@@ -97,10 +97,10 @@ def test_prompts_ask_for_what_the_true_scene_has_and_name_no_looks():
         for use in case.uses:
             phrase = use.target.split("#")[0]
             assert re.search(rf"\b{phrase}\b", case.prompt)
-            if use.place is None:
+            if use.object is None:
                 assert phrase == BACKGROUNDS[wanted.background]
             else:
-                assert phrase.split()[-1] == wanted.objects[use.place].shape
+                assert phrase.split()[-1] == wanted.objects[use.object].shape
             assert use.image is None or IMAGES[use.image].words[use.word] == use.look
 
 
@@ -166,16 +166,16 @@ def test_a_missing_object_counts_nothing():
 def test_a_change_of_the_target_alone_is_local_and_does_not_bleed():
     for case in of_task("single"):
         (use,) = case.uses
-        result = measure(case, perfect_sight(case.scene), perfect_sight(repainted(case, use.place)))
+        result = measure(case, perfect_sight(case.scene), perfect_sight(repainted(case, use.object)))
         assert result.inside > 5 and result.locality > 0.95 and abs(result.bleeding) < 1e-6
 
 
 def test_a_change_of_the_other_object_is_not_local_and_bleeds():
     for case in of_task("single"):
         (use,) = case.uses
-        item, other = case.scene.objects[use.place], 1 - use.place
+        item, other = case.scene.objects[use.object], 1 - use.object
         spread = case.scene.with_object(other, rgb=item.rgb, accent=item.accent, texture=item.texture)
-        rgb = repainted(case, use.place).objects[use.place].rgb
+        rgb = repainted(case, use.object).objects[use.object].rgb
         before = case.scene.with_object(other, rgb=rgb, texture=TEXTURES[TEXTURES.index(item.texture) - 1])
         result = measure(case, perfect_sight(spread), perfect_sight(before))
         assert result.locality < 0.2 and result.bleeding > 0.5
@@ -224,7 +224,7 @@ def test_the_judge_gives_true_scenes_high_marks_and_others_low_ones():
     wrong = views([repainted(case, *range(len(case.scene.objects))) for case in cases])
     right = [measure(case, view, view) for case, view in zip(cases, true, strict=True)]
     off = [measure(case, view, view) for case, view in zip(cases, wrong, strict=True)]
-    objects = [all(use.place is not None for use in case.uses) for case in cases]
+    objects = [all(use.object is not None for use in case.uses) for case in cases]
     assert np.mean([one.cp for one in right]) > 0.85
     assert np.mean([one.pf for one in right]) > 0.93
     assert np.mean([one.cp for one, about in zip(off, objects, strict=True) if about]) < 0.35

@@ -1,4 +1,4 @@
-"""How an object or a light looks, and how alike two looks are: the measure behind concept preservation and bleeding."""
+"""The appearance of an object or a light, and how similar two are: the measure behind CP and bleeding."""
 
 from dataclasses import dataclass
 
@@ -8,7 +8,7 @@ from jaxtyping import Float
 from mini_scenes import SYMMETRY, TEXTURES, Light, SceneObject
 from mini_scenes.judge import color_difference
 
-# Where likeness ends. Two colours of mini_scenes with one name are 10 apart on average, with different names 70.
+# Distances of likeness 0. Two colours of mini_scenes are 10 apart on average if they share a name, otherwise 70.
 COLOR_REACH = 50.0  # ΔE
 TURN_REACH = 90.0  # degrees
 WARMTH_REACH = 1.0  # half of its range
@@ -17,10 +17,10 @@ DIRECTION_REACH = 90.0  # degrees
 
 @dataclass(frozen=True, kw_only=True)
 class Appearance:
-    """What a concept is to carry over; None: it has nothing to do with that.
+    """What a concept carries over; None: not this.
 
-    An object has a colour and a texture, and where its outline has one upright position, a rotation. A light has warmth
-    and azimuth.
+    An object has a colour and a texture, and a rotation if its outline looks different at every angle. A light has
+    warmth and azimuth.
     """
 
     rgb: tuple[int, int, int] | None = None
@@ -31,22 +31,22 @@ class Appearance:
 
     @classmethod
     def of_object(cls, item: SceneObject) -> "Appearance":
-        """That of an object."""
+        """The appearance of an object."""
         return cls(rgb=item.rgb, texture=item.texture, rotation=item.rotation if SYMMETRY[item.shape] == 1 else None)
 
     @classmethod
     def of_light(cls, light: Light) -> "Appearance":
-        """That of a light."""
+        """The appearance of a light."""
         return cls(warmth=light.warmth, azimuth=light.azimuth)
 
 
 def object_likeness(
     appearance: Appearance, item: SceneObject, textures: Float[np.ndarray, "textures"]
 ) -> dict[str, float]:
-    """How like an appearance an object is, in [0, 1] for colour, texture and pose; what either lacks is left out.
+    """Similarity of an object to an appearance, in [0, 1] for colour, texture and pose, where both have them.
 
-    Colour falls linearly with the distance in L*a*b*. Texture is the probability that the judge gives to the right one,
-    so that half of a texture counts half. Pose falls linearly with the angle.
+    Colour falls linearly with the distance in L*a*b*, pose with the angle. Texture is the probability that the judge
+    gives to the right one, so that half of a texture counts half.
     """
     parts = {}
     if appearance.rgb is not None:
@@ -59,7 +59,7 @@ def object_likeness(
 
 
 def light_likeness(appearance: Appearance, light: Light) -> dict[str, float]:
-    """How like an appearance a light is, in [0, 1] for warmth and direction."""
+    """Similarity of a light to an appearance, in [0, 1] for warmth and direction."""
     return {
         "warmth": _near(abs(appearance.warmth - light.warmth), WARMTH_REACH),
         "direction": _near(_angle(appearance.azimuth - light.azimuth), DIRECTION_REACH),

@@ -1,16 +1,16 @@
-"""What the benchmark asks: concept images whose captions name no looks, and prompts that use the concepts.
+"""The benchmark's questions: concept images whose captions don't describe appearance, and prompts with the concepts.
 
-Every image has two objects and a place, as the tiny base model knows them best. All three are learned, each on its
-phrase ("a circle", "on the grass"), over which that model's text encoder spreads it: an object is a look, a place is
-its light. Images come in pairs whose objects differ in class and colour, so that one look can be told from the other.
+Every image has two objects and a place, which the tiny base model draws best. All three are learned, each on its
+phrase ("a circle", "on the grass"), over which that model's text encoder spreads it: objects with their look, places
+with their light. Images come in pairs whose objects differ in class and colour, so that their looks can be told apart.
 Tasks, as in the paper's section 4.2, and three of our own:
 
     composition    one concept of each image of a pair: two objects, in every second pair an object and the light
     decomposition  both objects of one image, in another arrangement and place
     full           of other pairs: the first object of one image beside the second of the other, and the other way round
-    single         one concept beside an object that is to stay as it is: what locality and bleeding are about
+    single         one concept beside an object that must not change, for locality and bleeding
     same word      two concepts of the same class: "a circle to the left of a circle"
-    direction      no learning: a colour or texture named in a pair of prompts, added on an object
+    direction      no learning: a colour or texture, from a pair of prompts, added to an object
 
 Everything is a pure function of the seed. Each case also has the scene that a perfect method would draw.
 """
@@ -45,9 +45,8 @@ NEUTRAL_LIGHT = Light(azimuth=90.0, elevation=45.0, warmth=0.0)
 class ConceptImage:
     """An image to learn from.
 
-    number: of the image.
     captions: several for the same image; none names a colour, texture, pose, size or light.
-    words: how the thing looks that each word to learn stands for.
+    words: the appearance that each word to learn stands for.
     """
 
     number: int
@@ -60,15 +59,15 @@ class ConceptImage:
 class Use:
     """A concept in a prompt.
 
-    look: what it is to bring.
+    look: the appearance that it brings.
     target: the word of the prompt that it is put on.
-    place: number of the scene's object that is to look so, None for the light.
+    object: number of the scene's object that takes the look; None for the light.
     image, word: where it was learned; None for a direction without learning.
     """
 
     look: Appearance
     target: str
-    place: int | None
+    object: int | None
     image: int | None = None
     word: str | None = None
 
@@ -79,8 +78,7 @@ class Case:
 
     scene: what a perfect method would draw, objects from left to right as in the prompt.
     attribute, neutral: prompts of a direction without learning.
-    task, unit, number: given by `make_cases`. Cases of one task and unit share images; those of different units are
-      independent.
+    task, unit, number: set by `make_cases`. Cases of one task and unit share images; units are independent.
     """
 
     prompt: str
@@ -121,12 +119,14 @@ def make_images(count: int, seed: int) -> list[ConceptImage]:
             scene = _scene(rng)
             if len(scene.objects) == 2 and _differ(scene, partner):
                 break
-        images.append(_concept_image(number, scene))
+        words = {_a(item.shape): Appearance.of_object(item) for item in scene.objects}
+        words[BACKGROUNDS[scene.background.kind]] = Appearance.of_light(scene.light)
+        images.append(ConceptImage(number=number, scene=scene, captions=_captions(scene), words=words))
     return images
 
 
 def _scene(rng: np.random.Generator) -> Scene:
-    """From the world that the tiny base has learned to draw."""
+    """A scene from the world that the tiny base model has learned to draw."""
     return in_a_row(sample_scene(rng), rng)
 
 
@@ -135,21 +135,13 @@ def _differ(scene: Scene, others: Sequence[SceneObject]) -> bool:
     return all(mine.shape != other.shape and mine.color != other.color for mine, other in pairs)
 
 
-def _concept_image(number: int, scene: Scene) -> ConceptImage:
-    words = {_a(item.shape): Appearance.of_object(item) for item in scene.objects}
-    words[BACKGROUNDS[scene.background.kind]] = Appearance.of_light(scene.light)
-    return ConceptImage(number=number, scene=scene, captions=_captions(scene), words=words)
-
-
 def _captions(scene: Scene) -> tuple[str, ...]:
-    """The forms of mini_scenes, from left to right, as the base has learned to read."""
+    """The forms of mini_scenes for two objects, from left to right, which the base model has learned to read."""
     place = BACKGROUNDS[scene.background.kind]
-    shapes = [_a(item.shape) for item in sorted(scene.objects, key=lambda item: item.x)]
-    subject = " and ".join(shapes)
-    captions = [f"{subject} {place}", f"a picture of {subject} {place}", f"{place}, {subject}"]
-    if len(shapes) == 2:
-        captions += [f"{f' {side} '.join(shapes)} {place}" for side in ("next to", "to the left of")]
-    return tuple(captions)
+    left, right = (_a(item.shape) for item in sorted(scene.objects, key=lambda item: item.x))
+    both = f"{left} and {right}"
+    captions = [f"{both} {place}", f"a picture of {both} {place}", f"{place}, {both}"]
+    return (*captions, *(f"{left} {side} {right} {place}" for side in ("next to", "to the left of")))
 
 
 def _a(phrase: str) -> str:
@@ -191,7 +183,7 @@ def _composition(rng: np.random.Generator, first: ConceptImage, second: ConceptI
     kind, light = second.scene.background.kind, second.scene.light
     case = _objects_case(rng, [(item, use), (_bystander(rng, item), None)], kind)
     word = BACKGROUNDS[kind]
-    lit = Use(look=second.words[word], target=word, place=None, image=second.number, word=word)
+    lit = Use(look=second.words[word], target=word, object=None, image=second.number, word=word)
     return [replace(case, scene=replace(case.scene, light=light), uses=(*case.uses, lit))]
 
 
@@ -220,7 +212,7 @@ def _direction(rng: np.random.Generator) -> list[Case]:
     else:
         item = replace(item, texture=str(rng.choice(TEXTURES[1:])))
         attribute, look = item.texture, Appearance(texture=item.texture)
-    use = Use(look=look, target=_a(item.shape), place=0)
+    use = Use(look=look, target=_a(item.shape), object=0)
     case = _objects_case(rng, [(item, use), (_bystander(rng, item), None)])
     return [replace(case, attribute=_a(f"{attribute} {item.shape}"), neutral=_a(item.shape))]
 
@@ -238,12 +230,11 @@ Brought = tuple[SceneObject, Use | None]
 def _bring(image: ConceptImage, index: int) -> tuple[SceneObject, Use]:
     item = image.scene.objects[index]
     word = _a(item.shape)
-    use = Use(look=image.words[word], target=word, place=None, image=image.number, word=word)
-    return item, use
+    return item, Use(look=image.words[word], target=word, object=None, image=image.number, word=word)
 
 
 def _bystander(rng: np.random.Generator, *items: SceneObject) -> SceneObject:
-    """An object of another class and colour than all of these."""
+    """An object that differs from all of these in class and colour."""
     while True:
         other = _scene(rng).objects[0]
         if all(other.shape != item.shape and other.color != item.color for item in items):
@@ -251,26 +242,23 @@ def _bystander(rng: np.random.Generator, *items: SceneObject) -> SceneObject:
 
 
 def _objects_case(rng: np.random.Generator, brought: Sequence[Brought], kind: str | None = None) -> Case:
-    """Two objects side by side, in either order, in the place of a kind, or in any."""
+    """Two objects side by side, in random order, before the background `kind`, or a random one."""
     left, right = (brought[i] for i in rng.permutation(2))
     kind = kind or str(rng.choice(tuple(BACKGROUNDS)))
+    tone, seed = float(rng.uniform()), int(rng.integers(2**31))
     scene = Scene(
         objects=(_put(left[0], 0.25), _put(right[0], 0.75)),
         light=NEUTRAL_LIGHT,
-        background=_background(rng, kind),
+        background=Background(kind=kind, horizon=ROW_HORIZON, tone=tone, seed=seed),
     )
     prompt = f"{_a(left[0].shape)} to the left of {_a(right[0].shape)} {BACKGROUNDS[kind]}"
     twins = left[0].shape == right[0].shape
     uses = tuple(
-        replace(use, place=place, target=f"{use.target}#{place + 1}" if twins else use.target)
-        for place, (_, use) in enumerate((left, right))
+        replace(use, object=number, target=f"{use.target}#{number + 1}" if twins else use.target)
+        for number, (_, use) in enumerate((left, right))
         if use is not None
     )
     return Case(prompt=prompt, scene=scene, uses=uses)
-
-
-def _background(rng: np.random.Generator, kind: str) -> Background:
-    return Background(kind=kind, horizon=ROW_HORIZON, tone=float(rng.uniform()), seed=int(rng.integers(2**31)))
 
 
 def _put(item: SceneObject, x: float) -> SceneObject:

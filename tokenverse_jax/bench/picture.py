@@ -1,4 +1,4 @@
-"""A picture of a task: its concept images and what every row makes of them."""
+"""A picture of a task: its concept images and what every row draws with them."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -21,7 +21,7 @@ def write_picture(
     drawn: Callable[[str, Case], Image],
     path: Path,
 ) -> None:
-    """Draws some cases of one task: a column each, the images of their concepts above what each row makes of them.
+    """Draws some cases of one task, a column for each: the images of its concepts above each row's image.
 
     Args:
       concept: the pixels of a concept image.

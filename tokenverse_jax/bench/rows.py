@@ -1,15 +1,15 @@
-"""The rows of the benchmark's table: ways of putting a concept into an image, learned or not.
+"""The rows of the benchmark's table: methods that put a concept into an image, learned or not.
 
 Axes: T text tokens of a prompt, J width of the text encoder, D width of the modulation vector.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Array, Float
 
 from tokenverse_jax.bench.cases import Case
 from tokenverse_jax.concepts.bank import Concept
@@ -28,10 +28,10 @@ DIRECTION_TASK = "direction"
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """One way; neither learned nor a direction: the prompt alone.
+    """One method; without `learn` and `direction` the prompt alone.
 
     learn: how its concepts are learned.
-    direction: of the prompts of a case, without learning: on all tokens (M) or on the word's (M+).
+    direction: from a case's pair of prompts, without learning: on all tokens (M) or on the word's (M+).
     strength: of the direction.
     """
 
@@ -41,16 +41,16 @@ class Row:
     strength: float = 1.0
 
     def takes(self, task: str) -> bool:
-        """Whether the row has something to do with a task."""
+        """Whether the row takes part in a task."""
         if self.learn is None and self.direction is None:
             return True
         return (task == DIRECTION_TASK) == (self.direction is not None)
 
 
 def make_rows(full: LearnConfig, strengths: Sequence[float]) -> list[Row]:
-    """All rows that the base model draws, from the config of the full method, which has blocks and isolation.
+    """All rows that the base model draws, from the config of the full method, with per_block and isolation.
 
-    Every learned row has all steps of both stages, so that a row is not better for having been trained for longer.
+    Every learned row has all steps of both stages, so that none is better for a longer training.
     """
     blocks = replace(full, isolation=None)
     tokens = replace(blocks, per_block=False)
@@ -69,21 +69,14 @@ def make_rows(full: LearnConfig, strengths: Sequence[float]) -> list[Row]:
     return [Row(name=PROMPT), *(Row(name=name, learn=learn) for name, learn in learned.items()), *directions]
 
 
-class Steered(NamedTuple):
-    """A prompt as the transformer takes it; zeros where a row has nothing to add, so that all rows share a program."""
-
-    txt: Float[np.ndarray, "T J"]
-    offsets: Offsets
-
-
 def steer_case(
     pipeline: Pipeline,
     row: Row,
     case: Case,
     txt: Float[np.ndarray, "T J"],
     concepts: Mapping[tuple[int, str], Concept],
-) -> Steered:
-    """What a row makes of a case.
+) -> tuple[Float[np.ndarray, "T J"] | Float[Array, "T J"], Offsets]:
+    """T5's output and the offsets with which a row draws a case; zeros for none, so that all rows share a program.
 
     Args:
       txt: T5's output for the prompt.
@@ -98,21 +91,15 @@ def steer_case(
     )
     tokenizer = pipeline.tokenizer_2
     if row.direction is not None:
-        step = row.strength * case_direction(pipeline, case)
+        vec = pipeline.encode_prompts([case.attribute, case.neutral]).vec
+        offset = row.strength * np.asarray(direction(flux, pipeline.transformer.params, vec[:1], vec[1:]))[0]
         if row.direction == "M":
-            return Steered(txt, none.replace(everywhere=step))
-        places = find_word(tokenizer, case.prompt, case.uses[0].target)
-        return Steered(txt, none.replace(shared=place_on_tokens(jnp.asarray(step), places, length)))
+            return txt, none.replace(everywhere=offset)
+        positions = find_word(tokenizer, case.prompt, case.uses[0].target)
+        return txt, none.replace(shared=place_on_tokens(jnp.asarray(offset), positions, length))
     if row.learn is None:
-        return Steered(txt, none)
+        return txt, none
     placed = [place_stored(concepts[use.image, use.word], tokenizer, case.prompt, use.target) for use in case.uses]
     steered, added = steer(row.learn.space, jnp.asarray(txt)[None], compose(placed, length).repeat(1))
     given = {name: part[0] for name, part in vars(added).items() if name != "blocks" and part is not None}
-    return Steered(steered[0], none.replace(**given))
-
-
-def case_direction(pipeline: Pipeline, case: Case) -> Float[np.ndarray, "D"]:
-    """From the neutral prompt of a case to that with the attribute."""
-    vec = pipeline.encode_prompts([case.attribute, case.neutral]).vec
-    part = pipeline.transformer
-    return np.asarray(direction(part.config, part.params, vec[:1], vec[1:]))[0]
+    return steered[0], none.replace(**given)

@@ -1,4 +1,4 @@
-"""`tokenverse bench`: learn, draw, measure, tabulate. A run that was stopped goes on with the same command."""
+"""`tokenverse bench`: learn, draw, measure, tabulate. The same command resumes a run that was stopped."""
 
 import functools
 from collections.abc import Sequence
@@ -44,7 +44,7 @@ Images = UInt8[np.ndarray, "N H W 3"]
 
 @dataclass(frozen=True, kw_only=True)
 class BenchConfig:
-    """A whole benchmark; what configs/tokenverse_bench.py returns is built into this.
+    """A whole benchmark, built from what configs/tokenverse_bench.py returns.
 
     learn: how the full method learns, with per_block and isolation; the other rows leave parts of it out.
     strengths: of the directions without learning.
@@ -72,31 +72,27 @@ class BenchConfig:
 
 
 def bench(config: BenchConfig, workdir: str | Path) -> Path:
-    """Runs the benchmark, or goes on with it; gives the workdir, see there.
+    """Runs or resumes the benchmark; returns the folder, see `bench.workdir`.
 
     Raises:
       ValueError: config, model or workdir that do not fit.
       WorkdirError: the workdir cannot be written, or another run is writing it.
     """
     with only_writer(workdir) as folder:
-        return _bench(Bench.open(config, folder))
-
-
-def _bench(this: "Bench") -> Path:
-    config = this.config
-    this.draw([case for case in this.cases if not case.images])
-    for stop in range(AT_ONCE, config.images + 1, AT_ONCE):
-        some = this.images[stop - AT_ONCE : stop]
-        for image in tqdm(some, desc=f"images to {stop} of {config.images}", disable=None):
-            this.learn(image)
-        this.draw([case for case in this.cases if case.images and max(case.images) < stop])
-        this.measure()
-    return this.files.path
+        this = Bench.open(config, folder)
+        this.draw([case for case in this.cases if not case.images])
+        for stop in range(AT_ONCE, config.images + 1, AT_ONCE):
+            some = this.images[stop - AT_ONCE : stop]
+            for image in tqdm(some, desc=f"images to {stop} of {config.images}", disable=None):
+                this.learn(image)
+            this.draw([case for case in this.cases if case.images and max(case.images) < stop])
+            this.measure()
+        return folder
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Bench:
-    """What a benchmark is made of; `bench` runs it."""
+    """The state of a benchmark; `bench` runs it."""
 
     config: BenchConfig
     files: Workdir
@@ -110,11 +106,7 @@ class Bench:
 
     @classmethod
     def open(cls, config: BenchConfig, workdir: str | Path) -> "Bench":
-        """A new one, or that of a workdir.
-
-        Raises:
-          ValueError: config, model or workdir that do not fit.
-        """
+        """A new benchmark, or the one in a workdir; ValueError where config, model and workdir do not fit."""
         images = make_images(config.images, config.seed)
         pipeline, judge = Pipeline.from_pretrained(config.model), Judge.load()
         weights = {part: fingerprint(getattr(pipeline, part).params) for part in PARTS}
@@ -133,7 +125,7 @@ class Bench:
     # Learning.
 
     def learn(self, image: ConceptImage) -> None:
-        """Learns the concepts of an image in the way of every row, those that are not on disk."""
+        """Learns the concepts of an image with every row, where they are not on disk."""
         for row in self.rows:
             if row.learn is None or (path := self.files.concept(row.name, image.number)).exists():
                 continue
@@ -170,14 +162,14 @@ class Bench:
         return encode_images(self.pipeline, pool)
 
     def _base_hash(self, row: Row) -> str:
-        """The model's, but for rows whose directions would mean something else to `tokenverse generate`."""
+        """The model's, changed for rows whose directions `tokenverse generate` would misread."""
         own = self.pipeline.base_hash()
         return own if row.learn.space == "modulation" else f"{own} {row.learn.space}"
 
     # Drawing.
 
     def draw(self, cases: Sequence[Case]) -> None:
-        """Draws what is not on disk, some cases at once; the noise is that of the case and the seed, for all rows."""
+        """Draws what is not on disk, some cases at once; all rows have the same noise for a case and a seed."""
         seeds, together = self.config.seeds, self.config.batch_size // self.config.seeds
         for row in self.rows:
             missing = [case for case in cases if row.takes(case.task) and not self.files.has_images(row.name, case)]
@@ -208,10 +200,10 @@ class Bench:
         return np.asarray(images)
 
     def _concepts(self, row: Row, case: Case) -> dict[tuple[int, str], Concept]:
-        """By number of the image and word."""
-        if row.learn is None:
-            return {}
+        """The row's concepts for a case, by number of the image and word."""
         concepts = {}
+        if row.learn is None:
+            return concepts
         for number in case.images:
             file = load_concepts(self.files.concept(row.name, number), self._base_hash(row))
             concepts |= {(number, concept.word): concept for concept in file.concepts}
@@ -220,7 +212,7 @@ class Bench:
     # Measuring.
 
     def measure(self) -> None:
-        """Measures what is drawn and has not been measured, and writes the report."""
+        """Measures what is drawn and not yet measured, and writes the report."""
         done = {(record["row"], record["task"], record["case"]) for record in self.files.records()}
         drawn = [case for case in self.cases if self.files.has_images(PROMPT, case)]
         names = [RENDERED, *(row.name for row in self.rows)]
@@ -242,14 +234,14 @@ class Bench:
             )
 
     def _views(self, row: str, cases: Sequence[Case]) -> list[list[View]]:
-        """Those of all seeds for each case."""
+        """The views of all seeds for each case."""
         images = [image for case in cases for image in self._drawn(row, case)]
         seen = self.judge.look(np.stack(images)) if images else []
         views = [View(*pair) for pair in zip(images, seen, strict=True)]
         return [views[start : start + self.config.seeds] for start in range(0, len(views), self.config.seeds)]
 
     def _drawn(self, row: str, case: Case) -> Images:
-        """The images of all seeds; those of true scenes as the base model's autoencoder gives them back."""
+        """The images of all seeds; true scenes go through the base model's autoencoder."""
         if row != RENDERED:
             return self.files.images(row, case, self.config.seeds)
         pixels, _ = render_scene(case.scene, self.config.size)

@@ -1,7 +1,7 @@
-"""What a benchmark has on disk; whatever is there is not made again.
+"""The files of a benchmark; those that exist are not made again.
 
-config.json                      what it is a benchmark of
-concepts/ROW/NUMBER.safetensors  what a row learned from a concept image
+config.json                      the config, and fingerprints of the weights
+concepts/ROW/NUMBER.safetensors  the concepts that a row learned from a concept image
 images/ROW/CASE.png              a row's images of a case, one for each seed, side by side
 measurements.jsonl               a line for each row and case, see `table.Record`
 table.md, TASK.png               the report
@@ -30,12 +30,7 @@ class Workdir:
     """The files of one benchmark."""
 
     def __init__(self, path: str | Path, config: dict[str, Any]):
-        """Makes the folder, or finds one of the same config, which tells the weights too.
-
-        Raises:
-          ValueError: it is of another config.
-          WorkdirError: it cannot be written.
-        """
+        """Makes the folder; ValueError where it exists with another config, WorkdirError where it cannot be written."""
         self.path = output_folder(path)
         file, text = self.path / "config.json", json.dumps(config, indent=2) + "\n"
         if file.exists() and file.read_text() != text:
@@ -43,7 +38,7 @@ class Workdir:
         write_text(file, text)
 
     def concept(self, row: str, number: int) -> Path:
-        """File of what a row learned from an image."""
+        """The file of the concepts that a row learned from an image."""
         return self.path / "concepts" / _file_name(row) / f"{number:03}.safetensors"
 
     def has_images(self, row: str, case: Case) -> bool:
@@ -66,7 +61,7 @@ class Workdir:
         return self.path / "measurements.jsonl"
 
     def records(self) -> list[Record]:
-        """All lines; a last one that was cut short is dropped, from the file too."""
+        """All lines; an incomplete last one is dropped, from the file too."""
         if not self._measurements.exists():
             return []
         lines = self._measurements.read_text(encoding="utf-8").splitlines(keepends=True)
