@@ -1,5 +1,6 @@
 """A two-layer regression for the tests of checkpoints and loop; a program of its own, so that it can be killed."""
 
+import functools
 import os
 import signal
 import sys
@@ -16,9 +17,10 @@ import optax
 
 from runtime_jax.config import Duration
 from runtime_jax.prng import Stream, host_rng, stream_key
-from runtime_jax.sharding import Axis, MeshConfig, constrain, make_mesh, param_shardings, shard_batch
+from runtime_jax.sharding import Axis, MeshConfig, constrain, make_mesh
 from runtime_jax.training import loop
 from runtime_jax.training.initial_state import initial_state
+from runtime_jax.training.program import Program
 
 RULES = ((".*/kernel", (Axis.EMBED, Axis.MLP)), (".*/bias", (Axis.MLP,)))
 BATCH = 16
@@ -67,12 +69,11 @@ def update(state: State, batch: Any) -> tuple[State, dict]:
     return new, metrics
 
 
-_update = jax.jit(update, donate_argnums=0)
-
-
-def train_step(state: State, batch: Any, step: int) -> tuple[State, dict]:
-    """What the loop calls: the jitted update, whatever the step."""
-    return _update(state, batch)
+@functools.cache
+def program() -> Program:
+    """The toy's program on all devices."""
+    mesh = make_mesh(MeshConfig(data=1, fsdp=-1))
+    return Program(init, lambda state, frozen, batch, variant: update(state, batch), RULES, mesh)
 
 
 def batches(start: int, nan_from: int | None = None) -> Iterator[dict[str, np.ndarray]]:
@@ -91,15 +92,11 @@ def train(workdir: Path, steps: int, stream: Callable[[int], Iterator] = batches
 
     `options` are fields of LoopConfig and Loop.
     """
-    mesh = make_mesh(MeshConfig(data=1, fsdp=-1), jax.devices())
-    abstract = jax.eval_shape(init)
-    shardings = param_shardings(abstract, RULES, mesh)
-    abstract = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), abstract, shardings)
     intervals = {"log_every": 5, "checkpoint_every": 6, "eval_every": 7, "min_free_bytes": 0}
     intervals |= {field.name: options.pop(field.name) for field in fields(loop.LoopConfig) if field.name in options}
-    with jax.set_mesh(mesh):
+    with jax.set_mesh(program().mesh):
         state, step, origin = initial_state(
-            workdir, abstract, config={"steps": steps}, init=jax.jit(init, out_shardings=shardings)
+            workdir, program().abstract_state, config={"steps": steps}, init=program().init
         )
         print("origin:", origin, flush=True)
         arguments = {
@@ -107,9 +104,8 @@ def train(workdir: Path, steps: int, stream: Callable[[int], Iterator] = batches
             "workdir": workdir,
             "resolved_config": {"steps": steps},
             "total_steps": steps,
-            "train_step": train_step,
+            "program": program(),
             "batches": stream,
-            "shard": lambda batch: shard_batch(batch, mesh),
             "evaluate": lambda state, step: {"norm": optax.tree.norm(state.params)},
         }
         result = loop.Loop(**arguments | options).run(state, step)

@@ -7,7 +7,6 @@ from typing import Any
 import jax
 import numpy as np
 
-from runtime_jax import sharding
 from runtime_jax.cost import peak_flops
 from runtime_jax.training import loop
 from runtime_jax.training.initial_state import initial_state
@@ -39,10 +38,9 @@ def fit(
 
     Args:
       workdir: of `only_writer`.
-      config, resolved_config, total_steps, batches, preview, evaluate: as in `loop.Loop`.
+      config, resolved_config, total_steps, batches, variant, preview, evaluate: as in `loop.Loop`.
       batch_size: examples of a step, over all hosts.
       dtype: of the matmuls, for the MFU.
-      variant: step -> variant of the program.
       init: makes a new state; None: `program.init`.
       config_class, init_from, resume_from, must_match, may_differ: as in `initial_state`.
       notes: lines to print before the first step.
@@ -69,12 +67,10 @@ def fit(
         workdir=workdir,
         resolved_config=resolved_config,
         total_steps=total_steps,
-        train_step=lambda state, batch, step: program.step(state, batch, variant(step)),
+        program=program,
         batches=batches,
-        shard=lambda batch: sharding.shard_batch(batch, program.mesh),
         preview=preview,
         evaluate=evaluate,
         variant=variant,
-        flops_per_step=lambda step: program.flops(variant(step)),
         peak_flops=peak_flops(program.mesh.devices.flat[0].device_kind, dtype),
     ).run(found.state, found.step)

@@ -19,8 +19,10 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from runtime_jax.config import Duration
+from runtime_jax.sharding import shard_batch
 from runtime_jax.training.checkpoint import Checkpointer
 from runtime_jax.training.logging import IntervalMeans, MetricWriter, Progress, Stopwatch
+from runtime_jax.training.program import Program
 from runtime_jax.workdir import output_folder
 
 Batch = Mapping[str, Any]
@@ -79,20 +81,17 @@ class Loop:
 
     Attributes:
         resolved_config: JSON-able; saved in every checkpoint.
-        train_step: (state, batch, step) -> (state, metrics), jitted; `step` counts from 0. Metrics are (sum, count)
-            pairs of device scalars, logged as sum / count over the interval; the sum of "nonfinite" is 1 if the update
-            was skipped, and is logged as the number of such steps.
+        program: its metrics are (sum, count) pairs of device scalars, logged as sum / count over the interval; the sum
+            of "nonfinite" is 1 if the update was skipped, and is logged as the number of such steps.
         batches: start step -> iterator of host batches, batch s a pure function of s; its leading dimension is this
             process's share of the batch. However the run ends, it calls the iterator's `close()`, if there is one. If
             the iterator has a mapping `skipped` from unreadable files to how often they were replaced so far, the
             interval's growth is logged as `data/skipped` where it is not 0 (on process 0, of its own share).
-        shard: host batch -> device batch.
         preview: (state, step) -> images [H, W, 3] uint8 by name; every `preview_every` steps and at the end.
         evaluate: (state, step) -> numbers by name, logged as `eval/<name>`; every `eval_every` steps and at the end. If
             it or `preview` raises a FloatingPointError, the run reports that and goes on.
-        variant: step -> key of the program that `train_step` runs. The first step of each key compiles and is left out
-            of the reported times.
-        flops_per_step: step -> floating-point operations over all devices, for the MFU.
+        variant: step -> variant of the program. The first step of each variant compiles and is left out of the reported
+            times.
         peak_flops: peak operations per second of one device; None: no MFU.
     """
 
@@ -100,13 +99,11 @@ class Loop:
     workdir: str | Path
     resolved_config: Mapping[str, Any]
     total_steps: int
-    train_step: Callable[[Any, Any, int], tuple[Any, Metrics]]
+    program: Program
     batches: Callable[[int], Iterator[Batch]]
-    shard: Callable[[Batch], Any]
     preview: Callable[[Any, int], Mapping[str, np.ndarray] | None] | None = None
     evaluate: Callable[[Any, int], Mapping[str, float] | None] | None = None
     variant: Callable[[int], Hashable] = lambda step: None
-    flops_per_step: Callable[[int], float] = lambda step: 0.0
     peak_flops: float | None = None
 
     def __post_init__(self) -> None:
@@ -185,14 +182,14 @@ class Loop:
         batch = next(self.stream, None)
         if batch is None:
             raise ValueError("batches: the iterator ended before the last step; it must go on without end")
-        batch = self.shard(batch)
+        batch = shard_batch(batch, self.program.mesh)
         if self.pending is None or self.pending.finished():
             self.watch.wait(time.perf_counter() - begin)
         return batch
 
     def dispatch(self, state: Any, batch: Any, step: int) -> Any:
         """Starts a step, and settles the previous one while it runs."""
-        state, metrics = self.train_step(state, batch, step)
+        state, metrics = self.program.step(state, batch, self.variant(step))
         self.settle()
         skipped = sum(getattr(self.stream, "skipped", {}).values())
         self.pending = _Pending(step + 1, metrics, jax.tree.leaves(batch)[0].shape[0], skipped)
@@ -211,7 +208,7 @@ class Loop:
             metrics["data/skipped"] = (float(done.skipped - self.skipped_files), 1.0)
             self.skipped_files = done.skipped
         if timed:
-            self.watch.step(self.flops_per_step(done.number - 1))
+            self.watch.step(self.program.flops(self.variant(done.number - 1)))
         self.means.add(metrics)
         self.progress.advance()
         skipped = metrics.get("nonfinite", (0.0, 1.0))[0] > 0

@@ -1,6 +1,7 @@
 """The train loop: resume is bit-equal however a run ends, metrics and times, non-finite stop, clear errors."""
 
 import contextlib
+import copy
 import io
 import itertools
 import json
@@ -22,6 +23,7 @@ from runtime_jax.config import ConfigError, Duration, build
 from runtime_jax.training import loop
 from runtime_jax.training.checkpoint import Checkpointer
 from runtime_jax.training.logging import MetricWriter
+from runtime_jax.training.program import Program
 from runtime_jax.workdir import WorkdirError
 
 
@@ -29,6 +31,13 @@ def lines(workdir: Path) -> list[dict]:
     """The metrics without the times."""
     records = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     return [{k: v for k, v in record.items() if not k.startswith("time/")} for record in records]
+
+
+def program_with(step) -> Program:
+    """The toy's program with another method `step`."""
+    program = copy.copy(toy_run.program())
+    program.step = step
+    return program
 
 
 def assert_same_run(got: Path, want: Path) -> None:
@@ -119,10 +128,10 @@ def test_batches_are_closed_however_the_run_ends(tmp_path, end):
         opened.append(Batches(start, 2 if end == "signal" else None))
         return opened[-1]
 
-    def failing(state, batch, step):
+    def failing(state, batch, variant):
         raise RuntimeError("no")
 
-    options = {"train_step": failing} if end == "error" else {}
+    options = {"program": program_with(failing)} if end == "error" else {}
     with pytest.raises(RuntimeError) if end == "error" else contextlib.nullcontext():
         toy_run.train(tmp_path, 4, stream, **options)
     assert [batches.closed for batches in opened] == [True]
@@ -161,7 +170,7 @@ def test_what_a_run_leaves_and_says(tmp_path, capsys):
     def preview(state, step):
         return {"grid": np.full((4, 6, 3), step, np.uint8)}
 
-    toy_run.train(tmp_path, 12, preview=preview, preview_every=8, peak_flops=1e9, flops_per_step=lambda step: 1e3)
+    toy_run.train(tmp_path, 12, preview=preview, preview_every=8, peak_flops=1e9)
     assert [(r["step"], "loss" in r) for r in lines(tmp_path)] == [
         (5, True),
         (7, False),
@@ -226,15 +235,14 @@ def test_skipped_update_changes_nothing_but_the_step():
 def test_first_step_of_each_variant_is_not_timed(tmp_path):
     seen = set()
 
-    def slow_at_first(state, batch, step):
-        if step // 5 not in seen:
+    def slow_at_first(state, batch, variant):
+        if variant not in seen:
             time.sleep(1.0)
-            seen.add(step // 5)
-        return toy_run.train_step(state, batch, step)
+            seen.add(variant)
+        return toy_run.program().step(state, batch, None)
 
-    toy_run.train(
-        tmp_path, 10, train_step=slow_at_first, variant=lambda step: step // 5, checkpoint_every=0, log_every=4
-    )
+    program = program_with(slow_at_first)
+    toy_run.train(tmp_path, 10, program=program, variant=lambda step: step // 5, checkpoint_every=0, log_every=4)
     records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [record["time/step"] < 0.2 for record in records if "loss" in record] == [True, True, True]
 
@@ -263,9 +271,8 @@ def test_bad_workdir_is_told_before_anything_runs(tmp_path, bad, message):
             workdir=tmp_path / bad,
             resolved_config={},
             total_steps=2,
-            train_step=never,
+            program=program_with(never),
             batches=never,
-            shard=never,
         ).run(None, 0)
 
 
