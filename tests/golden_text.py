@@ -4,7 +4,8 @@ from collections.abc import Callable
 
 from golden_tools import Tensors, apply, require_equal
 
-from tokenverse_jax.flux.convert.text_encoders import convert_clip, convert_t5, export_clip, export_t5, parse_config
+from runtime_jax.weights import export_weights
+from tokenverse_jax.flux.convert.text_encoders import T5, convert_clip, convert_t5, export_clip, parse_config
 from tokenverse_jax.flux.text_encoders.clip import CLIPTextConfig, CLIPTextEncoder
 from tokenverse_jax.flux.text_encoders.t5 import T5Config, T5Encoder
 
@@ -22,7 +23,7 @@ def run_t5_encoder(config: dict, params: Tensors, inputs: Tensors) -> Tensors:
     ours = parse_config(T5Config, config)
     converted = convert_t5(params, ours)
     # The reference's state dict names its one token embedding twice, its files and our export once.
-    require_equal(export_t5(converted) | {"encoder.embed_tokens.weight": params["shared.weight"]}, params)
+    require_equal(export_weights(T5, converted) | {"encoder.embed_tokens.weight": params["shared.weight"]}, params)
     return {"hidden": apply({"params": converted}, inputs["input_ids"], module=T5Encoder(ours))}
 
 

@@ -1,5 +1,6 @@
 """CLIP's and T5's encoders beyond their goldens: pooling, buckets, meshes, precision, full size, conversion."""
 
+import functools
 import json
 
 import golden_text
@@ -12,13 +13,13 @@ import pytest
 from runtime_jax.config import ConfigError
 from runtime_jax.nn.compute import Compute
 from runtime_jax.sharding import MESH_AXES, MeshConfig, make_mesh, param_shardings
-from runtime_jax.weights import WeightError, read_safetensors
+from runtime_jax.weights import WeightError, export_weights, read_safetensors
 from tokenverse_jax.flux.convert.text_encoders import (
+    T5,
     config_json,
     convert_clip,
     convert_t5,
     export_clip,
-    export_t5,
     parse_config,
 )
 from tokenverse_jax.flux.text_encoders import clip, t5
@@ -27,7 +28,7 @@ from tokenverse_jax.flux.text_encoders.t5 import T5_XXL, T5Config, T5Encoder, re
 
 KINDS = {
     "clip_text": (CLIPTextConfig, CLIPTextEncoder, convert_clip, export_clip, clip.SHARDING_RULES),
-    "t5_encoder": (T5Config, T5Encoder, convert_t5, export_t5, t5.SHARDING_RULES),
+    "t5_encoder": (T5Config, T5Encoder, convert_t5, functools.partial(export_weights, T5), t5.SHARDING_RULES),
 }
 
 

@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.extend as jex
 import jax.numpy as jnp
@@ -14,8 +13,9 @@ from runtime_jax.cost import count, count_flops, size_of, table
 from runtime_jax.nn.compute import Compute
 from tokenverse_jax.concepts.concept_data import ROWS
 from tokenverse_jax.concepts.learn import LearnConfig, LearnState, init_state, learn_step, make_optimizers
-from tokenverse_jax.flux import autoencoder, model_folder
+from tokenverse_jax.flux import model_folder
 from tokenverse_jax.flux.autoencoder import Autoencoder, AutoencoderConfig
+from tokenverse_jax.flux.convert import init_shapes
 from tokenverse_jax.flux.model import PRESETS, Flux, FluxConfig, param_shapes
 from tokenverse_jax.flux.offsets import Offsets
 from tokenverse_jax.flux.pipeline import PARTS, TEXT_LENGTH
@@ -74,16 +74,12 @@ def inspect(model: str, sizes: Sequence[int], learn: LearnConfig) -> str:
 
 def _weight_shapes(configs: dict[str, Any]) -> dict[str, Any]:
     """Shapes of every part's parameters, by name."""
-
-    def shapes(module: nn.Module, *example: Any) -> Any:
-        return jax.eval_shape(module.init, jax.random.key(0), *example)["params"]
-
-    ids, side = jax.ShapeDtypeStruct((1, 1), jnp.int32), autoencoder.PATCH * configs["vae"].downsampling
+    ids, side = jax.ShapeDtypeStruct((1, 1), jnp.int32), configs["vae"].downsampling
     trees = {
-        "clip": shapes(CLIPTextEncoder(configs["clip"]), ids),
-        "t5": shapes(T5Encoder(configs["t5"]), ids),
+        "clip": init_shapes(CLIPTextEncoder(configs["clip"]), ids),
+        "t5": init_shapes(T5Encoder(configs["t5"]), ids),
         "transformer": param_shapes(configs["transformer"]),
-        "vae": shapes(Autoencoder(configs["vae"]), jax.ShapeDtypeStruct((1, side, side, 3), jnp.float32)),
+        "vae": init_shapes(Autoencoder(configs["vae"]), jax.ShapeDtypeStruct((1, side, side, 3), jnp.float32)),
     }
     return _in_bfloat16(trees)
 

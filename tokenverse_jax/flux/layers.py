@@ -2,11 +2,12 @@
 
 Axes: B batch, N image tokens, T text tokens, R first text tokens, S = T + N joint tokens, text first, D width, H heads.
 
-A block is steered by shift, scale and gate vectors, which a linear layer makes of the modulation vector y [B, D].
-Tokens with an offset of y have vectors of their own (`Offsets`); without any, all tokens share their sample's.
+Shift, scale and gate vectors modulate a block; a linear layer computes them from the modulation vector y [B, D].
+Tokens with an offset of y (`Offsets`) have vectors of their own, all others share their sample's.
 """
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -26,7 +27,7 @@ zeros = nn.initializers.zeros
 
 
 class MLPEmbedder(nn.Module):
-    """A vector to the modulation vector's width: linear, SiLU, linear, in float32 whatever the rest is computed in."""
+    """Linear, SiLU, linear, from a vector to the modulation vector's width; always in float32."""
 
     width: int
 
@@ -37,7 +38,7 @@ class MLPEmbedder(nn.Module):
 
 
 class ModulationOut(NamedTuple):
-    """float32 [B, 1, D], for all tokens of a sample, or [B, S, D]."""
+    """float32 [B, 1, D] for all tokens of a sample, or [B, S, D]."""
 
     shift: Array
     scale: Array
@@ -45,7 +46,7 @@ class ModulationOut(NamedTuple):
 
 
 class Modulation(nn.Module):
-    """SiLU and a linear layer: y to one (single block) or two (double block) triples of shift, scale and gate."""
+    """SiLU and a linear layer, from y to one (single block) or two (double block) triples of shift, scale and gate."""
 
     triples: int
     compute: Compute
@@ -54,15 +55,15 @@ class Modulation(nn.Module):
     def __call__(
         self, vec: Float[Array, "B D"], num_tokens: int, offsets: Float[Array, "B R D"] | None = None
     ) -> tuple[ModulationOut, ...]:
-        """With offsets, a triple for each of `num_tokens`: of y + offset for the first R of them, of y for the rest."""
+        """With offsets, a triple for each of `num_tokens`: from y + offset for the first R, from y for the others."""
         features = 3 * self.triples * vec.shape[-1]
         lin = nn.Dense(features, use_bias=False, dtype=self.compute.jax_dtype, kernel_init=zeros, name="lin")
         bias = self.param("bias", zeros, (features,))
         active = nn.silu(vec)[:, None]
         out = lin(active).astype(jnp.float32) + bias.astype(jnp.float32)[None, None]
         if offsets is not None:
-            # Only what an offset changes goes through the layer token by token: no offset, exactly no change, and
-            # bfloat16 does not round a small one away.
+            # Only the change by an offset goes through the layer token by token: an offset of zero changes exactly
+            # nothing, and bfloat16 does not round a small one away.
             change = lin(nn.silu(vec[:, None] + offsets.astype(jnp.float32)) - active)
             plain = num_tokens - offsets.shape[1]
             out = out + jnp.pad(change.astype(jnp.float32), ((0, 0), (0, plain), (0, 0)))
@@ -133,7 +134,7 @@ class SelfAttention(nn.Module):
         return *self.norm(query, key), value
 
     def out(self, x: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
-        """What attention gave this stream's tokens."""
+        """The projection of the attention's outputs."""
         return self.proj(x)
 
 
@@ -149,8 +150,22 @@ class Mlp(nn.Module):
         return dense(width, self.compute, "out_layer")(gelu(x))
 
 
+def stacked(
+    block: type[nn.Module], length: int, compute: Compute, *, in_axes: Any = nn.broadcast, unroll: int = 1
+) -> Callable[..., nn.Module]:
+    """A row of blocks as one scanned module; their parameters are stacked along the first axis."""
+    return nn.scan(
+        nn.remat(block, prevent_cse=False) if compute.remat else block,
+        variable_axes={"params": 0, "intermediates": 0},
+        split_rngs={"params": True},
+        in_axes=in_axes,
+        length=length,
+        unroll=unroll,
+    )
+
+
 class DoubleBlock(nn.Module):
-    """Image and text with weights of their own that meet in one attention; in the form that nn.scan takes."""
+    """Image and text with weights of their own and one joint attention; in the form that nn.scan takes."""
 
     num_heads: int
     compute: Compute

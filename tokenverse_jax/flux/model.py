@@ -18,7 +18,7 @@ from jaxtyping import Array, Float
 from runtime_jax import config as config_lib
 from runtime_jax.nn.compute import Compute
 from runtime_jax.sharding import Axis, Rule, constrain
-from tokenverse_jax.flux.layers import DoubleBlock, LastLayer, MLPEmbedder, SingleBlock, dense
+from tokenverse_jax.flux.layers import DoubleBlock, LastLayer, MLPEmbedder, SingleBlock, dense, stacked
 from tokenverse_jax.flux.math import rope, timestep_embedding
 from tokenverse_jax.flux.offsets import NO_OFFSETS, Offsets
 
@@ -85,7 +85,7 @@ class Flux(nn.Module):
     Attributes:
       config: sizes.
       compute: dtype, attention backend, remat.
-      unroll: a program without loops: longer to compile, faster on CPUs; the same parameters and values.
+      unroll: a program without loops, slower to compile and faster on CPUs, with the same parameters and values.
     """
 
     config: FluxConfig
@@ -105,21 +105,14 @@ class Flux(nn.Module):
         self.final_layer = LastLayer(config.out_channels or config.in_channels, compute)
 
     def _stack(self, block: type[nn.Module], length: int) -> nn.Module:
-        block = nn.remat(block, prevent_cse=False) if self.compute.remat else block
-        scanned = nn.scan(
-            block,
-            variable_axes={"params": 0, "intermediates": 0},
-            split_rngs={"params": True},
-            in_axes=(nn.broadcast, nn.broadcast, Offsets(nn.broadcast, 1, nn.broadcast, nn.broadcast)),
-            length=length,
-            unroll=length if self.unroll else 1,
-        )
-        return scanned(self.config.num_attention_heads, self.compute)
+        in_axes = (nn.broadcast, nn.broadcast, Offsets(nn.broadcast, 1, nn.broadcast, nn.broadcast))
+        blocks = stacked(block, length, self.compute, in_axes=in_axes, unroll=length if self.unroll else 1)
+        return blocks(self.config.num_attention_heads, self.compute)
 
     def modulation_vector(
         self, timesteps: Float[Array, " B"], vec: Float[Array, "B P"], guidance: Float[Array, " B"] | None = None
     ) -> Float[Array, "B D"]:
-        """y, which all blocks are modulated by: embedded time, guidance strength and pooled text, added up; float32."""
+        """y, which modulates all blocks: the sum of embedded time, guidance strength and pooled text; float32."""
         if self.config.guidance_embeds != (guidance is not None):
             needed = "needs a guidance strength" if guidance is None else "takes no guidance (guidance_embeds is false)"
             raise ValueError(f"this FLUX model {needed}")
@@ -151,7 +144,7 @@ class Flux(nn.Module):
           offsets: of the modulation vector.
 
         Raises:
-          ValueError: shapes that fit neither each other nor the config; guidance missing, or given to a model without.
+          ValueError: shapes that do not fit; guidance missing, or given to a model without guidance_embeds.
         """
         self._check(img=img, img_ids=img_ids, txt=txt, txt_ids=txt_ids, timesteps=timesteps, vec=vec, guidance=guidance)
         double = self.config.num_layers
@@ -194,7 +187,7 @@ class Flux(nn.Module):
 
 
 def init_params(config: FluxConfig, key: Array) -> Params:
-    """Random parameters, float32. Modulations and the last layer start at zero, so that blocks start as identities."""
+    """Random parameters, float32. Modulations and the last layer start at zero, so blocks start as identities."""
     axes = len(config.axes_dims_rope)
     one = jnp.zeros((1,))
     return Flux(config).init(

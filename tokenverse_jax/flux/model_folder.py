@@ -23,14 +23,12 @@ from runtime_jax import sharding
 from runtime_jax.config import build, to_dict
 from runtime_jax.files import write_json
 from runtime_jax.messages import cut
-from runtime_jax.weights import WeightError, export_weights, fits, import_weights, write_safetensors
+from runtime_jax.weights import WeightError, export_weights, write_safetensors
 from runtime_jax.weights.hub import local_path
 from runtime_jax.weights.mapped import map_safetensors
-from runtime_jax.weights.published import unwrapped
 from tokenverse_jax.flux import autoencoder, model
 from tokenverse_jax.flux.convert import text_encoders
-from tokenverse_jax.flux.convert.autoencoder import FLUX as FLUX_AUTOENCODER
-from tokenverse_jax.flux.convert.autoencoder import diffusers_table
+from tokenverse_jax.flux.convert.autoencoder import convert_autoencoder, diffusers_table
 from tokenverse_jax.flux.convert.transformer import DIFFUSERS, convert_transformer
 from tokenverse_jax.flux.pretrained import SHIPPED
 from tokenverse_jax.flux.sampling import UsualSampling
@@ -55,7 +53,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Kind:
-    """What there is to know of a part's files."""
+    """How a part is stored: its files, its config, and both directions of its weights."""
 
     folder: str
     weights: str  # name of the weight file, without its suffix
@@ -71,20 +69,6 @@ class Kind:
     def config_file(self) -> str:
         """Path of the part's config within the pipeline's folder."""
         return f"{self.folder}/config.json"
-
-
-def _convert_autoencoder(source: Tensors, config: autoencoder.AutoencoderConfig) -> Params:
-    tables = FLUX_AUTOENCODER, diffusers_table(config)
-    source = unwrapped(source, functools.partial(fits, sum(tables, ())))
-    table = tables[0] if "encoder.mid.attn_1.q.weight" in source else tables[1]
-    return import_weights(table, source, _autoencoder_shapes(config))
-
-
-@functools.cache
-def _autoencoder_shapes(config: autoencoder.AutoencoderConfig) -> Params:
-    image = jax.ShapeDtypeStruct((1, config.downsampling, config.downsampling, 3), jnp.float32)
-    key = jax.eval_shape(lambda: jax.random.key(0))
-    return jax.eval_shape(autoencoder.Autoencoder(config).init, key, image)["params"]
 
 
 def _preset(source: Tensors) -> model.FluxConfig:
@@ -110,7 +94,7 @@ KINDS: Mapping[str, Kind] = MappingProxyType(
             class_of=("diffusers", "AutoencoderKL"),
             parse=autoencoder.parse_config,
             fields=autoencoder.config_fields,
-            convert=_convert_autoencoder,
+            convert=convert_autoencoder,
             export=lambda params, config: export_weights(diffusers_table(config), params),
             rules=autoencoder.SHARDING_RULES,
             default=lambda source: autoencoder.AutoencoderConfig(),
@@ -132,7 +116,7 @@ KINDS: Mapping[str, Kind] = MappingProxyType(
             parse=lambda fields: text_encoders.parse_config(t5.T5Config, fields, "text_encoder_2/config.json"),
             fields=text_encoders.config_json,
             convert=text_encoders.convert_t5,
-            export=lambda params, config: text_encoders.export_t5(params),
+            export=lambda params, config: export_weights(text_encoders.T5, params),
             rules=t5.SHARDING_RULES,
         ),
     }
@@ -140,12 +124,12 @@ KINDS: Mapping[str, Kind] = MappingProxyType(
 
 
 def fetch(source: str | os.PathLike, parts: Sequence[str]) -> Path:
-    """The local folder of a pipeline: a shipped one by its name, a folder, or what a hub id has.
+    """The local folder of a pipeline: a shipped one by its name, a folder, or a hub id.
 
-    Of a hub id, the configs, the tokenizers and the weights of `parts` are fetched.
+    From the hub it fetches the configs, the tokenizers and the weights of `parts`.
 
     Raises:
-      WeightError: neither a folder nor a hub id, or the hub does not give it, with what to do then.
+      WeightError: neither a folder nor a hub id, or the hub refuses it; says what to do then.
     """
     if str(source) in SHIPPED:
         return SHIPPED[str(source)]
@@ -168,7 +152,7 @@ def fetch(source: str | os.PathLike, parts: Sequence[str]) -> Path:
 
 
 def locate(folder: Path, parts: Sequence[str], single: Mapping[str, Path]) -> dict[str, list[Path]]:
-    """The weight files of each of `parts`, those in `single` being outside the folder.
+    """The weight files of each of `parts`; those in `single` are outside the folder.
 
     Raises:
       WeightError: lists everything that is missing.
@@ -202,11 +186,7 @@ def _weight_files(folder: Path, kind: Kind) -> list[Path]:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file.
-
-    Raises:
-      ValueError: not readable, not JSON, or not an object.
-    """
+    """The object in a JSON file; ValueError where it is not readable, not JSON, or not an object."""
     try:
         fields = json.loads(path.read_text())
     except (OSError, ValueError) as error:
@@ -217,7 +197,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_config(folder: Path, part: str, files: Sequence[Path]) -> Any:
-    """The config of a part; without a file for it, FLUX's own that fits the single weight file."""
+    """The config of a part from its file, or else FLUX.1's that fits the single weight file."""
     kind, path = KINDS[part], folder / KINDS[part].config_file
     return kind.parse(read_json(path)) if path.is_file() else kind.default(map_safetensors(files[0]))
 
@@ -225,8 +205,8 @@ def read_config(folder: Path, part: str, files: Sequence[Path]) -> Any:
 def read_part(part: str, config: Any, files: Sequence[Path], *, dtype: str, mesh: Mesh | None) -> Part:
     """Reads a part and puts its parameters, in `dtype`, onto the device or the mesh.
 
-    The files are mapped and the parameters are placed one by one, so at most one copy of the part, in the dtype of its
-    files, and one parameter more are in host memory.
+    The files are mapped and the parameters are placed one by one, so that host memory holds at most one copy of the
+    part, in the dtype of its files, and one more parameter.
 
     Raises:
       WeightError: the weights do not fit the config.
@@ -247,15 +227,14 @@ def _place(params: Params, rules: Sequence[sharding.Rule], dtype: str, mesh: Mes
     else:
         shardings = traverse_util.flatten_dict(sharding.param_shardings(params, rules, mesh))
         put = {path: functools.partial(sharding.place, shardings=own) for path, own in shardings.items()}
-    del params  # each array goes as soon as it is placed
+    del params  # each array is freed as soon as it is placed
     # A copy, since a device array on a CPU may share the memory that it is made from, here a file's.
     placed = {path: put[path](np.array(leaves.pop(path), jnp.dtype(dtype), order="C")) for path in list(leaves)}
     return traverse_util.unflatten_dict(placed)
 
 
 def read_usual(folder: Path, *, distilled: bool) -> UsualSampling:
-    """How the folder's model is meant to be sampled; without a file about it as FLUX's are: dev if it is told the
-    strength of guidance (`distilled`), else schnell.
+    """The model's own settings; without a file for them FLUX.1-dev's if `distilled` for guidance, else schnell's.
 
     Raises:
       ValueError: the file cannot be read or has other keys.

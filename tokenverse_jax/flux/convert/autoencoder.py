@@ -1,7 +1,17 @@
 """State-dict names of FLUX's autoencoder, in both directions: diffusers' and those of FLUX's own ae.safetensors."""
 
-from runtime_jax.weights import CONV, LINEAR, POINTWISE, Rule, layer, norm
-from tokenverse_jax.flux.autoencoder import AutoencoderConfig
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from runtime_jax.weights import CONV, LINEAR, POINTWISE, Rule, fits, import_weights, layer, norm
+from runtime_jax.weights.published import unwrapped
+from tokenverse_jax.flux.autoencoder import Autoencoder, AutoencoderConfig
+from tokenverse_jax.flux.convert import init_shapes
 
 
 def _res_block(source: str, target: str, shortcut: str) -> tuple[Rule, ...]:
@@ -54,3 +64,16 @@ FLUX = (
     *norm("{side}.norm_out", "{side}/norm_out"),
     *layer("{side}.conv_out", "{side}/conv_out", CONV),
 )
+
+
+def convert_autoencoder(source: Mapping[str, np.ndarray], config: AutoencoderConfig) -> dict[str, Any]:
+    """The parameters of `Autoencoder(config)` from a state dict under either program's names.
+
+    Raises:
+      WeightError: names or shapes do not fit.
+    """
+    diffusers = diffusers_table(config)
+    source = unwrapped(source, functools.partial(fits, (*FLUX, *diffusers)))
+    table = FLUX if "encoder.mid.attn_1.q.weight" in source else diffusers
+    image = jax.ShapeDtypeStruct((1, config.downsampling, config.downsampling, 3), jnp.float32)
+    return import_weights(table, source, init_shapes(Autoencoder(config), image))

@@ -4,22 +4,22 @@ Arrays keep their dtype: bfloat16 files give bfloat16 parameters.
 """
 
 import dataclasses
-import functools
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from runtime_jax.config import build, to_dict
 from runtime_jax.weights import LINEAR, Rule, WeightError, export_weights, import_weights, layer, norm
+from tokenverse_jax.flux.convert import init_shapes
 from tokenverse_jax.flux.text_encoders.clip import CLIPTextConfig, CLIPTextEncoder
 from tokenverse_jax.flux.text_encoders.t5 import T5Config, T5Encoder
 
 Tensors = Mapping[str, np.ndarray]
 Config = TypeVar("Config", CLIPTextConfig, T5Config)
+TOKEN = jax.ShapeDtypeStruct((1, 1), jnp.int32)  # the smallest input of an encoder
 
 
 _LAYER = "encoder.layers.{i}"
@@ -65,43 +65,32 @@ def convert_clip(source: Tensors, config: CLIPTextConfig) -> dict[str, Any]:
       WeightError: names or shapes do not fit.
     """
     source = {name.removeprefix("text_model."): array for name, array in source.items()}
-    return import_weights(CLIP, source, _shapes(CLIPTextEncoder(config)), ignore=CLIP_IGNORED)
+    return import_weights(CLIP, source, init_shapes(CLIPTextEncoder(config), TOKEN), ignore=CLIP_IGNORED)
 
 
 def convert_t5(source: Tensors, config: T5Config) -> dict[str, Any]:
     """The parameters of `T5Encoder(config)`.
 
     Args:
-      source: state dict, the token embedding under either or both of its names.
+      source: state dict, with the token embedding under one or both of its names.
 
     Raises:
-      WeightError: names or shapes do not fit, or the two names' contents differ.
+      WeightError: names or shapes do not fit, or the two token embeddings differ.
     """
     source = dict(source)
     embedding = source.pop("encoder.embed_tokens.weight", None)
     if embedding is not None and not np.array_equal(source.setdefault("shared.weight", embedding), embedding):
         raise WeightError("shared.weight and encoder.embed_tokens.weight differ: the encoder has one token embedding")
-    return import_weights(T5, source, _shapes(T5Encoder(config)), ignore=T5_IGNORED)
+    return import_weights(T5, source, init_shapes(T5Encoder(config), TOKEN), ignore=T5_IGNORED)
 
 
 def export_clip(params: Any) -> dict[str, np.ndarray]:
-    """The state dict of transformers' CLIPTextModel; the names with "text_model.", which every version of it reads."""
+    """The state dict of transformers' CLIPTextModel; every version of it reads names that begin with "text_model."."""
     return {f"text_model.{name}": array for name, array in export_weights(CLIP, params).items()}
 
 
-def export_t5(params: Any) -> dict[str, np.ndarray]:
-    """The state dict of transformers' T5EncoderModel."""
-    return export_weights(T5, params)
-
-
-@functools.cache
-def _shapes(module: nn.Module) -> Any:
-    token = jax.ShapeDtypeStruct((1, 1), jnp.int32)
-    return jax.eval_shape(module.init, jax.eval_shape(lambda: jax.random.key(0)), token)["params"]
-
-
 def parse_config(cls: type[Config], fields: Mapping[str, Any], path: str = "config.json") -> Config:
-    """The encoder's config from the fields of its config.json; fields that are not of `cls` do not matter to it.
+    """The encoder's config from the fields of its config.json; ignores fields that `cls` lacks.
 
     Raises:
       ConfigError: a size is missing, or a variant that is not supported (ungated T5, another activation).
@@ -111,7 +100,7 @@ def parse_config(cls: type[Config], fields: Mapping[str, Any], path: str = "conf
 
 
 def config_json(config: CLIPTextConfig | T5Config) -> dict[str, Any]:
-    """The inverse: the config.json from which transformers builds the same encoder."""
+    """The inverse of `parse_config`: the config.json from which transformers builds the same encoder."""
     if isinstance(config, CLIPTextConfig):
         fields = {"architectures": ["CLIPTextModel"], "model_type": "clip_text_model"}
     else:

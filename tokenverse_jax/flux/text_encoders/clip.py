@@ -14,6 +14,7 @@ from jaxtyping import Array, Float, Int
 
 from runtime_jax.nn.compute import Compute
 from runtime_jax.sharding import Axis, Rule, constrain
+from tokenverse_jax.flux.layers import stacked
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,13 +98,8 @@ class CLIPTextEncoder(nn.Module):
 
         positions = embedding(config.max_position_embeddings, "position_embedding")(jnp.arange(length))
         x = embedding(config.vocab_size, "token_embedding")(input_ids).astype(jnp.float32) + positions[None]
-        x, _ = nn.scan(
-            nn.remat(Block, prevent_cse=False) if self.compute.remat else Block,
-            variable_axes={"params": 0},
-            split_rngs={"params": True},
-            in_axes=nn.broadcast,
-            length=config.num_hidden_layers,
-        )(config, self.compute, name="blocks")(constrain(x, Axis.BATCH, None, None), None)
+        blocks = stacked(Block, config.num_hidden_layers, self.compute)(config, self.compute, name="blocks")
+        x, _ = blocks(constrain(x, Axis.BATCH, None, None), None)
         hidden = _layer_norm(config, "final_layer_norm")(x)
         last = pooled_position(input_ids, config.eos_token_id)
         return CLIPTextOutput(hidden, jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0])

@@ -16,6 +16,7 @@ from jaxtyping import Array, Float, Int
 
 from runtime_jax.nn.compute import Compute
 from runtime_jax.sharding import Axis, Rule, constrain
+from tokenverse_jax.flux.layers import stacked
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,13 +91,8 @@ class T5Encoder(nn.Module):
         buckets = relative_position_buckets(input_ids.shape[1], config)
         bias = nn.Embed(config.relative_attention_num_buckets, config.num_heads, name="relative_attention_bias")
         bias = rearrange(bias(buckets).astype(jnp.float32), "query key h -> 1 h query key")
-        x, _ = nn.scan(
-            nn.remat(Block, prevent_cse=False) if self.compute.remat else Block,
-            variable_axes={"params": 0},
-            split_rngs={"params": True},
-            in_axes=nn.broadcast,
-            length=config.num_layers,
-        )(config, self.compute, name="blocks")(x, bias)
+        blocks = stacked(Block, config.num_layers, self.compute)(config, self.compute, name="blocks")
+        x, _ = blocks(x, bias)
         return _rms_norm(config, "final_layer_norm")(x)
 
 
