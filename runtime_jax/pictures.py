@@ -1,9 +1,9 @@
-"""Pictures that people look at: labelled image grids, heat maps, merged groups drawn on an image, loss curves."""
+"""Pictures for people: labelled image grids, heat maps, merged groups drawn on an image, loss curves."""
 
 import contextlib
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -109,7 +109,7 @@ def _extent(font: ImageFont.FreeTypeFont, text: str) -> tuple[int, int]:
 
 
 def _broken(font: ImageFont.FreeTypeFont, text: str, width: int) -> str:
-    """A text with line breaks between words, so that it fits into `width` pixels if its words do."""
+    """A text with line breaks between words; no line exceeds `width` pixels unless a single word does."""
     lines = [""]
     for word in text.split():
         longer = f"{lines[-1]} {word}".strip()
@@ -121,7 +121,7 @@ def _broken(font: ImageFont.FreeTypeFont, text: str, width: int) -> str:
 
 
 def heat_map(values: Float[np.ndarray, "height width"], *, maximum: float) -> Picture:
-    """Black for 0 over red and yellow to white for `maximum` and more."""
+    """From black for 0, over red and yellow, to white for `maximum` and above."""
     level = 3 * np.clip(np.asarray(values) / maximum, 0, 1)
     return np.round(255 * np.clip(level[..., None] - np.arange(3), 0, 1)).astype(np.uint8)
 
@@ -205,8 +205,7 @@ def loss_curve(
     """Draws metrics over steps as a PNG: the values pale, their running mean over 2 % of the run on top.
 
     Args:
-      metrics: a metrics.jsonl file, of which `names` are drawn, or steps and values under each name.
-      path: where the PNG goes.
+      metrics: a metrics.jsonl file, whose `names` are drawn, or steps and values by name.
 
     Raises:
       ValueError: a name that the file does not have.
@@ -223,7 +222,7 @@ def loss_curve(
 
 
 class Points(NamedTuple):
-    """A line of a plot; `half_widths` of intervals, NaN where they are not known."""
+    """A line of a plot; the `half_widths` of its intervals are NaN where unknown."""
 
     x: Sequence[float]
     y: Sequence[float]
@@ -231,7 +230,7 @@ class Points(NamedTuple):
 
 
 def plot_lines(panels: Mapping[str, Mapping[str, Points]], path: str | os.PathLike, *, x_label: str) -> None:
-    """Draws lines with intervals as a PNG: a panel for each quantity, in it a line for each name."""
+    """Draws lines with intervals as a PNG: one panel per quantity, one line per name."""
     with _panels(path, panels, x_label=x_label) as all_axes:
         for axes, lines in zip(all_axes, panels.values(), strict=True):
             for name, (x, y, half_widths) in lines.items():
@@ -240,11 +239,10 @@ def plot_lines(panels: Mapping[str, Mapping[str, Points]], path: str | os.PathLi
 
 
 @contextlib.contextmanager
-def _panels(path: str | os.PathLike, names: Iterable[str], *, x_label: str) -> Iterator[np.ndarray]:
+def _panels(path: str | os.PathLike, names: Collection[str], *, x_label: str) -> Iterator[np.ndarray]:
     """Axes one above the other, labelled with `names`; when the block ends, the figure is written as a PNG."""
     from matplotlib.figure import Figure  # without pyplot: no global figures, no display
 
-    names = list(names)
     figure = Figure(figsize=(7, 3 * len(names)), layout="constrained")
     panels = figure.subplots(len(names), 1, sharex=True, squeeze=False)[:, 0]
     for axes, name in zip(panels, names, strict=True):

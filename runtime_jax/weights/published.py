@@ -31,7 +31,7 @@ WRAPPERS = (
 # Kinds of state dicts and the names that reveal them; the first match decides. First, what is derived from a network:
 _CHANGED = (
     (
-        "a LoRA, which changes a network and is none: merge it into its model first",
+        "a LoRA, which modifies a network: merge it into its model first",
         r"lora_(A|B|up|down|unet|te\d?)\b|lora_(unet|te\d?)_|\.(hada|lokr|oft)_|dora_scale",
     ),
     (

@@ -229,8 +229,8 @@ def test_order_of_origins(saved, tmp_path_factory):
     assert start(new)[1:] == (0, "scratch")
     state, step, origin = start(new, init_from=weights)
     assert (step, origin) == (0, "init_from weights") and float(state.params["first"]["bias"][0]) == 1.0
-    for place, want in (("", 20), ("checkpoints", 20), ("checkpoints/10", 10)):
-        got = start(new, resume_from=saved / place, init_from=weights, init=no_init)
+    for folder, want in (("", 20), ("checkpoints", 20), ("checkpoints/10", 10)):
+        got = start(new, resume_from=saved / folder, init_from=weights, init=no_init)
         assert got[1:] == (want, f"resumed from {saved / 'checkpoints' / str(want)}") and int(got.state.step) == want
     got = start(saved, resume_from="/nowhere", init_from=weights, init=no_init)
     assert got[1:] == (20, f"own checkpoint {saved / 'checkpoints/20'}")
