@@ -48,17 +48,11 @@ def check_finite(stages: Mapping[str, Flags], params: Mapping[str, Any]) -> None
 
 
 def _cause(params: Mapping[str, Any]) -> str:
-    bad = [line for name, tree in params.items() for line in _not_finite(tree, name)]
+    bad = []
+    for path, leaf in jax.tree_util.tree_leaves_with_path(dict(params)):
+        if count := int(jnp.sum(~jnp.isfinite(leaf))):
+            where = jax.tree_util.keystr(path, simple=True, separator="/")
+            bad.append(f"{where} ({count} of {leaf.size} values)")
     if not bad:
         return "all parameters are finite, so the values have outgrown their dtype (try float32) or the input has them"
     return f"parameters that are not finite: {cut(bad)}"
-
-
-def _not_finite(tree: Any, name: str) -> list[str]:
-    """One line for each parameter with values that are not finite."""
-    lines = []
-    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-        if count := int(jnp.sum(~jnp.isfinite(leaf))):
-            where = jax.tree_util.keystr(path, simple=True, separator="/")
-            lines.append(f"{name}/{where} ({count} of {leaf.size} values)")
-    return lines

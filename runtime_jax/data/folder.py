@@ -75,9 +75,8 @@ def _scan(root: Path) -> _Found:
 
 def _natural(names: Sequence[str]) -> list[str]:
     """Sorted names; numerically if all are numbers."""
-    if all(name.isdecimal() for name in names):
-        return sorted(names, key=lambda name: (int(name), name))
-    return sorted(names)
+    numbers = all(name.isdecimal() for name in names)
+    return sorted(names, key=lambda name: (int(name) if numbers else 0, name))
 
 
 class FolderSource:
