@@ -6,7 +6,6 @@ On a CPU the parts are unrolled in the program. The rows "as a loop" time the pr
 """
 
 import argparse
-import functools
 import time
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -15,7 +14,6 @@ import jax
 import numpy as np
 
 from mergevq_jax.generator import run as generator_run
-from mergevq_jax.generator import train as stage2
 from mergevq_jax.generator.model import GeneratorInfo, TokenizerRef
 from mergevq_jax.tokenizer import run as tokenizer_run
 from mergevq_jax.tokenizer import train as stage1
@@ -24,8 +22,9 @@ from runtime_jax import config as config_lib
 from runtime_jax import sharding
 from runtime_jax.cost import table
 from runtime_jax.training import accumulate
-from runtime_jax.training.optimizer import make_optimizer, make_schedule
+from runtime_jax.training.optimizer import OptimizerConfig
 from runtime_jax.training.program import Program
+from runtime_jax.training.update import Optimizer
 
 KEEP, STEPS = 144, 4000
 
@@ -34,23 +33,20 @@ def tokenizer_program(parts: int, mesh: jax.sharding.Mesh) -> tuple[Program, int
     """The train step of configs/mergevq_tiny.py, and its batch size."""
     fields = config_lib.load("configs/mergevq_tiny.py", [f"accumulate={parts}"], new_keys=True)
     config = config_lib.build(tokenizer_run.TrainConfig, fields)
-    make = functools.partial(make_schedule, total_steps=STEPS, batch_size=1, num_examples=None)
-    schedules = [make(config.optimizer), make(config.discriminator_optimizer)]
-    optimizers = stage1.Optimizers(
-        make_optimizer(config.optimizer, schedules[0]),
-        make_optimizer(config.discriminator_optimizer, schedules[1]),
-        schedules[0],
-    )
+    optimizers = stage1.Optimizers(_optimizer(config.optimizer), _optimizer(config.discriminator_optimizer))
     step_config, frozen = tokenizer_run.load_frozen(config)
     return tokenizer_run.make_program(step_config, optimizers, mesh, frozen), config.data.batch_size
+
+
+def _optimizer(config: OptimizerConfig) -> Optimizer:
+    return Optimizer.make(config, total_steps=STEPS, batch_size=1)
 
 
 def generator_program(parts: int, mesh: jax.sharding.Mesh) -> tuple[Program, int]:
     """The train step of configs/mergear_tiny.py:merge on images, and its batch size."""
     fields = config_lib.load("configs/mergear_tiny.py:merge", [f"accumulate={parts}"], new_keys=True)
     config = config_lib.build(generator_run.TrainConfig, fields)
-    schedule = make_schedule(config.optimizer, total_steps=STEPS, batch_size=1, num_examples=None)
-    optimizer = stage2.Optimizer(make_optimizer(config.optimizer, schedule), schedule)
+    optimizer = _optimizer(config.optimizer)
     tokenizer = load_tokenizer(config.tokenizer)
     info = GeneratorInfo(
         kind=config.kind,

@@ -31,7 +31,8 @@ from mergevq_jax.tokenizer.config import PRESETS, TokenizerConfig
 from mergevq_jax.tokenizer.losses.perceptual import load_lpips
 from runtime_jax.cost import count_flops, peak_flops
 from runtime_jax.nn.compute import Compute
-from runtime_jax.training.optimizer import OptimizerConfig, make_optimizer
+from runtime_jax.training.optimizer import OptimizerConfig
+from runtime_jax.training.update import Optimizer
 
 MATMUL_SIZES = {"cpu": (768, 1536, 3072), "gpu": (4096, 8192, 16384), "tpu": (4096, 8192, 16384)}
 
@@ -75,8 +76,8 @@ def programs(config: TokenizerConfig, batch_size: int, compute: Compute, lpips: 
     )
     losses = stage1.LossConfig(perceptual_weight=1.0 if lpips else 0.0)
     step_config = stage1.StepConfig(model=config, compute=compute, losses=losses)
-    optimizer = make_optimizer(OptimizerConfig(b1=0.5, b2=0.9), lambda step: 1e-4)
-    optimizers = stage1.Optimizers(optimizer, optimizer, lambda step: 1e-4)
+    optimizer = Optimizer.make(OptimizerConfig(b1=0.5, b2=0.9), total_steps=1000, batch_size=1)
+    optimizers = stage1.Optimizers(optimizer, optimizer)
     shapes = jax.eval_shape(functools.partial(stage1.init_state, step_config, optimizers))
     state = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
     state = state.replace(params=jax.tree.map(jnp.copy, params), disc_params=random_like(rng, shapes.disc_params))

@@ -146,8 +146,8 @@ def _train(args, overrides) -> int:
         from mergevq_jax.tokenizer.run import train
     else:
         from mergevq_jax.generator.run import train
-    trained = train(config, args.workdir)
-    return report_end(f"the {task} is in {trained.folder}", trained.stopped_by, trained.step)
+    result = train(config, args.workdir)
+    return report_end(f"the {task} is in {args.workdir}/{task}", result.stopped_by, result.step)
 
 
 def _evaluate(args, _) -> None:

@@ -87,52 +87,40 @@ def compare(
       NotFiniteError: what the judge sees, or a reconstruction, is not finite.
     """
     with only_writer(out):
-        _compare(rows, out, data_dir, judge, tokenizer, keeps, single)
-
-
-def _compare(
-    rows: Sequence[tuple[str, Sequence[Path]]],
-    out: Path,
-    data_dir: str,
-    judge: Judge,
-    tokenizer: str | None,
-    keeps: Sequence[int],
-    single: bool,
-) -> None:
-    folders = {name: [read_samples(path) for path in paths] for name, paths in rows}
-    if len(folders) < len(rows):
-        raise ValueError(f"rows {', '.join(name for name, _ in rows)}: every name once")
-    for name, group in folders.items():
-        _check_row(name, [folder.protocol for folder in group])
-    shapes = {folder.samples.images.shape for group in folders.values() for folder in group}
-    if len(shapes) != 1:
-        raise ValueError(f"equal numbers of images of one size are needed, there are {sorted(shapes)}")
-    count, size = shapes.pop()[:2]
-    if tokenizer is not None:
-        config = read_tokenizer_config(tokenizer)
-        for keep in keeps:
-            config.merge_counts(config.raw_tokens, keep)
-    loaded = None if tokenizer is None else load_tokenizer(tokenizer)
-    reconstructed = {} if loaded is None else _reconstructions(loaded, keeps, size)
-    if taken := {REAL, *reconstructed} & folders.keys():
-        raise ValueError(f"rows {', '.join(sorted(taken))}: these names are those of real scenes")
-    scenes = functools.partial(read_scenes, size, count, data_dir, single=single)
-    reference = gaussian(judge.features(scenes(split="test").images))
-    real = scenes(split="validation")
-    sets = {REAL: [real]}
-    sets |= {name: [_in_batches(reconstruct, real)] for name, reconstruct in reconstructed.items()}
-    sets |= {name: [folder.samples for folder in group] for name, group in folders.items()}
-    measured = [_row(name, group, folders.get(name), judge, reference) for name, group in sets.items()]
-    text = render(measured, count)
-    print(text)
-    write_text(out / "compare.md", text)
-    shown = [list(group[0].images[:SHOWN]) for group in sets.values()]
-    save_png(out / "compare.png", image_grid(shown, row_labels=list(sets)))
-    written = ["compare.md", "compare.png"]
-    if panels := trade_off(measured):
-        plot_lines(panels, out / "trade_off.png", x_label="slots of the KV cache")
-        written.append("trade_off.png")
-    print(f"{', '.join(written)}: in {out}")
+        folders = {name: [read_samples(path) for path in paths] for name, paths in rows}
+        if len(folders) < len(rows):
+            raise ValueError(f"rows {', '.join(name for name, _ in rows)}: every name once")
+        for name, group in folders.items():
+            _check_row(name, [folder.protocol for folder in group])
+        shapes = {folder.samples.images.shape for group in folders.values() for folder in group}
+        if len(shapes) != 1:
+            raise ValueError(f"equal numbers of images of one size are needed, there are {sorted(shapes)}")
+        count, size = shapes.pop()[:2]
+        if tokenizer is not None:
+            config = read_tokenizer_config(tokenizer)
+            for keep in keeps:
+                config.merge_counts(config.raw_tokens, keep)
+        loaded = None if tokenizer is None else load_tokenizer(tokenizer)
+        reconstructed = {} if loaded is None else _reconstructions(loaded, keeps, size)
+        if taken := {REAL, *reconstructed} & folders.keys():
+            raise ValueError(f"rows {', '.join(sorted(taken))}: these names are those of real scenes")
+        scenes = functools.partial(read_scenes, size, count, data_dir, single=single)
+        reference = gaussian(judge.features(scenes(split="test").images))
+        real = scenes(split="validation")
+        sets = {REAL: [real]}
+        sets |= {name: [_in_batches(reconstruct, real)] for name, reconstruct in reconstructed.items()}
+        sets |= {name: [folder.samples for folder in group] for name, group in folders.items()}
+        measured = [_row(name, group, folders.get(name), judge, reference) for name, group in sets.items()]
+        text = render(measured, count)
+        print(text)
+        write_text(out / "compare.md", text)
+        shown = [list(group[0].images[:SHOWN]) for group in sets.values()]
+        save_png(out / "compare.png", image_grid(shown, row_labels=list(sets)))
+        written = ["compare.md", "compare.png"]
+        if panels := trade_off(measured):
+            plot_lines(panels, out / "trade_off.png", x_label="slots of the KV cache")
+            written.append("trade_off.png")
+        print(f"{', '.join(written)}: in {out}")
 
 
 def read_samples(path: Path) -> Folder:

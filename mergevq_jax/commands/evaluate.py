@@ -34,38 +34,32 @@ def evaluate(
     if metrics and not Path(metrics).is_file():
         raise ValueError(f"--metrics {metrics}: no such file")
     with only_writer(out):
-        _evaluate(tokenizers, out, data_dir, keeps, num_images, metrics)
-
-
-def _evaluate(
-    tokenizers: Sequence[str], out: Path, data_dir: str, keeps: Sequence[int], num_images: int, metrics: str | None
-) -> None:
-    configs = {name: read_tokenizer_config(name) for name in tokenizers}
-    for config in configs.values():
-        for keep in keeps:
-            config.merge_counts(config.raw_tokens, keep)
-    held_out = {
-        size: {
-            "scenes": held_out_scenes(size, num_images, data_dir),
-            "photographs": held_out_photographs(size, max(1, num_images // 4)),
+        configs = {name: read_tokenizer_config(name) for name in tokenizers}
+        for config in configs.values():
+            for keep in keeps:
+                config.merge_counts(config.raw_tokens, keep)
+        held_out = {
+            size: {
+                "scenes": held_out_scenes(size, num_images, data_dir),
+                "photographs": held_out_photographs(size, max(1, num_images // 4)),
+            }
+            for size in sorted({config.resolution for config in configs.values()})
         }
-        for size in sorted({config.resolution for config in configs.values()})
-    }
-    texts, pictures = [], []
-    for name, config in configs.items():
-        tokenizer, images = load_tokenizer(name), held_out[config.resolution]
-        results = {
-            # The crops of two photographs overlap: an interval for independent images would be too narrow.
-            kind: report.measure(tokenizer, pixels, keeps, batch_size=BATCH_SIZE, independent=kind == "scenes")
-            for kind, pixels in images.items()
-        }
-        texts.append(f"### {name}\n\n{report.table(results)}")
-        shown = np.concatenate([images["scenes"][:5], images["photographs"][:3]])
-        pictures.append(report.picture(tokenizer, shown, keeps, batch_size=BATCH_SIZE))
-    text = "\n".join(texts)
-    print(text)
-    write_text(out / "summary.md", text)
-    save_png(out / "reconstructions.png", image_grid([[picture] for picture in pictures], row_labels=list(configs)))
-    if metrics:
-        loss_curve(metrics, out / "loss.png", names=("loss", "pixel"), title="training")
-    print(f"summary.md and pictures are in {out}")
+        texts, pictures = [], []
+        for name, config in configs.items():
+            tokenizer, images = load_tokenizer(name), held_out[config.resolution]
+            results = {
+                # The crops of two photographs overlap: an interval for independent images would be too narrow.
+                kind: report.measure(tokenizer, pixels, keeps, batch_size=BATCH_SIZE, independent=kind == "scenes")
+                for kind, pixels in images.items()
+            }
+            texts.append(f"### {name}\n\n{report.table(results)}")
+            shown = np.concatenate([images["scenes"][:5], images["photographs"][:3]])
+            pictures.append(report.picture(tokenizer, shown, keeps, batch_size=BATCH_SIZE))
+        text = "\n".join(texts)
+        print(text)
+        write_text(out / "summary.md", text)
+        save_png(out / "reconstructions.png", image_grid([[picture] for picture in pictures], row_labels=list(configs)))
+        if metrics:
+            loss_curve(metrics, out / "loss.png", names=("loss", "pixel"), title="training")
+        print(f"summary.md and pictures are in {out}")

@@ -87,73 +87,63 @@ def sample(
       NotFiniteError: logits or pixels that are not finite.
     """
     with only_writer(out):
-        return _sample(source, request, out, tokenizer, compute, mesh, show_cache)
+        devices = make_mesh(mesh)
+        info = read_info(source)  # what is not possible is found out before the weights are read
+        labels, parts = _labels(info, request), out / "parts"
+        plan = _plan(info, request, compute, show_cache=show_cache)
+        codes_of = info.tokenizer.name if tokenizer is None else tokenizer
+        tokenizer_config = read_tokenizer_config(codes_of)
+        size = 2 * request.num * 3 * tokenizer_config.resolution**2  # in parts, and as a whole
+        check_free(out, size, f"{request.num} images")
+        if KINDS[info.kind].recovers and tokenizer_config.recovery is None:
+            raise ValueError(
+                "a generator in random order needs a tokenizer with source recovery, and this one has none"
+            )
+        model = load_generator(source, compute=compute)
+        loaded = model.load_tokenizer(tokenizer)
+        made_by = {"device": jax.devices()[0].device_kind, "mesh": dict(devices.shape), "jax": jax.__version__}
+        _claim(parts, {"fingerprint": model.fingerprint(), "compute": compute, "request": request, **made_by})
+        try:
+            with jax.set_mesh(devices):
+                drawn = draw(model.place(devices), loaded, request, labels, parts)
+        except BaseException:
+            if not any(parts.glob("[0-9]*.npz")):  # there is nothing to go on with
+                shutil.rmtree(parts)
+            raise
+        names = [info.classes[label] if info.classes else str(label) for label in drawn.labels.tolist()]
 
-
-def _sample(
-    source: str,
-    request: Request,
-    out: Path,
-    tokenizer: str | None,
-    compute: Compute,
-    mesh: MeshConfig,
-    show_cache: bool,
-) -> str:
-    devices = make_mesh(mesh)
-    info = read_info(source)  # what is not possible is found out before the weights are read
-    labels, parts = _labels(info, request), out / "parts"
-    plan = _plan(info, request, compute, show_cache=show_cache)
-    codes_of = info.tokenizer.name if tokenizer is None else tokenizer
-    tokenizer_config = read_tokenizer_config(codes_of)
-    size = 2 * request.num * 3 * tokenizer_config.resolution**2  # in parts, and as a whole
-    check_free(out, size, f"{request.num} images")
-    if KINDS[info.kind].recovers and tokenizer_config.recovery is None:
-        raise ValueError("a generator in random order needs a tokenizer with source recovery, and this one has none")
-    model = load_generator(source, compute=compute)
-    loaded = model.load_tokenizer(tokenizer)
-    made_by = {"device": jax.devices()[0].device_kind, "mesh": dict(devices.shape), "jax": jax.__version__}
-    _claim(parts, {"fingerprint": model.fingerprint(), "compute": compute, "request": request, **made_by})
-    try:
-        with jax.set_mesh(devices):
-            drawn = draw(model.place(devices), loaded, request, labels, parts)
-    except BaseException:
-        if not any(parts.glob("[0-9]*.npz")):  # there is nothing to go on with
-            shutil.rmtree(parts)
-        raise
-    names = [info.classes[label] if info.classes else str(label) for label in drawn.labels.tolist()]
-
-    (out / "protocol.json").unlink(missing_ok=True)  # it says that the images beside it are its own
-    with replacing(out / "samples.npz") as new:
-        np.savez(new, drawn.images, drawn.labels)
-    protocol = {
-        "model": source,
-        "fingerprint": model.fingerprint(),
-        "tokenizer": codes_of,
-        "generator": config_lib.to_dict(info),
-        "num": request.num,
-        "labels": drawn.labels.tolist(),
-        "keep": _keep(info, request),
-        "sampling": config_lib.to_dict(info.sampling(request.sampling)),
-        "steps": KINDS[info.kind].calls(info.architecture, plan),
-        "seed": request.seed,
-        "batch_size": request.batch_size,
-        "compute": config_lib.to_dict(compute),
-        "slots": plan.slots,
-        "measured": _measured(drawn),
-        **made_by,
-    }
-    write_json(out / "protocol.json", protocol)
-    save_png(out / "samples.png", _picture(list(drawn.images), names))
-    if show_cache:
-        save_png(out / "cache.png", _picture(_dimmed(drawn.images, drawn.cache, info.architecture.grid), names))
-        steps, used = np.arange(1, info.architecture.length + 1), drawn.cache.occupancy
-        curves = {"slots, mean": (steps, used.mean(axis=0)), "slots, largest": (steps, used.max(axis=0))}
-        title = f"{plan.slots} slots for {info.architecture.prefix + info.architecture.length} tokens"
-        loss_curve(curves, out / "occupancy.png", title=title)
-    (parts / CLAIM_NAME).unlink()  # first: parts without it are of nobody
-    shutil.rmtree(parts)
-    overflowed = "" if drawn.cache is None else f"; the KV cache overflowed {drawn.cache.overflows.sum()} times"
-    return f"{request.num} images are in {out}{overflowed}"
+        (out / "protocol.json").unlink(missing_ok=True)  # it says that the images beside it are its own
+        with replacing(out / "samples.npz") as new:
+            np.savez(new, drawn.images, drawn.labels)
+        protocol = {
+            "model": source,
+            "fingerprint": model.fingerprint(),
+            "tokenizer": codes_of,
+            "generator": config_lib.to_dict(info),
+            "num": request.num,
+            "labels": drawn.labels.tolist(),
+            "keep": _keep(info, request),
+            "sampling": config_lib.to_dict(info.sampling(request.sampling)),
+            "steps": KINDS[info.kind].calls(info.architecture, plan),
+            "seed": request.seed,
+            "batch_size": request.batch_size,
+            "compute": config_lib.to_dict(compute),
+            "slots": plan.slots,
+            "measured": _measured(drawn),
+            **made_by,
+        }
+        write_json(out / "protocol.json", protocol)
+        save_png(out / "samples.png", _picture(list(drawn.images), names))
+        if show_cache:
+            save_png(out / "cache.png", _picture(_dimmed(drawn.images, drawn.cache, info.architecture.grid), names))
+            steps, used = np.arange(1, info.architecture.length + 1), drawn.cache.occupancy
+            curves = {"slots, mean": (steps, used.mean(axis=0)), "slots, largest": (steps, used.max(axis=0))}
+            title = f"{plan.slots} slots for {info.architecture.prefix + info.architecture.length} tokens"
+            loss_curve(curves, out / "occupancy.png", title=title)
+        (parts / CLAIM_NAME).unlink()  # first: parts without it are of nobody
+        shutil.rmtree(parts)
+        overflowed = "" if drawn.cache is None else f"; the KV cache overflowed {drawn.cache.overflows.sum()} times"
+        return f"{request.num} images are in {out}{overflowed}"
 
 
 def _plan(info: GeneratorInfo, request: Request, compute: Compute, *, show_cache: bool) -> DrawPlan:
@@ -233,7 +223,7 @@ def _draw_batch(
 ) -> tuple[UInt8[Array, "B H W 3"], CacheUse | None]:
     kind, number = KINDS[model.info.kind], _keep(model.info, request)
     how = {"sampling": request.sampling, "steps": request.steps, "seed": request.seed, "examples": examples}
-    drawn = model.draw(labels, number, **how)
+    drawn = model.sample(labels, number, **how)
     return kind.images(tokenizer, drawn), kind.use(drawn)
 
 

@@ -39,45 +39,39 @@ def tokenize(
     if batch_size < 1 or shard_size < 1:
         raise ValueError(f"--batch-size {batch_size} and --shard-size {shard_size}: at least 1")
     with only_writer(out):
-        return _tokenize(source, tokenizer, out, keep, batch_size, shard_size)
-
-
-def _tokenize(
-    source: SourceConfig, tokenizer: str, out: Path, keep: int | None, batch_size: int, shard_size: int
-) -> str:
-    config = read_tokenizer_config(tokenizer)
-    keep = config.keep if keep is None else keep
-    config.merge_counts(config.raw_tokens, keep)
-    images = open_source(source)
-    loaded = load_tokenizer(tokenizer)
-    shards = -(-len(images) // shard_size)
-    info = {
-        "tokenizer": loaded.fingerprint(),
-        "bits": config.bits,
-        "keep": keep,
-        "grid": list(config.grid(config.resolution, config.resolution)),
-        "classes": images.classes,
-        "source": config_lib.to_dict(source),
-        "images": len(images),
-        "shard_size": shard_size,
-    }
-    _claim(out, info)
-    for shard in tqdm(range(shards), desc="shards", disable=None):
-        path = out / f"tokens-{shard:05d}-of-{shards:05d}.array_record"
-        if not path.exists():
-            _write_shard(
-                path,
-                loaded,
-                images,
-                range(shard * shard_size, min(len(images), (shard + 1) * shard_size)),
-                keep,
-                batch_size,
-            )
-    # Counted from the shards, so that a run that was stopped in between ends with the same number.
-    count = sum(1 for _ in read_tokens(out))
-    unreadable = len(images) - count
-    write_json(out / INFO_NAME, info | {"unreadable": unreadable})
-    return f"{count} images in {shards} shards under {out} ({unreadable} unreadable ones left out)"
+        config = read_tokenizer_config(tokenizer)
+        keep = config.keep if keep is None else keep
+        config.merge_counts(config.raw_tokens, keep)
+        images = open_source(source)
+        loaded = load_tokenizer(tokenizer)
+        shards = -(-len(images) // shard_size)
+        info = {
+            "tokenizer": loaded.fingerprint(),
+            "bits": config.bits,
+            "keep": keep,
+            "grid": list(config.grid(config.resolution, config.resolution)),
+            "classes": images.classes,
+            "source": config_lib.to_dict(source),
+            "images": len(images),
+            "shard_size": shard_size,
+        }
+        _claim(out, info)
+        for shard in tqdm(range(shards), desc="shards", disable=None):
+            path = out / f"tokens-{shard:05d}-of-{shards:05d}.array_record"
+            if not path.exists():
+                _write_shard(
+                    path,
+                    loaded,
+                    images,
+                    range(shard * shard_size, min(len(images), (shard + 1) * shard_size)),
+                    keep,
+                    batch_size,
+                )
+        # Counted from the shards, so that a run that was stopped in between ends with the same number.
+        count = sum(1 for _ in read_tokens(out))
+        unreadable = len(images) - count
+        write_json(out / INFO_NAME, info | {"unreadable": unreadable})
+        return f"{count} images in {shards} shards under {out} ({unreadable} unreadable ones left out)"
 
 
 def _claim(out: Path, info: dict) -> None:

@@ -23,8 +23,7 @@ from mergevq_jax.generator.kinds.randar import Codes
 from mergevq_jax.generator.kinds.random import GROUP_STARTS
 from mergevq_jax.generator.kinds.table import KINDS, KindName
 from mergevq_jax.generator.sampling.plan import SamplingConfig
-from mergevq_jax.generator.sampling.random_order import randar_sample
-from mergevq_jax.generator.sampling.raster import Samples, sample
+from mergevq_jax.generator.sampling.raster import Samples
 from mergevq_jax.generator.transformer import SHARDING_RULES, Params, param_shapes
 from mergevq_jax.pretrained import shipped
 from mergevq_jax.tokenizer.model import Tokenizer, load_tokenizer
@@ -143,52 +142,7 @@ class GeneratorModel:
             )
         return tokenizer
 
-    def draw(
-        self,
-        labels: Sequence[int] | Int[np.ndarray, "B"],
-        keep: int | None = None,
-        *,
-        sampling: SamplingConfig,
-        seed: int,
-        steps: int | None = None,
-        examples: Int[np.ndarray, "B"] | None = None,
-    ) -> Any:
-        """Codes of one image for each label, whatever the kind; see `Kind.draw`."""
-        return KINDS[self.info.kind].draw(
-            self.params,
-            np.asarray(labels, np.int32),
-            keep,
-            config=self.config,
-            sampling=self.info.sampling(sampling),
-            steps=steps,
-            seed=seed,
-            examples=examples,
-            counts={} if self.start_counts is None else {GROUP_STARTS: self.start_counts},
-            compute=self.compute,
-        )
-
     def sample(
-        self,
-        labels: Sequence[int] | Int[np.ndarray, "B"],
-        keep: int | None = None,
-        *,
-        sampling: SamplingConfig,
-        seed: int,
-        examples: Int[np.ndarray, "B"] | None = None,
-    ) -> Samples:
-        """Codes of one image for each label; see `sampling.sample` and `GeneratorInfo.sampling`."""
-        return sample(
-            self.params,
-            np.asarray(labels, np.int32),
-            keep,
-            config=self.config,
-            sampling=self.info.sampling(sampling),
-            seed=seed,
-            examples=examples,
-            compute=self.compute,
-        )
-
-    def sample_randar(
         self,
         labels: Sequence[int] | Int[np.ndarray, "B"],
         keep: int | None = None,
@@ -198,19 +152,34 @@ class GeneratorModel:
         steps: int | None = None,
         examples: Int[np.ndarray, "B"] | None = None,
         positions: Int[np.ndarray, "B K"] | None = None,
-    ) -> Codes:
-        """Distinct codes of one image for each label, by RandAR; see `randar_sample`."""
-        return randar_sample(
+    ) -> Samples | Codes:
+        """Codes of one image for each label.
+
+        Args:
+          keep: K, distinct tokens that the model is asked for; None without merge instruction.
+          sampling: how to draw; the window and the capacity are those of its kind unless they say more.
+          seed: with an example's number it determines the example's random numbers.
+          steps, positions: of RandAR alone; see `randar_sample`.
+          examples: numbers of the examples; None: 0 to B - 1.
+
+        Returns:
+          All L codes in raster order, or RandAR's K codes and their positions.
+
+        Raises:
+          ValueError: what is asked for is not possible with this generator.
+          NotFiniteError: logits that are not finite.
+        """
+        return KINDS[self.info.kind].draw(
             self.params,
             np.asarray(labels, np.int32),
             keep,
             config=self.config,
-            sampling=sampling,
+            sampling=self.info.sampling(sampling),
             seed=seed,
             steps=steps,
             examples=examples,
-            start_counts=self.start_counts,
             positions=positions,
+            counts={} if self.start_counts is None else {GROUP_STARTS: self.start_counts},
             compute=self.compute,
         )
 

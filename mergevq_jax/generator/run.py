@@ -6,7 +6,7 @@ import functools
 import itertools
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import jax
 import numpy as np
@@ -121,67 +121,58 @@ class TrainConfig:
         )
 
 
-class Trained(NamedTuple):
-    """What a run leaves."""
-
-    folder: Path  # the averaged generator, as far as it got
-    step: int
-    stopped_by: str | None  # the signal that ended the run early
-
-
-def train(config: TrainConfig, workdir: str | Path) -> Trained:
-    """Trains, or goes on training, in `workdir`.
+def train(config: TrainConfig, workdir: str | Path) -> loop.Result:
+    """Starts or resumes training in `workdir`; the averaged model is in its folder MODEL_FOLDER.
 
     Raises:
       ValueError: config, data, tokenizer, weights or checkpoint that do not fit, before anything is compiled.
       WorkdirError: the workdir cannot be written, or another run is writing it.
       FloatingPointError: too many updates in a row were not finite.
     """
-    with only_writer(workdir, config.loop.min_free_bytes) as folder:
-        return _train(config, folder)
-
-
-def _train(config: TrainConfig, workdir: Path) -> Trained:
-    tokenizer = load_tokenizer(config.tokenizer, compute=config.tokenizer_compute)
-    info = check(config, tokenizer)
-    start = load_generator(config.init_from) if config.init_from else None
-    if start and start.config != config.model:
-        raise ValueError(f"init_from {config.init_from}: its architecture is {start.config}, not {config.model}")
-    if start and start.info.tokenizer.fingerprint != info.tokenizer.fingerprint:
-        raise ValueError(f"init_from {config.init_from}: its codes are not those of the tokenizer {config.tokenizer}")
-    examples, batch_size = generator_data.num_examples(config.data), config.data.batch_size
-    total_steps = config.loop.duration.to_steps(batch_size, examples)
-    optimizer = Optimizer.make(config.optimizer, total_steps=total_steps, batch_size=batch_size, num_examples=examples)
-    mesh = sharding.make_mesh(config.mesh)
-    _check_mesh(config, mesh)
-    # A tokenizer may lie elsewhere when a run goes on, but it must be the same one.
-    resolved = config_lib.to_dict(config) | {"codes_of": info.tokenizer.fingerprint}
-    draw = functools.partial(draw_keep, config.merge_ratio, config.seed)
-    with jax.set_mesh(mesh):
-        run = Run(config, tokenizer, info, optimizer, mesh)
-        result = fit(
-            run.program,
-            workdir=workdir,
-            config=config.loop,
-            resolved_config=resolved,
-            config_class=TrainConfig,
-            total_steps=total_steps,
-            batch_size=batch_size,
-            batches=lambda step: generator_data.make_batches(config.data, draw, step, **_hosts()),
-            dtype=config.compute.dtype,
-            variant=draw,
-            preview=run.preview,
-            evaluate=run.evaluate,
-            init_from=functools.partial(run.with_weights, start) if start else None,
-            resume_from=config.resume_from,
-            must_match=("kind", "model", "window", "groups", "codes_of", "seed", "data", "merge_ratio"),
-            may_differ=("data.num_workers", "data.folders", "data.sources.*.data_dir", "data.sources.*.path"),
+    with only_writer(workdir, config.loop.min_free_bytes) as workdir:
+        tokenizer = load_tokenizer(config.tokenizer, compute=config.tokenizer_compute)
+        info = check(config, tokenizer)
+        start = load_generator(config.init_from) if config.init_from else None
+        if start and start.config != config.model:
+            raise ValueError(f"init_from {config.init_from}: its architecture is {start.config}, not {config.model}")
+        if start and start.info.tokenizer.fingerprint != info.tokenizer.fingerprint:
+            raise ValueError(
+                f"init_from {config.init_from}: its codes are not those of the tokenizer {config.tokenizer}"
+            )
+        examples, batch_size = generator_data.num_examples(config.data), config.data.batch_size
+        total_steps = config.loop.duration.to_steps(batch_size, examples)
+        optimizer = Optimizer.make(
+            config.optimizer, total_steps=total_steps, batch_size=batch_size, num_examples=examples
         )
-        folder = workdir / MODEL_FOLDER
-        averaged = run.averaged(result.state)
-        if jax.process_index() == 0:
-            averaged.save_pretrained(folder)
-    return Trained(folder, result.step, result.stopped_by)
+        mesh = sharding.make_mesh(config.mesh)
+        _check_mesh(config, mesh)
+        # A tokenizer may lie elsewhere when a run goes on, but it must be the same one.
+        resolved = config_lib.to_dict(config) | {"codes_of": info.tokenizer.fingerprint}
+        draw = functools.partial(draw_keep, config.merge_ratio, config.seed)
+        with jax.set_mesh(mesh):
+            run = Run(config, tokenizer, info, optimizer, mesh)
+            result = fit(
+                run.program,
+                workdir=workdir,
+                config=config.loop,
+                resolved_config=resolved,
+                config_class=TrainConfig,
+                total_steps=total_steps,
+                batch_size=batch_size,
+                batches=lambda step: generator_data.make_batches(config.data, draw, step, **_hosts()),
+                dtype=config.compute.dtype,
+                variant=draw,
+                preview=run.preview,
+                evaluate=run.evaluate,
+                init_from=functools.partial(run.with_weights, start) if start else None,
+                resume_from=config.resume_from,
+                must_match=("kind", "model", "window", "groups", "codes_of", "seed", "data", "merge_ratio"),
+                may_differ=("data.num_workers", "data.folders", "data.sources.*.data_dir", "data.sources.*.path"),
+            )
+            averaged = run.averaged(result.state)
+            if jax.process_index() == 0:
+                averaged.save_pretrained(workdir / MODEL_FOLDER)
+        return result
 
 
 def check(config: TrainConfig, tokenizer: Tokenizer) -> GeneratorInfo:
@@ -309,7 +300,7 @@ class Run:
         model = self._model(state)
         labels = np.repeat(np.arange(rows), columns)
         number, seed = self._config.preview_keep, self._config.seed
-        drawn = model.draw(labels, number, sampling=config.sampling, seed=seed, steps=config.sampling_steps)
+        drawn = model.sample(labels, number, sampling=config.sampling, seed=seed, steps=config.sampling_steps)
         images = KINDS[self._config.kind].images(self._tokenizer, drawn)
         images = np.asarray(self._on_every_device(images))
         grid = [list(row) for row in np.split(images, rows)]

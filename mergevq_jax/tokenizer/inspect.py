@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 
 from mergevq_jax.tokenizer import model
 from mergevq_jax.tokenizer import train as stage1
@@ -15,6 +16,7 @@ from runtime_jax.cost import count, program_row, size_of, table
 from runtime_jax.nn.compute import Compute
 from runtime_jax.sharding import MeshConfig, make_mesh
 from runtime_jax.training.optimizer import make_optimizer
+from runtime_jax.training.update import Optimizer
 
 
 def parameter_counts(params: model.Params) -> dict[str, int]:
@@ -99,9 +101,10 @@ def trace_train_step(config: TrainConfig, batch_size: int) -> tuple[stage1.Train
     if config.losses.perceptual_weight:
         losses = replace(losses, perceptual_weight=config.losses.perceptual_weight)
         step_config, frozen = replace(step_config, losses=losses), stage1.Frozen(lpips=lpips_shapes())
-    schedule = lambda step: config.optimizer.learning_rate  # noqa: E731
+    rate = optax.constant_schedule(1.0)
     optimizers = stage1.Optimizers(
-        make_optimizer(config.optimizer, schedule), make_optimizer(config.discriminator_optimizer, schedule), schedule
+        Optimizer(make_optimizer(config.optimizer, rate), rate),
+        Optimizer(make_optimizer(config.discriminator_optimizer, rate), rate),
     )
     side = config.model.resolution
     batch = {"image": jax.ShapeDtypeStruct((batch_size, side, side, config.model.in_channels), jnp.uint8)}

@@ -5,7 +5,7 @@ import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import jax
 import numpy as np
@@ -25,8 +25,9 @@ from runtime_jax.data import DataConfig, check_same_classes, classes_of, make_ba
 from runtime_jax.nn.compute import Compute
 from runtime_jax.training import loop
 from runtime_jax.training.fit import fit
-from runtime_jax.training.optimizer import OptimizerConfig, make_optimizer, make_schedule
+from runtime_jax.training.optimizer import OptimizerConfig
 from runtime_jax.training.program import Program
+from runtime_jax.training.update import Optimizer
 from runtime_jax.workdir import only_writer
 
 MODEL_FOLDER = "tokenizer"
@@ -80,84 +81,66 @@ class TrainConfig:
             raise ValueError(f"data.batch_size={self.data.batch_size} does not divide by accumulate={self.accumulate}")
 
 
-class Trained(NamedTuple):
-    """What a run leaves."""
-
-    folder: Path  # the averaged tokenizer, as far as it got
-    step: int
-    stopped_by: str | None  # the signal that ended the run early
-
-
-def train(config: TrainConfig, workdir: str | Path) -> Trained:
-    """Trains, or goes on training, in `workdir`.
+def train(config: TrainConfig, workdir: str | Path) -> loop.Result:
+    """Starts or resumes training in `workdir`; the averaged model is in its folder MODEL_FOLDER.
 
     Raises:
       ValueError: config, data, weights or checkpoint that do not fit, before anything is compiled.
       WorkdirError: the workdir cannot be written, or another run is writing it.
       FloatingPointError: too many updates in a row were not finite.
     """
-    with only_writer(workdir, config.loop.min_free_bytes) as folder:
-        return _train(config, folder)
-
-
-def _train(config: TrainConfig, workdir: Path) -> Trained:
-    with naming("data"):
-        examples = num_examples(config.data)
-    batch_size = config.data.batch_size
-    total_steps = config.loop.duration.to_steps(batch_size, examples)
-    schedules = [
-        make_schedule(optimizer, total_steps=total_steps, batch_size=batch_size, num_examples=examples)
-        for optimizer in (config.optimizer, config.discriminator_optimizer)
-    ]
-    optimizers = stage1.Optimizers(
-        make_optimizer(config.optimizer, schedules[0]),
-        make_optimizer(config.discriminator_optimizer, schedules[1]),
-        schedules[0],
-    )
-    if config.losses.alignment_weight and config.losses.alignment == "label":
-        check_labels(config)
-    step_config, frozen = load_frozen(config)
-    start = Tokenizer.from_pretrained(config.init_from) if config.init_from else None
-    if start and start.config != config.model:
-        raise ValueError(f"init_from {config.init_from}: its architecture is {start.config}, not {config.model}")
-    images = evaluation_images(config.evaluation)
-    mesh = sharding.make_mesh(config.mesh)
-    parts = mesh.shape["data"] * mesh.shape["fsdp"] * config.accumulate
-    if batch_size % parts:
-        raise ValueError(f"data.batch_size={batch_size} does not divide by data x fsdp x accumulate = {parts}")
-    notes = []
-    if config.accumulate > 1 and (terms := step_config.taken_by_part()):
-        part = batch_size // config.accumulate
-        notes.append(f"accumulate={config.accumulate}: each part of {part} images has its own {', '.join(terms)}")
-    looks = _Looks(config, images)
-    with jax.set_mesh(mesh):
-        program = make_program(step_config, optimizers, mesh, sharding.replicate(frozen, mesh))
-        result = fit(
-            program,
-            workdir=workdir,
-            config=config.loop,
-            resolved_config=config_lib.to_dict(config),
-            total_steps=total_steps,
-            batch_size=batch_size,
-            batches=lambda step: make_batches(
-                config.data, step, process_index=jax.process_index(), process_count=jax.process_count()
-            ),
-            dtype=config.compute.dtype,
-            variant=functools.partial(draw_keep, config.merge_ratio, config.seed),
-            preview=looks.preview,
-            evaluate=looks.evaluate,
-            init=functools.partial(new_state, program, config.blocks_from),
-            init_from=functools.partial(with_weights, program, start) if start else None,
-            resume_from=config.resume_from,
-            must_match=("model", "discriminator", "seed", "data", "merge_ratio"),
-            may_differ=("data.num_workers", "data.sources.*.data_dir", "data.sources.*.path"),
-            notes=notes,
+    with only_writer(workdir, config.loop.min_free_bytes) as workdir:
+        with naming("data"):
+            examples = num_examples(config.data)
+        batch_size = config.data.batch_size
+        total_steps = config.loop.duration.to_steps(batch_size, examples)
+        durations = {"total_steps": total_steps, "batch_size": batch_size, "num_examples": examples}
+        optimizers = stage1.Optimizers(
+            Optimizer.make(config.optimizer, **durations), Optimizer.make(config.discriminator_optimizer, **durations)
         )
-        folder = workdir / MODEL_FOLDER
-        ema = jax.device_get(jax.jit(lambda ema: ema, out_shardings=sharding.replicated(mesh))(result.state.ema))
-        if jax.process_index() == 0:
-            Tokenizer(config.model, ema).save_pretrained(folder)
-    return Trained(folder, result.step, result.stopped_by)
+        if config.losses.alignment_weight and config.losses.alignment == "label":
+            check_labels(config)
+        step_config, frozen = load_frozen(config)
+        start = Tokenizer.from_pretrained(config.init_from) if config.init_from else None
+        if start and start.config != config.model:
+            raise ValueError(f"init_from {config.init_from}: its architecture is {start.config}, not {config.model}")
+        images = evaluation_images(config.evaluation)
+        mesh = sharding.make_mesh(config.mesh)
+        parts = mesh.shape["data"] * mesh.shape["fsdp"] * config.accumulate
+        if batch_size % parts:
+            raise ValueError(f"data.batch_size={batch_size} does not divide by data x fsdp x accumulate = {parts}")
+        notes = []
+        if config.accumulate > 1 and (terms := step_config.taken_by_part()):
+            part = batch_size // config.accumulate
+            notes.append(f"accumulate={config.accumulate}: each part of {part} images has its own {', '.join(terms)}")
+        looks = _Looks(config, images)
+        with jax.set_mesh(mesh):
+            program = make_program(step_config, optimizers, mesh, sharding.replicate(frozen, mesh))
+            result = fit(
+                program,
+                workdir=workdir,
+                config=config.loop,
+                resolved_config=config_lib.to_dict(config),
+                total_steps=total_steps,
+                batch_size=batch_size,
+                batches=lambda step: make_batches(
+                    config.data, step, process_index=jax.process_index(), process_count=jax.process_count()
+                ),
+                dtype=config.compute.dtype,
+                variant=functools.partial(draw_keep, config.merge_ratio, config.seed),
+                preview=looks.preview,
+                evaluate=looks.evaluate,
+                init=functools.partial(new_state, program, config.blocks_from),
+                init_from=functools.partial(with_weights, program, start) if start else None,
+                resume_from=config.resume_from,
+                must_match=("model", "discriminator", "seed", "data", "merge_ratio"),
+                may_differ=("data.num_workers", "data.sources.*.data_dir", "data.sources.*.path"),
+                notes=notes,
+            )
+            ema = jax.device_get(jax.jit(lambda ema: ema, out_shardings=sharding.replicated(mesh))(result.state.ema))
+            if jax.process_index() == 0:
+                Tokenizer(config.model, ema).save_pretrained(workdir / MODEL_FOLDER)
+        return result
 
 
 def check_labels(config: TrainConfig) -> None:

@@ -27,7 +27,7 @@ from runtime_jax.prng import Stream, example_keys, stream_key
 from runtime_jax.sharding import Axis, Rule, constrain
 from runtime_jax.training.accumulate import accumulate
 from runtime_jax.training.optimizer import ema_update
-from runtime_jax.training.update import Metrics, guarded
+from runtime_jax.training.update import Metrics, Optimizer, guarded
 
 Params = Any
 
@@ -122,11 +122,10 @@ class StepConfig:
 
 
 class Optimizers(NamedTuple):
-    """Gradient transformations, and the generator's learning rate for the log."""
+    """One for each side."""
 
-    generator: optax.GradientTransformation
-    discriminator: optax.GradientTransformation
-    schedule: optax.Schedule
+    generator: Optimizer
+    discriminator: Optimizer
 
 
 @flax.struct.dataclass
@@ -176,11 +175,11 @@ def init_state(config: StepConfig, optimizers: Optimizers) -> TrainState:
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         params=params,
-        opt_state=optimizers.generator.init(params),
+        opt_state=optimizers.generator.transformation.init(params),
         ema=jax.tree.map(jnp.copy, params),
         disc_params=disc["params"],
         disc_stats=disc["batch_stats"],
-        disc_opt_state=optimizers.discriminator.init(disc["params"]),
+        disc_opt_state=optimizers.discriminator.transformation.init(disc["params"]),
         lecam=LeCam.zeros(),
     )
 
@@ -219,23 +218,20 @@ def train_step(
     gradients, (stats, lecam), metrics = accumulate(part, carry, used, config.accumulate)
     norms = {"grad_norm": optax.tree.norm(gradients[0]), "disc/grad_norm": optax.tree.norm(gradients[1])}
 
-    updates, opt_state = optimizers.generator.update(gradients[0], state.opt_state, state.params)
-    disc_updates, disc_opt_state = optimizers.discriminator.update(
-        gradients[1], state.disc_opt_state, state.disc_params
-    )
-    params = optax.apply_updates(state.params, updates)
+    params, opt_state = optimizers.generator.update(gradients[0], state.opt_state, state.params)
+    disc_params, disc_opt_state = optimizers.discriminator.update(gradients[1], state.disc_opt_state, state.disc_params)
     new_state = TrainState(
         step=state.step,
         params=params,
         opt_state=opt_state,
         ema=ema_update(state.ema, params, state.step, config.ema_decay),
-        disc_params=optax.apply_updates(state.disc_params, disc_updates),
+        disc_params=disc_params,
         disc_stats=stats,
         disc_opt_state=disc_opt_state,
         lecam=lecam,
     )
     watched = metrics["loss"] + metrics["disc/loss"] + norms["grad_norm"] + norms["disc/grad_norm"]
-    means = metrics | norms | {"lr": jnp.asarray(optimizers.schedule(state.step), jnp.float32)}
+    means = metrics | norms | {"lr": optimizers.generator.rate(state.step)}
     return guarded(state, new_state, means, watched=watched)
 
 

@@ -3,7 +3,6 @@
 import functools
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 import jax
 
@@ -13,7 +12,7 @@ from mini_scenes.judge.model import JudgeConfig, init_params
 from mini_scenes.judge.train import loss
 from runtime_jax import config as config_lib
 from runtime_jax.prng import Stream, stream_key
-from runtime_jax.training.loop import LoopConfig
+from runtime_jax.training.loop import LoopConfig, Result
 from runtime_jax.training.network import TrainingConfig, train_network
 from runtime_jax.training.optimizer import OptimizerConfig
 from runtime_jax.workdir import only_writer
@@ -38,39 +37,26 @@ class TrainConfig:
             raise ValueError(f"image_size={self.image_size} must be a multiple of 8, batch_size={self.batch_size} >= 1")
 
 
-class Trained(NamedTuple):
-    """Result of a training run."""
-
-    path: Path  # of the averaged weights
-    step: int
-    stopped_by: str | None  # the signal that ended the run early
-
-
-def train(config: TrainConfig, workdir: str | Path) -> Trained:
-    """Starts or resumes training in `workdir`.
+def train(config: TrainConfig, workdir: str | Path) -> Result:
+    """Starts or resumes training in `workdir`; the averaged weights are in its file WEIGHTS.
 
     Raises:
       ValueError: an invalid config, or one that does not match the checkpoint in `workdir`.
       WorkdirError: the workdir cannot be written, or another run is writing it.
       FloatingPointError: too many consecutive updates were not finite.
     """
-    with only_writer(workdir, config.loop.min_free_bytes) as folder:
-        return _train(config, folder)
-
-
-def _train(config: TrainConfig, workdir: Path) -> Trained:
-    result = train_network(
-        TrainingConfig(
-            batch_size=config.batch_size, optimizer=config.optimizer, ema_decay=config.ema_decay, loop=config.loop
-        ),
-        workdir,
-        resolved_config=config_lib.to_dict(config),
-        must_match=("model", "seed"),
-        init=lambda: init_params(config.model, stream_key(config.seed, Stream.PARAMS)),
-        loss=functools.partial(loss, config=config.model, seed=config.seed),
-        batches=lambda start: lessons.batches(config.seed, start, config.batch_size, config.image_size),
-        dtype="float32",
-    )
-    path = workdir / WEIGHTS
-    save_weights(path, config.model, jax.device_get(result.state.ema), step=result.step)
-    return Trained(path, result.step, result.stopped_by)
+    with only_writer(workdir, config.loop.min_free_bytes) as workdir:
+        result = train_network(
+            TrainingConfig(
+                batch_size=config.batch_size, optimizer=config.optimizer, ema_decay=config.ema_decay, loop=config.loop
+            ),
+            workdir,
+            resolved_config=config_lib.to_dict(config),
+            must_match=("model", "seed"),
+            init=lambda: init_params(config.model, stream_key(config.seed, Stream.PARAMS)),
+            loss=functools.partial(loss, config=config.model, seed=config.seed),
+            batches=lambda start: lessons.batches(config.seed, start, config.batch_size, config.image_size),
+            dtype="float32",
+        )
+        save_weights(workdir / WEIGHTS, config.model, jax.device_get(result.state.ema), step=result.step)
+        return result

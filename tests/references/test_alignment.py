@@ -12,6 +12,7 @@ from einops import rearrange
 from mergevq_jax.tokenizer.losses import alignment, dinov2
 from mergevq_jax.tokenizer.losses.alignment import init_blocks_from_dinov2, select_uniform
 from mergevq_jax.tokenizer.losses.dinov2 import DINOv2, DINOv2Config, bicubic_matrix, load_dinov2
+from runtime_jax.training.update import Optimizer
 from runtime_jax.weights import WeightError, export_weights, read_safetensors, write_safetensors
 
 
@@ -286,7 +287,8 @@ def test_a_new_run_starts_from_the_teachers_blocks(folder, teacher):
     sizes = {"resolution": 32, "ch": 32, "ch_mult": (1, 1, 1), "num_res_blocks": (0, 0, 0), "num_att_blocks": 2}
     model = TokenizerConfig(**sizes, z_channels=6, keep=48, dist_head=None, recovery=None)
     losses = train.LossConfig(perceptual_weight=0.0, source_weight=0.0)
-    optimizers = train.Optimizers(optax.sgd(1.0), optax.sgd(1.0), lambda step: 1.0)
+    optimizer = Optimizer(optax.sgd(1.0), optax.constant_schedule(1.0))
+    optimizers = train.Optimizers(optimizer, optimizer)
     mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
     with jax.set_mesh(mesh):
         config = train.StepConfig(

@@ -13,7 +13,7 @@ from mergevq_jax.tokenizer.losses.perceptual import lpips_shapes
 from mergevq_jax.tokenizer.model import read_tokenizer_config
 from mergevq_jax.tokenizer.run import TrainConfig, load_frozen
 from runtime_jax.config import build, load, to_dict
-from runtime_jax.training.optimizer import make_optimizer, make_schedule
+from runtime_jax.training.update import Optimizer
 
 LPIPS = "lpips=('vgg16.safetensors',)"
 
@@ -54,9 +54,8 @@ def test_a_published_step_traces():
         teacher=DINOv2Config(),
         accumulate=2,
     )
-    schedule = make_schedule(config.optimizer, total_steps=10**6, batch_size=4, num_examples=10**6)
-    optimizer = make_optimizer(config.optimizer, schedule)
-    optimizers = train.Optimizers(optimizer, optimizer, schedule)
+    optimizer = Optimizer.make(config.optimizer, total_steps=10**6, batch_size=4, num_examples=10**6)
+    optimizers = train.Optimizers(optimizer, optimizer)
     state = jax.eval_shape(functools.partial(train.init_state, step_config, optimizers))
     pixels = jax.ShapeDtypeStruct((1, 224, 224, 3), jnp.float32)
     teacher = jax.eval_shape(DINOv2(step_config.teacher).init, jax.random.key(0), pixels)["params"]

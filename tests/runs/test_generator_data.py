@@ -92,7 +92,7 @@ def test_a_run_from_codes_on_disk(root, tmp_path):
     ratio = {"keeps": [10], "weights": [1.0]}
     config = run_config(root / "tokenizer", to_dict(tokens(root, 10, batch_size=8)), steps=2, merge_ratio=ratio)
     done = train(dataclasses.replace(config, loop=dataclasses.replace(config.loop, eval_every=2)), tmp_path)
-    assert done.step == 2 and GeneratorModel.from_pretrained(done.folder).config == MODEL
+    assert done.step == 2 and GeneratorModel.from_pretrained(tmp_path / "generator").config == MODEL
     first_line = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[0])
     np.testing.assert_allclose(first_line["loss"], TOKENIZER.z_channels * np.log(2), rtol=1e-5)
 

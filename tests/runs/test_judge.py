@@ -13,7 +13,7 @@ from mini_scenes.judge.judge import SHIPPED, save_weights
 from mini_scenes.judge.lessons import UNNAMED, draw_batch, sample_lesson
 from mini_scenes.judge.model import JudgeConfig, JudgeNet, init_params
 from mini_scenes.judge.report import DAMAGES, measure
-from mini_scenes.judge.run import TrainConfig, train
+from mini_scenes.judge.run import WEIGHTS, TrainConfig, train
 from mini_scenes.judge.train import Truth, blur, compare, loss, soften
 from runtime_jax import config as config_lib
 from runtime_jax.config import Duration
@@ -127,9 +127,9 @@ def test_a_run_writes_weights_that_load(tmp_path):
         optimizer=OptimizerConfig(),
         loop=LoopConfig(duration=Duration(steps=2), log_every=1),
     )
-    trained = train(config, tmp_path)
-    judge = Judge.load(trained.path)
-    assert trained.step == 2 and judge.config == TINY
+    result = train(config, tmp_path)
+    judge = Judge.load(tmp_path / WEIGHTS)
+    assert result.step == 2 and judge.config == TINY
     (seen,) = judge.look(np.zeros((1, SIZE, SIZE, 3), np.uint8))
     assert len(seen.masks) == len(seen.scene.objects) == len(seen.textures)
 

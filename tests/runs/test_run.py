@@ -122,11 +122,11 @@ def test_the_state_restores_on_eight_devices(folder, trained):
     from runtime_jax import config as config_lib
     from runtime_jax.sharding import MeshConfig, make_mesh
     from runtime_jax.training.checkpoint import Checkpointer
-    from runtime_jax.training.optimizer import make_optimizer
+    from runtime_jax.training.update import Optimizer
 
     config = config_lib.build(TrainConfig, config_lib.load(str(folder / "config.py")))
-    optimizer = make_optimizer(config.optimizer, lambda step: 1e-3)
-    optimizers = stage1.Optimizers(optimizer, optimizer, lambda step: 1e-3)
+    optimizer = Optimizer.make(config.optimizer, total_steps=1000, batch_size=1)
+    optimizers = stage1.Optimizers(optimizer, optimizer)
     step_config, frozen = load_frozen(config)
     states = []
     for shape, devices in ((MeshConfig(data=2, fsdp=2, tensor=2), 8), (MeshConfig(), 1)):

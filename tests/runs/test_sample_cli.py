@@ -118,7 +118,7 @@ def test_a_generator_in_random_order(root, tmp_path, capsys):
     protocol = json.loads((tmp_path / "5" / "protocol.json").read_text())
     assert (protocol["steps"], protocol["keep"]) == (4, 16)
     model = load_generator(root / "randar")
-    codes = model.sample_randar(labels, 16, sampling=SamplingConfig(cfg_scale=2.0), seed=7, steps=4)
+    codes = model.sample(labels, 16, sampling=SamplingConfig(cfg_scale=2.0), seed=7, steps=4)
     np.testing.assert_array_equal(recovered_to_images(model.load_tokenizer(), codes), images)
 
 
@@ -239,4 +239,4 @@ def test_what_is_not_possible_is_one_line(root, tmp_path, capsys, options, messa
 def test_a_generator_in_raster_order_refuses_a_number_of_steps(root):
     generator = load_generator(root / "generator")
     with pytest.raises(ValueError, match="4 steps: this generator draws one code a step"):
-        generator.draw([0], 10, sampling=SamplingConfig(), seed=0, steps=4)
+        generator.sample([0], 10, sampling=SamplingConfig(), seed=0, steps=4)

@@ -25,6 +25,7 @@ from mergevq_jax.tokenizer.model import param_shapes as tokenizer_shapes
 from mergevq_jax.tokenizer.quantizers.quantizer import QUANTIZERS, Quantizer
 from mergevq_jax.tokenizer.tome import MERGE_RULES, Matching
 from runtime_jax.config import to_dict
+from runtime_jax.training.update import Optimizer
 from tokenverse_jax import Offsets
 from tokenverse_jax.concepts.learn import flow
 from tokenverse_jax.flux.autoencoder import image_ids
@@ -94,7 +95,8 @@ def train_tokenizer(steps, **changes):
     model = dataclasses.replace(TOKENIZER, **changes)
     discriminator = train.DiscriminatorConfig(ndf=8, num_layers=2)
     config = train.StepConfig(model=model, losses=LOSSES, discriminator=discriminator)
-    optimizers = train.Optimizers(optax.adam(3e-3), optax.adam(1e-4), lambda step: 3e-3)
+    sides = (Optimizer(optax.adam(rate), optax.constant_schedule(rate)) for rate in (3e-3, 1e-4))
+    optimizers = train.Optimizers(*sides)
     state = jax.jit(functools.partial(train.init_state, config, optimizers))()
     step = jax.jit(functools.partial(train.train_step, config=config, optimizers=optimizers, keep=36))
     errors = []
@@ -119,7 +121,8 @@ def test_another_quantizer_from_training_to_generated_images(monkeypatch, tmp_pa
     model = dataclasses.replace(TINY, vocab_sizes=(9, 27), grid=(8, 8), keeps=(36, 64))
     ratio = {"keeps": [36, 64], "weights": [0.5, 0.5]}
     config = run_config(tmp_path / "tokenizer", data, model=to_dict(model), merge_ratio=ratio)
-    trained = load_generator(train_generator(config, tmp_path / "run").folder)
+    train_generator(config, tmp_path / "run")
+    trained = load_generator(tmp_path / "run" / "generator")
     drawn = trained.sample([0, 1], 36, sampling=SamplingConfig(), seed=0)
     assert 3**4 <= drawn.indices.max() < 3**5
     assert codes_to_images(trained.load_tokenizer(), drawn.indices).shape == (2, side, side, 3)

@@ -4,7 +4,6 @@ import dataclasses
 import functools
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
@@ -14,7 +13,8 @@ from mergevq_jax.tokenizer.config import PRESETS, RecoveryConfig, TokenizerConfi
 from mergevq_jax.tokenizer.losses.dinov2 import DINOv2, DINOv2Config
 from mergevq_jax.tokenizer.run import make_program
 from runtime_jax.sharding import MeshConfig, make_mesh, shard_batch
-from runtime_jax.training.optimizer import OptimizerConfig, make_optimizer, make_schedule
+from runtime_jax.training.optimizer import OptimizerConfig
+from runtime_jax.training.update import Optimizer
 
 MODEL = TokenizerConfig(
     resolution=16,
@@ -32,7 +32,8 @@ MODEL = TokenizerConfig(
 LOSSES = train.LossConfig(perceptual_weight=0.0, entropy_temperature=0.5)
 CONFIG = train.StepConfig(model=MODEL, losses=LOSSES, discriminator=train.DiscriminatorConfig(ndf=8, num_layers=2))
 # With this one the change of a parameter is its gradient.
-PLAIN = train.Optimizers(optax.sgd(1.0), optax.sgd(1.0), lambda step: jnp.ones(()))
+SGD = Optimizer(optax.sgd(1.0), optax.constant_schedule(1.0))
+PLAIN = train.Optimizers(SGD, SGD)
 
 
 @pytest.fixture(scope="module")
@@ -203,11 +204,12 @@ class Late:
             teacher=teacher,
         )
         adam = OptimizerConfig(learning_rate=3e-3)
-        schedule = make_schedule(adam, total_steps=100, batch_size=8, num_examples=None)
-        optimizers = train.Optimizers(make_optimizer(adam, schedule), PLAIN.discriminator, schedule)
+        optimizers = train.Optimizers(Optimizer.make(adam, total_steps=100, batch_size=8), SGD)
         shapes = model.param_shapes(config.model)["encoder"]["head"]
         params = {**state.params, "encoder": {**state.params["encoder"], "head": drawn(shapes)}}
-        self._state = state.replace(params=params, ema=params, opt_state=jax.jit(optimizers.generator.init)(params))
+        self._state = state.replace(
+            params=params, ema=params, opt_state=jax.jit(optimizers.generator.transformation.init)(params)
+        )
         pixels = np.zeros((1, 28, 28, 3), np.float32)
         self._teacher = jax.eval_shape(DINOv2(teacher).init, jax.random.key(0), pixels)["params"]
         self._step = one_device_step(config, optimizers)

@@ -113,21 +113,14 @@ class Kind(abc.ABC):
         keep: int | None,
         *,
         steps: int | None,
+        positions: Int[np.ndarray, "B K"] | None,
         counts: Counts,
         **settings: Any,
     ) -> Any:
-        """Codes of one image for each label; what `images` and `use` take.
-
-        Args:
-          steps: as in `plan`.
-          counts: of training.
-          settings: further arguments of the sampler, the same for all kinds: see `raster.sample`.
-
-        Raises:
-          ValueError: what is asked for is not possible with this generator.
-          NotFiniteError: logits that are not finite.
-        """
+        """What `GeneratorModel.sample` returns; `counts` are those of training, `settings` go to any kind's sampler."""
         _check_steps(steps)
+        if positions is not None:
+            raise ValueError("positions: this generator draws all codes, in raster order")
         return sample(params, labels, keep, **settings)
 
     def images(self, tokenizer: Tokenizer, drawn: Samples) -> UInt8[Array, "B H W 3"]:

@@ -12,7 +12,7 @@ from mergevq_jax.generator.transformer import Params
 
 
 class MergeAR(Kind):
-    """Autoregression over a compressed store."""
+    """Autoregression over a compressed KV cache."""
 
     def loss(
         self, params: Params, batch: Mapping[str, Array], key: Key[Array, ""] | None, *, config: LossConfig, keep: int

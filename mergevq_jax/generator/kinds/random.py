@@ -73,17 +73,10 @@ class RandAR(Kind):
         return 2 * model.length
 
     def draw(
-        self,
-        params: Params,
-        labels: Int[np.ndarray, "B"],
-        keep: int | None,
-        *,
-        steps: int | None,
-        counts: Counts,
-        **settings: Any,
+        self, params: Params, labels: Int[np.ndarray, "B"], keep: int | None, *, counts: Counts, **settings: Any
     ) -> Any:
         """As of `Kind`."""
-        return randar_sample(params, labels, keep, steps=steps, start_counts=counts[GROUP_STARTS], **settings)
+        return randar_sample(params, labels, keep, start_counts=counts[GROUP_STARTS], **settings)
 
     def images(self, tokenizer: Tokenizer, drawn: Codes) -> UInt8[Array, "B H W 3"]:
         """As of `Kind`."""
