@@ -14,7 +14,7 @@ from mini_scenes import command
 from runtime_jax.cli import CommandLine, config_arguments, report_end
 
 TINY = "tiny"  # names the shipped model for a CPU
-PIXELS_AT_ONCE = 256**2  # of images that are sampled together unless told otherwise
+PIXELS_AT_ONCE = 256**2  # default total of the images that are sampled together
 CONCEPTS = """\
 A concept is given as TARGET=FILE[:WORD][@STRENGTH]:
   --concept doll=bank/doll.safetensors           the file's "doll", or its only word, on the prompt's "doll"
@@ -25,7 +25,7 @@ A concept is given as TARGET=FILE[:WORD][@STRENGTH]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; errors that a user can mend are one line and exit status 1."""
-    # Its tokenizers, all that is used here, do not need the torch that it would like.
+    # transformers misses torch, but its tokenizers, all that is used here, do not need it.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     return _command_line().main(argv)
 
@@ -128,7 +128,7 @@ def _loader(args, model: str, mesh: Any = None) -> Any:
 
 @contextlib.contextmanager
 def _sampler(args) -> Iterator[tuple[Any, Any]]:
-    """Loader and sampling, on the mesh that is asked for."""
+    """Loader and sampling, on a mesh of `--tensor` devices."""
     import jax
 
     from runtime_jax.sharding import MeshConfig, make_mesh
@@ -136,14 +136,12 @@ def _sampler(args) -> Iterator[tuple[Any, Any]]:
 
     mesh = make_mesh(MeshConfig(data=1, tensor=args.tensor), devices=jax.devices()[: args.tensor])
     load = _loader(args, args.model, mesh)
-    usual = load().usual
-    names = ("width", "height", "num_steps", "guidance", "cfg_scale", "batch_size")
-    values = vars(usual) | {"width": usual.size, "height": usual.size}
-    values |= {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    names = ("width", "height", "num_steps", "guidance", "cfg_scale", "batch_size", "seed")
+    given = {name: value for name in names if (value := getattr(args, name)) is not None}
+    values = load().usual.arguments(**given)
     values.setdefault("batch_size", max(1, PIXELS_AT_ONCE // max(1, values["width"] * values["height"])))
-    del values["size"]
     with jax.set_mesh(mesh):
-        yield load, Sampling(**values, seed=args.seed)
+        yield load, Sampling(**values)
 
 
 def _generate(args, _) -> None:

@@ -76,8 +76,8 @@ def test_batches_are_a_function_of_their_number(tokenizers, scenes):
 
 def test_scenes_are_seen_by_their_number_of_objects(tokenizers, scenes):
     data = _corpus(scenes, tokenizers, pair_every=0, object_weights=(3.0, 1.0))
-    places = np.concatenate([data.batch(step)["latents"][:, 0, 0, 0] for step in range(50)]).astype(int) // 32
-    counts = np.bincount([len(scenes[place].objects) for place in places], minlength=3) / len(places)
+    picks = np.concatenate([data.batch(step)["latents"][:, 0, 0, 0] for step in range(50)]).astype(int) // 32
+    counts = np.bincount([len(scenes[pick].objects) for pick in picks], minlength=3) / len(picks)
     assert abs(counts[1] - 0.75) < 0.1
     for weights in ((1.0, 1.0, 1.0), (0.0, 0.0), (1.0, -1.0)):
         with pytest.raises(ValueError, match="object_weights"):

@@ -1,1 +1,1 @@
-"""A tiny FLUX pipeline from scratch: its autoencoder on pictures, then its transformer with both text encoders."""
+"""Trains a tiny FLUX pipeline: its autoencoder on pictures, then its transformer with both text encoders."""

@@ -1,8 +1,8 @@
-"""What is where in a picture, which a middle block of the transformer is taught beside the velocity.
+"""The layout of a picture, an auxiliary target for a middle block of the transformer.
 
-A diffusion transformer spends most of a training on finding representations; one that is taught some in the middle
-finds the rest much sooner (REPA, arXiv 2410.06940, there with DINOv2's features). Here the renderer knows the truth.
-The head that is compared with it is trained with the transformer and then left behind.
+A diffusion transformer spends most of its training on finding representations, and is much faster when a middle block
+is taught some (REPA, arXiv 2410.06940, with DINOv2's features). Here the renderer knows the truth. The head that
+predicts it is trained with the transformer and then discarded.
 
 Axes: B batch, H W image, h w grid of image tokens, N = h w, F features of a layout, D width.
 """
@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, Float32
 from mini_scenes import CLASSES, SYMMETRY, TEXTURES, Scene, SceneObject, render_scene
 
 COVERS = len(CLASSES)  # the first features: how much of a token each class covers
-OWNER = len(TEXTURES) + 9  # those of the object that covers most of a token, and that there is one
+OWNER = len(TEXTURES) + 9  # then: the object that covers most of a token, and 1 if there is one
 FEATURES = COVERS + OWNER
 EPS = 1e-6
 
@@ -37,7 +37,7 @@ def layout(scene: Scene, size: int, grid: tuple[int, int]) -> Float32[np.ndarray
 
 
 def _owner(item: SceneObject, grid: tuple[int, int]) -> Float[np.ndarray, "h w F"]:
-    """Texture, turn, colour, size, the way from the object's centre to the token's in its sizes, and 1."""
+    """Texture, rotation, colour, size, the offset of the token from the object's centre in units of its size, and 1."""
     rows, columns = np.meshgrid(*((np.arange(side) + 0.5) / side for side in grid), indexing="ij")
     turn = np.deg2rad(SYMMETRY[item.shape] * item.rotation)
     texture = [float(item.texture == name) for name in TEXTURES]
@@ -47,7 +47,7 @@ def _owner(item: SceneObject, grid: tuple[int, int]) -> Float[np.ndarray, "h w F
 
 
 class LayoutHead(nn.Module):
-    """Image tokens in the middle of the transformer to layouts."""
+    """Predicts layouts from image tokens in the middle of the transformer."""
 
     @nn.compact
     def __call__(self, img: Float[Array, "B N D"]) -> Float[Array, "B N F"]:
@@ -58,7 +58,7 @@ class LayoutHead(nn.Module):
 
 
 def layout_loss(predicted: Float[Array, "B N F"], truth: Float[Array, "B h w F"]) -> Float[Array, ""]:
-    """Square errors, those of the owner's features where there is one."""
+    """Mean square error; the owner's features count only where there is one."""
     truth = rearrange(truth, "b h w f -> b (h w) f")
     error = jnp.square(predicted - truth)
     has_owner = truth[..., -1:]

@@ -1,4 +1,4 @@
-"""How well a pipeline follows captions that it has not seen, as the judge of mini_scenes sees it; and a picture."""
+"""How well a pipeline follows unseen captions, by the judge of mini_scenes; and a picture."""
 
 from collections.abc import Sequence
 from pathlib import Path

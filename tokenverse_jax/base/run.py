@@ -1,5 +1,4 @@
-"""A whole training of the tiny base: autoencoder, T5's reading, latents of the corpus, transformer with text encoders,
-the folder."""
+"""`tokenverse train-base`: autoencoder, T5's reading, latents of the corpus, transformer with text encoders, folder."""
 
 import functools
 from collections.abc import Callable
@@ -39,17 +38,17 @@ PREVIEWS = 24  # captions that are drawn on the way
 
 @dataclass(frozen=True, kw_only=True)
 class BaseConfig:
-    """All trainings; what configs/flux_tiny.py returns is built into this."""
+    """All stages, built from what configs/flux_tiny.py returns."""
 
     task: Literal["base"] = "base"
     seed: int = 0
     compute: Compute = Compute()
     image_size: int = 64
     vae: VAEConfig
-    num_scenes: int = 20_000  # that the transformer learns from; the autoencoder sees new ones at every step
+    num_scenes: int = 20_000  # for the transformer; the autoencoder sees new ones at every step
     text_to_image: TextToImageConfig
     schedule: ScheduleConfig = ScheduleConfig()  # of sampling
-    sampling: SamplingConfig = SamplingConfig(num_steps=24, cfg_scale=2.5)  # of previews; the usual one of the model
+    sampling: SamplingConfig = SamplingConfig(num_steps=24, cfg_scale=2.5)  # of previews, and the model's own
 
     def __post_init__(self):
         self.vae.model.token_grid(self.image_size, self.image_size)

@@ -36,9 +36,9 @@ class TextToImageConfig:
     captions: CaptionConfig = CaptionConfig()
     time_mean: float = 0.0  # of the normal variable whose sigmoid is the time, 1 being noise
     time_std: float = 1.0
-    layout_weight: float = 0.3  # of what the middle single block is taught beside the velocity, see `layout`
-    words_weight: float = 0.3  # of what T5 is taught beside it, see `words`
-    reading: TrainingConfig  # of T5 alone, by `words`, before the rest
+    layout_weight: float = 0.3  # of the auxiliary loss of the middle single block, see `layout`
+    words_weight: float = 0.3  # of T5's auxiliary loss, see `words`
+    reading: TrainingConfig  # of T5 alone, by `words`, first
     training: TrainingConfig
 
     def __post_init__(self):
@@ -59,7 +59,7 @@ class TextToImageConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class Networks:
-    """The three networks' configs and how they are computed."""
+    """The three networks' configs, dtype and attention backend."""
 
     transformer: FluxConfig
     clip: CLIPTextConfig
@@ -105,7 +105,7 @@ def init_params(networks: Networks, seed: int) -> Params:
 
 
 def reading_loss(params: Params, batch: dict[str, Array], step: Array, *, networks: Networks) -> tuple[Array, Means]:
-    """What T5 alone, {"t5", "words_head"} of the parameters, is taught by "t5_ids" int [B, T] and "words" [B, T, A]."""
+    """The words loss of T5 alone; `params`: {"t5", "words_head"}, `batch`: "t5_ids" int [B, T], "words" [B, T, A]."""
     txt = T5Encoder(networks.t5, networks.compute).apply({"params": params["t5"]}, batch["t5_ids"])
     return words_loss(WordsHead().apply({"params": params["words_head"]}, txt), batch["words"]), {}
 

@@ -1,6 +1,6 @@
-"""Small tokenizers of whole words, of the kinds that FLUX has: byte pairs for CLIP, a unigram model for T5.
+"""Small tokenizers of whole words, of the same kinds as FLUX's: byte pairs for CLIP, a unigram model for T5.
 
-Any other word is spelt: every letter and digit is a token too. Case does not matter.
+Other words are spelt out: every letter and digit is a token too. Case does not matter.
 """
 
 import json
@@ -20,7 +20,7 @@ from tokenverse_jax.flux.words import Tokenizer
 SPACE = "▁"  # SentencePiece's sign for the space before a word
 START, END = "<|startoftext|>", "<|endoftext|>"
 SYMBOLS = string.ascii_lowercase + string.digits + string.punctuation
-# Words of captions besides the names of classes, colours, textures, sizes, poses, places and light; and some for
+# Words of captions other than the names of classes, colours, textures, sizes, poses, places and light; and words for
 # captions of two pictures side by side.
 OTHER_WORDS = """
     a an and at between beside both by contains each first from half halves image images in is it left light lit main

@@ -21,7 +21,7 @@ Params = Any
 
 @dataclass(frozen=True, kw_only=True)
 class VAEConfig:
-    """Architecture, loss and training of the autoencoder. Its scaling and shift are measured after the training."""
+    """Architecture, loss and training of the autoencoder; its scaling and shift are measured after training."""
 
     model: AutoencoderConfig
     l2_weight: float = 1.0  # beside the mean absolute error in [-1, 1]
@@ -39,7 +39,7 @@ def init_params(config: VAEConfig, seed: int) -> Params:
 def loss(
     params: Params, batch: dict[str, Array], step: Array, *, config: VAEConfig, compute: Compute, seed: int
 ) -> tuple[Array, Means]:
-    """Error of what is decoded from samples of the latents, and the latents' divergence from a standard normal.
+    """Reconstruction error from samples of the latents, and the latents' divergence from a standard normal.
 
     Args:
       batch: "image" uint8 [B, H, W, 3], "index" int [B] that the noise depends on.

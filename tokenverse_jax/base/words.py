@@ -1,7 +1,7 @@
-"""What captions say of each object, which T5 learns to read before it sees pictures, and is taught beside the velocity.
+"""What captions say of each object: T5's target before it sees pictures, and its auxiliary target afterwards.
 
-FLUX's T5 knows which adjective belongs to which noun before it meets a picture. Without this, ours takes most of a
-training to find out as soon as there are two objects. The head that is compared with what is said is left behind.
+FLUX's T5 knows which adjective belongs to which noun before it sees a picture. Without this, ours needs most of a
+training to learn it as soon as there are two objects. The head that predicts it is discarded in the end.
 
 Axes: B batch, T text tokens, A attributes, F features (all values of all attributes).
 """
@@ -15,7 +15,7 @@ import optax
 from jaxtyping import Array, Float, Int, Int32
 
 from mini_scenes import CLASSES, COLORS, POSES, TEXTURES
-from mini_scenes.judge.captions import WantedObject, objects_in
+from mini_scenes.judge.captions import objects_in
 from mini_scenes.scene import MAX_IN_A_ROW
 from tokenverse_jax.flux.words import Tokenizer
 
@@ -26,7 +26,7 @@ UNSAID = -1
 
 
 def words(tokenizer: Tokenizer, captions: Sequence[str], length: int) -> Int32[np.ndarray, "B T A"]:
-    """For every token the numbers of the values that the caption names of its object; everywhere else UNSAID.
+    """For every token, the numbers of the values that the caption gives its object; UNSAID elsewhere.
 
     Args:
       captions: of at most `length` tokens and MOST_OBJECTS objects.
@@ -34,19 +34,15 @@ def words(tokenizer: Tokenizer, captions: Sequence[str], length: int) -> Int32[n
     found = np.full((len(captions), length, len(VALUES)), UNSAID, np.int32)
     for row, caption in zip(found, captions, strict=True):
         spans = tokenizer(caption, return_offsets_mapping=True)["offset_mapping"]
-        for order, (place, item) in enumerate(objects_in(caption)):
-            tokens = [i for i, (start, end) in enumerate(spans) if max(start, place.start) < min(end, place.stop)]
-            row[tokens] = _said(item, order)
+        for order, (span, item) in enumerate(objects_in(caption)):
+            tokens = [i for i, (start, end) in enumerate(spans) if max(start, span.start) < min(end, span.stop)]
+            said = zip(VALUES, (item.shape, item.color, item.texture, item.pose, order), strict=True)
+            row[tokens] = [UNSAID if value is None else values.index(value) for values, value in said]
     return found
 
 
-def _said(item: WantedObject, order: int) -> list[int]:
-    named = item.shape, item.color, item.texture, item.pose, order
-    return [UNSAID if value is None else values.index(value) for values, value in zip(VALUES, named, strict=True)]
-
-
 class WordsHead(nn.Module):
-    """T5's output to scores of all values."""
+    """Scores of all values, from T5's output."""
 
     @nn.compact
     def __call__(self, txt: Float[Array, "B T D"]) -> Float[Array, "B T F"]:
@@ -55,7 +51,7 @@ class WordsHead(nn.Module):
 
 
 def words_loss(scores: Float[Array, "B T F"], truth: Int[Array, "B T A"]) -> Float[Array, ""]:
-    """Mean cross-entropy of what is said, in nats; 0 where nothing is."""
+    """Mean cross-entropy of the named values, in nats; 0 if there are none."""
     parts = jnp.split(scores, np.cumsum([len(values) for values in VALUES])[:-1], axis=-1)
     said = truth != UNSAID
     found = [

@@ -11,7 +11,6 @@ import numpy as np
 from jaxtyping import Array
 
 from runtime_jax.pictures import image_grid, save_png
-from runtime_jax.workdir import check_output
 from tokenverse_jax.concepts.bank import Concept, load_concepts
 from tokenverse_jax.concepts.compose import ConceptRequest, compose, place_recomputed, place_stored
 from tokenverse_jax.concepts.concept_mod import Params
@@ -94,14 +93,12 @@ def generate(
       ValueError: before anything is loaded: impossible sizes; a prompt that is too long; a file that cannot be read,
         has no such word or no Concept-Mod; a word that is not in the prompt, or has another number of tokens there.
         Once the transformer is loaded: a file that was learned on another model.
-      WorkdirError: `out` cannot be written.
       NotFiniteError: values that are not finite, see `Pipeline.generate`.
     """
     if num < 1:
         raise ValueError(f"num={num}: at least 1 image is needed")
     if compare and not requests:
         raise ValueError("compare: without concepts there is nothing to compare the base model with")
-    check_output(out)
     load.check_size(sampling.height, sampling.width)
     bare = load()
     tokenizer = bare.tokenizer_2

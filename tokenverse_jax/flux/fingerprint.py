@@ -1,4 +1,4 @@
-"""Which model a set of weights is."""
+"""A hash that identifies a model by its weights."""
 
 import hashlib
 from collections.abc import Mapping
@@ -16,16 +16,15 @@ SAMPLES = 4096  # values of each parameter
 def fingerprint(params: Any) -> str:
     """SHA-256 (hex) of names, shapes and up to 4096 values, evenly spread, of every parameter, rounded to bfloat16.
 
-    So the same model has the same one in float32 and bfloat16, from diffusers' files and from FLUX's own, on one device
-    and sharded, and only a small part of the weights is read. It tells models apart, but is no protection against
-    forgery, nor does it see changes too small for bfloat16.
+    It reads only a small part of the weights, and is the same in float32 and bfloat16, from diffusers' files and from
+    FLUX's own, on one device and sharded. It is no protection against forgery, and misses changes below bfloat16's.
     """
     leaves = traverse_util.flatten_dict(params, sep="/")
     samples = _samples(leaves)
     digest = hashlib.sha256()
     for path in sorted(leaves):
         digest.update(f"{path} {tuple(leaves[path].shape)}\n".encode())
-        # Adding 0 makes -0 to 0, which is what summing over the devices of a mesh does.
+        # Adding 0 turns -0 into 0, as summing over the devices of a mesh does.
         digest.update((np.asarray(samples[path], np.float32) + 0).astype(jnp.bfloat16).tobytes())
     return digest.hexdigest()
 
@@ -34,7 +33,7 @@ def fingerprint(params: Any) -> str:
 def _samples(leaves: Mapping[str, Array]) -> dict[str, Array]:
     def sample(leaf: Array) -> Array:
         count = min(leaf.size, SAMPLES)
-        places = np.arange(count) * (leaf.size - 1) // max(count - 1, 1)
-        return leaf[np.unravel_index(places, leaf.shape)]
+        picks = np.arange(count) * (leaf.size - 1) // max(count - 1, 1)
+        return leaf[np.unravel_index(picks, leaf.shape)]
 
     return {path: sample(leaf) for path, leaf in leaves.items()}
