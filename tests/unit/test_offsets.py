@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 from tiny_pipeline import random_params
 
-from tokenverse_jax.concepts.direction import direction
-from tokenverse_jax.flux.model import Flux, FluxConfig, param_shapes
+from tokenverse_jax.flux.model import Flux, FluxConfig, direction, param_shapes
 from tokenverse_jax.flux.offsets import place_on_tokens
 
 CONFIG = FluxConfig(

@@ -102,11 +102,7 @@ class Case:
 
 
 def make_images(count: int, seed: int) -> list[ConceptImage]:
-    """`count` concept images.
-
-    Raises:
-      ValueError: not a multiple of four.
-    """
+    """`count` concept images, a multiple of four."""
     if count < 4 or count % 4:
         raise ValueError(
             f"images={count}: a positive multiple of 4 is needed: pairs for composition, and as many for full"
@@ -154,12 +150,20 @@ def make_cases(images: Sequence[ConceptImage], seed: int) -> list[Case]:
     of_class = [[image for image in images if image.scene.objects[0].shape == shape] for shape in CLASSES]
     twins = [pair for group in of_class for pair in zip(group[::2], group[1::2], strict=False)]
     makers = {
-        "composition": (_composition(rng, *pair) for rng, pair in _each(seed, 1, _pairs(first))),
-        "decomposition": (_decomposition(rng, image) for rng, image in _each(seed, 2, second)),
-        "full": (_full(rng, *pair) for rng, pair in _each(seed, 3, _pairs(second))),
-        "single": (_single(rng, image) for rng, image in _each(seed, 4, first)),
+        "composition": ([_composition(rng, *pair)] for rng, pair in _each(seed, 1, _pairs(first))),
+        "decomposition": (
+            [_objects_case(rng, [_bring(image, 0), _bring(image, 1)])] for rng, image in _each(seed, 2, second)
+        ),
+        "full": (
+            [_objects_case(rng, [_bring(one, i), _bring(other, 1 - i)]) for i in (0, 1)]
+            for rng, (one, other) in _each(seed, 3, _pairs(second))
+        ),
+        "single": (
+            [_objects_case(rng, [_bring(image, 0), (_bystander(rng, *image.scene.objects), None)])]
+            for rng, image in _each(seed, 4, first)
+        ),
         "same word": ([make_pair(rng, *pair)] for rng, pair in _each(seed, 5, twins)),
-        "direction": (_direction(rng) for rng, _ in _each(seed, 6, range(len(images) // 2))),
+        "direction": ([_direction(rng)] for rng, _ in _each(seed, 6, range(len(images) // 2))),
     }
     cases = []
     for task, units in makers.items():
@@ -176,23 +180,16 @@ def _pairs(images: Sequence[ConceptImage]) -> list[tuple[ConceptImage, ConceptIm
     return list(zip(images[::2], images[1::2], strict=True))
 
 
-def _composition(rng: np.random.Generator, first: ConceptImage, second: ConceptImage) -> list[Case]:
+def _composition(rng: np.random.Generator, first: ConceptImage, second: ConceptImage) -> Case:
+    """Two objects, in every second pair an object and the light."""
     if second.number % 4 == 1:
-        return [make_pair(rng, first, second)]
+        return make_pair(rng, first, second)
     item, use = _bring(first, 0)
     kind, light = second.scene.background.kind, second.scene.light
     case = _objects_case(rng, [(item, use), (_bystander(rng, item), None)], kind)
     word = BACKGROUNDS[kind]
     lit = Use(look=second.words[word], target=word, object=None, image=second.number, word=word)
-    return [replace(case, scene=replace(case.scene, light=light), uses=(*case.uses, lit))]
-
-
-def _decomposition(rng: np.random.Generator, image: ConceptImage) -> list[Case]:
-    return [_objects_case(rng, [_bring(image, 0), _bring(image, 1)])]
-
-
-def _full(rng: np.random.Generator, first: ConceptImage, second: ConceptImage) -> list[Case]:
-    return [_objects_case(rng, [_bring(first, i), _bring(second, 1 - i)]) for i in (0, 1)]
+    return replace(case, scene=replace(case.scene, light=light), uses=(*case.uses, lit))
 
 
 def make_pair(rng: np.random.Generator, first: ConceptImage, second: ConceptImage) -> Case:
@@ -200,11 +197,7 @@ def make_pair(rng: np.random.Generator, first: ConceptImage, second: ConceptImag
     return _objects_case(rng, [_bring(first, 0), _bring(second, 0)])
 
 
-def _single(rng: np.random.Generator, image: ConceptImage) -> list[Case]:
-    return [_objects_case(rng, [_bring(image, 0), (_bystander(rng, *image.scene.objects), None)])]
-
-
-def _direction(rng: np.random.Generator) -> list[Case]:
+def _direction(rng: np.random.Generator) -> Case:
     item = _scene(rng).objects[0]
     if rng.uniform() < 0.5:
         item = replace(item, rgb=_middle(item.color))
@@ -214,7 +207,7 @@ def _direction(rng: np.random.Generator) -> list[Case]:
         attribute, look = item.texture, Appearance(texture=item.texture)
     use = Use(look=look, target=_a(item.shape), object=0)
     case = _objects_case(rng, [(item, use), (_bystander(rng, item), None)])
-    return [replace(case, attribute=_a(f"{attribute} {item.shape}"), neutral=_a(item.shape))]
+    return replace(case, attribute=_a(f"{attribute} {item.shape}"), neutral=_a(item.shape))
 
 
 def _middle(color: str) -> tuple[int, int, int]:

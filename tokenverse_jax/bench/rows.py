@@ -14,8 +14,8 @@ from jaxtyping import Array, Float
 from tokenverse_jax.bench.cases import Case
 from tokenverse_jax.concepts.bank import Concept
 from tokenverse_jax.concepts.compose import compose, place_stored
-from tokenverse_jax.concepts.direction import direction
 from tokenverse_jax.concepts.learn import LearnConfig, steer
+from tokenverse_jax.flux.model import direction
 from tokenverse_jax.flux.offsets import Offsets, place_on_tokens
 from tokenverse_jax.flux.pipeline import Pipeline
 from tokenverse_jax.flux.words import find_word

@@ -20,7 +20,7 @@ from tokenverse_jax.bench.cases import Case, ConceptImage, make_cases, make_imag
 from tokenverse_jax.bench.metrics import View, measure
 from tokenverse_jax.bench.picture import write_picture
 from tokenverse_jax.bench.rows import FULL, PROMPT, RENDERED, Row, make_rows, steer_case
-from tokenverse_jax.bench.table import Record, complete, markdown
+from tokenverse_jax.bench.table import complete, markdown
 from tokenverse_jax.bench.workdir import Workdir
 from tokenverse_jax.concepts.bank import Concept, ConceptFile, load_concepts
 from tokenverse_jax.concepts.concept_data import (
@@ -220,7 +220,11 @@ class Bench:
             there = drawn if name == RENDERED else [case for case in drawn if self.files.has_images(name, case)]
             cases = [case for case in there if (name, case.task, case.number) not in done]
             pairs = zip(cases, self._views(name, cases), self._views(PROMPT, cases), strict=True)
-            self.files.add_records([_record(name, case, views, bases) for case, views, bases in pairs])
+            records = []
+            for case, views, bases in pairs:
+                seeds = [measure(case, *both)._asdict() for both in zip(views, bases, strict=True)]
+                records.append({"row": name, "task": case.task, "unit": case.unit, "case": case.number, "seeds": seeds})
+            self.files.add_records(records)
         table = markdown(complete(self.files.records()), names, FULL)
         write_text(self.files.path / "table.md", table)
         for task in dict.fromkeys(case.task for case in drawn):
@@ -248,8 +252,3 @@ class Bench:
         grid = self.pipeline.vae.config.token_grid(*pixels.shape[:2])
         decoded = self.pipeline.decode_latents(self.pipeline.encode_images(pixels[None]), grid)
         return np.repeat(np.asarray(decoded), self.config.seeds, axis=0)
-
-
-def _record(row: str, case: Case, views: Sequence[View], bases: Sequence[View]) -> Record:
-    measured = [measure(case, view, base)._asdict() for view, base in zip(views, bases, strict=True)]
-    return {"row": row, "task": case.task, "unit": case.unit, "case": case.number, "seeds": measured}

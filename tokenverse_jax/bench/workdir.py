@@ -32,6 +32,7 @@ class Workdir:
     def __init__(self, path: str | Path, config: dict[str, Any]):
         """Makes the folder; ValueError where it exists with another config, WorkdirError where it cannot be written."""
         self.path = output_folder(path)
+        self._measurements = self.path / "measurements.jsonl"
         file, text = self.path / "config.json", json.dumps(config, indent=2) + "\n"
         if file.exists() and file.read_text() != text:
             raise ValueError(f"{file}: this workdir is of a benchmark with another config or weights; take a new one")
@@ -55,10 +56,6 @@ class Workdir:
 
     def _strip(self, row: str, case: Case) -> Path:
         return self.path / "images" / _file_name(row) / f"{case.name}.png"
-
-    @property
-    def _measurements(self) -> Path:
-        return self.path / "measurements.jsonl"
 
     def records(self) -> list[Record]:
         """All lines; an incomplete last one is dropped, from the file too."""

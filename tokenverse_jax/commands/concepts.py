@@ -63,7 +63,15 @@ def inspect_bank(paths: Sequence[Path], loader: Callable[[str], Loader], model: 
         if len(bases) > 1:
             raise ValueError(f"learned on different models, not to be composed: {', '.join(bases.values())}")
         ((base_hash, base),) = bases.items()
-        lines += ["", *_similarity_lines(key_similarities(loader(model or base), files, base_hash))]
+        pairs = key_similarities(loader(model or base), files, base_hash)
+        rows = [(pair.first, pair.second, f"{pair.with_concepts:.3f}", f"{pair.plain:.3f}") for pair in pairs]
+        lines += ["", *table(("word", "other word", "cosine of their keys", "without the concepts"), rows)]
+        lines += [
+            f"warning: {pair.first} and {pair.second} have similar attention keys "
+            f"({pair.with_concepts:.3f} > {PARALLEL}): in one picture they tend to blend"
+            for pair in pairs
+            if pair.with_concepts > PARALLEL
+        ]
     return "\n".join(lines)
 
 
@@ -72,18 +80,6 @@ def _word_row(path: Path, concept: Concept) -> tuple[str, ...]:
     per_block = "-" if concept.block_offset is None else norm(concept.block_offset)
     cells = (concept.word, path.name, len(concept.token_ids), concept.blocks, concept.strength)
     return (*map(str, cells), norm(concept.offset), per_block)
-
-
-def _similarity_lines(pairs: Sequence[Pair]) -> list[str]:
-    rows = [(p.first, p.second, f"{p.with_concepts:.3f}", f"{p.plain:.3f}") for p in pairs]
-    lines = table(("word", "other word", "cosine of their keys", "without the concepts"), rows)
-    for pair in pairs:
-        if pair.with_concepts > PARALLEL:
-            lines.append(
-                f"warning: {pair.first} and {pair.second} have similar attention keys "
-                f"({pair.with_concepts:.3f} > {PARALLEL}): in one picture they tend to blend"
-            )
-    return lines
 
 
 def key_similarities(load: Loader, files: dict[Path, ConceptFile], base_hash: str) -> list[Pair]:

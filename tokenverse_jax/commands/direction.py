@@ -15,9 +15,9 @@ from runtime_jax.finite import all_finite, check_finite
 from runtime_jax.pictures import heat_map, image_grid, save_png
 from tokenverse_jax.commands.generate import SHOWN_SIDE, encode
 from tokenverse_jax.concepts.compose import warn_strength
-from tokenverse_jax.concepts.direction import direction
 from tokenverse_jax.concepts.draw import Sampling, sample
 from tokenverse_jax.flux import text
+from tokenverse_jax.flux.model import direction
 from tokenverse_jax.flux.offsets import Offsets, place_on_tokens
 from tokenverse_jax.flux.pipeline import Loader, PromptEncoding
 from tokenverse_jax.flux.words import find_word

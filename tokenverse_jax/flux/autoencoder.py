@@ -81,11 +81,7 @@ def _fixed(levels: int) -> dict[str, Any]:
 
 
 def parse_config(fields: Mapping[str, Any]) -> AutoencoderConfig:
-    """The config in diffusers' vae/config.json.
-
-    Raises:
-      ConfigError: another kind of autoencoder, or an unknown or ill-typed field.
-    """
+    """The config in diffusers' vae/config.json; ConfigError where it is another kind or does not build."""
     widths = fields.get("block_out_channels", AutoencoderConfig.block_out_channels)
     levels = len(widths) if isinstance(widths, list | tuple) else 0
     unused = ("sample_size", "force_upcast")
@@ -124,11 +120,7 @@ class Autoencoder(nn.Module):
         return self.decode(self.encode(images).mean)
 
     def encode(self, images: Float[Array, "B H W 3"]) -> Posterior:
-        """Latents of images in [-1, 1], unscaled, in float32.
-
-        Raises:
-          ValueError: a side is no multiple of the downsampling (8 for FLUX).
-        """
+        """Unscaled float32 latents of images in [-1, 1], whose sides are multiples of the downsampling (8 for FLUX)."""
         return self.encoder(images)
 
     def decode(self, sample: Float[Array, "B h w C"]) -> Float[Array, "B H W 3"]:

@@ -186,6 +186,23 @@ class Flux(nn.Module):
             raise ValueError(f"FLUX: {'; '.join(wrong)}")
 
 
+def direction(
+    config: FluxConfig, params: Params, attribute: Float[Array, "B P"], neutral: Float[Array, "B P"]
+) -> Float[Array, "B D"]:
+    """MLP(t, attribute) - MLP(t, neutral): a direction without training, as from "a dog" to "a poodle dog"; float32.
+
+    The modulation vector is a sum of embedded time, guidance and text. Time and guidance cancel, so the direction is
+    the same at all t. It is a step in M as `Offsets.everywhere`, and in M+ as `Offsets.shared` on the tokens of a word.
+
+    Args:
+      params: of the FLUX model; only vector_in's are used.
+      attribute: CLIP's pooled output for the prompt with the attribute.
+      neutral: the same for the prompt without it.
+    """
+    embedder, variables = MLPEmbedder(config.width), {"params": params["vector_in"]}
+    return embedder.apply(variables, attribute) - embedder.apply(variables, neutral)
+
+
 def init_params(config: FluxConfig, key: Array) -> Params:
     """Random parameters, float32. Modulations and the last layer start at zero, so blocks start as identities."""
     axes = len(config.axes_dims_rope)

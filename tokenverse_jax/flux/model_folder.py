@@ -41,6 +41,8 @@ SCHEDULE = "scheduler/scheduler_config.json"
 SAMPLING = "sampling.json"
 TOKENIZERS = ("tokenizer", "tokenizer_2")
 PIPELINE_CLASS = "FluxPipeline"
+# The names under which every version of transformers has the tokenizers that read tokenizer.json.
+TOKENIZER_CLASSES = {"TokenizersBackend": "PreTrainedTokenizerFast", "T5Tokenizer": "T5TokenizerFast"}
 
 
 @dataclass(frozen=True, eq=False)
@@ -263,17 +265,12 @@ def write_folder(
         index[kind.folder] = kind.class_of
     for name, tokenizer in tokenizers.items():
         _write_tokenizer(folder / name, tokenizer)
-        index[name] = ("transformers", _tokenizer_class(tokenizer))
+        written = type(tokenizer).__name__
+        index[name] = ("transformers", TOKENIZER_CLASSES.get(written, written))
     write_json(folder / SCHEDULE, schedule)
     write_json(folder / SAMPLING, to_dict(usual))
     index["scheduler"] = ("diffusers", schedule["_class_name"])
     write_json(folder / INDEX, index)
-
-
-def _tokenizer_class(tokenizer: Any) -> str:
-    """The name under which every version of transformers has a tokenizer that reads tokenizer.json."""
-    name = type(tokenizer).__name__
-    return {"TokenizersBackend": "PreTrainedTokenizerFast", "T5Tokenizer": "T5TokenizerFast"}.get(name, name)
 
 
 def _write_tokenizer(folder: Path, tokenizer: Any) -> None:

@@ -126,7 +126,7 @@ class Pipeline:
         )
 
     def save_pretrained(self, path: str | os.PathLike) -> None:
-        """Writes diffusers' layout: one weight file for each part, in the parameters' dtype; every file atomically.
+        """Writes diffusers' layout, one weight file for each part, in the parameters' dtype; every file atomically.
 
         Raises:
           ValueError: a part was dropped.
@@ -287,11 +287,7 @@ class Loader:
         vae: str | os.PathLike | None = None,
         **options: Any,
     ):
-        """Fetches everything and loads nothing yet; arguments as of `Pipeline.from_pretrained`.
-
-        Raises:
-          ValueError: a model that is missing or incomplete.
-        """
+        """Fetches everything and loads nothing yet; arguments and errors as of `Pipeline.from_pretrained`."""
         self._single = _single_files(transformer, vae)
         self._folder = model_folder.fetch(source, [part for part in PARTS if part not in self._single])
         self._files = model_folder.locate(self._folder, PARTS, self._single)

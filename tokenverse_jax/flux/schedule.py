@@ -52,11 +52,7 @@ _FIXED = {
 
 
 def parse_config(fields: Mapping[str, Any]) -> ScheduleConfig:
-    """The config in diffusers' scheduler/scheduler_config.json.
-
-    Raises:
-      ConfigError: another kind of schedule, or an unknown or ill-typed field.
-    """
+    """The config in diffusers' scheduler_config.json; ConfigError where it is another kind or does not build."""
     return config_json.parse(ScheduleConfig, fields, "scheduler/scheduler_config.json", fixed=_FIXED, unused=())
 
 
@@ -66,11 +62,7 @@ def config_fields(config: ScheduleConfig) -> dict[str, Any]:
 
 
 def sigmas(config: ScheduleConfig, num_steps: int, image_tokens: int) -> Float[np.ndarray, "steps_and_end"]:
-    """Times [num_steps + 1] from 1 down to 0 between which a sampler steps; the numbers are exactly diffusers'.
-
-    Raises:
-      ValueError: fewer than one step.
-    """
+    """Times [num_steps + 1] from 1 down to 0 of a sampler's `num_steps` >= 1 steps, exactly diffusers' numbers."""
     if num_steps < 1:
         raise ValueError(f"num_steps: got {num_steps}, at least 1 is needed")
     even = np.linspace(1.0, 1.0 / num_steps, num_steps).astype(np.float32)

@@ -67,11 +67,7 @@ FLUX = (
 
 
 def convert_autoencoder(source: Mapping[str, np.ndarray], config: AutoencoderConfig) -> dict[str, Any]:
-    """The parameters of `Autoencoder(config)` from a state dict under either program's names.
-
-    Raises:
-      WeightError: names or shapes do not fit.
-    """
+    """The parameters of `Autoencoder(config)` from either program's state dict; WeightError where it does not fit."""
     diffusers = diffusers_table(config)
     source = unwrapped(source, functools.partial(fits, (*FLUX, *diffusers)))
     table = FLUX if "encoder.mid.attn_1.q.weight" in source else diffusers

@@ -100,10 +100,6 @@ DIFFUSERS = (
 
 
 def convert_transformer(source: Mapping[str, np.ndarray], config: FluxConfig) -> dict[str, Any]:
-    """The parameters of `Flux(config)` from a state dict under either program's names; `export_weights` is the inverse.
-
-    Raises:
-      WeightError: names or shapes do not fit.
-    """
+    """The parameters of `Flux(config)` from either program's state dict; WeightError where it does not fit."""
     source = unwrapped(source, functools.partial(fits, (*FLUX, *DIFFUSERS)))
     return import_weights(FLUX if "img_in.weight" in source else DIFFUSERS, source, param_shapes(config))
