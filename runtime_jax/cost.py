@@ -4,7 +4,7 @@ XLA's own count takes the body of a scan once, however often it runs.
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -57,6 +57,11 @@ def count(tree: Any) -> int:
 def size_of(tree: Any) -> int:
     """Bytes of a tree of arrays or shapes."""
     return sum(int(np.prod(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
+def size_rows(trees: Mapping[str, Any], unit: float = 1e6, digits: int = 1) -> list[tuple[str, str, str]]:
+    """Rows of a table: names, numbers in each tree, and its bytes in `unit`."""
+    return [(name, f"{count(tree):,}", f"{size_of(tree) / unit:.{digits}f}") for name, tree in trees.items()]
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:

@@ -1,4 +1,4 @@
-"""`mergevq inspect` of a generator's config: parameters, a train step, and what sampling has to remember."""
+"""`mergevq inspect` of a generator's config: parameters, a train step, and the KV cache of sampling."""
 
 import functools
 from typing import Any
@@ -11,7 +11,7 @@ from mergevq_jax.generator import train as stage2
 from mergevq_jax.generator.kinds.table import KINDS
 from mergevq_jax.generator.run import TrainConfig, make_program
 from mergevq_jax.generator.sampling.decode import new_kv_cache
-from runtime_jax.cost import count, program_row, size_of, table
+from runtime_jax.cost import program_row, size_of, size_rows, table
 from runtime_jax.sharding import MeshConfig, make_mesh
 from runtime_jax.training.optimizer import make_optimizer
 from runtime_jax.training.update import Optimizer
@@ -22,43 +22,28 @@ def inspect_generator(config: TrainConfig, *, compile: bool = False) -> str:
     model, batch_size = config.model, config.data.batch_size
     state, step = trace_train_step(config, batch_size)
     head = f"kind {config.kind}: {model.length} raster tokens, {model.vocab_size} codes, a prefix of {model.prefix}"
+    parts = {"parameters": state.params, "optimizer": state.opt_state, "moving average": state.ema}
+    step_row = program_row(f"train step on codes, K = {step_keep(config)}", step, compile)
     return "\n".join(
         [
             head,
             "",
-            *table(
-                ("part", "parameters", "MB, float32"),
-                [(name, f"{count(part):,}", f"{size_of(part) / 1e6:.1f}") for name, part in state.params.items()],
-            ),
+            *table(("part", "parameters", "MB, float32"), size_rows(state.params)),
             "",
-            *table(
-                ("train state", "numbers", "MB"),
-                [
-                    (name, f"{count(part):,}", f"{size_of(part) / 1e6:.1f}")
-                    for name, part in (
-                        ("parameters", state.params),
-                        ("optimizer", state.opt_state),
-                        ("moving average", state.ema),
-                        ("whole train state", state),
-                    )
-                ],
-            ),
+            *table(("train state", "numbers", "MB"), size_rows(parts | {"whole train state": state})),
             "",
-            *table(
-                (f"batch of {batch_size}", "GFLOP", "temporary MB"),
-                [program_row(f"train step on codes, K = {step_keep(config)}", step, compile)],
-            ),
+            *table((f"batch of {batch_size}", "GFLOP", "temporary MB"), [step_row]),
             "",
             *table(
                 ("K", "slots", "of all", f"KV cache of an image, kB in {config.compute.dtype}"),
-                [_store_row(config, keep) for keep in config.merge_ratio.keeps],
+                [_cache_row(config, keep) for keep in config.merge_ratio.keeps],
             ),
         ]
     )
 
 
 def step_keep(config: TrainConfig) -> int:
-    """The largest K that is drawn, at which a step is the dearest."""
+    """The largest K that is drawn: its steps cost most."""
     return max(config.merge_ratio.keeps)
 
 
@@ -74,8 +59,8 @@ def trace_train_step(config: TrainConfig, batch_size: int) -> tuple[stage2.Train
     return program.abstract_state, program.trace(batch, step_keep(config))
 
 
-def _store_row(config: TrainConfig, keep: int) -> tuple[str, ...]:
-    """Slots and bytes for one image, both rows of it where the preview is guided."""
+def _cache_row(config: TrainConfig, keep: int) -> tuple[str, ...]:
+    """Slots and bytes for one image; under guidance, of both its rows."""
     model, kind, sampling = config.model, KINDS[config.kind], config.evaluation.sampling
     number, steps = keep if model.merge_instruction else None, config.evaluation.sampling_steps
     sampling = kind.settings(sampling, model, kind.window(model, config.window))

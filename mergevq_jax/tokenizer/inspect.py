@@ -12,19 +12,17 @@ from mergevq_jax.tokenizer import train as stage1
 from mergevq_jax.tokenizer.config import TokenizerConfig
 from mergevq_jax.tokenizer.losses.perceptual import lpips_shapes
 from mergevq_jax.tokenizer.run import TrainConfig, load_frozen, make_program
-from runtime_jax.cost import count, program_row, size_of, table
+from runtime_jax.cost import program_row, size_rows, table
 from runtime_jax.nn.compute import Compute
 from runtime_jax.sharding import MeshConfig, make_mesh
 from runtime_jax.training.optimizer import make_optimizer
 from runtime_jax.training.update import Optimizer
 
 
-def parameter_counts(params: model.Params) -> dict[str, int]:
+def parts_of(params: model.Params) -> dict[str, Any]:
     """Parameters of each part; the alignment head is not counted to the encoder, as in the paper's table."""
-    encoder = dict(params["encoder"])
-    head = encoder.pop("head", {})
-    others = {name: count(part) for name, part in params.items() if name != "encoder"}
-    return {"encoder": count(encoder), "alignment head": count(head), **others}
+    encoder = {name: part for name, part in params["encoder"].items() if name != "head"}
+    return params | {"encoder": encoder, "alignment head": params["encoder"].get("head", {})}
 
 
 def forward_programs(
@@ -54,17 +52,11 @@ def inspect_model(
 ) -> str:
     """Tables of parameters, and of FLOPs and bytes of encode and decode; `params`: their shapes, where known."""
     params = model.param_shapes(config) if params is None else params
-    lines = [
-        f"{config.resolution} px, {config.raw_tokens} raw tokens, {config.keep} kept, {config.z_channels} bits",
-        "",
-    ]
-    lines += table(
-        ("part", "parameters", "MB, float32"),
-        [(name, f"{number:,}", f"{4 * number / 1e6:.1f}") for name, number in parameter_counts(params).items()],
-    )
+    head = f"{config.resolution} px, {config.raw_tokens} raw tokens, {config.keep} kept, {config.bits} bits"
     programs = forward_programs(config, params, batch_size, compute)
     rows = [program_row(name, program, compile) for name, program in programs.items()]
-    return "\n".join([*lines, "", *table((f"batch of {batch_size}", "GFLOP", "temporary MB"), rows)])
+    sizes = table(("part", "parameters", "MB, float32"), size_rows(parts_of(params)))
+    return "\n".join([head, "", *sizes, "", *table((f"batch of {batch_size}", "GFLOP", "temporary MB"), rows)])
 
 
 def inspect_config(config: TrainConfig, *, compile: bool = False) -> str:
@@ -73,21 +65,18 @@ def inspect_config(config: TrainConfig, *, compile: bool = False) -> str:
     state, step = trace_train_step(config, batch_size)
     forward = inspect_model(config.model, batch_size, params=state.params, compute=config.compute, compile=compile)
     name = "train step" + (", without the alignment loss" if config.losses.alignment_weight else "")
-    rows = [
-        (name, f"{count(part):,}", f"{size_of(part) / 1e6:.1f}")
-        for name, part in (
-            ("parameters", state.params),
-            ("optimizer", state.opt_state),
-            ("moving average", state.ema),
-            ("discriminator and its optimizer", (state.disc_params, state.disc_stats, state.disc_opt_state)),
-            ("whole train state", state),
-        )
-    ]
+    parts = {
+        "parameters": state.params,
+        "optimizer": state.opt_state,
+        "moving average": state.ema,
+        "discriminator and its optimizer": (state.disc_params, state.disc_stats, state.disc_opt_state),
+        "whole train state": state,
+    }
     return "\n".join(
         [
             forward,
             "",
-            *table(("train state", "numbers", "MB"), rows),
+            *table(("train state", "numbers", "MB"), size_rows(parts)),
             "",
             *table((f"batch of {batch_size}", "GFLOP", "temporary MB"), [program_row(name, step, compile)]),
         ]

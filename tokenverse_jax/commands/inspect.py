@@ -9,7 +9,7 @@ import jax
 import jax.extend as jex
 import jax.numpy as jnp
 
-from runtime_jax.cost import count, count_flops, size_of, table
+from runtime_jax.cost import count_flops, size_rows, table
 from runtime_jax.nn.compute import Compute
 from tokenverse_jax.concepts.concept_data import ROWS
 from tokenverse_jax.concepts.learn import LearnConfig, LearnState, init_state, learn_step, make_optimizers
@@ -61,9 +61,9 @@ def inspect(model: str, sizes: Sequence[int], learn: LearnConfig) -> str:
     steps = [row for size, grid in grids.items() for row in _step_rows(size, grid, flux, state, learn)]
     return "\n".join(
         [
-            *table(("weights", "parameters", "GB, bfloat16"), _size_rows(_weight_shapes(configs))),
+            *table(("weights", "parameters", "GB, bfloat16"), size_rows(_weight_shapes(configs), 1e9, 3)),
             "",
-            *table(("learned, float32", "numbers", "GB"), _size_rows(trained)),
+            *table(("learned, float32", "numbers", "GB"), size_rows(trained, 1e9, 3)),
             "",
             *table(("concept file, a word of", "kB"), words),
             "",
@@ -86,10 +86,6 @@ def _weight_shapes(configs: dict[str, Any]) -> dict[str, Any]:
 
 def _in_bfloat16(shapes: Any) -> Any:
     return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, DTYPE), shapes)
-
-
-def _size_rows(trees: dict[str, Any]) -> list[tuple[str, ...]]:
-    return [(name, f"{count(tree):,}", f"{size_of(tree) / 1e9:.3f}") for name, tree in trees.items()]
 
 
 def _step_rows(size: int, grid: Grid, flux: FluxConfig, state: LearnState, learn: LearnConfig) -> list[tuple[str, ...]]:
