@@ -41,14 +41,14 @@ def _command_line() -> CommandLine:
         "--mode",
         choices=("stored", "recomputed"),
         default="stored",
-        help="directions as they are in the files, or made anew from the prompt (default: stored)",
+        help="directions from the files, or recomputed from the prompt (default: stored)",
     )
     sub.add_argument(
         "--compare",
         nargs="?",
         choices=("base", "each"),
         const="base",
-        help="also the same images without concepts, or (each) also with each concept alone",
+        help="also draw the same images without concepts; each: and with each concept alone",
     )
     sub.add_argument("--num", type=int, default=4, help="images (default: 4)")
     _sampling_arguments(sub)
@@ -60,7 +60,7 @@ def _command_line() -> CommandLine:
         "Change an attribute without training, on the whole image (M) or on one word (M+).",
         epilog='For example: --prompt "a dog and a cat" --word dog --attribute "a poodle dog" --neutral "a dog"',
     )
-    sub.add_argument("--prompt", required=True, help="what is drawn; it need not name the attribute")
+    sub.add_argument("--prompt", required=True, help="what to draw; need not name the attribute")
     sub.add_argument("--word", required=True, help="of the prompt; dog#2 is its second dog")
     sub.add_argument("--attribute", required=True, help="a prompt with the attribute")
     sub.add_argument("--neutral", required=True, help="the same prompt without it")
@@ -68,31 +68,35 @@ def _command_line() -> CommandLine:
     _sampling_arguments(sub)
     sub.add_argument("--out", type=Path, default=Path("runs/direction"))
 
-    sub = line.command("learn", _learn, "Learn an image's concepts, or go on; any config value: --config.a.b=value.")
+    sub = line.command("learn", _learn, "Learn an image's concepts, or resume; any config value: --config.a.b=value.")
     config_arguments(sub)
 
-    sub = line.command("concepts", _concepts, "Look into concept files.")
+    sub = line.command("concepts", _concepts, "List concept files.")
     sub.add_argument("action", choices=("inspect",), help="a table, and a warning where two words would blend")
     sub.add_argument("files", nargs="+", type=Path)
-    _model_arguments(sub, default=None, help="the files' base, to compare attention keys (default: as the files say)")
+    _model_arguments(
+        sub, default=None, help="base model, to compare attention keys (default: the one named in the files)"
+    )
 
     sub = line.command("inspect", _inspect, "Sizes of a model and of learning on it, without weights.")
     sub.add_argument("--model", default="dev", help="dev, schnell, or a folder (default: dev)")
     sub.add_argument("--size", type=int, nargs="+", default=[512, 1024], help="image sides in pixels")
     sub.add_argument("--batch-size", type=int, default=1, help="of learning")
 
-    sub = line.command("bench", _bench, "Learn, draw and measure concepts on mini_scenes, or go on.")
+    sub = line.command("bench", _bench, "Learn, draw and measure concepts on mini_scenes, or resume.")
     config_arguments(sub)
 
-    sub = line.command("train-base", _train_base, "Train the tiny FLUX pipeline on mini_scenes, or go on.")
+    sub = line.command("train-base", _train_base, "Train the tiny FLUX pipeline on mini_scenes, or resume.")
     config_arguments(sub)
     return line
 
 
 def _model_arguments(parser: argparse.ArgumentParser, *, default: str | None, help: str) -> None:
     parser.add_argument("--model", default=default, help=help)
-    parser.add_argument("--transformer", type=Path, help="its weights in FLUX's own file, instead of the folder's")
-    parser.add_argument("--vae", type=Path, help="the autoencoder's in FLUX's own file")
+    parser.add_argument(
+        "--transformer", type=Path, help="file of its weights in FLUX's own layout, instead of the folder's"
+    )
+    parser.add_argument("--vae", type=Path, help="the same for the autoencoder")
     parser.add_argument(
         "--dtype", choices=("float32", "bfloat16"), help="default: float32 on CPUs, bfloat16 on accelerators"
     )
@@ -111,7 +115,7 @@ def _sampling_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--guidance", type=float, help="for guidance-distilled models (default: 3.5)")
     parser.add_argument("--cfg-scale", type=float, help="true guidance; 1 is none (default: the model's own)")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--batch-size", type=int, help="images at once (default: 16 of 64 px, 1 from 256 px on)")
+    parser.add_argument("--batch-size", type=int, help="images at once (default: 16 of 64 px, 1 of 256 px or more)")
     parser.add_argument("--tensor", type=int, default=1, help="devices that share each weight (default: 1)")
 
 

@@ -88,7 +88,7 @@ def test_configs_of_diffusers():
         ({"latent_chanels": 4}, r"vae/config.json.latent_chanels: unknown key"),
         ({"block_out_channels": 64, "down_block_types": [], "up_block_types": []}, "block_out_channels: got 64"),
         ({"norm_num_groups": 48}, r"block_out_channels=\(128, 256, 512, 512\): multiples of norm_num_groups=48"),
-        ({"layers_per_block": 0}, "sizes are positive"),
+        ({"layers_per_block": 0}, "sizes must be positive"),
     ],
 )
 def test_configs_that_are_refused(changes, message):

@@ -290,7 +290,7 @@ def test_rows_leave_parts_of_the_method_out():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"learn": dataclasses.replace(LEARN, flip=True)}, "mirrored"),
+        ({"learn": dataclasses.replace(LEARN, flip=True)}, "mirroring"),
         ({"learn": dataclasses.replace(LEARN, isolation=None)}, "full method"),
         ({"batch_size": 7}, "multiple of seeds"),
     ],

@@ -254,12 +254,12 @@ def test_configs_that_are_not_possible():
     for changes, message in (
         ({"space": "text"}, "per_block with space='text': only modulations differ"),
         ({"batch_size": 0}, "batch_size=0 and"),
-        ({"stage_1": StageConfig(steps=0, high_share=0.5)}, r"stage_1\.steps=0 are at least 1"),
-        ({"boundary": 1.0}, r"boundary=1\.0 in \(0, 1\)"),
+        ({"stage_1": StageConfig(steps=0, high_share=0.5)}, r"stage_1\.steps=0 must be at least 1"),
+        ({"boundary": 1.0}, r"boundary=1\.0 must be in \(0, 1\)"),
     ):
         with pytest.raises(ValueError, match=message):
             dataclasses.replace(CONFIG, **changes)
-    with pytest.raises(ValueError, match=r"high_share=1\.5 in"):
+    with pytest.raises(ValueError, match=r"high_share=1\.5 must be in"):
         StageConfig(steps=1, high_share=1.5)
 
 

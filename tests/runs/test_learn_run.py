@@ -155,7 +155,7 @@ def test_a_run_does_not_go_on_with_another_model_or_image(trained, config, folde
         ({"images": [{"path": "BALL", "captions": ["a ball " * 40]}]}, "but the text length is 64: shorten the prompt"),
         ({"size": 2 * SIDE + 1}, r"image size 9x9: positive multiples of 4 are needed"),
         ({"prompts": ["a ball " * 40]}, "but the text length is 64: shorten the prompt"),
-        ({"prompts": ["a dog"]}, "none of the words to learn is in one of them: .* 'a dog'"),
+        ({"prompts": ["a dog"]}, "one of them contains none of the words to learn: .* 'a dog'"),
         ({"model": "MODEL/nowhere"}, "no such file or folder"),
         ({"mesh": {"data": 3}}, "needs 3 devices"),
     ],

@@ -384,7 +384,7 @@ def test_everything_that_is_missing_is_listed_at_once(copy):
     with pytest.raises(WeightError) as error:
         Pipeline.from_pretrained(copy, transformer=copy / "flux.safetensors")
     head, *missing = str(error.value).splitlines()
-    assert head == f"{copy}: not a whole FLUX pipeline in diffusers' layout; missing:"
+    assert head == f"{copy}: not a complete FLUX pipeline in diffusers' layout; missing:"
     assert {line.strip() for line in missing} == {
         "flux.safetensors",
         "model_index.json",

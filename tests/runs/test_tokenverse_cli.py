@@ -413,9 +413,9 @@ def test_a_learned_concept_is_inspected_and_drawn(model, files, tmp_path, capsys
 BAD_LEARN = [
     ({"words": ["fox"]}, "'fox' is not in the prompt 'a dog'; its words are a, dog"),
     ({"words": ["dog#2"]}, "'dog#2' is not in the prompt"),
-    ({"prompts": ["a cat"]}, "none of the words to learn is in one of them: 'dog' is not in the prompt 'a cat'"),
+    ({"prompts": ["a cat"]}, "one of them contains none of the words to learn: 'dog' is not in the prompt 'a cat'"),
     ({"image": "text.png"}, "text.png: not a readable image"),
-    ({"image": "long.png"}, r"long.png: 30 x 12 pixels; of an image more than 2 times as long"),
+    ({"image": "long.png"}, r"long.png: 30 x 12 pixels: one side is more than 2 times the other"),
     ({"image": "none.png"}, "none.png: no such file"),
     ({"size": 10}, "image size 10x10: positive multiples of 4 are needed"),
     ({"model": "nowhere"}, r"nowhere: no such file or folder \(and not a hub id of the form owner/name\)"),

@@ -138,7 +138,7 @@ def test_images_that_cannot_be_used(tmp_path):
     for name, message in (
         ("none.png", "none.png: no such file"),
         ("text.jpg", "text.jpg: not a readable image"),
-        ("long.png", "long.png: 21 x 10 pixels; of an image more than 2 times as long"),
+        ("long.png", "long.png: 21 x 10 pixels: one side is more than 2 times the other"),
     ):
         with pytest.raises(ValueError, match=message):
             read_image(tmp_path / name, 8)

@@ -58,10 +58,10 @@ def test_the_merged_caption():
     ("changes", "message"),
     [
         ({"captions": ()}, "at least one image is needed in the pool"),
-        ({"template": "{right} and {left}"}, r"\{left\} and after it \{right\} are needed"),
-        ({"template": "{left}"}, r"\{left\} and after it \{right\} are needed"),
-        ({"template": "{left} {left} {right}"}, r"\{left\} and after it \{right\} are needed, each once"),
-        ({"probability": 0.0}, "isolation=None leaves the loss out"),
+        ({"template": "{right} and {left}"}, r"must contain \{left\} and then \{right\}"),
+        ({"template": "{left}"}, r"must contain \{left\} and then \{right\}"),
+        ({"template": "{left} {left} {right}"}, r"must contain \{left\} and then \{right\}, each once"),
+        ({"probability": 0.0}, "isolation=None disables the loss"),
         ({"weight": -1.0}, "weight=-1.0 positive"),
         ({"own_weight": -1.0}, "own_weight=-1.0 not negative"),
         ({"sides": ()}, r"sides=\(\): one or both of left, right"),
@@ -109,5 +109,5 @@ def test_the_pool_is_made_once(pipeline, tmp_path, monkeypatch):
     assert len(made) == 5 and len(list(tmp_path.iterdir())) == 4
 
     (folder / "000.png").write_bytes(b"no picture")
-    with pytest.raises(ValueError, match=r"000\.png: not a readable image .* delete it, and it is made again"):
+    with pytest.raises(ValueError, match=r"000\.png: not a readable image .* delete it to have it drawn again"):
         pool(pipeline)

@@ -50,7 +50,7 @@ class TextToImageConfig:
         if self.flux.num_single_layers < 1 or min(weights) < 0:
             raise ValueError(
                 f"text_to_image.flux.num_single_layers={self.flux.num_single_layers}: at least 1 is needed; "
-                f"text_to_image.layout_weight, words_weight={weights} are not negative"
+                f"text_to_image.layout_weight, words_weight={weights} must not be negative"
             )
         for name in ("joint_attention_dim", "pooled_projection_dim"):
             if getattr(self.flux, name) % self.text_heads:

@@ -64,11 +64,11 @@ class BenchConfig:
 
     def __post_init__(self):
         if not self.learn.per_block or self.learn.isolation is None or self.learn.space != "modulation":
-            raise ValueError("learn: the full method, with per_block and isolation in the space 'modulation'")
+            raise ValueError("learn: must be the full method, with per_block and isolation in the space 'modulation'")
         if self.learn.flip:
-            raise ValueError("learn.flip: a mirrored image has another pose and another light, which are measured here")
+            raise ValueError("learn.flip: mirroring changes pose and light, which are measured here")
         if self.seeds < 1 or self.batch_size % self.seeds:
-            raise ValueError(f"batch_size={self.batch_size} is to be a multiple of seeds={self.seeds}")
+            raise ValueError(f"batch_size={self.batch_size} must be a multiple of seeds={self.seeds}")
 
 
 def bench(config: BenchConfig, workdir: str | Path) -> Path:

@@ -35,7 +35,7 @@ class Workdir:
         self._measurements = self.path / "measurements.jsonl"
         file, text = self.path / "config.json", json.dumps(config, indent=2) + "\n"
         if file.exists() and file.read_text() != text:
-            raise ValueError(f"{file}: this workdir is of a benchmark with another config or weights; take a new one")
+            raise ValueError(f"{file}: this workdir holds a benchmark with another config or weights; use a new one")
         write_text(file, text)
 
     def concept(self, row: str, number: int) -> Path:

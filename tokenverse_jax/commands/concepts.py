@@ -61,7 +61,7 @@ def inspect_bank(paths: Sequence[Path], loader: Callable[[str], Loader], model: 
     if len(files) > 1:
         bases = {file.base_hash: file.base for file in files.values()}
         if len(bases) > 1:
-            raise ValueError(f"learned on different models, not to be composed: {', '.join(bases.values())}")
+            raise ValueError(f"learned on different models, so they cannot be composed: {', '.join(bases.values())}")
         ((base_hash, base),) = bases.items()
         pairs = key_similarities(loader(model or base), files, base_hash)
         rows = [(pair.first, pair.second, f"{pair.with_concepts:.3f}", f"{pair.plain:.3f}") for pair in pairs]

@@ -40,7 +40,7 @@ def _choose(requests: Sequence[ConceptRequest], base: Pipeline | None, mode: Mod
     files = {path: load_concepts(path, base) for path in {request.path for request in requests}}
     for path, file in files.items():
         if mode == "recomputed" and file.params is None:
-            raise ValueError(f"{path}: holds no Concept-Mod, without which there are stored directions only")
+            raise ValueError(f"{path}: holds no Concept-Mod, so its directions cannot be recomputed")
     return [_Chosen(request, request.choose(files[request.path]), files[request.path].params) for request in requests]
 
 

@@ -162,7 +162,7 @@ def _shown_words(tokenizer: Tokenizer, prompt: str, captions: Captions) -> list[
         except ValueError as error:
             missing = error
     if not words:
-        raise ValueError(f"prompts: none of the words to learn is in one of them: {missing}")
+        raise ValueError(f"prompts: one of them contains none of the words to learn: {missing}")
     return words
 
 

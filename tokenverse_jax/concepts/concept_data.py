@@ -133,8 +133,8 @@ def read_image(path: str | Path, size: int) -> UInt8[np.ndarray, "{size} {size} 
     height, width = image.shape[:2]
     if max(height, width) > MAX_ASPECT * min(height, width):
         raise ValueError(
-            f"{path}: {width} x {height} pixels; of an image more than {MAX_ASPECT:g} times as long as the other side, "
-            "the centre is too little: crop it yourself"
+            f"{path}: {width} x {height} pixels: one side is more than {MAX_ASPECT:g} times the other, so a square "
+            "would lose more than half of it; crop it yourself"
         )
     return center_crop(image, size)
 

@@ -120,7 +120,7 @@ def word_directions(params: Params, txt: Float[Array, "V T J"], positions: Seque
         raise ValueError(f"{len(positions)} lists of positions for {captions} captions: one for each is needed")
     counts = sorted({len(row) for row in positions})
     if len(counts) > 1 or counts == [0]:
-        raise ValueError(f"the word has {counts} tokens in the captions: as many in each of them are needed")
+        raise ValueError(f"the word has {counts} tokens in the captions, but needs the same number in each")
     if any(not 0 <= position < length for row in positions for position in row):
         raise ValueError(f"positions {list(map(list, positions))} are not all within a text of {length} tokens")
     index = jnp.asarray(positions)[:, :, None]

@@ -36,11 +36,11 @@ class IsolationConfig:
         if not self.captions:
             raise ValueError("captions: at least one image is needed in the pool")
         if re.findall(PARTS, self.template) != ["{left}", "{right}"]:
-            raise ValueError(f"template={self.template!r}: {{left}} and after it {{right}} are needed, each once")
+            raise ValueError(f"template={self.template!r}: must contain {{left}} and then {{right}}, each once")
         if not 0 < self.probability <= 1 or self.weight <= 0 or self.own_weight < 0:
             raise ValueError(
-                f"probability={self.probability} is in (0, 1], weight={self.weight} positive and "
-                f"own_weight={self.own_weight} not negative; isolation=None leaves the loss out"
+                f"probability={self.probability} must be in (0, 1], weight={self.weight} positive and "
+                f"own_weight={self.own_weight} not negative; isolation=None disables the loss"
             )
         if not self.sides or len(set(self.sides)) < len(self.sides):
             raise ValueError(f"sides={self.sides}: one or both of {', '.join(get_args(Side))}")

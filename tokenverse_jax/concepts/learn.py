@@ -47,7 +47,7 @@ class StageConfig:
 
     def __post_init__(self):
         if self.steps < 0 or not 0 <= self.high_share <= 1:
-            raise ValueError(f"steps={self.steps} is not negative, high_share={self.high_share} in [0, 1]")
+            raise ValueError(f"steps={self.steps} must not be negative, high_share={self.high_share} must be in [0, 1]")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,8 +71,8 @@ class LearnConfig:
     def __post_init__(self):
         if self.batch_size < 1 or self.stage_1.steps < 1 or not 0 < self.boundary < 1:
             raise ValueError(
-                f"batch_size={self.batch_size} and stage_1.steps={self.stage_1.steps} are at least 1, "
-                f"boundary={self.boundary} in (0, 1)"
+                f"batch_size={self.batch_size} and stage_1.steps={self.stage_1.steps} must be at least 1, "
+                f"boundary={self.boundary} must be in (0, 1)"
             )
         if self.per_block and self.space != "modulation":
             raise ValueError(f"per_block with space={self.space!r}: only modulations differ from block to block")

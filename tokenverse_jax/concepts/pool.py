@@ -66,5 +66,5 @@ def make_pool(
         try:
             images.append(decode_image(path.read_bytes()))
         except ValueError as error:
-            raise ValueError(f"{path}: {error}; delete it, and it is made again") from error
+            raise ValueError(f"{path}: {error}; delete it to have it drawn again") from error
     return np.stack(images)

@@ -39,7 +39,7 @@ class AutoencoderConfig:
     def __post_init__(self):
         sizes = (*self.block_out_channels, self.layers_per_block, self.latent_channels, self.norm_num_groups)
         if not self.block_out_channels or min(sizes) < 1:
-            raise ValueError(f"sizes are positive, and there is at least one width; got {self}")
+            raise ValueError(f"sizes must be positive, with at least one width; got {self}")
         if any(width % self.norm_num_groups for width in self.block_out_channels):
             raise ValueError(
                 f"block_out_channels={self.block_out_channels}: "

@@ -169,7 +169,7 @@ def locate(folder: Path, parts: Sequence[str], single: Mapping[str, Path]) -> di
     missing += [folder / name for name in TOKENIZERS if not any((folder / name).glob("*"))]
     if missing:
         shown = cut((str(path.relative_to(folder) if folder in path.parents else path) for path in missing), "\n  ")
-        raise WeightError(f"{folder}: not a whole FLUX pipeline in diffusers' layout; missing:\n  {shown}")
+        raise WeightError(f"{folder}: not a complete FLUX pipeline in diffusers' layout; missing:\n  {shown}")
     found = read_json(folder / INDEX).get("_class_name")
     if found != PIPELINE_CLASS:
         raise WeightError(f"{folder / INDEX}: _class_name is {found!r}, but a {PIPELINE_CLASS} is needed")

@@ -24,7 +24,7 @@ def load_tokenizer(folder: str | os.PathLike) -> Tokenizer:
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise ValueError(f"{folder}: no such folder (a tokenizer is looked for here)")
+        raise ValueError(f"{folder}: no such folder (a tokenizer is needed)")
     from transformers import AutoTokenizer
 
     try:
