@@ -28,8 +28,7 @@ UNSAID = -1
 def words(tokenizer: Tokenizer, captions: Sequence[str], length: int) -> Int32[np.ndarray, "B T A"]:
     """For every token, the numbers of the values that the caption gives its object; UNSAID elsewhere.
 
-    Args:
-      captions: of at most `length` tokens and MOST_OBJECTS objects.
+    Captions have at most `length` tokens and MOST_OBJECTS objects.
     """
     found = np.full((len(captions), length, len(VALUES)), UNSAID, np.int32)
     for row, caption in zip(found, captions, strict=True):

@@ -23,9 +23,7 @@ def write_picture(
 ) -> None:
     """Draws some cases of one task, a column for each: the images of its concepts above each row's image.
 
-    Args:
-      concept: the pixels of a concept image.
-      drawn: a row's image of a case.
+    `concept` gives the pixels of a concept image, `drawn` a row's image of a case.
     """
     shown = cases[:SHOWN]
     sources = [case.images for case in shown]

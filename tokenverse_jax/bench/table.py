@@ -27,13 +27,13 @@ LEVELS = ("inside", "outside")  # figures in levels of 255, the others are share
 class Figures(NamedTuple):
     """Of one row in one task."""
 
-    means: dict[str, Estimate | None]  # by name of FIGURES; None: no image has it
+    means: dict[str, Estimate | None]  # by name in FIGURES; None: no image has it
     parts: dict[str, Estimate]  # of CP
-    against: Estimate | None  # CP·PF less that of the reference row, pair by pair
+    against: Estimate | None  # CP·PF minus the reference row's, unit by unit
 
 
 def complete(records: Sequence[Record]) -> list[Record]:
-    """The records of cases that every row of their task has, so that rows can be compared."""
+    """The records of cases that all rows of their task have, so that rows can be compared."""
     cases: dict[tuple[str, int], set[str]] = {}
     tasks: dict[str, set[str]] = {}
     for record in records:
@@ -43,12 +43,7 @@ def complete(records: Sequence[Record]) -> list[Record]:
 
 
 def summarize(records: Sequence[Record], reference: str) -> dict[str, dict[str, Figures]]:
-    """Figures by task and row, in the order of the records.
-
-    Args:
-      records: of cases that all rows have, see `complete`.
-      reference: the row that others are compared with.
-    """
+    """Figures by task and row, in the order of the records, see `complete`; `reference`: the row to compare with."""
     tasks: dict[str, dict[str, list[Record]]] = {}
     for record in records:
         tasks.setdefault(record["task"], {}).setdefault(record["row"], []).append(record)

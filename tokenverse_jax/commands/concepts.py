@@ -123,13 +123,7 @@ Keys = Callable[[PromptEncoding, Offsets], jax.Array]
 
 
 def cosine_in_prompt(keys: Keys, encoded: PromptEncoding, placed: Sequence[PlacedConcept]) -> tuple[float, float]:
-    """The similarity of the keys of two words of a prompt, without and with the concepts on them.
-
-    Args:
-      keys: of `compiled_keys`.
-      encoded: the prompt.
-      placed: two concepts.
-    """
+    """Similarity of the keys (see `compiled_keys`) of two words of a prompt, without and with their concepts."""
     where, composed = [item.positions for item in placed], compose(placed, encoded.txt.shape[1])
     plain, steered = (float(bank.key_similarity(keys(encoded, each), *where)) for each in (NO_OFFSETS, composed))
     return plain, steered

@@ -27,7 +27,7 @@ SHARDING_RULES: tuple[Rule, ...] = (
 
 @dataclass(frozen=True, kw_only=True)
 class ConceptModConfig:
-    """Hidden widths; those of its inputs and outputs are the base model's."""
+    """Hidden widths; inputs and outputs have the base model's."""
 
     hidden: int = 3072
     block_hidden: int = 512
@@ -38,7 +38,7 @@ class ConceptModConfig:
 
 
 class ConceptMod(nn.Module):
-    """Linear, GELU, linear, in float32. The last layer starts at zero: training starts at the base model exactly."""
+    """Linear, GELU, linear, in float32. The last layer starts at zero, so training starts exactly at the base model."""
 
     hidden: int
     features: int
@@ -52,7 +52,7 @@ class ConceptMod(nn.Module):
 
 
 class BlockHead(nn.Module):
-    """The second stage's MLP, of the same form: a vector for every block and token, added to Concept-Mod's."""
+    """The second stage's MLP: a vector for every block and token, added to Concept-Mod's."""
 
     hidden: int
     num_blocks: int
@@ -67,12 +67,9 @@ class BlockHead(nn.Module):
 def init_params(
     config: ConceptModConfig, key: Array, *, text_width: int, width: int, num_blocks: int | None = None
 ) -> Params:
-    """Parameters {"concept_mod": ...}, and with `num_blocks` {"block_head": ...} beside the same "concept_mod".
+    """Parameters {"concept_mod": ...}, with `num_blocks` (of the FLUX model) also {"block_head": ...} for stage 2.
 
-    Args:
-      text_width: J, `joint_attention_dim` of the FLUX model.
-      width: D of the FLUX model.
-      num_blocks: of the FLUX model, for the second stage.
+    `text_width`: J, the FLUX model's `joint_attention_dim`; `width`: D. The same "concept_mod" with and without blocks.
     """
     txt = jnp.zeros((1, 1, text_width))
     params = {"concept_mod": ConceptMod(config.hidden, width).init(jax.random.fold_in(key, 0), txt)["params"]}
@@ -83,7 +80,7 @@ def init_params(
 
 
 def directions(params: Params, txt: Float[Array, "B T J"], mask: Bool[Array, "B T"] | None = None) -> Offsets:
-    """A direction for each token, and per block too (None: `params` are those of the first stage).
+    """A direction for each token, and per block too (None for the first stage's `params`).
 
     Args:
       params: of `init_params`; all sizes are theirs.
@@ -103,9 +100,9 @@ def directions(params: Params, txt: Float[Array, "B T J"], mask: Bool[Array, "B 
 
 
 def word_directions(params: Params, txt: Float[Array, "V T J"], positions: Sequence[Sequence[int]]) -> Offsets:
-    """One word's directions, shared [n, D] and per_block [blocks, n, D], the mean over captions that hold it.
+    """One word's directions, shared [n, D] and per_block [blocks, n, D], the mean over captions that contain it.
 
-    With the captions of training this is what a concept file stores; with a new prompt alone it is that prompt's own.
+    A concept file stores them for the captions of training; for a single prompt they are recomputed from it.
 
     Args:
       params: of `init_params`.
@@ -124,6 +121,6 @@ def word_directions(params: Params, txt: Float[Array, "V T J"], positions: Seque
     if any(not 0 <= position < length for row in positions for position in row):
         raise ValueError(f"positions {list(map(list, positions))} are not all within a text of {length} tokens")
     index = jnp.asarray(positions)[:, :, None]
-    # Nothing mixes tokens: only the word's go through, of a block's directions there are many.
+    # No layer mixes tokens, so only the word's tokens go through: the directions of all blocks are large.
     own = directions(params, jnp.take_along_axis(txt, index, axis=1))
     return jax.tree.map(lambda part: part.mean(axis=0), own)

@@ -12,14 +12,14 @@ def parse(cls: type[T], fields: Mapping[str, Any], path: str, *, fixed: Mapping[
     """Builds `cls` from a config file's fields.
 
     Args:
-      cls: dataclass of what differs between the models that we have, under the file's names.
-      fields: the file's content; other names that start with "_" are notes.
-      path: what messages call the file.
-      fixed: names outside `cls` and the value that ours has built in; a file need not give them.
-      unused: names that change nothing that ours computes.
+      cls: dataclass of the fields that may differ, under the file's names.
+      fields: the file's content; ignores other names that start with "_".
+      path: the file's name in messages.
+      fixed: fields whose value is built in; a file may omit them.
+      unused: fields that change no result.
 
     Raises:
-      ConfigError: lists every value that ours does not have, or every unknown, missing or ill-typed field.
+      ConfigError: lists every unsupported value of a fixed field, or every unknown, missing or ill-typed field.
     """
     problems = [
         f"{path}.{name}: got {fields[name]!r}, only {value!r} is supported"

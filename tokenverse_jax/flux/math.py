@@ -11,14 +11,14 @@ from jaxtyping import Array, Float
 LAYER_NORM_EPSILON = 1e-6
 ROPE_THETA = 10_000
 TIME_FACTOR = 1000.0  # times and guidance strengths are scaled before the sinusoids
-TIME_PERIOD = 10_000  # the slowest sinusoid's, up to 2 pi
+TIME_PERIOD = 10_000  # of the slowest sinusoid, divided by 2 pi
 TIME_CHANNELS = 256
 
 
 def timestep_embedding(t: Float[Array, " B"]) -> Float[Array, "B channels"]:
     """Cosines, then sines, of 1000 t at 128 frequencies from 1 down to almost 1/10000."""
     half = TIME_CHANNELS // 2
-    # FLUX's exponents are rounded to float32, which turns angles of 1000 rad by up to 5e-4: its frequencies are these.
+    # As in FLUX, exponents are rounded to float32, which changes angles of 1000 rad by up to 5e-4.
     exponents = np.float32(-np.log(TIME_PERIOD)) * np.arange(half, dtype=np.float32) / np.float32(half)
     frequencies = np.exp(exponents.astype(np.float64)).astype(np.float32)
     angles = TIME_FACTOR * t.astype(jnp.float32)[:, None] * frequencies[None]
@@ -26,11 +26,11 @@ def timestep_embedding(t: Float[Array, " B"]) -> Float[Array, "B channels"]:
 
 
 def rope(ids: Float[Array, "S axes"], axes_dims: tuple[int, ...]) -> Float[Array, "2 S pairs"]:
-    """Cosines and sines of the angles by which each pair of a head's channels turns.
+    """Cosines and sines of the angles that rotate each pair of a head's channels.
 
     Args:
       ids: position of every token on each axis.
-      axes_dims: how many channels of a head each axis turns; even numbers.
+      axes_dims: how many channels of a head each axis rotates; even numbers.
     """
     angles = []
     for axis, dim in enumerate(axes_dims):

@@ -17,9 +17,9 @@ OffsetBlocks = Literal["both", "double", "single"]
 
 @struct.dataclass
 class Offsets:
-    """What is added to the modulation vector, and where: an argument of `Flux` and of `Pipeline.generate`.
+    """Offsets of the modulation vector: an argument of `Flux` and of `Pipeline.generate`.
 
-    A pytree of arrays, all optional. The shapes are those of a batch; `compose` returns them for one prompt, without B.
+    A pytree of arrays, all optional. The shapes are a batch's; `compose` returns the offsets of one prompt, without B.
 
     Attributes:
       shared: [B, R, D], for each of the first R <= T text tokens, the same in all blocks that `blocks` names (M+).

@@ -19,7 +19,7 @@ from tokenverse_jax.flux.layers import stacked
 
 @dataclass(frozen=True, kw_only=True)
 class CLIPTextConfig:
-    """The fields of config.json that matter here, under their own names; `CLIP_L` is FLUX's."""
+    """The fields of config.json that the encoder uses; `CLIP_L` is FLUX's."""
 
     vocab_size: int
     hidden_size: int
@@ -66,8 +66,8 @@ class CLIPTextOutput(NamedTuple):
 def pooled_position(input_ids: Int[Array, "B T"], eos_token_id: int) -> Int[Array, " B"]:
     """Position of the end token, whose output stands for the whole prompt.
 
-    The config.json of OpenAI's models, FLUX's among them, says 2 for an end token that is really the last one of the
-    vocabulary. transformers therefore takes 2 to mean the (first) largest id, and so do we.
+    The config.json of OpenAI's models, FLUX's among them, gives 2, although the end token is the vocabulary's last one.
+    transformers therefore takes 2 to mean the (first) largest id, and so do we.
     """
     return jnp.argmax(input_ids if eos_token_id == 2 else input_ids == eos_token_id, axis=-1)
 

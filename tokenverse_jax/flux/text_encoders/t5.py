@@ -21,7 +21,7 @@ from tokenverse_jax.flux.layers import stacked
 
 @dataclass(frozen=True, kw_only=True)
 class T5Config:
-    """The fields of config.json that matter here, under their own names; `T5_XXL` is FLUX's."""
+    """The fields of config.json that the encoder uses; `T5_XXL` is FLUX's."""
 
     vocab_size: int
     d_model: int
@@ -60,8 +60,8 @@ SHARDING_RULES: tuple[Rule, ...] = (
 def relative_position_buckets(length: int, config: T5Config) -> Int[np.ndarray, "T T"]:
     """Bucket of the distance of every (query, key).
 
-    Half of the buckets are for keys that follow the query. Within each half, half are for one distance each (0, 1, ...)
-    and the others grow logarithmically up to the maximal distance; what lies beyond shares the last.
+    Half of the buckets are for keys that follow the query. Half of each half hold one distance each (0, 1, ...); the
+    others grow logarithmically up to the maximal distance, and the last also holds everything beyond.
     """
     half = config.relative_attention_num_buckets // 2
     exact = half // 2
