@@ -32,41 +32,25 @@ Params = dict[str, Any]
 MODEL_TYPE = "mergevq_tokenizer"
 
 
-class TokenizerModule(nn.Module):
-    """Encoder, decoder and source recovery side by side: the parameter tree of a tokenizer."""
+class _AllModules(nn.Module):
+    """Runs every module once; its parameters are a tokenizer's."""
 
     config: TokenizerConfig
-    compute: Compute = Compute()
 
-    def setup(self):
-        self.encoder = Encoder(self.config, self.compute)
-        self.decoder = Decoder(self.config, self.compute)
+    @nn.compact
+    def __call__(self, images):
         config = self.config
+        encoded = Encoder(config, name="encoder")(images, keep=config.keep, with_head=config.dist_head is not None)
         if config.recovery is not None:
-            self.recovery = SourceRecovery(config.recovery, config.raw_tokens, config.layer_scale, self.compute)
-
-    def encode(self, images, *, keep, with_head=False):
-        return self.encoder(images, keep=keep, with_head=with_head)
-
-    def decode(self, codes):
-        return self.decoder(codes)
-
-    def recover(self, codes):
-        return self.recovery(codes)
-
-    def initialise(self, images):
-        """Touches every parameter once."""
-        encoded = self.encoder(images, keep=self.config.keep, with_head=self.config.dist_head is not None)
-        if self.config.recovery is not None:
-            self.recovery(encoded.z)
-        grid = self.config.grid(*images.shape[1:3])
-        return self.decoder(jnp.zeros((images.shape[0], *grid, self.config.z_channels)))
+            SourceRecovery(config.recovery, config.raw_tokens, config.layer_scale, name="recovery")(encoded.z)
+        grid = config.grid(*images.shape[1:3])
+        Decoder(config, name="decoder")(jnp.zeros((images.shape[0], *grid, config.z_channels)))
 
 
 def init_params(config: TokenizerConfig, key: Array) -> Params:
     """Random parameters: {"encoder": ..., "decoder": ..., "recovery": ...}, float32."""
     images = jnp.zeros((1, config.resolution, config.resolution, config.in_channels))
-    return TokenizerModule(config).init(key, images, method="initialise")["params"]
+    return _AllModules(config).init(key, images)["params"]
 
 
 def param_shapes(config: TokenizerConfig) -> Params:
@@ -97,9 +81,7 @@ def encode(
     Raises:
       ValueError: sides that are no multiples of a token's, or a K that is not possible.
     """
-    return TokenizerModule(config, compute).apply(
-        {"params": params}, images, keep=keep, with_head=with_head, method="encode"
-    )
+    return Encoder(config, compute).apply({"params": params["encoder"]}, images, keep=keep, with_head=with_head)
 
 
 def decode(
@@ -120,7 +102,7 @@ def decode(
     """
     full = tome.unmerge(codes, source_map)
     full = full.reshape(full.shape[0], *grid, full.shape[-1])
-    return TokenizerModule(config, compute).apply({"params": params}, full, method="decode")
+    return Decoder(config, compute).apply({"params": params["decoder"]}, full)
 
 
 def recover(
@@ -133,7 +115,8 @@ def recover(
     """
     if config.recovery is None:
         raise ValueError("this tokenizer has no source recovery (config.recovery is None)")
-    return TokenizerModule(config, compute).apply({"params": params}, codes, method="recover")
+    module = SourceRecovery(config.recovery, config.raw_tokens, config.layer_scale, compute)
+    return module.apply({"params": params["recovery"]}, codes)
 
 
 @flax.struct.dataclass
