@@ -11,7 +11,7 @@ TINY, TINY_GENERATOR = "tiny", "tiny-mergear"  # names of what is shipped with t
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command; errors that a user can mend are one line and exit status 1."""
+    """Runs one command; errors that a user can fix are one line and exit status 1."""
     return _command_line().main(argv)
 
 
@@ -19,12 +19,10 @@ def _command_line() -> CommandLine:
     line = CommandLine("mergevq", __doc__, advise=command.advise)
     command.add_command(line)
 
-    sub = line.command("train", _train, "Train, or go on training; any config value: --config.a.b=value.")
+    sub = line.command("train", _train, "Start or resume training; any config value can be set: --config.a.b=value.")
     config_arguments(sub)
 
-    sub = line.command(
-        "evaluate", _evaluate, "Measure tokenizers on held-out scenes and photographs, and draw what they do."
-    )
+    sub = line.command("evaluate", _evaluate, "Measure tokenizers on held-out scenes and photographs, with pictures.")
     sub.add_argument(
         "--tokenizer", action="append", help="folder or hub id; several may be given (default: the shipped one)"
     )
@@ -33,29 +31,30 @@ def _command_line() -> CommandLine:
         "--keep", type=int, nargs="+", default=[64, 144, 256], help="kept tokens K of a training-size image"
     )
     sub.add_argument("--num-images", type=int, default=256)
-    sub.add_argument("--metrics", help="a metrics.jsonl of a training run, for the loss curve")
+    sub.add_argument("--metrics", help="metrics.jsonl of a training run, to plot the loss")
     sub.add_argument("--out", default="runs/evaluate")
 
-    sub = line.command("compare", _compare, "Judge sets of generated scenes, side by side with real ones.")
+    sub = line.command("compare", _compare, "Compare generated scenes with each other and with real ones.")
     sub.add_argument(
-        "--row", nargs="+", action="append", required=True, metavar="X", help="a name, and folders of mergevq sample"
+        "--row",
+        nargs="+",
+        action="append",
+        required=True,
+        metavar="X",
+        help="a name, and folders written by mergevq sample",
     )
-    sub.add_argument("--tokenizer", help="also judge its reconstructions of real scenes")
-    sub.add_argument("--keep", type=int, nargs="+", default=[64, 144, 256], help="kept tokens K of them")
-    sub.add_argument("--judge", type=Path, help="weights of another judge than the shipped one")
+    sub.add_argument("--tokenizer", help="also measure its reconstructions of real scenes")
+    sub.add_argument("--keep", type=int, nargs="+", default=[64, 144, 256], help="kept tokens K of the reconstructions")
+    sub.add_argument("--judge", type=Path, help="weights of another judge (default: the shipped one)")
     sub.add_argument("--data-dir", default="data")
-    sub.add_argument("--single", action="store_true", help="real scenes with one object: mini_scenes/64_single")
+    sub.add_argument("--single", action="store_true", help="real scenes of one object: mini_scenes/64_single")
     sub.add_argument("--out", type=Path, default=Path("runs/compare"))
 
-    sub = line.command(
-        "reconstruct", _reconstruct, "Tokenize pictures and draw them again, with the merged groups outlined."
-    )
+    sub = line.command("reconstruct", _reconstruct, "Encode and decode pictures, with the merged groups outlined.")
     sub.add_argument("images", nargs="+", type=Path, help="pictures, and folders of them")
     sub.add_argument("--tokenizer", default=TINY, help="folder or hub id (default: the shipped tiny one)")
-    sub.add_argument("--keep", type=int, nargs="+", help="kept tokens K (default: the model's share of the raw tokens)")
-    sub.add_argument(
-        "--size", type=int, help="pixels of the shorter side (default: the training size; 0: as the picture is)"
-    )
+    sub.add_argument("--keep", type=int, nargs="+", help="kept tokens K (default: 1/4, the model's share, all)")
+    sub.add_argument("--size", type=int, help="pixels of the shorter side (default: the training size; 0: no resizing)")
     sub.add_argument("--out", type=Path, default=Path("runs/reconstruct"))
 
     sub = line.command("tokenize", _tokenize, "Write codes and source maps of a dataset or folder to disk; resumable.")
@@ -66,7 +65,7 @@ def _command_line() -> CommandLine:
     sub.add_argument("--data-dir", default="data")
     sub.add_argument("--keep", type=int, help="kept tokens K")
     sub.add_argument("--batch-size", type=int, default=32)
-    sub.add_argument("--shard-size", type=int, default=4096, help="images in one file")
+    sub.add_argument("--shard-size", type=int, default=4096, help="images per file")
     sub.add_argument("--out", type=Path, required=True)
 
     _sample_command(line)
@@ -82,7 +81,7 @@ def _command_line() -> CommandLine:
     )
     sub.add_argument("checkpoint", type=Path)
     sub.add_argument("--stage", type=int, choices=(1, 2), default=1, help="1: tokenizer (default), 2: generator")
-    sub.add_argument("--tokenizer", default=TINY, help="stage 2: the tokenizer of the generator's codes, converted")
+    sub.add_argument("--tokenizer", default=TINY, help="stage 2: the converted tokenizer whose codes it generates")
     sub.add_argument("--preset", required=True, help="the architecture it was trained with")
     sub.add_argument("--last-weights", action="store_true", help="take the last weights instead of the moving averages")
     sub.add_argument("--out", type=Path, required=True)
@@ -92,17 +91,17 @@ def _command_line() -> CommandLine:
 def _sample_command(line: CommandLine) -> None:
     sub = line.command("sample", _sample, "Draw images of classes with a trained generator.")
     sub.add_argument("--model", default=TINY_GENERATOR, help="shipped name, folder or hub id of a generator")
-    sub.add_argument("--tokenizer", help="where its tokenizer is now (default: where it was in training)")
+    sub.add_argument("--tokenizer", help="its tokenizer, if that has moved since training")
     sub.add_argument("--num", type=int, default=64)
     sub.add_argument(
         "--class",
         dest="classes",
         action="append",
-        help="a class's name, or its number unless the names are numbers; several take turns (all)",
+        help="a class by name, or by number unless the names are numbers; several take turns (default: all)",
     )
-    sub.add_argument("--keep", "--merge-number", type=int, help="distinct tokens K asked for (middle one)")
+    sub.add_argument("--keep", "--merge-number", type=int, help="distinct tokens K (default: the middle one it knows)")
     part = {"nargs": "+", "metavar": "VALUE"}  # one value, or one for each sub-token
-    sub.add_argument("--cfg-scale", type=float, default=[1.0], help="guidance; 1 is none", **part)
+    sub.add_argument("--cfg-scale", type=float, default=[1.0], help="classifier-free guidance; 1: off", **part)
     sub.add_argument("--cfg-schedule", default="constant", help="constant, linear or interval")
     sub.add_argument(
         "--cfg-interval", type=float, nargs=2, default=[0.0, 1.0], help="part of the sequence, for interval"
@@ -110,18 +109,21 @@ def _sample_command(line: CommandLine) -> None:
     sub.add_argument("--temperature", type=float, default=[1.0], **part)
     sub.add_argument("--top-k", type=int, default=[0], help="0: off", **part)
     sub.add_argument("--top-p", type=float, default=[1.0], help="1: off", **part)
-    sub.add_argument("--greedy", action="store_true", help="the likeliest code, always")
-    sub.add_argument("--window", type=int, help="recent tokens that are always seen (as in training)")
-    sub.add_argument("--capacity", type=int, help="older tokens that the KV cache keeps (K)")
-    sub.add_argument("--policy", default="evict-oldest", help="what a full KV cache does: evict-oldest or full")
-    sub.add_argument("--steps", type=int, help="calls of the network, for a generator in random order (64)")
+    sub.add_argument("--greedy", action="store_true", help="always the likeliest code")
+    sub.add_argument("--window", type=int, help="recent tokens that are always seen (default: as in training)")
+    sub.add_argument("--capacity", type=int, help="older tokens that the KV cache keeps (default: K)")
+    sub.add_argument("--policy", default="evict-oldest", help="what a full KV cache evicts: evict-oldest or full")
+    sub.add_argument("--steps", type=int, help="calls of the network, for RandAR (default: 64)")
     sub.add_argument("--seed", type=int, default=0)
-    sub.add_argument("--batch-size", type=int, default=64, help="images drawn together; no result depends on it")
+    sub.add_argument("--batch-size", type=int, default=64, help="images per batch; no result depends on it")
     sub.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     sub.add_argument(
-        "--tensor", type=int, default=1, help="devices that share each weight (1); batches split over the rest"
+        "--tensor",
+        type=int,
+        default=1,
+        help="devices that share each weight (default: 1); the rest split batches",
     )
-    sub.add_argument("--show-cache", action="store_true", help="also draw what the KV cache kept, and how full it was")
+    sub.add_argument("--show-cache", action="store_true", help="also draw what the KV cache kept and how full it was")
     sub.add_argument("--out", type=Path, default=Path("runs/sample"))
 
 

@@ -1,4 +1,4 @@
-"""`mergevq compare`: generators side by side, from what `mergevq sample` wrote, as a table and a picture on disk."""
+"""`mergevq compare`: a table and a picture of several generators' samples, from folders of `mergevq sample`."""
 
 import functools
 import hashlib
@@ -28,19 +28,19 @@ from runtime_jax.workdir import only_writer
 Images = UInt8[np.ndarray, "B H W 3"] | UInt8[Array, "B H W 3"]
 REAL = "held-out scenes"
 SHOWN = 12  # images of a row in the picture
-# What the folders of a row share; of a protocol.
+# Fields of the protocol in which the folders of a row are equal.
 SETTINGS = ("fingerprint", "keep", "sampling", "steps", "slots", "compute", "device", "mesh")
 
 
 class Folder(NamedTuple):
-    """What `mergevq sample` wrote."""
+    """A folder that `mergevq sample` wrote."""
 
     samples: Labelled
     protocol: Mapping[str, Any]
 
 
 class Curve(NamedTuple):
-    """All settings of a MergeAR sampling but the KV cache's size."""
+    """The settings of MergeAR's sampling, without the size of the KV cache."""
 
     name: str  # policy and K
     digest: str  # of the others
@@ -72,17 +72,17 @@ def compare(
 
     Rows that differ only in the slots of the KV cache are also plotted, a line for each policy, as trade_off.png.
 
-    The first rows are real: validation scenes against the test scenes that all are measured against, and, with a
-    tokenizer, their reconstructions; no generator can be expected to do better.
+    The first rows are real validation scenes and, with a tokenizer, their reconstructions: no generator can be expected
+    to do better. All rows are measured against test scenes.
 
     Args:
-      rows: name, and a folder for each seed; nothing else may differ.
-      tokenizer: shipped name, folder or hub id; with `keeps`, the numbers of kept tokens to reconstruct from.
-      single: whether real scenes are those with one object, as the generators have learned from.
+      rows: name, and a folder for each seed; the folders may differ in nothing else.
+      tokenizer: shipped name, folder or hub id; it reconstructs from each K in `keeps`.
+      single: real scenes have one object, as in the generators' training data.
 
     Raises:
-      ValueError: folders without samples or of different numbers of images, a row's folders of different settings,
-        dataset or tokenizer missing.
+      ValueError: folders without samples or with different numbers of images, different settings in one row, a missing
+        dataset or tokenizer.
       WorkdirError: `out` cannot be written, or another run is writing it.
       NotFiniteError: what the judge sees, or a reconstruction, is not finite.
     """
@@ -142,7 +142,7 @@ def read_samples(path: Path) -> Folder:
 
 
 def cache_bytes(protocol: Mapping[str, Any]) -> int:
-    """Size of the KV cache for one image, both rows of it under guidance."""
+    """Bytes of the KV cache for one image; under guidance, of both its rows."""
     architecture, scale = protocol["generator"]["architecture"], protocol["sampling"]["cfg_scale"]
     rows = 1 + any(value != 1 for value in np.atleast_1d(scale))
     width = {"float32": 4, "bfloat16": 2}[protocol["compute"]["dtype"]]
@@ -150,9 +150,9 @@ def cache_bytes(protocol: Mapping[str, Any]) -> int:
 
 
 def _reconstructions(tokenizer: Tokenizer, keeps: Sequence[int], size: int) -> dict[str, Callable[[Images], Images]]:
-    """Ways to reconstruct: from codes and source map, and, as RandAR must, from codes and where their groups start.
+    """Ways to reconstruct: from codes and source map, and from codes and the starts of their groups, as RandAR does.
 
-    The latter only if images have the tokenizer's own `size`, the only one that source recovery knows.
+    The latter needs images of the tokenizer's training size, the only one that source recovery knows.
     """
 
     def recovered(images: Images, *, keep: int) -> Images:
@@ -172,11 +172,11 @@ def _in_batches(reconstruct: Callable[[Images], Images], real: Labelled) -> Labe
 
 
 def _check_row(name: str, protocols: Sequence[Mapping[str, Any]]) -> None:
-    """Whether the folders of a row differ in the seed, in nothing else, and can be judged."""
+    """Checks that the folders of a row differ in the seed alone and can be judged."""
     for protocol in protocols:
         known = protocol | protocol.get("measured", {})
         if missing := [key for key in (*SETTINGS, "seed", "generator", "seconds_per_image") if key not in known]:
-            raise ValueError(f"{name}: a protocol without {', '.join(missing)}, of another version; draw again")
+            raise ValueError(f"{name}: its protocol has no {', '.join(missing)}; draw the samples again")
         if differing := [key for key in SETTINGS if protocol[key] != protocols[0][key]]:
             raise ValueError(f"{name}: its folders differ in {', '.join(differing)}, not in the seed alone")
     if len(seeds := [protocol["seed"] for protocol in protocols]) > len(set(seeds)):
@@ -215,7 +215,7 @@ def _curve(protocol: Mapping[str, Any]) -> Curve | None:
 
 
 def trade_off(rows: Sequence[Row]) -> dict[str, dict[str, Points]]:
-    """Panels of a plot: quality against slots, a line for each curve that has been drawn with several numbers."""
+    """Panels of a plot: quality against slots, a line for each curve with several numbers of slots."""
     groups = {curve: [row for row in rows if row.curve == curve] for curve in {row.curve for row in rows} - {None}}
     groups = {curve: group for curve, group in sorted(groups.items()) if len({row.slots for row in group}) > 1}
     names = Counter(curve.name for curve in groups)

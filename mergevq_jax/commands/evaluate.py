@@ -1,4 +1,4 @@
-"""`mergevq evaluate`: tokenizers on held-out scenes and photographs, as a table and pictures on disk."""
+"""`mergevq evaluate`: tokenizers measured on held-out scenes and photographs, as a table and pictures."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,7 +25,7 @@ def evaluate(
     """Prints a table; writes it as summary.md, reconstructions.png, and loss.png where `metrics` is a metrics.jsonl.
 
     Raises:
-      ValueError: no such tokenizer, K not possible, no images, dataset or `metrics` missing; before weights are loaded.
+      ValueError: no such tokenizer, dataset or `metrics` file, an impossible K, no images; before weights are loaded.
       WorkdirError: `out` cannot be written, or another run is writing it.
       NotFiniteError: features or pixels that are not finite.
     """
@@ -49,7 +49,7 @@ def evaluate(
         for name, config in configs.items():
             tokenizer, images = load_tokenizer(name), held_out[config.resolution]
             results = {
-                # The crops of two photographs overlap: an interval for independent images would be too narrow.
+                # The crops of two photographs overlap, so an interval for independent images would be too narrow.
                 kind: report.measure(tokenizer, pixels, keeps, batch_size=BATCH_SIZE, independent=kind == "scenes")
                 for kind, pixels in images.items()
             }

@@ -19,7 +19,7 @@ from runtime_jax.data import decode_image, image_files, image_size
 from runtime_jax.pictures import save_png
 from runtime_jax.workdir import check_output
 
-MAX_RAW_TOKENS = 8192  # attention over all of them takes memory as their square
+MAX_RAW_TOKENS = 8192  # the memory of attention grows with their square
 
 
 class Picture(NamedTuple):
@@ -30,10 +30,10 @@ class Picture(NamedTuple):
 
 
 def find_pictures(paths: Sequence[Path]) -> list[Picture]:
-    """Pictures as they are, and those in folders, whose results lie in the same sub-folders.
+    """The pictures among paths and in folders; results of a folder keep its sub-folders.
 
     Raises:
-      ValueError: no such file, a folder without pictures, or results of one name.
+      ValueError: no such file, a folder without pictures, or two results with the same name.
     """
     pictures = []
     for path in paths:
@@ -60,13 +60,13 @@ class Sides(NamedTuple):
 
 
 def plan_sides(sides: tuple[int, int], multiple: int, size: int) -> Sides:
-    """What becomes of a picture of a height and width: the shorter side `size`, then both multiples of `multiple`.
+    """Resizes a picture's shorter side to `size`, then crops both sides to multiples of `multiple`.
 
     Args:
-      size: 0 leaves the picture as large as it is.
+      size: 0: no resizing.
 
     Raises:
-      ValueError: smaller than one token in a side.
+      ValueError: a side is smaller than one token.
     """
     if size < 0 or 0 < size < multiple:
         raise ValueError(f"--size {size}: at least {multiple} pixels, one token, are needed (0: as it is)")

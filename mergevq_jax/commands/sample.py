@@ -1,6 +1,6 @@
-"""`mergevq sample`: images of classes by a trained generator, and all that is needed to draw them again.
+"""`mergevq sample`: images of classes by a trained generator, with a protocol to draw them again.
 
-Each batch is a file under `parts` until all are there: a run that was stopped goes on with the first missing one.
+Each batch is a file in `parts` until all are there; a stopped run resumes at the first missing one.
 
 Axes: B batch, N images, H W image, L raster tokens.
 """
@@ -37,7 +37,7 @@ MAX_SHOWN = 64  # images in a picture
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """What is asked for."""
+    """What to draw."""
 
     num: int = 64
     classes: tuple[str, ...] = ()  # as `GeneratorInfo.class_number` takes them, in turn; none: all
@@ -54,13 +54,13 @@ class Request:
 
 @dataclass(frozen=True)
 class Drawn:
-    """Images, and how they came about."""
+    """Images, what the KV cache did, and how long they took."""
 
     images: UInt8[np.ndarray, "N H W 3"]
     labels: Int[np.ndarray, "N"]
     cache: CacheUse | None  # None in random order, where every code is kept
     seconds: float
-    seconds_per_image: float | None  # of the batches for which nothing was compiled, if there are any
+    seconds_per_image: float | None  # of the batches that did not compile; None: all did
 
 
 def sample(
@@ -81,14 +81,14 @@ def sample(
       mesh: over all devices; a batch is split over as many of its data axis as divide it.
 
     Raises:
-      ValueError: no such generator, tokenizer or class, or settings that are not possible, or `out` has a part of other
-        samples; before anything is compiled.
+      ValueError: no such generator, tokenizer or class, impossible settings, or `out` holds parts of other samples;
+        before any compilation.
       WorkdirError: `out` cannot be written, or another run is writing it.
       NotFiniteError: logits or pixels that are not finite.
     """
     with only_writer(out):
         devices = make_mesh(mesh)
-        info = read_info(source)  # what is not possible is found out before the weights are read
+        info = read_info(source)  # what is impossible is found before the weights are read
         labels, parts = _labels(info, request), out / "parts"
         plan = _plan(info, request, compute, show_cache=show_cache)
         codes_of = info.tokenizer.name if tokenizer is None else tokenizer
@@ -107,12 +107,12 @@ def sample(
             with jax.set_mesh(devices):
                 drawn = draw(model.place(devices), loaded, request, labels, parts)
         except BaseException:
-            if not any(parts.glob("[0-9]*.npz")):  # there is nothing to go on with
+            if not any(parts.glob("[0-9]*.npz")):  # nothing to resume from
                 shutil.rmtree(parts)
             raise
         names = [info.classes[label] if info.classes else str(label) for label in drawn.labels.tolist()]
 
-        (out / "protocol.json").unlink(missing_ok=True)  # it says that the images beside it are its own
+        (out / "protocol.json").unlink(missing_ok=True)  # it describes the images beside it
         with replacing(out / "samples.npz") as new:
             np.savez(new, drawn.images, drawn.labels)
         protocol = {
@@ -140,14 +140,14 @@ def sample(
             curves = {"slots, mean": (steps, used.mean(axis=0)), "slots, largest": (steps, used.max(axis=0))}
             title = f"{plan.slots} slots for {info.architecture.prefix + info.architecture.length} tokens"
             loss_curve(curves, out / "occupancy.png", title=title)
-        (parts / CLAIM_NAME).unlink()  # first: parts without it are of nobody
+        (parts / CLAIM_NAME).unlink()  # first: parts without it are deleted by the next run
         shutil.rmtree(parts)
         overflowed = "" if drawn.cache is None else f"; the KV cache overflowed {drawn.cache.overflows.sum()} times"
         return f"{request.num} images are in {out}{overflowed}"
 
 
 def _plan(info: GeneratorInfo, request: Request, compute: Compute, *, show_cache: bool) -> DrawPlan:
-    """What will be compiled; ValueError for what this generator cannot do."""
+    """The static part of the sampler; ValueError for what this generator cannot do."""
     kind, sampling, number = KINDS[info.kind], info.sampling(request.sampling), _keep(info, request)
     plan = kind.plan(info.architecture, sampling, number, steps=request.steps, compute=compute)
     if show_cache and not kind.compresses:
@@ -156,15 +156,15 @@ def _plan(info: GeneratorInfo, request: Request, compute: Compute, *, show_cache
 
 
 def _claim(parts: Path, wanted: Mapping[str, Any]) -> None:
-    """Makes sure that the parts which are there are of these samples, and writes down whose they are."""
+    """Checks that existing parts belong to these samples, or starts new ones; parts without a claim are deleted."""
     path, wanted = parts / CLAIM_NAME, config_lib.to_dict(wanted)
     if not path.exists():
         shutil.rmtree(parts, ignore_errors=True)
         write_json(path, wanted)
     elif differing := [name for name, value in wanted.items() if json.loads(path.read_text()).get(name) != value]:
         raise ValueError(
-            f"{parts} is of other samples, which are not finished (another {', '.join(differing)}): give the same "
-            "settings to go on with them, choose another --out, or delete the folder"
+            f"{parts} holds unfinished samples with another {', '.join(differing)}: give the same settings to resume "
+            "them, choose another --out, or delete the folder"
         )
 
 
@@ -176,7 +176,7 @@ def _labels(info: GeneratorInfo, request: Request) -> Int[np.ndarray, "N"]:
 def draw(
     model: GeneratorModel, tokenizer: Tokenizer, request: Request, labels: Int[np.ndarray, "N"], parts: Path
 ) -> Drawn:
-    """The images; every batch is of one size, so that there is one program. What is in `parts` is not drawn again."""
+    """Draws all batches that are not in `parts`; they have one size, so there is one program."""
     size = request.batch_size
     batches = -(-request.num // size)
     padded = np.resize(labels, batches * size)
@@ -232,7 +232,7 @@ def _keep(info: GeneratorInfo, request: Request) -> int | None:
 
 
 def _measured(drawn: Drawn) -> dict[str, Any]:
-    """How long it took, and what the KV cache did."""
+    """Times, and what the KV cache did."""
     seconds = {
         "seconds": drawn.seconds,
         "seconds_per_image": drawn.seconds_per_image,  # without the batches that compiled
@@ -251,7 +251,7 @@ def _measured(drawn: Drawn) -> dict[str, Any]:
 def _dimmed(
     images: UInt8[np.ndarray, "N H W 3"], cache: CacheUse, grid: tuple[int, int]
 ) -> list[UInt8[np.ndarray, "H W 3"]]:
-    """The images with the tokens dimmed that are no longer in the KV cache when the last one is drawn."""
+    """The images, with the tokens dimmed that are not in the KV cache at the end."""
     shown = zip(images[:MAX_SHOWN], cache.kept[:MAX_SHOWN], strict=True)
     return [dim_tokens(image, kept, grid=grid) for image, kept in shown]
 

@@ -1,7 +1,7 @@
 """`mergevq tokenize`: codes and source maps of a whole dataset on disk, in shards of array_record files.
 
-The layout is that of `tokens_folder`. A shard appears under its final name only when it is complete, so a run that was
-stopped and is started again goes on with the first missing one.
+The layout is that of `tokens_folder`. A shard gets its final name when it is complete, so a
+stopped run resumes at the first missing one.
 """
 
 import contextlib
@@ -28,11 +28,10 @@ def tokenize(
 ) -> str:
     """Tokenizes every image of a source, resized and centre-cropped to the training size; returns a summary line.
 
-    An unreadable image of a folder is left out and counted in the summary and, once all shards are there, in
-    tokens.json.
+    Unreadable images of a folder are left out and counted, in the summary and finally in tokens.json.
 
     Raises:
-      ValueError: missing source, K not possible, or `out` holds the codes of another tokenizer, source or K.
+      ValueError: no such source, an impossible K, or `out` holds codes of another tokenizer, source or K.
       WorkdirError: `out` cannot be written, or another run is writing it.
       NotFiniteError: features that are not finite, which have no codes.
     """
@@ -67,7 +66,7 @@ def tokenize(
                     keep,
                     batch_size,
                 )
-        # Counted from the shards, so that a run that was stopped in between ends with the same number.
+        # Counted from the shards, so that a resumed run gives the same number.
         count = sum(1 for _ in read_tokens(out))
         unreadable = len(images) - count
         write_json(out / INFO_NAME, info | {"unreadable": unreadable})
@@ -75,7 +74,7 @@ def tokenize(
 
 
 def _claim(out: Path, info: dict) -> None:
-    """Writes tokens.json, or makes sure that the one that is there says the same."""
+    """Writes tokens.json, or checks that the existing one says the same."""
     path = out / INFO_NAME
     if path.exists():
         old = json.loads(path.read_text())
@@ -94,7 +93,7 @@ def _write_shard(path: Path, tokenizer: Tokenizer, images, indices: range, keep:
 
 
 def _records(tokenizer: Tokenizer, images, indices: list[int], keep: int, batch_size: int) -> Iterator[bytes]:
-    # A source puts the next readable image in the place of a broken one; here the broken one is left out.
+    # A source replaces a broken image by the next readable one; here the broken one is left out.
     examples = [(index, example) for index in indices if not (example := images[index]).get("skipped")]
     if not examples:
         return

@@ -1,4 +1,4 @@
-"""What a generator is: one flat record, and the published sizes."""
+"""A generator's architecture as one flat record, and the published sizes."""
 
 import itertools
 import math
@@ -26,12 +26,12 @@ class GeneratorConfig:
     num_classes: int = 1000
     class_dropout: float = 0.1  # above 0 there is a null class, which guidance needs
     grid: tuple[int, int] = (16, 16)  # raster tokens, rows and columns
-    merge_instruction: bool = True  # a second prefix token that says how many tokens are distinct
-    keeps: tuple[int, ...] = renamed("merge_numbers", (64, 100, 144, 196, 256))  # K that it can say
+    merge_instruction: bool = True  # a second prefix token that gives the number of distinct tokens
+    keeps: tuple[int, ...] = renamed("merge_numbers", (64, 100, 144, 196, 256))  # K that it can give
     rope_base: float = 10_000.0
     norm_eps: float = 1e-5
     zero_class_rope: bool = False  # the released weights were trained with the class token's q and k set to zero
-    position_instruction: bool = False  # RandAR: codes in any order, each asked for by a token that says where it goes
+    position_instruction: bool = False  # RandAR: codes in any order, each after a token that gives its position
 
     def __post_init__(self):
         names = ("num_layers", "dim", "num_heads", "ffn_dim", "head_layers", "num_classes", "rope_base", "norm_eps")
@@ -63,7 +63,7 @@ class GeneratorConfig:
 
     @property
     def prefix(self) -> int:
-        """Tokens in front of the raster: the class, and the merge instruction if there is one."""
+        """Tokens before the raster: the class, and the merge instruction if there is one."""
         return 1 + self.merge_instruction
 
     @property
@@ -83,19 +83,19 @@ class GeneratorConfig:
 
     @property
     def null_class(self) -> int | None:
-        """The label that stands for no class; None: the model has none."""
+        """The label that means no class; None: the model has no such label."""
         return self.num_classes if self.class_dropout else None
 
     @property
     def usual_keep(self) -> int | None:
-        """What is asked for where nothing is said: the middle one of `keeps`, of two the smaller."""
+        """The default K of sampling: the middle one of `keeps`, or the smaller of two middle ones."""
         return self.keeps[(len(self.keeps) - 1) // 2] if self.merge_instruction else None
 
     def merge_index(self, keep: int | None) -> int | None:
-        """Place of a number of kept tokens in `keeps`; None for a model without merge instruction.
+        """Index of K in `keeps`; None for a model without merge instruction.
 
         Raises:
-          ValueError: a number that the model does not know, or none where one is needed, or one where none is.
+          ValueError: a K that is not in `keeps`, or any K without merge instruction.
         """
         if not self.merge_instruction:
             if keep is not None:

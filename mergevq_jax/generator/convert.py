@@ -11,7 +11,7 @@ from runtime_jax.weights.published import unwrapped
 
 
 def generator_table(config: GeneratorConfig) -> tuple[Rule, ...]:
-    """Rules of `Generator`: the released stage-2 names, and our own for what the released one has not."""
+    """Rules of `Generator`: the released stage-2 names, and our own for what is not in the release."""
     parts = range(len(config.vocab_sizes))
     names = ("pre_emb", "post_emb") if len(parts) == 2 else [f"code_emb.{part}" for part in parts]
     return (
@@ -39,7 +39,7 @@ def _generator_block(name: str) -> tuple[Rule, ...]:
 def generator_from_released(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     """The generator's part of a released stage-2 checkpoint, under the names that `generator_table` reads.
 
-    The checkpoint holds the tokenizer as well, under `first_stage_model.`; its generator needs `zero_class_rope`.
+    The checkpoint holds the tokenizer as well, under `first_stage_model.`; the generator needs `zero_class_rope`.
 
     Raises:
       WeightError: no generator in it.

@@ -1,7 +1,7 @@
 """What a generator learns from: images, which the train step tokenizes, or codes that `mergevq tokenize` wrote to disk.
 
 All images of a step keep the same number K of tokens, which the caller draws for each step. Batch s is a pure function
-of (config, s) and the draw, whatever the number of hosts.
+of (config, s) and the draw, for any number of hosts.
 
 Axes: B batch, L raster tokens, K kept tokens.
 """
@@ -28,7 +28,7 @@ from runtime_jax.prng import Stream, host_rng
 class TokensConfig:
     """Codes on disk: the folders that `mergevq tokenize` wrote from one source, one for each K.
 
-    An image is what it was when it was tokenized: codes cannot be flipped or cropped.
+    Codes cannot be flipped or cropped: an image is always as it was tokenized.
     """
 
     folders: tuple[str, ...]
@@ -79,7 +79,7 @@ def make_batches(
 
 
 class _Tokens:
-    """Random access to images that were tokenized at several K."""
+    """Random access to images tokenized at several K."""
 
     def __init__(self, paths: Sequence[str]):
         opened = {path: open_tokens(Path(path)) for path in paths}
@@ -94,7 +94,7 @@ class _Tokens:
         return len(next(iter(self.folders.values())))
 
     def read(self, keep: int, number: int) -> dict[str, np.ndarray]:
-        """Image `number` at K = `keep`, as it was written."""
+        """Image `number` at K = `keep`."""
         return from_bytes(self.folders[keep][number])
 
 
@@ -109,7 +109,7 @@ def _require_one_source(infos: dict[str, dict[str, Any]]) -> None:
     for path, other in others:
         keys = ("source", "images", "tokenizer")
         if differing := config_changes(*({key: one[key] for key in keys} for one in (info, other))):
-            raise ValueError(f"{path} and {first} do not belong together: another {', '.join(differing)}")
+            raise ValueError(f"{path} and {first} do not belong together: they differ in {', '.join(differing)}")
     keeps = [info["keep"] for info in infos.values()]
     if len(set(keeps)) < len(keeps):
         raise ValueError(f"data.folders: one folder for each number of kept tokens is needed, these have {keeps}")
@@ -117,7 +117,7 @@ def _require_one_source(infos: dict[str, dict[str, Any]]) -> None:
 
 @dataclass(frozen=True)
 class _Read:
-    """From an image's number, and the example's in the endless stream, to the example."""
+    """Example `index` of the endless stream, from image `number`."""
 
     tokens: _Tokens
     draw: Callable[[int], int]
@@ -140,7 +140,7 @@ def _stack(examples: list[dict[str, Any]]) -> dict[str, np.ndarray]:
 
 
 def check_tokenizer(config: GeneratorConfig, tokenizer: Tokenizer) -> None:
-    """Makes sure that a generator's codes are a tokenizer's.
+    """Checks that a generator fits a tokenizer.
 
     Raises:
       ValueError: another number of codes or another grid.
@@ -157,7 +157,7 @@ def check_tokenizer(config: GeneratorConfig, tokenizer: Tokenizer) -> None:
 def check_data(
     config: DataConfig | TokensConfig, model: GeneratorConfig, tokenizer: Tokenizer, keeps: Sequence[int]
 ) -> tuple[str, ...]:
-    """Makes sure that a run's data are what its generator is made for; returns the names of the classes.
+    """Checks that the data fit a generator and its tokenizer; returns the names of the classes.
 
     Args:
       keeps: all K that will be drawn.
@@ -182,7 +182,7 @@ def check_data(
 
 
 def _check_tokens(tokens: _Tokens, tokenizer: Tokenizer, keeps: Sequence[int]) -> dict[str, list[str] | None]:
-    """Names of the classes of each folder, all of which hold codes of this tokenizer."""
+    """The classes of each folder; all folders must hold codes of this tokenizer."""
     fingerprint = tokenizer.fingerprint()
     for path, info in tokens.infos.items():
         if info["tokenizer"] != fingerprint:

@@ -18,7 +18,7 @@ from runtime_jax.training.update import Optimizer
 
 
 def inspect_generator(config: TrainConfig, *, compile: bool = False) -> str:
-    """Tables: parameters, train state, FLOPs of a step on codes without its tokenizer, and the sampler's KV cache."""
+    """Tables of parameters, train state, FLOPs of a step on codes (without tokenizer), and the KV cache of sampling."""
     model, batch_size = config.model, config.data.batch_size
     state, step = trace_train_step(config, batch_size)
     head = f"kind {config.kind}: {model.length} raster tokens, {model.vocab_size} codes, a prefix of {model.prefix}"

@@ -1,4 +1,4 @@
-"""What the objectives of all generators share: class dropout, and the cross-entropy of a factorised code.
+"""What the losses of all generators share: class dropout, and the cross-entropy of a factorised code.
 
 Axes: B batch, L raster tokens, n codes, N positions.
 """
@@ -48,8 +48,8 @@ def conditions(
 ) -> tuple[Int[Array, "B"], Int[Array, "B"] | None]:
     """Labels and merge instructions of a batch.
 
-    Each label becomes the null class with probability `class_dropout`, drawn by the example's own number; with key
-    None all stay.
+    Each label becomes the null class with probability `class_dropout`, drawn with the example's own key; with
+    key None, none does.
     """
     labels = batch["label"]
     merge = jnp.full_like(labels, config.merge_index(keep)) if config.merge_instruction else None
@@ -62,7 +62,7 @@ def conditions(
 def code_loss(
     logits: tuple[Float[Array, "B n _"], ...], indices: Int[Array, "B n"], config: GeneratorConfig
 ) -> tuple[Float[Array, ""], Means]:
-    """Sum over the sub-tokens of their mean cross-entropies, in nats; with the loss and accuracy of each."""
+    """The sum of the sub-tokens' mean cross-entropies, in nats; and the loss and accuracy of each sub-token."""
     means: Means = {}
     for part, (scores, values) in enumerate(zip(logits, split_indices(indices, config.vocab_sizes), strict=True)):
         means[f"loss/{part}"] = jnp.mean(optax.softmax_cross_entropy_with_integer_labels(scores, values))

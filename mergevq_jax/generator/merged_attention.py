@@ -1,9 +1,9 @@
-"""MergeAR's attention while it is trained, over the keys that some position can see, instead of over all pairs.
+"""MergeAR's attention in training, over the keys that some position can see instead of over all pairs.
 
-Beyond its window a position sees the prefix and the first token of each group, P + K keys of N = P + L. So the logits
+Beyond its window a position sees the prefix and the first token of each group: P + K keys of N = P + L. So the logits
 are [N, P + K] for these and [N, window + 1] for the window, where a mask of all pairs needs [N, N]: K / L of the FLOPs
-and of the memory. What is hidden is data, so a kernel that skips blocks of a mask would find few to skip: the columns
-that stay lie everywhere.
+and of the memory. The mask depends on the data and its visible columns lie everywhere, so a kernel that skips hidden
+blocks would find few to skip.
 
 Axes: B batch, L raster tokens, P prefix tokens, N positions (the last one may be missing), S = P + K keys, H heads.
 """
@@ -18,11 +18,11 @@ from mergevq_jax.generator.sampling.position_cache import HIDDEN
 
 @flax.struct.dataclass
 class MergedKeys:
-    """The positions that are seen from beyond the window.
+    """The positions that are visible beyond the window.
 
     Attributes:
-      positions: rising; where an image has fewer groups than K, the last ones are beyond all positions.
-      window: tokens before a position that it always sees.
+      positions: ascending; in an image with fewer than K groups, the last ones lie after all positions.
+      window: number of tokens before a position that it always sees.
     """
 
     positions: Int[Array, "B S"]
@@ -30,7 +30,7 @@ class MergedKeys:
 
 
 def merged_keys(first: Int[Array, "B L"], keep: int, *, window: int, prefix: int) -> MergedKeys:
-    """What `mask.merge_mask` says, as positions.
+    """The mask of `mask.merge_mask` as positions.
 
     Args:
       first: of `mask.first_of_group`, with at most `keep` groups in an image.
@@ -48,7 +48,7 @@ def merged_keys(first: Int[Array, "B L"], keep: int, *, window: int, prefix: int
 def merged_attention(
     query: Float[Array, "B N H D"], key: Float[Array, "B N H D"], value: Float[Array, "B N H D"], keys: MergedKeys
 ) -> Float[Array, "B N H D"]:
-    """`attention` under the mask that `keys` stands for; logits and softmax in float32."""
+    """`attention` under the mask that `keys` describes; logits and softmax in float32."""
     length, scale = query.shape[1], query.shape[-1] ** -0.5
     positions, offsets = jnp.arange(length), range(keys.window + 1)
     chosen = jnp.minimum(keys.positions, length - 1)[:, :, None, None]
@@ -71,5 +71,5 @@ def merged_attention(
 
 
 def _later(x: Float[Array, "B N H D"], by: int) -> Float[Array, "B N H D"]:
-    """Every position's value at the position `by` later; zeros at the first ones."""
+    """Shifts values `by` positions later, with zeros at the start."""
     return jnp.pad(x, ((0, 0), (by, 0), (0, 0), (0, 0)))[:, : x.shape[1]]

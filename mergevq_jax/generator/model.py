@@ -1,4 +1,4 @@
-"""A trained generator with a folder behind it, and the tokenizer that its codes are of.
+"""A trained generator, its folder, and the tokenizer whose codes it generates.
 
 Axes: B batch, H W image, L raster tokens, K codes; M choices of K, C classes.
 """
@@ -37,7 +37,7 @@ MODEL_TYPE = "mergevq_generator"
 
 @dataclass(frozen=True, kw_only=True)
 class TokenizerRef:
-    """Which tokenizer a generator's codes are of."""
+    """The tokenizer whose codes a generator generates."""
 
     name: str  # shipped, folder or hub id
     fingerprint: str
@@ -47,18 +47,18 @@ class TokenizerRef:
 class GeneratorInfo:
     """What a generator's config.json says."""
 
-    kind: KindName  # how it was trained
-    window: int  # recent tokens that it always saw
+    kind: KindName  # of training and sampling
+    window: int  # recent tokens that it always saw in training
     classes: tuple[str, ...]  # their names
     tokenizer: TokenizerRef
     architecture: GeneratorConfig
 
     def sampling(self, settings: SamplingConfig) -> SamplingConfig:
-        """Settings as its kind samples, unless they say more; see `Kind.settings`."""
+        """Sampling settings with the defaults of its kind; see `Kind.settings`."""
         return KINDS[self.kind].settings(settings, self.architecture, self.window)
 
     def class_number(self, name: str) -> int:
-        """A class by its name; or by its number, unless all names are numbers themselves.
+        """The number of a class, given by name, or by number unless all names are numbers.
 
         Raises:
           ValueError: no such class.
@@ -121,23 +121,23 @@ class GeneratorModel:
         return self.params | ({} if self.start_counts is None else {GROUP_STARTS: self.start_counts})
 
     def place(self, mesh: Mesh) -> "GeneratorModel":
-        """With its weights on a mesh, split as in training; to be used under `jax.set_mesh(mesh)`."""
+        """The model with its weights on a mesh, sharded as in training; use it under `jax.set_mesh(mesh)`."""
         return replace(self, params=place(self.params, param_shardings(self.params, SHARDING_RULES, mesh)))
 
     def load_tokenizer(self, source: str | os.PathLike | None = None) -> Tokenizer:
-        """The tokenizer of its codes.
+        """The tokenizer whose codes it generates.
 
         Args:
-          source: where it is now; None: where it was when the generator was trained.
+          source: shipped name, folder or hub id; None: the one that it was trained with.
 
         Raises:
-          ValueError: there is none, or another one.
+          ValueError: no tokenizer there, or another than it was trained with.
         """
         source = self.info.tokenizer.name if source is None else source
         tokenizer = load_tokenizer(source)
         if (found := tokenizer.fingerprint()) != self.info.tokenizer.fingerprint:
             raise ValueError(
-                f"tokenizer {source} (fingerprint {found[:12]}) is not the one whose codes this generator makes: "
+                f"tokenizer {source} (fingerprint {found[:12]}) is not the one that this generator was trained with: "
                 f"{self.info.tokenizer.name} (fingerprint {self.info.tokenizer.fingerprint[:12]})"
             )
         return tokenizer
@@ -185,7 +185,7 @@ class GeneratorModel:
 
 
 def read_info(source: str | os.PathLike) -> GeneratorInfo:
-    """What a shipped generator, or that of a folder or hub id, is: its config.json alone, without its weights.
+    """The config.json of a generator (shipped name, folder or hub id), without its weights.
 
     Raises:
       ValueError: as `GeneratorModel.from_pretrained`.

@@ -1,4 +1,4 @@
-"""A generator's training run: config, data, frozen tokenizer, mesh, state and loop put together."""
+"""A generator's training run: its config, and how data, frozen tokenizer, mesh, state and loop are combined."""
 
 import contextlib
 import dataclasses
@@ -40,7 +40,7 @@ PUBLISHED = OptimizerConfig(learning_rate=3e-4, b1=0.9, b2=0.95, weight_decay=0.
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationConfig:
-    """What is measured and drawn on the way, with the averaged parameters."""
+    """What is measured and drawn during training, with the averaged parameters."""
 
     data: DataConfig | TokensConfig
     batches: int = 4
@@ -58,7 +58,7 @@ class EvaluationConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """A whole run; what configs/mergear_*.py return is built into this."""
+    """Config of a run, built from what configs/mergear_*.py return."""
 
     task: Literal["generator"] = "generator"
     seed: int = 0  # of parameters, K and class dropout; data.seed orders the data
@@ -96,7 +96,7 @@ class TrainConfig:
 
     @property
     def all_keeps(self) -> tuple[int, ...]:
-        """Every K that the run needs."""
+        """Every K of the run."""
         return tuple(dict.fromkeys((*self.merge_ratio.keeps, *self.evaluated_keeps)))
 
     @property
@@ -125,9 +125,9 @@ def train(config: TrainConfig, workdir: str | Path) -> loop.Result:
     """Starts or resumes training in `workdir`; the averaged model is in its folder MODEL_FOLDER.
 
     Raises:
-      ValueError: config, data, tokenizer, weights or checkpoint that do not fit, before anything is compiled.
+      ValueError: data, tokenizer, weights or checkpoint that do not fit the config; before any compilation.
       WorkdirError: the workdir cannot be written, or another run is writing it.
-      FloatingPointError: too many updates in a row were not finite.
+      FloatingPointError: too many consecutive updates were not finite.
     """
     with only_writer(workdir, config.loop.min_free_bytes) as workdir:
         tokenizer = load_tokenizer(config.tokenizer, compute=config.tokenizer_compute)
@@ -146,7 +146,7 @@ def train(config: TrainConfig, workdir: str | Path) -> loop.Result:
         )
         mesh = sharding.make_mesh(config.mesh)
         _check_mesh(config, mesh)
-        # A tokenizer may lie elsewhere when a run goes on, but it must be the same one.
+        # A resumed run may find the tokenizer elsewhere, but it must be the same one.
         resolved = config_lib.to_dict(config) | {"codes_of": info.tokenizer.fingerprint}
         draw = functools.partial(draw_keep, config.merge_ratio, config.seed)
         with jax.set_mesh(mesh):
@@ -176,10 +176,10 @@ def train(config: TrainConfig, workdir: str | Path) -> loop.Result:
 
 
 def check(config: TrainConfig, tokenizer: Tokenizer) -> GeneratorInfo:
-    """Makes sure that tokenizer, data and generator belong together; returns what the trained generator is.
+    """Checks that tokenizer, data and generator fit together; returns the info of the trained generator.
 
     Raises:
-      ValueError: they do not, or the preview cannot be sampled.
+      ValueError: they do not, or the previews cannot be sampled.
     """
     generator_data.check_tokenizer(config.model, tokenizer)
     for keep in config.all_keeps:
@@ -189,7 +189,7 @@ def check(config: TrainConfig, tokenizer: Tokenizer) -> GeneratorInfo:
     with naming("evaluation.data"):
         others = generator_data.check_data(config.evaluation.data, config.model, tokenizer, config.evaluated_keeps)
         if others != classes:
-            raise ValueError("classes of other names than those of data")
+            raise ValueError("its classes are not those of data")
     kind = KINDS[config.kind]
     info = GeneratorInfo(
         kind=config.kind,
@@ -234,7 +234,7 @@ def make_program(config: stage2.StepConfig, optimizer: Optimizer, mesh: jax.shar
 
 
 class Run:
-    """The compiled side of a run: its step, its held-out loss, its pictures. Use it under `jax.set_mesh(mesh)`."""
+    """The compiled parts of a run: step, held-out loss, pictures. Use it under `jax.set_mesh(mesh)`."""
 
     def __init__(
         self,
@@ -244,7 +244,7 @@ class Run:
         optimizer: Optimizer,
         mesh: jax.sharding.Mesh,
     ):
-        """Arguments as `train` makes them: a checked config with its tokenizer and `GeneratorInfo`."""
+        """`info`: of `check`."""
         step_config = config.step_config(tokenizer)
 
         self._config, self._info, self._mesh = config, info, mesh
@@ -257,7 +257,7 @@ class Run:
         )
 
     def with_weights(self, model: GeneratorModel, state: stage2.TrainState) -> stage2.TrainState:
-        """The state with the weights of a saved generator of the same architecture, and what it has counted."""
+        """The state with the weights and counts of a saved generator of the same architecture."""
         params = sharding.place(model.params, self.program.shardings.params)
         state = state.replace(params=params, ema=jax.tree.map(lambda leaf: leaf.copy(), params))
         if isinstance(state, stage2.CountingState):
@@ -276,11 +276,11 @@ class Run:
         return GeneratorModel(self._info, state.ema, starts, self._config.compute)
 
     def _on_every_device(self, tree: Any) -> Any:
-        """Arrays whole on every device, so that each host can read them."""
+        """Replicates arrays, so that each host can read them."""
         return jax.jit(lambda tree: tree, out_shardings=sharding.replicated(self._mesh))(tree)
 
     def evaluate(self, state: stage2.TrainState, step: int) -> dict[str, float]:
-        """Held-out losses and accuracies at each K, on the same images every time."""
+        """Held-out losses and accuracies at each K, always on the same images."""
         config = self._config.evaluation
         results = {}
         for keep in self._config.evaluated_keeps:
@@ -294,7 +294,7 @@ class Run:
         return results
 
     def preview(self, state: stage2.TrainState, step: int) -> dict[str, np.ndarray]:
-        """Samples of the first classes, a row for each."""
+        """Samples of the first classes, one row each."""
         config = self._config.evaluation
         rows, columns = min(config.preview_classes, self._config.model.num_classes), config.preview_images
         model = self._model(state)

@@ -1,6 +1,6 @@
 """Stage 2: one jitted step of a generator on the codes of a frozen tokenizer (paper section 4).
 
-The codes come with the batch, or the step tokenizes the batch's images. What is learned is the loss of its kind.
+The codes come with the batch, or the step tokenizes the batch's images. Each kind of generator has its own loss.
 
 Memory: on the backend "xla" attention holds logits of one layer at a time where `compute.remat` is on, of all layers
 otherwise: [B, H, N, N], for MergeAR [B, H, N, P + K + window + 1] (see `merged_attention`). "cudnn" never holds them,
@@ -49,10 +49,10 @@ class StepConfig:
     tokenizer: TokenizerConfig | None = None  # of images; None: batches have codes
     kind: KindName = "merge"  # MergeAR, plain autoregression over all raster tokens, or RandAR over the distinct ones
     window: int = WINDOW  # "merge": recent tokens that are always seen
-    groups: Groups = "source_map"  # "merge": what makes tokens one group; with "codes" as when sampling
+    groups: Groups = "source_map"  # "merge": which tokens form a group; "codes": those with equal codes, as in sampling
     compute: Compute = Compute()
     tokenizer_compute: Compute = Compute()
-    accumulate: int = 1  # parts of one update; all terms are means over examples, so they change nothing
+    accumulate: int = 1  # parts of one update; all terms are means over examples, so the result is the same
     ema_decay: float = 0.9999
     seed: int = 0
 
@@ -67,7 +67,7 @@ class StepConfig:
 
 @flax.struct.dataclass
 class CountingState(TrainState):
-    """Of RandAR, which also counts where groups start."""
+    """The state of RandAR, which also counts where groups start."""
 
     group_starts: Any  # int32 [M, C, L], see `positions`
 
@@ -78,7 +78,7 @@ class CountingState(TrainState):
 
 
 def counts_of(state: TrainState) -> Counts:
-    """What a state has counted beside its parameters."""
+    """What a state counts, beside its parameters."""
     return state.counts if isinstance(state, CountingState) else {}
 
 
@@ -102,7 +102,7 @@ def train_step(
 
     Args:
       state: donated by the caller's jit.
-      tokenizer: frozen parameters, which images need.
+      tokenizer: frozen parameters; None for codes.
       batch: of `data.make_batches`.
       config, optimizer, keep: static; all examples keep `keep` tokens.
 
@@ -125,7 +125,7 @@ def train_step(
 def evaluate(
     params: Params, tokenizer: Params | None, batch: Mapping[str, Array], *, config: StepConfig, keep: int
 ) -> Means:
-    """Means over a batch, with every example's own class; arguments as in `train_step`."""
+    """Means over a batch, without class dropout; arguments as in `train_step`."""
     codes = tokenize(tokenizer, batch, config=config, keep=keep)
     return KINDS[config.kind].loss(params, codes, None, config=config, keep=keep)[1]
 

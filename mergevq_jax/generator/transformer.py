@@ -2,7 +2,7 @@
 
 A code's bits are split into S sub-tokens. A raster token enters as the sum of their embeddings. The trunk's output at
 the token before it, followed by the embeddings of its sub-tokens, then goes through the head's blocks, whose output s
-gives the logits of sub-token s: each is predicted from those before it.
+gives the logits of sub-token s, predicted from those before it.
 
 Axes: B batch, L raster tokens, P prefix tokens, N = P + L and n positions, D width, H heads, S sub-tokens, C slots.
 """
@@ -34,9 +34,9 @@ Seen = Bool[Array, "#B n n"] | MergedKeys  # which positions a position sees
 
 
 def rope_table(config: GeneratorConfig) -> Float[np.ndarray, "2 N pairs"]:
-    """Cosines and sines of the angles that turn the queries and keys of each position, for `apply_rope`.
+    """Cosines and sines of each position's rotation of queries and keys, for `apply_rope`.
 
-    The first half of a head's pairs turns with the raster row, the second with the column. The prefix is not turned;
+    The first half of a head's pairs rotates by the raster row, the second by the column. The prefix is not rotated;
     with `zero_class_rope` the class token's row is zero, so that its query and key vanish.
     """
     pairs = config.head_dim // 4
@@ -52,7 +52,7 @@ def rope_table(config: GeneratorConfig) -> Float[np.ndarray, "2 N pairs"]:
 
 
 def head_rope_table(config: GeneratorConfig) -> Float[np.ndarray, "2 S pairs"]:
-    """The same for the positions in the head's blocks: as released, the class token's row and the raster's first."""
+    """The same for the head's positions: as released, the class token's row and the first of the raster."""
     table = np.delete(rope_table(config), np.arange(1, config.prefix), axis=1)
     return table[:, : len(config.vocab_sizes)]
 
@@ -62,7 +62,7 @@ def _dense(features: int, compute: Compute) -> nn.Dense:
 
 
 def _head(values: int, compute: Compute) -> nn.Dense:
-    """Sums in float32 whatever its inputs are: rounded to bfloat16, the likeliest values would often be equal."""
+    """Sums in float32 for any inputs: in bfloat16 the likeliest values would often be equal."""
     product = functools.partial(jax.lax.dot_general, preferred_element_type=jnp.float32)
     zeros = nn.initializers.zeros
     return nn.Dense(values, use_bias=False, dtype=compute.jax_dtype, kernel_init=zeros, dot_general=product)
@@ -105,7 +105,7 @@ class Attention(nn.Module):
         slots: Int[Array, "B n"],
         visible: Bool[Array, "#B n C"],
     ) -> tuple[Float[Array, "B n D"], Float[Array, "*B H C head"], Float[Array, "*B H C head"]]:
-        """New positions, which are written to their slots and then see every slot visible to them."""
+        """Writes new positions to their slots, then attends from them to the slots visible to each."""
         query, key, value = self._project(x, rope)
         keys, values = write(keys, key, slots), write(values, value, slots)
         x = self.wo(rearrange(attend(query, keys, values, visible), "b n h d -> b n (h d)"))
@@ -157,7 +157,7 @@ class Block(nn.Module):
     def __call__(
         self, x: Float[Array, "B n D"], rope: Float[Array, "2 *rows n pairs"], seen: Seen
     ) -> tuple[Float[Array, "B n D"], None]:
-        """As `nn.scan` wants it: the second output is nothing."""
+        """For `nn.scan`, the second output is None."""
         x = x + self.attention(self.attention_norm(x), rope, seen)
         return constrain(x + self.feed_forward(self.ffn_norm(x)), Axis.BATCH, None, None), None
 
@@ -227,7 +227,7 @@ class Generator(nn.Module):
                 f"{indices.shape[1]} codes per image: this generator's grid {config.grid} has {config.length}"
             )
         prefix = self.embed_prefix(labels, merge)
-        x = jnp.concatenate([prefix, self.embed_codes(indices[:, :-1])], axis=1)  # the last code predicts nothing
+        x = jnp.concatenate([prefix, self.embed_codes(indices[:, :-1])], axis=1)  # nothing follows the last code
         length = x.shape[1]
         if seen is None:
             seen = causal_mask(length)
@@ -237,7 +237,7 @@ class Generator(nn.Module):
         return self.predict(hidden[:, config.prefix - 1 :], indices)
 
     def embed_codes(self, indices: Int[Array, "B n"]) -> Float[Array, "B n D"]:
-        """Codes as the trunk's inputs: the sum of their sub-tokens' embeddings."""
+        """The trunk's inputs for codes: the sum of their sub-tokens' embeddings."""
         return sum(self.embed_sub_token(index, part) for index, part in enumerate(self._split(indices)))
 
     def embed_sub_token(self, index: int, values: Int[Array, "B n"]) -> Float[Array, "B n D"]:
@@ -245,7 +245,7 @@ class Generator(nn.Module):
         return constrain(self.code_emb[index](values), Axis.BATCH, None, None)
 
     def embed_prefix(self, labels: Int[Array, "B"], merge: Int[Array, "B"] | None = None) -> Float[Array, "B P D"]:
-        """Class and merge instruction as the trunk's first inputs; arguments as in `__call__`."""
+        """The trunk's first inputs: class and merge instruction; arguments as in `__call__`."""
         if (merge is not None) != self.config.merge_instruction:
             raise ValueError(
                 "this generator needs a merge instruction"
@@ -288,7 +288,7 @@ class Generator(nn.Module):
 
 
 def init_params(config: GeneratorConfig, key: Array) -> Params:
-    """Random parameters, float32; the heads start at zero, so that a new model predicts a uniform distribution."""
+    """Random parameters, float32; the heads start at zero, so a new model predicts a uniform distribution."""
     labels = jnp.zeros((1,), jnp.int32)
     merge = labels if config.merge_instruction else None
     return Generator(config).init(key, jnp.zeros((1, config.length), jnp.int32), labels, merge)["params"]

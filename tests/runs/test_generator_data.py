@@ -113,7 +113,7 @@ def altered(root, out, **changes):
 
 def test_folders_that_do_not_belong_together(root, tmp_path):
     other = altered(root, tmp_path / "source", source={}, keep=12)
-    with pytest.raises(ValueError, match="do not belong together: another source"):
+    with pytest.raises(ValueError, match="do not belong together: they differ in source"):
         num_examples(TokensConfig(folders=(str(root / "10"), other), batch_size=1))
     with pytest.raises(ValueError, match=r"one folder for each number of kept tokens is needed, these have \[10, 10\]"):
         num_examples(TokensConfig(folders=(str(root / "10"), altered(root, tmp_path / "twin")), batch_size=1))

@@ -94,7 +94,7 @@ def test_a_run_that_was_stopped_goes_on(root, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(sampling_command, "_draw_batch", draw_or_stop)
     assert sample(root, out, *options) == 130
     assert sample(root, out, *options, "--seed", 1) == 1  # nothing is lost
-    assert "is of other samples, which are not finished (another request)" in capsys.readouterr().err
+    assert "holds unfinished samples with another request" in capsys.readouterr().err
     assert sample(root, out, *options) == 0 and len(calls) == 4
     for name in ("samples.npz", "samples.png", "cache.png", "occupancy.png"):
         assert (out / name).read_bytes() == (whole / name).read_bytes(), name
@@ -213,7 +213,7 @@ def test_inspect_says_what_sampling_remembers(kind, row, capsys):
     [
         (["--model", "/no/generator"], "/no/generator"),
         (["--model", "TOKENIZER"], "model_type is 'mergevq_tokenizer', but a generator's is 'mergevq_generator'"),
-        (["--tokenizer", "OTHER"], "is not the one whose codes this generator makes"),
+        (["--tokenizer", "OTHER"], "is not the one that this generator was trained with"),
         (["--class", "cat"], "class 'cat': this generator's classes are named even, odd, and numbered 0 to 1"),
         (["--class", "2"], "class '2': this generator's classes are named even, odd, and numbered 0 to 1"),
         (["--keep", "12"], "K = 12: this generator knows 10, 16"),
@@ -221,7 +221,7 @@ def test_inspect_says_what_sampling_remembers(kind, row, capsys):
         (["--temperature", "1", "1", "1"], "one value, or one for each of 2 sub-tokens"),
         (["--capacity", "1"], "window=3, capacity=1: needed is 1 <= window <= capacity <= 16"),
         (["--num", "0"], "--num 0"),
-        (["--steps", "4"], "4 steps: this generator draws one code a step"),
+        (["--steps", "4"], "4 steps: this generator draws one code per step"),
         (["--tensor", "3"], "needs a multiple of 3 devices, but there are 8"),
         (["--model", "RANDAR", "--steps", "17"], "17 steps: allowed are 1 to 10"),
         (["--model", "RANDAR", "--window", "2"], "window=2: for raster order"),
@@ -238,5 +238,5 @@ def test_what_is_not_possible_is_one_line(root, tmp_path, capsys, options, messa
 
 def test_a_generator_in_raster_order_refuses_a_number_of_steps(root):
     generator = load_generator(root / "generator")
-    with pytest.raises(ValueError, match="4 steps: this generator draws one code a step"):
+    with pytest.raises(ValueError, match="4 steps: this generator draws one code per step"):
         generator.sample([0], 10, sampling=SamplingConfig(), seed=0, steps=4)

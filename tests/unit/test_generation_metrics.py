@@ -193,7 +193,7 @@ def test_folders_that_do_not_fit(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"measured": {}}, "ours: a protocol without seconds_per_image, of another version; draw again"),
+        ({"measured": {}}, "ours: its protocol has no seconds_per_image; draw the samples again"),
         ({"slots": 11, "keep": 9}, "ours: its folders differ in keep, slots, not in the seed alone"),
         ({"fingerprint": "01"}, "ours: its folders differ in fingerprint"),
         ({"seed": 0}, r"ours: seeds \[0, 0\]: every folder needs its own"),
@@ -214,7 +214,7 @@ def test_rows_that_cannot_be_told_apart_or_judged(tmp_path, monkeypatch):
         run([("ours", one), ("ours", one)])
     with pytest.raises(ValueError, match="rows held-out scenes: these names are those of real scenes"):
         run([("held-out scenes", one)])
-    with pytest.raises(ValueError, match="old: a protocol without fingerprint, of another version"):
+    with pytest.raises(ValueError, match="old: its protocol has no fingerprint"):
         old = folder(tmp_path / "old")
         (old / "protocol.json").write_text(json.dumps({k: v for k, v in PROTOCOL.items() if k != "fingerprint"}))
         run([("old", [old])])

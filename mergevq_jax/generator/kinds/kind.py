@@ -1,4 +1,4 @@
-"""What each kind of generator does in its own way; here, what those in raster order share.
+"""What differs between the kinds of generators; the base class has what kinds in raster order share.
 
 Axes: B batch, L raster tokens, M choices of K, C classes.
 """
@@ -20,7 +20,7 @@ from mergevq_jax.generator.transformer import Params
 from mergevq_jax.tokenizer.model import Tokenizer
 from runtime_jax.nn.compute import Compute
 
-Counts = Mapping[str, Array]  # what training counts beside the parameters, by name
+Counts = Mapping[str, Array]  # what training counts, beside the parameters; by name
 
 
 class CacheUse(NamedTuple):
@@ -53,7 +53,7 @@ class Kind(abc.ABC):
     def loss(
         self, params: Params, batch: Mapping[str, Array], key: Key[Array, ""] | None, *, config: LossConfig, keep: int
     ) -> tuple[Array, Means]:
-        """The loss, and what is logged of it.
+        """The loss, and the means to log.
 
         Args:
           params: of `Generator`.
@@ -66,19 +66,19 @@ class Kind(abc.ABC):
         """Raises ValueError for numbers of kept tokens that this kind cannot be trained with."""
 
     def window(self, model: GeneratorConfig, window: int) -> int:
-        """Recent tokens that a trained generator always sees."""
+        """Number of recent tokens that the trained generator always sees."""
         return window
 
     def new_counts(self, model: GeneratorConfig) -> Counts:
-        """What is counted, before the first step."""
+        """The counts before the first step."""
         return {}
 
     def count(self, counts: Counts, batch: Mapping[str, Array], *, model: GeneratorConfig, keep: int) -> Counts:
-        """The counts with those of one more batch."""
+        """The counts after one more batch."""
         return counts
 
     def settings(self, sampling: SamplingConfig, model: GeneratorConfig, window: int) -> SamplingConfig:
-        """Settings with the window of the training, unless they say more."""
+        """Sampling settings in which an unset window is that of training."""
         return replace(sampling, window=window if sampling.window is None else sampling.window)
 
     def plan(
@@ -90,10 +90,10 @@ class Kind(abc.ABC):
         steps: int | None,
         compute: Compute,
     ) -> DrawPlan:
-        """What the sampler is compiled for.
+        """The static part of a sampler.
 
         Raises:
-          ValueError: lists all settings that are not possible with this generator.
+          ValueError: lists all settings that this generator cannot sample with.
         """
         _check_steps(steps)
         return make_plan(model, sampling, keep, compute)[0]
@@ -103,7 +103,7 @@ class Kind(abc.ABC):
         return model.length
 
     def tokens(self, model: GeneratorConfig) -> int:
-        """What a KV cache that keeps everything holds beside the prefix."""
+        """Tokens, beside the prefix, in a KV cache that keeps all of them."""
         return model.length
 
     def draw(
@@ -124,14 +124,14 @@ class Kind(abc.ABC):
         return sample(params, labels, keep, **settings)
 
     def images(self, tokenizer: Tokenizer, drawn: Samples) -> UInt8[Array, "B H W 3"]:
-        """What was drawn, as images."""
+        """The images of what `draw` returned."""
         return codes_to_images(tokenizer, drawn.indices)
 
     def use(self, drawn: Samples) -> CacheUse | None:
-        """What the KV cache did; None where it keeps everything."""
+        """What the KV cache did; None if it keeps everything."""
         return CacheUse(drawn.first_occurrence, drawn.kept, drawn.occupancy, drawn.overflows)
 
 
 def _check_steps(steps: int | None) -> None:
     if steps is not None:
-        raise ValueError(f"{steps} steps: this generator draws one code a step, in raster order")
+        raise ValueError(f"{steps} steps: this generator draws one code per step, in raster order")

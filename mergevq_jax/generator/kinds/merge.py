@@ -1,4 +1,4 @@
-"""MergeAR (paper section 4.2): a position sees recent tokens, and of the older ones the first of each group."""
+"""MergeAR (paper section 4.2): a position sees recent tokens, and the first token of each older group."""
 
 from collections.abc import Mapping
 

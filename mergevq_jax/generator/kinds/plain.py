@@ -26,6 +26,6 @@ class Plain(Kind):
         return model.length
 
     def settings(self, sampling: SamplingConfig, model: GeneratorConfig, window: int) -> SamplingConfig:
-        """Every token is kept, unless the settings say more."""
+        """Settings in which an unset capacity is all tokens."""
         sampling = super().settings(sampling, model, window)
         return replace(sampling, capacity=model.length) if sampling.capacity is None else sampling

@@ -1,9 +1,9 @@
-"""Where the groups of merged tokens start: counted while RandAR is trained, drawn when it samples.
+"""Where groups of merged tokens start: counted while RandAR trains, drawn when it samples.
 
-RandAR is asked for codes at given positions and does not predict these. In training they are the first members of an
-image's groups, and far from uniform: with the tiny tokenizer at K = 144, a group starts at the left edge in 95 % of
-images and in the middle of the first row in 5 to 9 %. So a generator keeps how many images had a group's start at each
-cell, for each K and class.
+RandAR draws codes at given positions and does not predict the positions. In training these are the first members of an
+image's groups, and their distribution is far from uniform: with the tiny tokenizer at K = 144, a group starts at the
+left edge in 95 % of images and in the middle of the first row in 5 to 9 %. So a generator counts, for each K and class,
+the images in which a group starts at each cell.
 
 Axes: B batch, M choices of K (1 without merge instruction), C classes, "labels" these and the null class, L raster
 tokens, K codes.
@@ -38,11 +38,11 @@ def count_starts(
 
 
 def shares(counts: Int[Array | np.ndarray, "M C L"], config: GeneratorConfig) -> Float[Array, "M labels L"]:
-    """Share of images in which a group starts at a cell; every L of them add up to K.
+    """Share of images in which a group starts at each cell; the L shares add up to K.
 
-    The last row of each M is of all classes together, for the null class. So that every share is known, one image is
-    added to a class that is like all classes together, and to these one with all cells but the first equally likely:
-    the first cell starts a group in every image.
+    The last label is the null class, with the counts of all classes together. To define every share, each class gets
+    one more image with the shares of all classes together, and these one in which all cells but the first are equally
+    likely. The first cell starts a group in every image.
     """
     rest = (np.asarray(_keeps(config)) - 1) / max(config.length - 1, 1)
     equal = jnp.broadcast_to(jnp.asarray(rest, jnp.float32)[:, None, None], (len(rest), 1, config.length))
@@ -51,7 +51,7 @@ def shares(counts: Int[Array | np.ndarray, "M C L"], config: GeneratorConfig) ->
 
 
 def _mean_with(counts: Int[Array | np.ndarray, "M n L"], one: Float[Array, "M 1 L"]) -> Float[Array, "M n L"]:
-    """The share in the counted images and one more."""
+    """The share over the counted images and one more."""
     return (counts + one) / (counts[:, :, :1] + 1)
 
 
@@ -59,8 +59,8 @@ def _mean_with(counts: Int[Array | np.ndarray, "M n L"], one: Float[Array, "M 1 
 def draw_positions(shares: Float[Array, "B L"], keys: Key[Array, "B"], count: int) -> Int[Array, "B K"]:
     """K = `count` raster positions in random order, each cell with the probability that is its share.
 
-    Systematic sampling of cells in random order (Madow, 1949): with the shares laid end to end on a line, which is K
-    long, the cells are drawn in which a point of a ruler of step 1 and random start lies.
+    Systematic sampling (Madow, 1949): the shares lie end to end, in random order, on a line of length K. Points at
+    distance 1 with a random start choose the cells that they fall into.
 
     Args:
       shares: up to 1, with a sum of K for each example.
@@ -72,7 +72,7 @@ def draw_positions(shares: Float[Array, "B L"], keys: Key[Array, "B"], count: in
         cells = jax.random.permutation(arrange, shares.shape[0])
         points = jnp.floor(jnp.cumsum(shares[cells]) + jax.random.uniform(start))
         drawn = jnp.diff(points, prepend=0) > 0
-        certain = shares[cells] >= 1  # first in the ranking, as rounding might lose one of them
+        certain = shares[cells] >= 1  # ranked first, since rounding might lose one
         ranked = jax.lax.top_k(drawn.astype(jnp.int32) + certain, count)[1]
         return jax.random.permutation(shuffle, cells[ranked])
 

@@ -1,11 +1,11 @@
-"""RandAR (arXiv 2412.01827) over merged tokens: codes in random order, each after a token that says where it goes.
+"""RandAR (arXiv 2412.01827) over merged tokens: codes in random order, each after a token that gives its position.
 
 The sequence is the prefix, then for each of the K distinct tokens a position instruction and the code, both with the
 rotary position of the token. The instruction is one learned vector, rotated to the position; the trunk's output there
 predicts the code. A token that stands for a group has the raster position of the group's first member.
 
-Which positions an image's codes have is not predicted: a sampler is told them (see `positions`). Source recovery then
-says which raster tokens belong to each (paper section 3.3).
+The model does not predict the positions of an image's codes: the sampler gives them (see `positions`). Source recovery
+then assigns raster tokens to the codes (paper section 3.3).
 
 Axes: B batch, L raster tokens, K distinct tokens, P prefix tokens, N = P + 2 K - 1 positions, D width.
 """
@@ -29,7 +29,7 @@ from runtime_jax.prng import Stream, example_keys, stream_key
 
 
 class Codes(NamedTuple):
-    """Distinct codes and where they are, in the order in which they are generated."""
+    """Distinct codes and their positions, in the order of generation."""
 
     indices: Int[Array, "B K"]
     positions: Int[Array, "B K"]  # raster positions
@@ -47,7 +47,7 @@ def merged_codes(indices: Int[Array, "B L"], source_map: Int[Array, "B L"], keep
 
 
 def shuffled(codes: Codes, keys: Key[Array, "B"]) -> Codes:
-    """In a random order, by each example's own key."""
+    """The codes in a random order, by each example's own key."""
     order = jax.vmap(lambda key: jax.random.permutation(key, codes.indices.shape[1]))(keys)
     return Codes(*(jnp.take_along_axis(part, order, axis=1) for part in codes))
 
@@ -97,7 +97,7 @@ def check_randar(config: GeneratorConfig) -> None:
     """Raises ValueError for a generator without position instruction."""
     if not config.position_instruction:
         raise ValueError(
-            "this generator has no position instruction (position_instruction): it knows raster order only"
+            "this generator has no position instruction (position_instruction): it draws in raster order only"
         )
 
 

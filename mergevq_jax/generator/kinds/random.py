@@ -1,4 +1,4 @@
-"""RandAR as a kind of generator: the distinct codes in random order, each after its position; see `randar`."""
+"""RandAR as a kind of generator; the model is in `randar`."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -22,7 +22,7 @@ GROUP_STARTS = "group_starts"  # int32 [M, C, L], counted as in `positions`
 
 
 class RandAR(Kind):
-    """Parallel decoding; every code is kept, and source recovery spreads the codes over the raster."""
+    """Parallel decoding of distinct codes; source recovery assigns them to the raster."""
 
     positions = True
     recovers = True
@@ -40,7 +40,7 @@ class RandAR(Kind):
             raise ValueError(f"K = {tuple(keeps)}: without model.merge_instruction RandAR draws {model.length} codes")
 
     def new_counts(self, model: GeneratorConfig) -> Counts:
-        """Where groups start."""
+        """How often groups start at each position."""
         return {GROUP_STARTS: new_counts(model)}
 
     def count(self, counts: Counts, batch: Mapping[str, Array], *, model: GeneratorConfig, keep: int) -> Counts:
@@ -49,7 +49,7 @@ class RandAR(Kind):
         return {GROUP_STARTS: starts}
 
     def settings(self, sampling: SamplingConfig, model: GeneratorConfig, window: int) -> SamplingConfig:
-        """As they are: there is no window."""
+        """The settings as they are: there is no window."""
         return sampling
 
     def plan(
@@ -69,7 +69,7 @@ class RandAR(Kind):
         return len(plan.counts)
 
     def tokens(self, model: GeneratorConfig) -> int:
-        """Codes, and the instruction before each of them."""
+        """All codes, and the position instruction before each."""
         return 2 * model.length
 
     def draw(

@@ -1,7 +1,7 @@
 """A few positions at a time: the trunk over its KV cache, the head over the sub-tokens of one code.
 
-The layers are unrolled and each has its own parameters and its own part of the KV cache, so that a loop over positions
-reads both where they lie; a scan over stacked layers would copy each layer's slice at every step.
+The layers are unrolled, each with its own parameters and its own part of the KV cache, so that a loop over positions
+reads both in place; a scan over stacked layers would copy each layer's slice at every step.
 
 Axes: R rows, n positions, D width, C slots.
 """
@@ -20,7 +20,7 @@ from runtime_jax.nn.compute import Compute
 
 
 def cast(params: Params, compute: Compute) -> Params:
-    """Kernels and embeddings in the dtype that they are used in, once and not at every step."""
+    """Casts kernels and embeddings to the compute dtype, once and not at every step."""
 
     def leaf(path: tuple[Any, ...], value: Array) -> Array:
         return value.astype(compute.jax_dtype) if path[-1].key in ("kernel", "embedding") else value
@@ -36,7 +36,7 @@ class Layer(NamedTuple):
 
 
 def unstacked(blocks: Params) -> list[Layer]:
-    """Each block by itself, from blocks that are stacked along the first axis; to be called outside the loop."""
+    """The layers of blocks stacked along the first axis; call it outside of the loop."""
     gate, up = (blocks["feed_forward"][name]["kernel"] for name in ("w1", "w3"))
     stacked = Layer(blocks, jnp.stack([gate, up], axis=-2))
     return [jax.tree.map(operator.itemgetter(layer), stacked) for layer in range(len(gate))]

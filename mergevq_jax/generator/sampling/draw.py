@@ -1,4 +1,4 @@
-"""From logits to a sub-token: guidance, temperature, top-k, top-p, and the draw itself; all in float32.
+"""Draws a sub-token from logits: guidance, top-k, top-p, and the draw itself; all in float32.
 
 Axes: B examples, V values of a sub-token, L raster tokens, S sub-tokens.
 """
@@ -44,13 +44,13 @@ def guided(logits: Float[Array, "B 2 V"], scale: Float[Array, ""]) -> Float[Arra
 def keep_likely(
     logits: Float[Array, "B V"], top_k: int = 0, top_p: Float[Array, ""] | None = None
 ) -> Float[Array, "B V"]:
-    """Logits of the k likeliest values, and of them the fewest whose probabilities add up to p; -inf for the others.
+    """Keeps the k likeliest values, and of them the fewest whose probabilities add up to p; -inf for the others.
 
-    Values that are as likely as the last one kept are kept too.
+    Values as likely as the last one kept are kept too.
 
     Args:
-      top_k: 0 is all values.
-      top_p: above 0; None is no such limit.
+      top_k: 0: all values.
+      top_p: above 0; None: no such limit.
     """
     if not top_k and top_p is None:
         return logits
@@ -66,7 +66,7 @@ def keep_likely(
 def draw(logits: Float[Array, "B V"], keys: Key[Array, "B"]) -> Int[Array, "B"]:
     """A value from softmax(logits) for each example, by the Gumbel-max trick with the example's own key."""
     noise = jax.vmap(lambda key: jax.random.gumbel(key, logits.shape[1:], jnp.float32))(keys)
-    return likeliest(jax.lax.optimization_barrier(logits + noise))  # or each reduction makes the noise anew
+    return likeliest(jax.lax.optimization_barrier(logits + noise))  # without it, each reduction makes the noise again
 
 
 def likeliest(scores: Float[Array, "B V"]) -> Int[Array, "B"]:

@@ -1,4 +1,4 @@
-"""Drawing codes from the trunk's outputs, sub-token by sub-token; what samplers in any order share.
+"""Draws codes from the trunk's outputs, sub-token by sub-token; the samplers of all orders share it.
 
 Axes: B examples, R rows of the network (two for each example under guidance: its class and the null class), n codes
 that are drawn side by side, P prefix tokens, S sub-tokens, V values of a sub-token, D width.
@@ -23,7 +23,7 @@ UNDRAWN = -1  # in place of a code: its logits were not finite
 
 
 def check_drawn(indices: Int[Array, "B n"], params: Params) -> None:
-    """Makes sure that all codes were drawn.
+    """Checks that all codes were drawn.
 
     Args:
       indices: in the order of drawing.
@@ -41,14 +41,14 @@ def _are_drawn(indices: Int[Array, "B n"]) -> Bool[Array, "n"]:
 
 
 def draw_keys(keys: Key[Array, "B"], codes: int, sub_tokens: int) -> Key[Array, "codes S B"]:
-    """A key for every draw, from the examples' own; made before the loop, which has only the noise left to make."""
+    """A key for every draw, from the examples' own; made before the loop, so that the loop only makes noise."""
     numbered = jax.vmap(jax.vmap(jax.random.fold_in, in_axes=(0, None)), in_axes=(None, 0))
     drawn = numbered(keys, jnp.arange(codes * sub_tokens)).reshape(codes, sub_tokens, -1)
     return constrain(drawn, None, None, Axis.BATCH)
 
 
 class HeadSampler:
-    """The prefix, and the draw of codes: the first and the last part of a sampler's step."""
+    """The first and last parts of a sampler's step: the prefix, and the draw of codes."""
 
     def __init__(self, params: Params, plan: DrawPlan, knobs: Knobs):
         self.plan, self.config, self.knobs = plan, plan.config, knobs
@@ -59,7 +59,7 @@ class HeadSampler:
         self.step_blocks = functools.partial(decode.step, config=plan.config, compute=plan.compute)
 
     def rows(self, x: Array) -> Array:
-        """[B, ...] -> [R, ...]: an example's two rows lie side by side, so that a batch split over devices stays so."""
+        """[B, ...] -> [R, ...]: an example's two rows are adjacent, so a sharded batch stays sharded."""
         return jnp.repeat(x, self.plan.rows, axis=0)
 
     def prefix(self, labels: Int[Array, "B"], merge: Int[Array, "B"] | None) -> Float[Array, "R P D"]:

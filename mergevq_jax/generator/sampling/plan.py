@@ -1,4 +1,4 @@
-"""How codes are drawn: the settings, and what a sampler makes of them for one generator.
+"""How codes are drawn: the settings, and their static and dynamic parts for one generator.
 
 Axes: B examples, L raster tokens, N codes that are drawn (L, or RandAR's K), S sub-tokens, C slots of the KV cache.
 """
@@ -21,7 +21,7 @@ WINDOW = 2  # the paper's figure 4
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingConfig:
-    """How codes are drawn and which of them the KV cache keeps. A tuple has one value for each sub-token."""
+    """How codes are drawn and which of them the KV cache keeps; a tuple has a value for each sub-token."""
 
     cfg_scale: float | tuple[float, ...] = 1.0  # 1 is no guidance
     cfg_schedule: CfgSchedule = "constant"
@@ -32,12 +32,12 @@ class SamplingConfig:
     greedy: bool = False  # the likeliest value, whatever temperature, top_k and top_p say
     window: int | None = None  # recent tokens that are always seen; None: 2, or L without a merge instruction
     capacity: int | None = None  # older first occurrences that are kept; None: K, or L without a merge instruction
-    policy: str = "evict-oldest"  # of `POLICIES`: which older token goes when there are more
+    policy: str = "evict-oldest"  # of `POLICIES`: which older token is evicted when there are more
 
 
 @dataclass(frozen=True, kw_only=True)
 class DrawPlan:
-    """What any sampler is compiled for."""
+    """The static part of any sampler."""
 
     config: GeneratorConfig
     compute: Compute
@@ -49,7 +49,7 @@ class DrawPlan:
 
 @dataclass(frozen=True, kw_only=True)
 class Plan(DrawPlan):
-    """What the sampler in raster order is compiled for."""
+    """The static part of the sampler in raster order."""
 
     window: int
     capacity: int
@@ -63,14 +63,14 @@ class Plan(DrawPlan):
 
 
 class Knobs(NamedTuple):
-    """What may change without compiling again."""
+    """The dynamic part of a sampler: it may change without compiling again."""
 
     scales: Float[Array, "N S"]
     temperature: Float[Array, "S"]
     top_p: Float[Array, "S"]
 
 
-# Name, what is allowed (with the vocabularies), and whether a value is, given the sub-token's vocabulary.
+# Name, text of what is allowed, and whether a value is allowed for a sub-token's vocabulary.
 _PER_SUB_TOKEN: tuple[tuple[str, str, Callable[[Any, int], bool]], ...] = (
     ("cfg_scale", "finite numbers from 0", lambda scale, _: 0 <= scale < np.inf),
     ("temperature", "positive numbers", lambda temperature, _: 0 < temperature < np.inf),
@@ -82,10 +82,10 @@ _PER_SUB_TOKEN: tuple[tuple[str, str, Callable[[Any, int], bool]], ...] = (
 def make_plan(
     config: GeneratorConfig, sampling: SamplingConfig, keep: int | None, compute: Compute
 ) -> tuple[Plan, Knobs]:
-    """What the sampler is compiled for, and what it takes as numbers.
+    """The static and the dynamic part of the sampler in raster order.
 
     Raises:
-      ValueError: lists all settings that are not possible with this generator.
+      ValueError: lists all settings that this generator cannot sample with.
     """
     config.merge_index(keep)
     length = config.length
@@ -103,10 +103,10 @@ def make_plan(
 def draw_plan(
     config: GeneratorConfig, sampling: SamplingConfig, compute: Compute, length: int, problems: Sequence[str]
 ) -> tuple[dict[str, Any], Knobs]:
-    """The fields of `DrawPlan`, and the numbers for a sequence of `length` codes.
+    """The fields of `DrawPlan`, and the dynamic part for a sequence of `length` codes.
 
     Raises:
-      ValueError: lists all settings that are not possible with this generator, and the caller's `problems`.
+      ValueError: lists all settings that this generator cannot sample with, and the caller's `problems`.
     """
     values, found = _settings(config, sampling)
     is_guided = any(scale != 1 for scale in values["cfg_scale"])
@@ -136,10 +136,10 @@ def checked_request(
     keep: int | None,
     config: GeneratorConfig,
 ) -> tuple[Int[np.ndarray, "B"], Int[np.ndarray, "B"], Int[np.ndarray, "B"] | None]:
-    """Labels, numbers of the examples (None: 0 to B - 1) and merge instructions, ready for a sampler.
+    """Labels, numbers of the examples (None: 0 to B - 1) and merge instructions, checked.
 
     Raises:
-      ValueError: no labels, or some that the generator does not know; not one number an example; a K as in
+      ValueError: no labels, or unknown ones; not one number for each example; a K as in
         `GeneratorConfig.merge_index`.
     """
     labels = np.asarray(labels)
@@ -155,7 +155,7 @@ def checked_request(
 
 
 def _settings(config: GeneratorConfig, sampling: SamplingConfig) -> tuple[dict[str, tuple], list[str]]:
-    """The settings that a sub-token can have for itself, one value for each, and what is wrong with any setting."""
+    """The settings by sub-token, one value for each; and what is wrong with any setting."""
     values, problems = {}, []
     for name, allowed, fits in _PER_SUB_TOKEN:
         given, parts = getattr(sampling, name), len(config.vocab_sizes)

@@ -1,4 +1,4 @@
-"""MergeAR's compressed KV cache of keys and values, and the position cache that says what is in it (paper section 4.2).
+"""MergeAR's compressed KV cache, and the position cache that records what is in it (paper section 4.2).
 
 The KV cache has C = P + T slots: P for the prefix, and T = window + 1 + capacity for raster tokens: those in the
 window, the current one, and `capacity` older ones. All raster tokens share one pool of slots. A token's keys and values
@@ -28,8 +28,8 @@ EMPTY = -1  # the position in a slot that is free
 HIDDEN = -1e30  # a logit that no softmax sees
 
 
-# From the slots' positions, and which of these are first occurrences outside the window, to the position that goes; it
-# counts only where there are more than `capacity` of them.
+# From the slots' positions, and which of them are first occurrences outside the window, to the position to evict; used
+# only where there are more than `capacity` of these.
 CachePolicy = Callable[[Int[Array, "B T"], Bool[Array, "B T"]], Int[Array, "B"]]
 
 
@@ -41,7 +41,7 @@ def _newest(positions: Int[Array, "B T"], kept: Bool[Array, "B T"]) -> Int[Array
     return jnp.max(jnp.where(kept, positions, EMPTY), axis=1)
 
 
-# By name; one that is added here is a choice of SamplingConfig.policy and of the command line.
+# By name. A policy added here can be SamplingConfig.policy and --policy.
 POLICIES: dict[str, CachePolicy] = {"evict-oldest": _oldest, "full": _newest}
 
 
@@ -55,7 +55,7 @@ class PositionCache(NamedTuple):
 
 
 class Placed(NamedTuple):
-    """Where a token goes, and what it is."""
+    """A token's slot, and whether it is a first occurrence."""
 
     cache: PositionCache
     slot: Int[Array, "B"]  # of the T
@@ -63,7 +63,7 @@ class Placed(NamedTuple):
 
 
 def token_slots(length: int, *, window: int, capacity: int) -> int:
-    """T; no more than there are tokens."""
+    """T; at most the number of tokens."""
     return min(window + 1 + capacity, length)
 
 
@@ -87,15 +87,15 @@ def insert(
     capacity: int | Int[Array, ""],
     policy: str,
 ) -> Placed:
-    """Makes room for the next token in raster order and takes it in.
+    """Makes room for the next token in raster order and inserts it.
 
     Args:
-      cache: holds the tokens before it.
+      cache: with the tokens before it.
       index: code of the token.
       position: raster position of the token, one more than at the last call.
-      window: tokens before it that it sees whatever they are.
-      capacity: first occurrences outside the window that are kept.
-      policy: name of the one of `POLICIES` that says which one goes when there are more.
+      window: number of tokens before it that are always kept.
+      capacity: number of first occurrences outside the window that are kept.
+      policy: name in `POLICIES`; it chooses the one to evict when there are more.
     """
     positions, overflows = cache.positions, cache.overflows
     outside = (positions != EMPTY) & (positions < position - window)
@@ -130,9 +130,9 @@ def kept(cache: PositionCache, length: int) -> Bool[Array, "B L"]:
 
 
 class KVCache(NamedTuple):
-    """Keys and values of every layer. One array for each, since a slice of a stacked one would be a copy.
+    """Keys and values of every layer, an array for each: a slice of a stacked array would be a copy.
 
-    A single row has no axis R: with one of size 1, XLA copies each array several times a step.
+    A single row has no axis R: with an axis of size 1, XLA copies each array several times per step.
     """
 
     keys: tuple[Float[Array, "*R H C head"], ...]
@@ -152,7 +152,7 @@ def empty_kv_cache(layers: int, rows: int, heads: int, slots: int, head_dim: int
 def write(
     array: Float[Array, "*R H C head"], tokens: Float[Array, "R n H head"], slots: Int[Array, "R n"]
 ) -> Float[Array, "*R H C head"]:
-    """One layer's keys or values with those of new tokens in their slots; in place where the argument is done with."""
+    """Writes new tokens' keys or values of one layer to their slots, in place if the argument is no longer used."""
     tokens = jnp.swapaxes(tokens, 1, 2)
     if array.ndim == 4:
         return _constrain(jax.vmap(_put)(array, tokens, slots))
@@ -178,7 +178,7 @@ def attend(
     visible: Bool[Array, "#R n C"],
 ) -> Float[Array, "R n H head"]:
     """Attention of each token over the slots visible to it; logits and softmax in float32."""
-    query = jnp.swapaxes(query, 1, 2)  # the few tokens are turned, so that no compiler turns the KV cache
+    query = jnp.swapaxes(query, 1, 2)  # transposes the few tokens, so that no compiler transposes the KV cache
     axes = "rhcd"[4 - keys.ndim :]
     logits = jnp.einsum(f"rhnd,{axes}->rhnc", query, keys, preferred_element_type=jnp.float32)
     logits = jnp.where(visible[:, None], logits * query.shape[-1] ** -0.5, HIDDEN)

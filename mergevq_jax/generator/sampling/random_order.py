@@ -1,9 +1,9 @@
-"""Sampling RandAR: several codes at a time, in one compiled loop over a KV cache of static shape.
+"""Samples RandAR: several codes at a time, in one compiled loop with a KV cache of static shape.
 
-A step looks at the tokens that are known and not yet in the KV cache (the prefix, later the position instructions and
-codes of the step before, in the order of the training), and with them at the instructions of the codes that come next.
-Each of these sees all that is known and itself, not its neighbours: it predicts what it would if it came next and
-alone. The KV cache keeps the known tokens; the slots of what was only asked for are written over by the next step.
+A step computes the known tokens that are not yet in the KV cache (the prefix, later the position instructions and codes
+of the previous step, in the order of training), and the position instructions of the next codes. Each of these
+instructions sees all known tokens and itself, but no other: it predicts its code as if it came next and alone. The KV
+cache keeps the known tokens; the next step overwrites the slots of the instructions.
 
 Axes: B examples, R rows of the network (two for each example under guidance), K codes, T steps, n codes that are drawn
 at most in one step, S sub-tokens, C slots, P prefix tokens, D width.
@@ -34,9 +34,9 @@ STEPS = 64  # the paper's for variant G+R
 
 
 def cosine_counts(codes: int, steps: int) -> tuple[int, ...]:
-    """Codes to draw in each step: at least one, and never fewer than in the step before.
+    """Codes to draw in each step: at least one, and never fewer than in the previous step.
 
-    After a share t of the steps about a share 1 - cos(pi t / 2) of the codes is drawn.
+    After a share t of the steps, about 1 - cos(pi t / 2) of the codes are drawn.
 
     Raises:
       ValueError: fewer than one step, or more steps than codes.
@@ -50,7 +50,7 @@ def cosine_counts(codes: int, steps: int) -> tuple[int, ...]:
 
 
 class Step(NamedTuple):
-    """Where one step is; numbers of tokens."""
+    """The state of one step, as numbers of tokens."""
 
     start: Int[Array | np.ndarray, "*T"]  # codes drawn before
     stored: Int[Array | np.ndarray, "*T"]  # known tokens that are in the KV cache
@@ -59,7 +59,7 @@ class Step(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class RandarPlan(DrawPlan):
-    """What the sampler in random order is compiled for."""
+    """The static part of the sampler in random order."""
 
     counts: tuple[int, ...]  # codes of each step
 
@@ -78,17 +78,17 @@ class RandarPlan(DrawPlan):
 
     @property
     def slots(self) -> int:
-        """C; a step writes 2 n known tokens (some of them to no purpose) and n that it asks for."""
+        """C; a step writes 2 n known tokens, some of them padding, and n instructions."""
         return int(self.steps.stored[-1]) + 3 * self.width
 
 
 def make_randar_plan(
     config: GeneratorConfig, sampling: SamplingConfig, keep: int | None, steps: int | None, compute: Compute
 ) -> tuple[RandarPlan, Knobs]:
-    """What the sampler is compiled for, and what it takes as numbers; steps None are 64, or one for each code.
+    """The static and the dynamic part of the sampler in random order; steps None: 64, or one for each code.
 
     Raises:
-      ValueError: lists all settings that are not possible with this generator.
+      ValueError: lists all settings that this generator cannot sample with.
     """
     check_randar(config)
     config.merge_index(keep)
@@ -116,19 +116,19 @@ def randar_sample(
     positions: Int[Array, "B K"] | Int[np.ndarray, "B K"] | None = None,
     compute: Compute = Compute(),
 ) -> Codes:
-    """K codes of one image for each label, and their positions; K is `keep`, or L without a merge instruction.
+    """K codes of one image for each label, and their positions; K is `keep`, or L without merge instruction.
 
     Args:
       params, labels, config, seed, examples, compute: as in `sampling.sample`.
       keep: codes of an image, one of `keeps`; None without merge instruction.
-      sampling: how to draw; the schedules of guidance run over the codes, and all of a step share a scale.
+      sampling: how to draw; guidance schedules run over the codes, and all codes of a step share a scale.
       steps: calls of the network, 1 to K; None: 64, or K.
-      start_counts: where groups started in training, counted as in `positions`; positions are drawn as often.
-      positions: raster positions of the codes in the order of drawing, such as those of a real image's groups; they
-        take the place of `start_counts`.
+      start_counts: where groups started in training, counted as in `positions`; positions are drawn by these counts.
+      positions: raster positions of the codes in the order of drawing, such as those of a real image's groups; instead
+        of `start_counts`.
 
     Raises:
-      ValueError: what is asked for is not possible with this generator.
+      ValueError: this generator cannot sample so.
       NotFiniteError: logits that are not finite; names the first code that has them.
     """
     labels, examples, merge = checked_request(labels, examples, keep, config)
@@ -169,7 +169,7 @@ def run(
     *,
     plan: RandarPlan,
 ) -> Codes:
-    """The compiled sampler: one scan over the steps, all of whose inputs are arrays."""
+    """The compiled sampler: one scan over the steps."""
     sampler = RandarSampler(params, plan, knobs)
     draws = draw_keys(example_keys(key, examples), sum(plan.counts), len(plan.config.vocab_sizes))
 
@@ -182,20 +182,20 @@ def run(
 
 
 class Carry(NamedTuple):
-    """What one step leaves to the next."""
+    """What one step passes to the next."""
 
     kv_cache: KVCache
-    pending: Float[Array, "R known D"]  # known tokens that are not in the KV cache, in front
+    pending: Float[Array, "R known D"]  # known tokens that are not in the KV cache, first
     rope: Float[Array, "2 R known pairs"]  # their rows of the rope table
 
 
 class RandarSampler(HeadSampler):
-    """The parts of one step, with what all steps share."""
+    """One step, and what all steps share."""
 
     plan: RandarPlan
 
     def start(self, labels: Int[Array, "B"], merge: Int[Array, "B"] | None) -> Carry:
-        """Nothing is stored, and the prefix is known."""
+        """Before the first step: an empty KV cache, and the known prefix."""
         plan, config = self.plan, self.config
         prefix = self.prefix(labels, merge)
         rows = len(prefix)
@@ -209,7 +209,7 @@ class RandarSampler(HeadSampler):
     def step(
         self, carry: Carry, now: Step, positions: Int[Array, "B K"], keys: Key[Array, "K S B"]
     ) -> tuple[Carry, Int[Array, "B n"]]:
-        """Draws the next codes; of the n, those beyond the step's count are to no purpose."""
+        """Draws the next n codes; those beyond the step's count are padding."""
         width, scales = self.plan.width, self.knobs.scales[now.start]
         positions = lax.dynamic_slice_in_dim(positions, now.start, width, axis=1)
         keys = lax.dynamic_slice_in_dim(keys, now.start, width, axis=0)
@@ -220,7 +220,7 @@ class RandarSampler(HeadSampler):
     def ask(
         self, carry: Carry, now: Step, positions: Int[Array, "B n"]
     ) -> tuple[Float[Array, "R n D"], Float[Array, "R n D"], Float[Array, "2 R n pairs"], KVCache]:
-        """Stores what is pending, and asks for codes at `positions`.
+        """Writes pending tokens to the KV cache, and asks for codes at `positions`.
 
         Returns:
           the trunk's outputs that predict the codes, the instructions and their rows of the rope table, the KV cache.
@@ -242,7 +242,7 @@ class RandarSampler(HeadSampler):
     def layout(self, now: Step) -> tuple[Int[Array, "tokens"], Bool[Array, "tokens C"]]:
         """Slots of a step's tokens, and the slots that each of them sees.
 
-        A known token sees those before it, what is asked for sees all known ones; and each sees itself.
+        A known token sees those before it, an instruction sees all known tokens; each sees itself.
         """
         number, known = jnp.arange(3 * self.plan.width), 2 * self.plan.width
         slots = now.stored + number

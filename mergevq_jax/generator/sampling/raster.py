@@ -1,4 +1,4 @@
-"""Sampling MergeAR, or plain autoregression, in one compiled loop over a compressed KV cache (paper section 4.2).
+"""Samples MergeAR or plain autoregression in one compiled loop with a compressed KV cache (paper section 4.2).
 
 Axes: B examples, R rows of the network (two for each example under guidance: its class and the null class), L raster
 tokens, P prefix tokens, S sub-tokens, D width.
@@ -27,17 +27,17 @@ class Samples(NamedTuple):
     """What `sample` returns."""
 
     indices: Int[Array, "B L"]  # codes in raster order
-    first_occurrence: Bool[Array, "B L"]  # tokens that were no duplicate of one in the KV cache
+    first_occurrence: Bool[Array, "B L"]  # tokens that were no duplicates of one in the KV cache
     kept: Bool[Array, "B L"]  # tokens that are in the KV cache at the end
-    occupancy: Int[Array, "B L"]  # slots in use once a token is in the KV cache, prefix included
-    overflows: Int[Array, "B"]  # first occurrences that the KV cache had no room for
+    occupancy: Int[Array, "B L"]  # slots in use after each token, prefix included
+    overflows: Int[Array, "B"]  # first occurrences that were evicted
 
 
 class _Carry(NamedTuple):
     kv_cache: KVCache
     cache: PositionCache
     x: Float[Array, "R 1 D"]  # the next input
-    slot: Int[Array, "B"]  # where its keys and values go
+    slot: Int[Array, "B"]  # of its keys and values
 
 
 def sample(
@@ -56,15 +56,15 @@ def sample(
     Args:
       params: of `Generator`.
       labels: classes; the null class draws without one.
-      keep: distinct tokens that the model is asked for, one of `keeps`; None without merge instruction.
+      keep: K, distinct tokens that the model is asked for, one of `keeps`; None without merge instruction.
       config: sizes of the generator.
       sampling: how to draw.
-      seed: with an example's number it determines the example's random numbers, whatever the batch and the mesh.
+      seed: with an example's number it determines the example's random numbers, for any batch and mesh.
       examples: numbers of the examples; None: 0 to B - 1.
       compute: dtype, also of the KV cache.
 
     Raises:
-      ValueError: what is asked for is not possible with this generator.
+      ValueError: this generator cannot sample so.
       NotFiniteError: logits that are not finite; names the first code that has them.
     """
     labels, examples, merge = checked_request(labels, examples, keep, config)
@@ -85,9 +85,9 @@ def run(
     *,
     plan: Plan,
 ) -> Samples:
-    """The compiled sampler: one scan over prefix and raster, all of whose inputs are arrays."""
+    """The compiled sampler: one scan over prefix and raster."""
     config, batch = plan.config, labels.shape[0]
-    steps = config.prefix + config.length - 1  # the last code is drawn and not looked at again
+    steps = config.prefix + config.length - 1  # the last code is drawn but never an input
     keys = draw_keys(example_keys(key, examples), config.length, len(config.vocab_sizes))
     sampler = _Sampler(params, plan, knobs, keys)
     prefix = sampler.prefix(labels, merge)
@@ -112,14 +112,14 @@ def run(
 
 
 class _Sampler(HeadSampler):
-    """The parts of one step, with what all steps share."""
+    """One step, and what all steps share."""
 
     def __init__(self, params: Params, plan: Plan, knobs: Knobs, keys: Key[Array, "L S B"]):
         super().__init__(params, plan, knobs)
         self.keys = keys
 
     def step(self, prefix: Float[Array, "R P D"], carry: _Carry, time: Int[Array, ""]):
-        """Looks at one position, draws the next code, and makes room for it."""
+        """Computes one position, draws the next code, and makes room for it."""
         plan, config = self.plan, self.config
         rope = lax.dynamic_slice_in_dim(jnp.asarray(rope_table(config)), time, 1, axis=1)
         visible = position_cache.visible(carry.cache, prefix=config.prefix, seen=time + 1)
