@@ -44,7 +44,7 @@ class ConceptRequest:
     Attributes:
       target: word of the prompt; "doll#2" is its second "doll".
       path: of the concept file.
-      word: of the file; None: the file's only word, or else the target ("doll" where the file has no "doll#2").
+      word: of the file; None: the file's only word, or else the target: "doll#2" if the file has it, otherwise "doll".
       strength: factor on the concept's own.
     """
 
