@@ -21,7 +21,7 @@ from mergevq_jax.tokenizer.encoder import Encoder
 from mergevq_jax.tokenizer.losses import adversarial, dinov2
 from mergevq_jax.tokenizer.quantizers import lfq
 from mergevq_jax.tokenizer.recovery import SourceRecovery
-from runtime_jax.weights import export_weights
+from runtime_jax.weights import CONV, Rule, export_weights, layer, norm
 
 
 def one_hot(source_map: Any, kept: int) -> np.ndarray:
@@ -127,15 +127,28 @@ def run_lfq_factorized(config: dict, params: Tensors, inputs: Tensors) -> Tensor
     return {"pre": pre.reshape(-1), "post": post.reshape(-1)}
 
 
+def discriminator_table(num_layers: int) -> tuple[Rule, ...]:
+    """Rules from the reference's state dict to `{"params": .., "batch_stats": ..}` of `PatchDiscriminator`."""
+    table = [*layer("main.0", "params/conv_0", CONV), *layer(f"main.{3 * num_layers + 2}", "params/logits", CONV)]
+    for n in range(1, num_layers + 1):
+        table += [
+            Rule(f"main.{3 * n - 1}.weight", f"params/conv_{n}/kernel", CONV),
+            *norm(f"main.{3 * n}", f"params/norm_{n}"),
+            Rule(f"main.{3 * n}.running_mean", f"batch_stats/norm_{n}/mean"),
+            Rule(f"main.{3 * n}.running_var", f"batch_stats/norm_{n}/var"),
+        ]
+    return tuple(table)
+
+
 def run_patchgan(config: dict, params: Tensors, inputs: Tensors) -> Tensors:
     images = to_nhwc(inputs["x"])
     kernels = [name for name, array in params.items() if array.ndim == 4]
     module = adversarial.PatchDiscriminator(ndf=len(params["main.0.weight"]), num_layers=len(kernels) - 2)
     variables = convert_both_ways(
-        adversarial.discriminator_table(module.num_layers),
+        discriminator_table(module.num_layers),
         params,
         shapes(module, images.shape, (("train", False),)),
-        ignore=adversarial.DISCRIMINATOR_IGNORED,
+        ignore=(r"main\.\d+\.num_batches_tracked",),
     )
     batch_normalised, _ = apply(
         variables, images, module=module, options=(("train", True), ("mutable", ("batch_stats",)))

@@ -1,14 +1,17 @@
-"""The patch discriminator and adversarial losses against the released modules' outputs."""
+"""The patch discriminator and adversarial losses: what test_parity.py does not compare."""
+
+import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from einops import rearrange
+from golden_mergevq import discriminator_table
 
 from mergevq_jax.tokenizer.losses import adversarial
 from mergevq_jax.tokenizer.losses.adversarial import LeCam, PatchDiscriminator
-from runtime_jax.weights import export_weights, import_weights, read_safetensors
+from runtime_jax.weights import import_weights, read_safetensors
 
 MODEL = PatchDiscriminator(ndf=16, num_layers=2)
 
@@ -29,59 +32,23 @@ def fresh(images):
     return jax.jit(lambda key: MODEL.init(key, images, train=True))(jax.random.key(0))
 
 
-@pytest.fixture(scope="module")
-def variables(golden, fresh):
-    source = {name.removeprefix("param/"): array for name, array in golden.items() if name.startswith("param/")}
-    table = adversarial.discriminator_table(2)
-    return import_weights(table, source, fresh, ignore=adversarial.DISCRIMINATOR_IGNORED)
-
-
 def logits(golden, name):
     return jnp.asarray(rearrange(golden[name], "b c h w -> b h w c"))
 
 
-def error(actual, expected):
-    return float(np.max(np.abs(actual - expected)) / np.max(np.abs(expected)))
-
-
-@jax.jit
-def train_pass(variables, images):
-    return MODEL.apply(variables, images, train=True, mutable=["batch_stats"])
-
-
-@jax.jit
-def eval_pass(variables, images):
-    return MODEL.apply(variables, images, train=False)
-
-
-def test_batch_statistics_and_running_statistics_equal_the_reference(golden, images, fresh, variables):
-    output, updated = train_pass({"params": variables["params"], "batch_stats": fresh["batch_stats"]}, images)
-    assert error(output, logits(golden, "out/logits_train")) < 1e-5
+def test_running_statistics_are_updated_as_in_the_reference(golden, images, fresh):
+    params = {name.removeprefix("param/"): array for name, array in golden.items() if name.startswith("param/")}
+    expected = import_weights(discriminator_table(2), params, fresh, ignore=(r".*tracked",))
+    updated = jax.jit(functools.partial(MODEL.apply, train=True, mutable=["batch_stats"]))(
+        {"params": expected["params"], "batch_stats": fresh["batch_stats"]}, images
+    )[1]
     # The golden's running statistics are those after this very pass, from mean 0 and variance 1.
     for n in (1, 2):
         for name in ("mean", "var"):
-            expected = variables["batch_stats"][f"norm_{n}"][name]
-            assert error(updated["batch_stats"][f"norm_{n}"][name], expected) < 1e-5
-
-
-def test_running_statistics_equal_the_reference(golden, images, variables):
-    assert error(eval_pass(variables, images), logits(golden, "out/logits_eval")) < 1e-5
-
-
-def test_round_trip_is_bit_equal(golden, variables):
-    exported = export_weights(adversarial.discriminator_table(2), variables)
-    assert len(exported) == sum("param/" in name and "tracked" not in name for name in golden)
-    for name, array in exported.items():
-        np.testing.assert_array_equal(array, golden[f"param/{name}"], strict=True)
-
-
-@pytest.mark.parametrize("path", ["conv_1/kernel", "norm_2/scale", "logits/bias"])
-def test_a_mutated_weight_fails(golden, images, variables, path):
-    module, leaf = path.split("/")
-    params = dict(variables["params"])
-    params[module] = params[module] | {leaf: params[module][leaf] * 1.1}
-    output = eval_pass(variables | {"params": params}, images)
-    assert error(output, logits(golden, "out/logits_eval")) > 1e-4
+            right = expected["batch_stats"][f"norm_{n}"][name]
+            np.testing.assert_allclose(
+                updated["batch_stats"][f"norm_{n}"][name], right, rtol=0, atol=1e-5 * np.abs(right).max()
+            )
 
 
 def test_initialisation_leaves_the_running_statistics_alone(fresh):
@@ -107,22 +74,6 @@ def test_released_size():
 def test_too_small_images_are_refused(images):
     with pytest.raises(ValueError, match=r"at least 24x24 pixels, got 16x32"):
         PatchDiscriminator(ndf=4).init(jax.random.key(0), images[:, :16], train=True)
-
-
-def test_losses_equal_the_reference(golden):
-    real, fake = logits(golden, "in/real"), logits(golden, "in/fake")
-    ema = LeCam.zeros().update(real, fake, decay=0.9)
-    values = {
-        "hinge_d": adversarial.hinge_d_loss(real, fake),
-        "vanilla_d": adversarial.vanilla_d_loss(real, fake),
-        "hinge_g": adversarial.hinge_g_loss(fake),
-        "nonsat_g": adversarial.non_saturating_g_loss(fake),
-        "ema_real": ema.real,
-        "ema_fake": ema.fake,
-        "lecam": adversarial.lecam_loss(real, fake, ema),
-    }
-    for name, value in values.items():
-        assert float(value) == pytest.approx(float(golden[f"out/{name}"]), rel=1e-6), name
 
 
 def test_lecam_before_its_update_is_another_number(golden):

@@ -269,7 +269,7 @@ def test_another_discriminator(tmp_path):
         tmp_path / "patchgan_small.safetensors",
         {},
         adversarial.PatchDiscriminator(ndf=4, num_layers=1),
-        adversarial.discriminator_table(1),
+        golden_mergevq.discriminator_table(1),
         pixels(3, 16, 18, 3),
         lambda logits: {"logits_eval": np.ascontiguousarray(np.moveaxis(np.asarray(logits), -1, 1))},
         train=False,

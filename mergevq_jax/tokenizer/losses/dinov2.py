@@ -16,7 +16,7 @@ from jaxtyping import Array, Float
 
 from runtime_jax.nn.attention import AttentionBackend, attention
 from runtime_jax.sharding import Axis, constrain
-from runtime_jax.weights import CONV, LINEAR, Rule, Transform, WeightError, import_weights
+from runtime_jax.weights import CONV, Rule, Transform, WeightError, import_weights, layer, norm
 from runtime_jax.weights.hub import local_path, read_tensors
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -163,39 +163,23 @@ def standardize(images: Float[Array, "batch height width 3"]) -> Float[Array, "b
 
 _FIRST = Transform(lambda x: x[0, 0], lambda x: x[None, None])
 _BATCH = Transform(lambda x: x[0], lambda x: x[None])
-_LAYER = "encoder.layer.{i}."
+_LAYER = "encoder.layer.{i}"
 
 TABLE = (
     Rule("embeddings.cls_token", "class_token", _FIRST),
     Rule("embeddings.position_embeddings", "positions", _BATCH),
-    Rule("embeddings.patch_embeddings.projection.weight", "patch_embed/kernel", CONV),
-    Rule("embeddings.patch_embeddings.projection.bias", "patch_embed/bias"),
-    *(
-        rule
-        for source, target in (
-            ("attention.q_proj", "query"),
-            ("attention.k_proj", "key"),
-            ("attention.v_proj", "value"),
-            ("attention.o_proj", "out"),
-            ("mlp.fc1", "fc1"),
-            ("mlp.fc2", "fc2"),
-        )
-        for rule in (
-            Rule(f"{_LAYER}{source}.weight", f"blocks[i]/{target}/kernel", LINEAR),
-            Rule(f"{_LAYER}{source}.bias", f"blocks[i]/{target}/bias"),
-        )
-    ),
-    *(
-        rule
-        for n in (1, 2)
-        for rule in (
-            Rule(f"{_LAYER}norm{n}.weight", f"blocks[i]/norm{n}/scale"),
-            Rule(f"{_LAYER}norm{n}.bias", f"blocks[i]/norm{n}/bias"),
-            Rule(f"{_LAYER}layer_scale{n}.lambda1", f"blocks[i]/scale{n}"),
-        )
-    ),
-    Rule("layernorm.weight", "norm/scale"),
-    Rule("layernorm.bias", "norm/bias"),
+    *layer("embeddings.patch_embeddings.projection", "patch_embed", CONV),
+    *norm(f"{_LAYER}.norm1", "blocks[i]/norm1"),
+    *layer(f"{_LAYER}.attention.q_proj", "blocks[i]/query"),
+    *layer(f"{_LAYER}.attention.k_proj", "blocks[i]/key"),
+    *layer(f"{_LAYER}.attention.v_proj", "blocks[i]/value"),
+    *layer(f"{_LAYER}.attention.o_proj", "blocks[i]/out"),
+    Rule(f"{_LAYER}.layer_scale1.lambda1", "blocks[i]/scale1"),
+    *norm(f"{_LAYER}.norm2", "blocks[i]/norm2"),
+    *layer(f"{_LAYER}.mlp.fc1", "blocks[i]/fc1"),
+    *layer(f"{_LAYER}.mlp.fc2", "blocks[i]/fc2"),
+    Rule(f"{_LAYER}.layer_scale2.lambda1", "blocks[i]/scale2"),
+    *norm("layernorm", "norm"),
 )
 _IGNORED = (r"embeddings\.mask_token",)
 # Files written before transformers 5 name the projections after the query, key, value and output modules.

@@ -13,7 +13,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from runtime_jax.sharding import Axis, constrain
-from runtime_jax.weights import CONV, IDENTITY, Rule, Transform, WeightError, import_weights
+from runtime_jax.weights import CONV, Rule, Transform, WeightError, import_weights, layer
 from runtime_jax.weights.hub import merge_tensors, read_tensors
 
 Images = Float[Array, "batch height width 3"]
@@ -98,10 +98,10 @@ _TORCHVISION_LAYERS = ((0, 2), (5, 7), (10, 12, 14), (17, 19, 21), (24, 26, 28))
 
 TABLE = (
     *(
-        Rule(f"features.{layer}.{source}", f"vgg/conv_{stage}_{n}/{target}", transform)
-        for stage, layers in enumerate(_TORCHVISION_LAYERS)
-        for n, layer in enumerate(layers)
-        for source, target, transform in (("weight", "kernel", CONV), ("bias", "bias", IDENTITY))
+        rule
+        for stage, positions in enumerate(_TORCHVISION_LAYERS)
+        for n, position in enumerate(positions)
+        for rule in layer(f"features.{position}", f"vgg/conv_{stage}_{n}", CONV)
     ),
     Rule("lin{i}.model.1.weight", "lin_{i}", _FLATTEN),
 )
