@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 RUN := runs/demo
 
-# Memory stays in huge pages and is not given back after every step (README, "Install, and on a CPU").
+# Memory stays in huge pages and is not given back after every step (README, "Install").
 KEEP_PAGES := glibc.malloc.hugetlb=1:glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=4000000000:glibc.malloc.top_pad=200000000
 # Less time in the compiler: a small model takes longer to compile than to run, and two concepts share their programs.
 FAST := GLIBC_TUNABLES=$(KEEP_PAGES) JAX_COMPILATION_CACHE_DIR=$(RUN)/compiled \

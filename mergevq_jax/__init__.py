@@ -6,7 +6,8 @@
     samples = generator.sample([3, 3], 144, sampling=SamplingConfig(cfg_scale=3.5), seed=0)
     images = codes_to_images(tokenizer, samples.indices)
 
-Underneath are pure functions of parameters: `encode`, `decode`, `recover`, `quantize`, `merge`.
+Underneath are pure functions of parameters: `encode`, `decode`, `recover`, `quantize`, `merge`. QUANTIZERS, MERGE_RULES and
+POLICIES are tables to which you can add (docs/extend.md).
 """
 
 from runtime_jax import lazy
@@ -26,9 +27,10 @@ __getattr__, __dir__, __all__ = lazy.attributes(
         ),
         "mergevq_jax.tokenizer.quantizers.lfq": ("quantize",),
         "mergevq_jax.tokenizer.quantizers.quantizer": ("QUANTIZERS", "Quantizer"),
-        "mergevq_jax.tokenizer.tome": ("bipartite_soft_matching", "merge", "unmerge"),
+        "mergevq_jax.tokenizer.tome": ("MERGE_RULES", "Matching", "merge", "unmerge"),
         "mergevq_jax.generator.images": ("codes_to_images", "recovered_to_images"),
         "mergevq_jax.generator.model": ("GeneratorModel", "load_generator"),
         "mergevq_jax.generator.sampling.plan": ("SamplingConfig",),
+        "mergevq_jax.generator.sampling.position_cache": ("POLICIES",),
     },
 )

@@ -3,6 +3,9 @@
 import dataclasses
 import functools
 import itertools
+import json
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -43,6 +46,15 @@ def test_every_word_of_a_caption_is_one_token(tokenizers, scenes):
         assert tokenizers.tokenizer_2(text)["input_ids"][-1] == tokenizers.tokenizer_2.eos_token_id
         assert len(tokenizers.tokenizer_2(text)["input_ids"]) == len(words) + 1
         assert len(tokenizers.tokenizer(text)["input_ids"]) == len(words) + 2
+
+
+def test_another_process_numbers_the_tokens_alike(tokenizers):
+    """A resumed run makes its tokenizers again."""
+    code = """import json
+from tokenverse_jax.base.tokenizers import make_tokenizers, scene_words
+print(json.dumps([tokenizer.get_vocab() for tokenizer in make_tokenizers(scene_words(), 40)]))"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert json.loads(done.stdout) == [tokenizer.get_vocab() for tokenizer in tokenizers]
 
 
 def test_captions_of_pairs_are_whole_words_too(tokenizers):

@@ -13,6 +13,23 @@ ROOT = Path(__file__).parents[2]
 EXAMPLES = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
 
 
+EXCHANGED = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "extend.md").read_text(), re.DOTALL)
+# Run after the examples of docs/extend.md: what they added works.
+USE = """
+import dataclasses
+from mergevq_jax import Tokenizer, init_params, load_tokenizer
+
+assert samples.indices.shape == (2, 256) and samples.kept[:, 0].all()
+assert images.shape == (1, 64, 64, 3)
+tiny = load_tokenizer("tiny")
+tokens = dataclasses.replace(tiny, config=dataclasses.replace(tiny.config, merge_rule="next")).encode(images)
+assert max(tokens.source_map[0].tolist()) == 143
+config = dataclasses.replace(tiny.config, quantizer="fsq", z_channels=7)
+tokens = Tokenizer(config, init_params(config, jax.random.key(0))).encode(images)
+assert 0 <= tokens.indices.min() <= tokens.indices.max() < 3**7
+"""
+
+
 def test_readme_has_an_example_for_each_method():
     assert [re.search(r"from (\w+)_jax", example)[1] for example in EXAMPLES] == ["mergevq", "tokenverse"]
     assert all(len(example.strip().splitlines()) <= 14 for example in EXAMPLES)
@@ -26,6 +43,13 @@ def test_an_example_of_the_readme_runs_as_it_stands(example, tmp_path, monkeypat
     exec(example, names)
     images = names["drawn"] if "drawn" in names else names["images"]
     assert images.shape == (2, 64, 64, 3) and images.dtype == "uint8" and images.std() > 10
+
+
+def test_the_examples_of_exchanged_parts_run_as_they_stand():
+    """In a process of their own, since they add to tables."""
+    code = "\n".join([*EXCHANGED, USE])
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("package", ["mergevq_jax", "tokenverse_jax", "mini_scenes", "mini_scenes.judge"])

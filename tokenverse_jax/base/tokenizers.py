@@ -82,7 +82,8 @@ def _write_clip(folder: Path, words: Sequence[str], text_length: int) -> None:
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     trainer = trainers.BpeTrainer(
         vocab_size=2**15,  # more than there is: merges go on until every word is one token
-        special_tokens=[START, END],
+        # The ends of words are named here: left to the trainer, their numbers would differ from process to process.
+        special_tokens=[START, END, *(symbol + "</w>" for symbol in SYMBOLS)],
         initial_alphabet=list(SYMBOLS),
         end_of_word_suffix="</w>",
         show_progress=False,
