@@ -212,9 +212,8 @@ def new_state(program: Program, blocks_from: str | None = None) -> stage1.TrainS
     state = program.init()
     if blocks_from is None:
         return state
-    blocks = program.abstract_state.params["encoder"]["attn"]
     _, dinov2 = load_dinov2(blocks_from)
-    filled = alignment.init_blocks_from_dinov2({k: v for k, v in blocks.items() if k != "cls_token"}, dinov2)
+    filled = alignment.init_blocks_from_dinov2(program.abstract_state.params["encoder"]["attn"], dinov2)
     shardings = program.shardings.params["encoder"]["attn"]
     filled = sharding.place(filled, {name: shardings[name] for name in filled})
     encoder = state.params["encoder"]

@@ -1,4 +1,4 @@
-"""Alignment losses, the DINOv2 teacher against transformers' outputs, and initialisation from wider weights."""
+"""Alignment losses, the DINOv2 teacher's files, and initialisation from wider weights."""
 
 import json
 
@@ -7,13 +7,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from einops import rearrange
 
 from mergevq_jax.tokenizer.losses import alignment, dinov2
 from mergevq_jax.tokenizer.losses.alignment import init_blocks_from_dinov2, select_uniform
 from mergevq_jax.tokenizer.losses.dinov2 import DINOv2, DINOv2Config, bicubic_matrix, load_dinov2
 from runtime_jax.training.update import Optimizer
-from runtime_jax.weights import WeightError, export_weights, read_safetensors, write_safetensors
+from runtime_jax.weights import WeightError, read_safetensors, write_safetensors
 
 
 @pytest.fixture(scope="module")
@@ -40,42 +39,8 @@ def teacher(folder):
     return load_dinov2(folder)
 
 
-@pytest.fixture(scope="module")
-def images(golden):
-    return jnp.asarray(rearrange(golden[0]["in/x"], "b c h w -> b h w c"))
-
-
 def error(actual, expected):
     return float(np.max(np.abs(actual - expected)) / np.max(np.abs(expected)))
-
-
-def run(teacher, images):
-    config, params = teacher
-    # A new function each time: equal modules share their traces, and some tests change what is traced.
-    return jax.jit(lambda params: DINOv2(config).apply({"params": params}, images))(params)
-
-
-def test_teacher_equals_transformers_on_another_grid(golden, teacher, images):
-    output = run(teacher, images)
-    assert error(output.hidden, golden[0]["out/hidden"]) < 1e-5
-    assert error(output.pooled, golden[0]["out/pooled"]) < 1e-5
-
-
-@pytest.mark.parametrize("path", ["positions", "class_token", "blocks/scale2", "blocks/query/bias", "norm/bias"])
-def test_a_mutated_weight_fails(golden, teacher, images, path):
-    config, params = teacher
-    mutated = jax.tree_util.tree_map_with_path(
-        lambda place, x: x * 1.1 if "/".join(key.key for key in place) == path else x, params
-    )
-    assert error(run((config, mutated), images).hidden, golden[0]["out/hidden"]) > 1e-4
-
-
-def test_a_mutated_epsilon_or_interpolation_fails(golden, teacher, images, monkeypatch):
-    monkeypatch.setattr(dinov2, "LAYER_NORM_EPSILON", 1e-3)
-    assert error(run(teacher, images).hidden, golden[0]["out/hidden"]) > 1e-4
-    monkeypatch.undo()
-    monkeypatch.setattr(dinov2, "BICUBIC_A", -0.5)
-    assert error(run(teacher, images).hidden, golden[0]["out/hidden"]) > 1e-4
 
 
 def test_files_of_older_transformers_give_the_same(golden, state_dict, folder, teacher, tmp_path):
@@ -98,13 +63,6 @@ def test_files_of_older_transformers_give_the_same(golden, state_dict, folder, t
     jax.tree.map(lambda x, y: np.testing.assert_array_equal(x, y, strict=True), params, teacher[1])
 
 
-def test_round_trip_is_bit_equal(state_dict, teacher):
-    exported = export_weights(dinov2.TABLE, teacher[1])
-    assert exported.keys() == state_dict.keys() - {"embeddings.mask_token"}
-    for name, array in exported.items():
-        np.testing.assert_array_equal(array, state_dict[name], strict=True)
-
-
 def test_hub_id(folder, teacher, monkeypatch):
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, allow_patterns: str(folder))
     assert load_dinov2("facebook/dinov2-base")[0] == teacher[0]
@@ -113,9 +71,9 @@ def test_hub_id(folder, teacher, monkeypatch):
 @pytest.mark.parametrize(
     ("field", "value", "message"),
     [
-        ("model_type", "vit", "model_type = 'vit', only 'dinov2'"),
-        ("use_swiglu_ffn", True, "use_swiglu_ffn = True, only False"),
-        ("hidden_size", None, "no whole number under hidden_size"),
+        ("model_type", "vit", "model_type = 'vit'; only 'dinov2'"),
+        ("use_swiglu_ffn", True, "use_swiglu_ffn = True; only False"),
+        ("hidden_size", None, "not a whole number: hidden_size"),
         ("hidden_size", 64, r"position_embeddings: shape \(17, 32\) after conversion, but positions has \(17, 64\)"),
         ("num_hidden_layers", 2, r"blocks/norm1/scale"),
     ],
@@ -139,7 +97,7 @@ def test_full_size_and_bad_image_size():
     assert sum(leaf.size for leaf in jax.tree.leaves(shapes)) == 86_580_480 - 768  # DINOv2-Base without its mask token
     output = jax.eval_shape(DINOv2(dtype=jnp.bfloat16).apply, shapes, jnp.zeros((2, 224, 224, 3)))
     assert (output.hidden.shape, output.pooled.dtype) == ((2, 257, 768), jnp.float32)
-    with pytest.raises(ValueError, match="image size 225x224 is no multiple of 14"):
+    with pytest.raises(ValueError, match="image size 225x224 is not a multiple of 14"):
         jax.eval_shape(DINOv2().init, jax.random.key(0), jnp.zeros((1, 225, 224, 3)))
 
 
@@ -210,15 +168,13 @@ def test_random_crops_are_crops_fixed_by_their_keys():
     crops = jax.jit(alignment.random_resized_crops, static_argnums=2)(images, keys, 16)
     np.testing.assert_allclose(crops[..., 2], 1, rtol=1e-5)
     for crop in np.asarray(crops):
-        down, right = (
-            np.diff(crop[2:-2, 8, 0]),
-            np.diff(crop[8, 2:-2, 1]),
-        )  # coordinates rise evenly: one window, one zoom
+        down, right = np.diff(crop[2:-2, 8, 0]), np.diff(crop[8, 2:-2, 1])
+        # Coordinates rise evenly: one window, one zoom.
         np.testing.assert_allclose(down, down.mean(), rtol=0.1)
         np.testing.assert_allclose(down.mean() * 16 / 32, right.mean() * 16 / 48, rtol=0.03)
         assert 0.38 <= down.mean() * 16 / 32 <= 1.02
         assert crop[..., :2].min() >= -0.01 and crop[..., 0].max() <= 31.01 and crop[..., 1].max() <= 47.01
-    # Another batch around it, the same crop for the same image and key.
+    # The crop of an image and key does not depend on the batch.
     alone = jax.jit(alignment.random_resized_crops, static_argnums=2)(images[1:2], keys[1:2], 16)
     np.testing.assert_allclose(alone[0], crops[1], rtol=1e-5, atol=1e-4)
     assert np.abs(crops[0] - crops[1]).max() > 1
@@ -260,8 +216,8 @@ def test_encoder_blocks_from_dinov2(teacher):
     source = teacher[1]["blocks"]
     target = block_shapes(16, 3)
     filled = init_blocks_from_dinov2(target, teacher[1])
-    assert jax.tree.map(np.shape, filled) == jax.tree.map(np.shape, target)
-    assert filled["cls_token"] is target["cls_token"]
+    blocks = {name: block for name, block in target.items() if name != "cls_token"}
+    assert jax.tree.map(np.shape, filled) == jax.tree.map(np.shape, blocks)
     for i in range(3):
         block = filled[f"blocks_{i}"]
         np.testing.assert_array_equal(block["ls1"]["gamma"], source["scale1"][i, ::2])
@@ -296,8 +252,7 @@ def test_a_new_run_starts_from_the_teachers_blocks(folder, teacher):
         )
         program = make_program(config, optimizers, mesh, train.Frozen())
         plain, filled = (jax.device_get(new_state(program, source)) for source in (None, str(folder)))
-    blocks = {name: block for name, block in plain.params["encoder"]["attn"].items() if name != "cls_token"}
-    expected = init_blocks_from_dinov2(blocks, teacher[1])
+    expected = init_blocks_from_dinov2(plain.params["encoder"]["attn"], teacher[1])
     for params in (filled.params, filled.ema):
         encoder = params["encoder"]
         jax.tree.map(np.testing.assert_array_equal, {name: encoder["attn"][name] for name in expected}, expected)

@@ -138,7 +138,7 @@ def fresh_programs():
 
 
 @pytest.mark.parametrize(
-    ("name", "constant", "epsilon", "limit"),
+    ("name", "constant", "value", "limit"),
     [
         ("encoder_g_nomerge", "runtime_jax.nn.group_norm.EPSILON", 1e-3, 1e-4),  # 1e-6 is right
         ("encoder_g_nomerge", "mergevq_jax.tokenizer.layers.LAYER_NORM_EPSILON", 1e-6, 5e-6),  # 1e-5 is right
@@ -146,11 +146,12 @@ def fresh_programs():
         ("source_recovery", "mergevq_jax.tokenizer.layers.LAYER_NORM_EPSILON", 1e-6, 1e-4),  # 5.8e-2
         ("flux_vae", "runtime_jax.nn.group_norm.EPSILON", 1e-5, 5e-6),  # 1.2e-5
         ("dinov2", "mergevq_jax.tokenizer.losses.dinov2.LAYER_NORM_EPSILON", 1e-5, 5e-6),  # 6.9e-6
+        ("dinov2", "mergevq_jax.tokenizer.losses.dinov2.BICUBIC_A", -0.5, 1e-4),  # -0.75 is right
         ("patchgan", "mergevq_jax.tokenizer.losses.adversarial.BATCH_NORM_EPSILON", 1e-4, 5e-6),
     ],
 )
-def test_a_changed_epsilon_fails(name, constant, epsilon, limit, monkeypatch, fresh_programs):
-    monkeypatch.setattr(constant, epsilon)
+def test_a_changed_constant_fails(name, constant, value, limit, monkeypatch, fresh_programs):
+    monkeypatch.setattr(constant, value)
     assert max(errors(GOLDEN / f"{name}.safetensors").values()) > limit
 
 

@@ -1,4 +1,4 @@
-"""Global alignment of the class token with a frozen teacher (MergeVQ), and initialisation from wider weights."""
+"""Aligns the class token with a frozen teacher (MergeVQ, global alignment), and initialises from wider weights."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -13,10 +13,9 @@ Scalar = Float[Array, ""]
 
 
 def kl_alignment_loss(student: Features, teacher: Features, temperature: float = 4.0) -> Scalar:
-    """temperature^2 times the KL divergence of the student's softmax over the features from the teacher's.
+    """temperature^2 KL(teacher || student) between softmaxes over the features, averaged over the batch.
 
-    Summed over the features, averaged over the batch; no gradient flows to the teacher. With the default temperature
-    the factor is 16, as in the released code.
+    The default temperature gives the released code's factor 16. No gradient flows to the teacher.
     """
     teacher = jax.lax.stop_gradient(teacher).astype(jnp.float32) / temperature
     log_teacher = jax.nn.log_softmax(teacher, axis=-1)
@@ -26,7 +25,7 @@ def kl_alignment_loss(student: Features, teacher: Features, temperature: float =
 
 
 def cosine_alignment_loss(student: Features, teacher: Features, epsilon: float = 1e-8) -> Scalar:
-    """Minus the mean cosine of student and teacher [B, D], in [-1, 1]; no gradient flows to the teacher."""
+    """Minus the mean cosine of student and teacher, in [-1, 1]; no gradient flows to the teacher."""
     student, teacher = student.astype(jnp.float32), jax.lax.stop_gradient(teacher).astype(jnp.float32)
 
     def unit(x: Features) -> Features:
@@ -56,21 +55,17 @@ def random_resized_crops(
     size: int,
     scale: tuple[float, float] = (0.4, 1.0),
 ) -> Float[Array, "batch size size 3"]:
-    """One random crop of each image at size x size: the other view, made on the device.
+    """One random crop of each image, resized to size x size on the device: the teacher's view.
 
-    Args:
-      images: any range.
-      keys: one for each image.
-      size: side of the result in pixels.
-      scale: smallest and largest side of the crop, as a fraction of the image's.
+    `scale` bounds the side of a crop, as a fraction of the image's.
     """
 
     def crop(image, key):
-        side_key, place_key = jax.random.split(key)
+        side_key, start_key = jax.random.split(key)
         fraction = jax.random.uniform(side_key, (), minval=scale[0], maxval=scale[1])
         extent = jnp.asarray(image.shape[:2], jnp.float32)
         zoom = size / (fraction * extent)
-        start = jax.random.uniform(place_key, (2,)) * (1.0 - fraction) * extent
+        start = jax.random.uniform(start_key, (2,)) * (1.0 - fraction) * extent
         shape = (size, size, image.shape[2])
         return jax.image.scale_and_translate(image, shape, (0, 1), zoom, -start * zoom, "linear")
 
@@ -80,8 +75,8 @@ def random_resized_crops(
 def select_uniform(array: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
     """Takes evenly spaced entries of a larger weight along every axis (weight selection, Xu et al. 2024).
 
-    An axis whose length the wanted one divides is strided from entry 0; otherwise the entries are those nearest to
-    evenly spaced positions from the first to the last.
+    Where the new length divides the old one, entries are strided from 0. Otherwise they are those nearest to evenly
+    spaced positions from the first entry to the last.
 
     Raises:
       ValueError: another number of axes, or an axis that would have to grow.
@@ -97,10 +92,10 @@ def select_uniform(array: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
 def init_blocks_from_dinov2(blocks: Mapping[str, Any], dinov2: Mapping[str, Any]) -> dict[str, Any]:
     """The encoder's transformer blocks, filled from DINOv2's by uniform selection (released code: G and G+R).
 
-    Query, key and value are selected each for itself, so that none takes channels of another.
+    Query, key and value are selected separately, so that none takes channels of another.
 
     Args:
-      blocks: the encoder's parameters `attn` (`blocks_0`, `blocks_1`, ..; other entries are returned as they are).
+      blocks: the encoder's parameters `attn` or their shapes; only `blocks_0`, `blocks_1`, .. are used and returned.
       dinov2: parameters as `load_dinov2` returns them; block i fills block i.
 
     Raises:
@@ -111,26 +106,24 @@ def init_blocks_from_dinov2(blocks: Mapping[str, Any], dinov2: Mapping[str, Any]
     indices = sorted(int(name.removeprefix("blocks_")) for name in blocks if name.startswith("blocks_"))
     if not indices or indices[-1] >= layers:
         raise ValueError(
-            f"the encoder has {len(indices)} transformer blocks, DINOv2 {layers}: 1 to {layers} can be filled"
+            f"the encoder has {len(indices)} transformer blocks, DINOv2 {layers}: only 1 to {layers} can be filled"
         )
-    filled = dict(blocks)
-    for i in indices:
-        source = jax.tree.map(lambda x, i=i: x[i], teacher)
-        filled[f"blocks_{i}"] = _select_block(source, blocks[f"blocks_{i}"])
-    return filled
+    return {
+        f"blocks_{i}": _select_block(jax.tree.map(lambda x, i=i: x[i], teacher), blocks[f"blocks_{i}"]) for i in indices
+    }
 
 
 def _select_block(source: Mapping[str, Any], target: Mapping[str, Any]) -> dict[str, Any]:
     width = target["ls1"]["gamma"].shape[0]
-    parts = [
+    narrow = [
         jax.tree.map(lambda x: select_uniform(x, (width,) * x.ndim), source[name]) for name in ("query", "key", "value")
     ]
     layout = {
         "norm1": source["norm1"],
-        "attn": {"qkv": jax.tree.map(lambda *x: np.concatenate(x, axis=-1), *parts), "proj": source["out"]},
+        "attn": {"qkv": jax.tree.map(lambda *x: np.concatenate(x, axis=-1), *narrow), "proj": source["out"]},
         "ls1": {"gamma": source["scale1"]},
         "norm2": source["norm2"],
         "mlp": {"fc1": source["fc1"], "fc2": source["fc2"]},
         "ls2": {"gamma": source["scale2"]},
     }
-    return jax.tree.map(lambda x, wanted: select_uniform(x, tuple(wanted.shape)).astype(wanted.dtype), layout, target)
+    return jax.tree.map(lambda x, leaf: select_uniform(x, tuple(leaf.shape)).astype(leaf.dtype), layout, target)

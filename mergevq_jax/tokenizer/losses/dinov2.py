@@ -1,4 +1,4 @@
-"""The frozen DINOv2 teacher (Oquab et al. 2023): a ViT with LayerScale, weights in the transformers layout."""
+"""The frozen DINOv2 teacher (Oquab et al. 2023): a ViT with LayerScale; weights in the layout of transformers."""
 
 import json
 import os
@@ -29,7 +29,7 @@ BICUBIC_A = -0.75
 class DINOv2Config:
     """Sizes of a DINOv2 ViT; the defaults are DINOv2-Base's.
 
-    `image_size` is the training size, whose grid the stored position embeddings have; other inputs are interpolated to.
+    `image_size` is the training size, to which the stored position embeddings belong; other inputs interpolate them.
     """
 
     width: int = 768
@@ -64,7 +64,7 @@ def bicubic_matrix(old: int, new: int) -> np.ndarray:
 def resize_positions(
     positions: Float[Array, "cells width"], height: int, width: int
 ) -> Float[Array, "new_cells width"]:
-    """Position embeddings of a square grid [g g, D], bicubically resized to height x width cells [h w, D], float32."""
+    """Position embeddings of a square grid, resized bicubically to height x width cells, float32."""
     side = round(positions.shape[0] ** 0.5)
     grid = rearrange(positions.astype(jnp.float32), "(i j) d -> i j d", i=side)
     if (height, width) != (side, side):
@@ -78,7 +78,7 @@ def _layer_norm(x: Array, name: str) -> Array:
 
 
 class Block(nn.Module):
-    """A pre-LN transformer block with LayerScale, in the form that nn.scan takes."""
+    """A pre-norm transformer block with LayerScale; its signature is that of `nn.scan`."""
 
     config: DINOv2Config
     backend: AttentionBackend
@@ -112,10 +112,7 @@ class Block(nn.Module):
 class DINOv2(nn.Module):
     """DINOv2 without registers.
 
-    Attributes:
-        config: sizes.
-        backend: see `runtime_jax.nn.attention`.
-        dtype: compute dtype; norms, softmax and outputs are float32.
+    `dtype` is the compute dtype; norms, softmax and outputs are float32.
     """
 
     config: DINOv2Config = DINOv2Config()
@@ -124,12 +121,12 @@ class DINOv2(nn.Module):
 
     @nn.compact
     def __call__(self, images: Float[Array, "batch height width 3"]) -> DINOv2Output:
-        """Features of ImageNet-standardised images [B, H, W, 3] (see `standardize`), sides multiples of the patch."""
+        """Features of ImageNet-standardised images (see `standardize`); sides are multiples of the patch size."""
         config = self.config
         height, width = images.shape[1] // config.patch_size, images.shape[2] // config.patch_size
         if (height * config.patch_size, width * config.patch_size) != images.shape[1:3] or not height * width:
             raise ValueError(
-                f"DINOv2: image size {images.shape[1]}x{images.shape[2]} is no multiple of {config.patch_size}"
+                f"DINOv2: image size {images.shape[1]}x{images.shape[2]} is not a multiple of {config.patch_size}"
             )
         patch = (config.patch_size, config.patch_size)
         x = nn.Conv(config.width, patch, strides=patch, padding="VALID", dtype=self.dtype, name="patch_embed")(
@@ -155,7 +152,7 @@ class DINOv2(nn.Module):
 
 
 def standardize(images: Float[Array, "batch height width 3"]) -> Float[Array, "batch height width 3"]:
-    """Images in [-1, 1] as DINOv2 expects them: [0, 1] minus ImageNet's mean, divided by its standard deviation."""
+    """Images in [-1, 1] to DINOv2's range: in [0, 1], minus ImageNet's mean, divided by its standard deviation."""
     mean = jnp.asarray(IMAGENET_MEAN, jnp.float32)[None, None, None]
     std = jnp.asarray(IMAGENET_STD, jnp.float32)[None, None, None]
     return ((images.astype(jnp.float32) + 1.0) / 2.0 - mean) / std
@@ -182,7 +179,7 @@ TABLE = (
     *norm("layernorm", "norm"),
 )
 _IGNORED = (r"embeddings\.mask_token",)
-# Files written before transformers 5 name the projections after the query, key, value and output modules.
+# Files older than transformers 5 have other names for the projections.
 _RENAMES = (
     (r"^dinov2\.", ""),
     (r"\.attention\.attention\.(q|k|v)(?:uery|ey|alue)\.", r".attention.\1_proj."),
@@ -194,7 +191,7 @@ def convert_dinov2(source: dict[str, np.ndarray], config: DINOv2Config) -> dict[
     """The parameters of `DINOv2(config)`, float32, from a transformers state dict (old or new names).
 
     Raises:
-      WeightError: names or shapes do not fit.
+      WeightError: names or shapes that do not fit.
     """
     renamed = {}
     for name, array in source.items():
@@ -210,7 +207,7 @@ def parse_config(fields: dict[str, Any]) -> DINOv2Config:
     """The sizes in a transformers `config.json`.
 
     Raises:
-      WeightError: another kind of model, or a variant that this module does not have (registers, SwiGLU, no qkv bias).
+      WeightError: another kind of model, or an unsupported variant (registers, SwiGLU, no qkv bias).
     """
     required = {
         "model_type": "dinov2",
@@ -222,7 +219,7 @@ def parse_config(fields: dict[str, Any]) -> DINOv2Config:
     }
     for name, value in required.items():
         if fields.get(name, value) != value:
-            raise WeightError(f"DINOv2 config.json: {name} = {fields[name]!r}, only {value!r} is supported")
+            raise WeightError(f"DINOv2 config.json: {name} = {fields[name]!r}; only {value!r} is supported")
     names = {
         "width": "hidden_size",
         "num_layers": "num_hidden_layers",
@@ -233,7 +230,7 @@ def parse_config(fields: dict[str, Any]) -> DINOv2Config:
     }
     missing = [source for source in names.values() if not isinstance(fields.get(source), int)]
     if missing:
-        raise WeightError(f"DINOv2 config.json: no whole number under {', '.join(missing)}")
+        raise WeightError(f"DINOv2 config.json: not a whole number: {', '.join(missing)}")
     return DINOv2Config(**{name: fields[source] for name, source in names.items()})
 
 
@@ -241,7 +238,7 @@ def load_dinov2(source: str | os.PathLike) -> tuple[DINOv2Config, dict[str, Any]
     """Config and parameters from a folder with config.json and .safetensors files, or a hub id (facebook/dinov2-base).
 
     Raises:
-      WeightError: the source cannot be had or read, or does not fit.
+      WeightError: the source is missing, unreadable or does not fit.
     """
     folder = local_path(source, ("*.safetensors", "config.json"))
     path = folder / "config.json"

@@ -21,25 +21,20 @@ FeatureMap = Float[Array, "batch h w channels"]
 
 CONVS_PER_STAGE = (2, 2, 3, 3, 3)
 VGG16_WIDTHS = (64, 128, 256, 512, 512)
-# ImageNet statistics, carried over from [0, 1] images to [-1, 1].
+# ImageNet statistics for images in [-1, 1].
 SHIFT = (-0.030, -0.088, -0.188)
 SCALE = (0.458, 0.448, 0.450)
 
 
 class VGG16Features(nn.Module):
-    """The convolutions of VGG16, with the last activation of each of the five stages.
-
-    Attributes:
-        widths: channels of the five stages.
-        dtype: dtype of the convolutions.
-    """
+    """The convolutions of VGG16; returns the last activation of each of its five stages."""
 
     widths: tuple[int, ...] = VGG16_WIDTHS
     dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(self, images: Images) -> list[Array]:
-        """Maps standardised images [B, H, W, 3] to five maps [B, H/2^s, W/2^s, widths[s]]."""
+        """Standardised images [B, H, W, 3] to five maps [B, H/2^s, W/2^s, widths[s]]."""
         x = images.astype(self.dtype)
         features = []
         for stage, (width, convs) in enumerate(zip(self.widths, CONVS_PER_STAGE, strict=True)):
@@ -56,7 +51,7 @@ def unit_normalize(features: FeatureMap, epsilon: float = 1e-10) -> FeatureMap:
     """Divides each position's feature vector by its length plus epsilon, in float32; zero vectors stay zero."""
     features = features.astype(jnp.float32)
     squares = jnp.sum(jnp.square(features), axis=-1, keepdims=True)
-    # The root's gradient at zero is infinite: dead positions take the constant branch.
+    # The root's gradient is infinite at zero: dead positions take the constant branch.
     alive = squares > 0
     length = jnp.where(alive, jnp.sqrt(jnp.where(alive, squares, 1.0)), 0.0)
     return features / (length + epsilon)
@@ -65,7 +60,7 @@ def unit_normalize(features: FeatureMap, epsilon: float = 1e-10) -> FeatureMap:
 class LPIPS(nn.Module):
     """Perceptual distance of two images: weighted squared differences of unit-normalised VGG16 features.
 
-    Its parameters are frozen: pass them to the train step apart from the state. Nothing is dropped out.
+    Its parameters are frozen: pass them to the train step apart from the state. There is no dropout.
 
     Attributes:
         widths: channels of the five stages (VGG16's own; narrower for tests).
@@ -77,9 +72,9 @@ class LPIPS(nn.Module):
 
     @nn.compact
     def __call__(self, images: Images, targets: Images) -> Float[Array, "batch"]:
-        """Distance [B] float32, >= 0, of images and targets [B, H, W, 3] in [-1, 1], at least 16 pixels a side."""
+        """Distance >= 0 of images and targets in [-1, 1] with sides of at least 16 pixels."""
         if min(images.shape[1:3]) < 16:
-            raise ValueError(f"LPIPS halves the image four times: at least 16x16 pixels, got {images.shape[1:3]}")
+            raise ValueError(f"LPIPS halves images four times and needs at least 16x16 pixels, got {images.shape[1:3]}")
         vgg = VGG16Features(self.widths, self.dtype, name="vgg")
         shift = jnp.asarray(SHIFT, jnp.float32)[None, None, None]
         scale = jnp.asarray(SCALE, jnp.float32)[None, None, None]
@@ -93,7 +88,7 @@ class LPIPS(nn.Module):
 
 
 _FLATTEN = Transform(lambda x: np.reshape(x, -1), lambda x: np.reshape(x, (1, -1, 1, 1)))
-# Places of the convolutions in torchvision's vgg16().features, stage by stage.
+# Positions of the convolutions in torchvision's vgg16().features, stage by stage.
 _TORCHVISION_LAYERS = ((0, 2), (5, 7), (10, 12, 14), (17, 19, 21), (24, 26, 28))
 
 TABLE = (
@@ -117,21 +112,19 @@ def lpips_shapes(widths: tuple[int, ...] = VGG16_WIDTHS) -> dict[str, Any]:
 
 
 def load_lpips(*sources: str | os.PathLike, widths: tuple[int, ...] = VGG16_WIDTHS) -> dict[str, Any]:
-    """The parameters of `LPIPS(widths)`, float32, from weights in the layouts that are in use.
+    """The parameters of `LPIPS(widths)`, float32, from published weights.
 
     Args:
       sources: .safetensors files, folders of them, or hub ids, which together hold VGG16's convolutions (torchvision's
         or timm's `features.N.*`, or the lpips package's `net.sliceK.N.*`) and the linear layers
-        (`linN.model.1.weight`). Classifier weights are left out.
+        (`linN.model.1.weight`). Classifier weights are ignored.
       widths: channels of the five stages.
 
     Raises:
-      WeightError: a source cannot be had or read, names or shapes do not fit, a linear weight is negative.
+      WeightError: a source is missing or unreadable, names or shapes do not fit, or a linear weight is negative.
     """
     if not sources:
-        raise WeightError(
-            "LPIPS needs VGG16's and the linear layers' weights: give at least one file, folder or hub id"
-        )
+        raise WeightError("LPIPS needs weights of VGG16 and of its linear layers: give a file, folder or hub id")
     parts = []
     for source in sources:
         for name, array in read_tensors(source).items():
@@ -141,5 +134,5 @@ def load_lpips(*sources: str | os.PathLike, widths: tuple[int, ...] = VGG16_WIDT
     params = import_weights(TABLE, merge_tensors(parts), lpips_shapes(widths), ignore=_IGNORED)
     negative = [name for name in params if name.startswith("lin_") and np.any(params[name] < 0)]
     if negative:
-        raise WeightError(f"{', '.join(negative)}: LPIPS' linear weights are >= 0, these are not")
+        raise WeightError(f"{', '.join(negative)}: LPIPS' linear weights must be >= 0")
     return params
