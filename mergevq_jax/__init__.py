@@ -6,8 +6,8 @@
     samples = generator.sample([3, 3], 144, sampling=SamplingConfig(cfg_scale=3.5), seed=0)
     images = codes_to_images(tokenizer, samples.indices)
 
-Underneath are pure functions of parameters: `encode`, `decode`, `recover`, `quantize`, `merge`. QUANTIZERS, MERGE_RULES and
-POLICIES are tables to which you can add (docs/extend.md).
+Underneath are pure functions of parameters: `encode`, `decode`, `recover`, `quantize`, `merge`. You can add to the
+tables QUANTIZERS, MERGE_RULES and POLICIES (docs/extend.md).
 """
 
 from runtime_jax import lazy

@@ -16,6 +16,7 @@ from mergevq_jax.evaluate.generation import Gaussian, Labelled, Quality, gaussia
 from mergevq_jax.evaluate.held_out import BATCH_SIZE, read_scenes
 from mergevq_jax.generator.images import recovered_to_images
 from mergevq_jax.generator.kinds.randar import Codes
+from mergevq_jax.generator.kinds.table import KINDS
 from mergevq_jax.tokenizer.model import Tokenizer, load_tokenizer, read_tokenizer_config
 from mergevq_jax.tokenizer.tome import group_starts
 from mini_scenes import CLASSES
@@ -40,7 +41,7 @@ class Folder(NamedTuple):
 
 
 class Curve(NamedTuple):
-    """The settings of MergeAR's sampling, without the size of the KV cache."""
+    """The settings of sampling with a KV cache, without its size."""
 
     name: str  # policy and K
     digest: str  # of the others
@@ -206,7 +207,7 @@ def _row(
 
 
 def _curve(protocol: Mapping[str, Any]) -> Curve | None:
-    if protocol["generator"]["kind"] != "merge":
+    if not KINDS[protocol["generator"]["kind"]].compresses:
         return None
     sampling = {name: value for name, value in protocol["sampling"].items() if name != "capacity"}
     rest = json.dumps([protocol["fingerprint"], sampling, protocol["compute"]], sort_keys=True)

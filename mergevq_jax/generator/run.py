@@ -201,7 +201,8 @@ def check(config: TrainConfig, tokenizer: Tokenizer) -> GeneratorInfo:
     if kind.recovers and tokenizer.config.recovery is None:
         raise ValueError(f"tokenizer {config.tokenizer} has no source recovery, which kind={config.kind!r} needs")
     sampling, steps = info.sampling(config.evaluation.sampling), config.evaluation.sampling_steps
-    kind.plan(config.model, sampling, config.preview_keep, steps=steps, compute=config.compute)
+    with naming("evaluation.sampling, evaluation.sampling_steps"):
+        kind.plan(config.model, sampling, config.preview_keep, steps=steps, compute=config.compute)
     return info
 
 
