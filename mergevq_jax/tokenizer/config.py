@@ -1,4 +1,4 @@
-"""What a tokenizer is: one flat record under the released configuration's names, and the published sizes."""
+"""The architecture of a tokenizer: one flat record with the released config's names, and the published sizes."""
 
 import math
 from collections.abc import Mapping
@@ -17,25 +17,25 @@ class RecoveryConfig:
 
     rec_embed_dim: int = 512
     num_layers: int = 2  # cross-attention
-    num_self_layers: int = 0  # self-attention after it: the paper has two, the released module none
+    num_self_layers: int = 0  # self-attention after them: the paper has two, the released module none
     num_heads: int = 8
 
 
 @dataclass(frozen=True, kw_only=True)
 class TokenizerConfig:
-    """Architecture of encoder, quantiser, decoder and source recovery (papers' table 1; released `ddconfig`)."""
+    """Architecture of encoder, quantizer, decoder and source recovery (the paper's table 1; released `ddconfig`)."""
 
     resolution: int = 256  # training images, pixels; other multiples of the downsampling work as well
     in_channels: int = 3
     ch: int = 64
     ch_mult: tuple[int, ...] = (1, 1, 2, 4, 8)
-    num_res_blocks: int | tuple[int, ...] = 4  # one number, or one for each level of both encoder and decoder
-    num_res_extra: int = 1  # more in the decoder, not at the finest level; only with one number above
+    num_res_blocks: int | tuple[int, ...] = 4  # of every level of encoder and decoder, or one number a level
+    num_res_extra: int = 1  # added to one number in the decoder, but not at its finest level
     norm_num_groups: int = 32  # of every GroupNorm
     num_att_blocks: int = 12
     num_heads: int = 8
-    head_dim: int | None = None  # if given, heads are at least width // head_dim
-    isotropic: int | None = None  # width of the patchify encoder (variant R); None: the CNN encoder
+    head_dim: int | None = None  # if given, a part has at least width // head_dim heads
+    isotropic: int | None = None  # width of the patchify encoder (variant R); None: CNN encoder
     z_channels: int = 18  # channels of a code; for LFQ its bits
     keep: int = 144  # tokens kept of a training image
     layer_scale: float = 1e-5
@@ -62,34 +62,36 @@ class TokenizerConfig:
             fields |= {f"recovery.{name}": getattr(self.recovery, name) for name in ("rec_embed_dim", "num_heads")}
         bad = [f"{name}={value}" for name, value in fields.items() if not _positive(value)]
         if bad:
-            raise ValueError(f"tokenizer config: {', '.join(bad)}: positive numbers are needed")
-        levels = len(self.ch_mult)
-        problems = []
+            raise ValueError(f"tokenizer config: {', '.join(bad)} must be positive")
+        levels, problems = len(self.ch_mult), []
         if any(width % self.norm_num_groups for width in self.widths):
             problems.append(
                 f"ch={self.ch}, ch_mult={self.ch_mult}: widths {self.widths} must be multiples of "
                 f"norm_num_groups={self.norm_num_groups}"
             )
         if isinstance(self.num_res_blocks, tuple) and len(self.num_res_blocks) != levels:
-            problems.append(f"num_res_blocks={self.num_res_blocks}: one number or {levels} (levels of ch_mult)")
+            problems.append(f"num_res_blocks={self.num_res_blocks} must be one number or {levels} (levels of ch_mult)")
         if self.isotropic is None and not problems:
             ends = [width for width, blocks in zip(self.widths, self.encoder_res_blocks, strict=True) if blocks]
             if [self.ch, *ends][-1] != self.widths[-1]:
                 problems.append(
-                    f"num_res_blocks={self.num_res_blocks}: without blocks the last level cannot change width"
+                    f"num_res_blocks={self.num_res_blocks}: to change the width, the last level needs blocks"
                 )
         if self.isotropic is not None and (self.isotropic < 1 or self.isotropic % self.norm_num_groups):
             problems.append(
-                f"isotropic={self.isotropic}: a multiple of norm_num_groups={self.norm_num_groups} is needed"
+                f"isotropic={self.isotropic} must be a positive multiple of norm_num_groups={self.norm_num_groups}"
             )
         for name, known in (("quantizer", QUANTIZERS), ("merge_rule", tome.MERGE_RULES)):
             if (value := getattr(self, name)) not in known:
-                problems.append(f"{name}={value!r}: there are {', '.join(known)}; others must be added to them first")
+                problems.append(f"{name}={value!r} is unknown; known: {', '.join(known)} (add others to these first)")
         if self.quantizer in QUANTIZERS and (self.z_channels < 1 or self.vocab_size > 2**30):
-            problems.append(f"z_channels={self.z_channels}: at least 1, and at most 2^30 codes (indices are int32)")
+            problems.append(
+                f"z_channels={self.z_channels} must be positive and give at most 2^30 codes (int32 indices)"
+            )
         if self.resolution % self.downsampling or self.resolution < 2 * self.downsampling:
             problems.append(
-                f"resolution={self.resolution}: a multiple of the downsampling {self.downsampling}, at least twice it"
+                f"resolution={self.resolution} must be a multiple of the downsampling {self.downsampling}, "
+                "at least twice it"
             )
         parts = [
             ("encoder", self.encoder_width, self.encoder_heads),
@@ -111,7 +113,7 @@ class TokenizerConfig:
 
     @property
     def bits(self) -> int:
-        """Bits that an index takes."""
+        """Bits of an index."""
         return (self.vocab_size - 1).bit_length()
 
     @property
@@ -121,7 +123,7 @@ class TokenizerConfig:
 
     @property
     def downsampling(self) -> int:
-        """Pixels along one side of a raw token."""
+        """Side of a raw token, in pixels."""
         return 2 ** (len(self.ch_mult) - 1)
 
     @property
@@ -171,13 +173,13 @@ class TokenizerConfig:
         """Raw tokens along the two sides of an image of height x width pixels.
 
         Raises:
-          ValueError: a side is not a multiple of the downsampling.
+          ValueError: a side is not a multiple of the downsampling, or the image has only one raw token.
         """
         f = self.downsampling
         if height % f or width % f or height * width < 2 * f * f:
             raise ValueError(
                 f"image of {height} x {width} pixels (height x width): both sides must be multiples of {f}, "
-                f"and there must be at least two tokens of {f} x {f}; crop or resize it first"
+                f"for at least two tokens of {f} x {f}; crop or resize it first"
             )
         return height // f, width // f
 
@@ -191,7 +193,7 @@ def _positive(value: int | tuple[int, ...] | None) -> bool:
 
 
 def ratio_keep(config: TokenizerConfig, raw: int) -> int:
-    """Kept tokens of another image size at the same fraction as the training size, at least one."""
+    """K for an image of `raw` tokens at the training size's fraction, at least 1."""
     return max(1, math.floor(config.keep * raw / config.raw_tokens + 0.5))
 
 
@@ -202,7 +204,7 @@ def preset(name: str) -> TokenizerConfig:
       ValueError: no preset of that name.
     """
     if name not in PRESETS:
-        raise ValueError(f"no preset {name!r}; there are {', '.join(PRESETS)}")
+        raise ValueError(f"no preset {name!r}; known: {', '.join(PRESETS)}")
     return PRESETS[name]
 
 
@@ -221,7 +223,7 @@ PRESETS: Mapping[str, TokenizerConfig] = MappingProxyType(
             resolution=64,
             ch=64,
             ch_mult=(1, 1, 1),
-            norm_num_groups=4,  # of 16 channels, as at full size; groups of one or two take an image's colours away
+            norm_num_groups=4,  # of 16 channels, as at full size; groups of one or two lose the colours of an image
             num_res_blocks=(0, 0, 1),
             num_att_blocks=3,
             num_heads=2,

@@ -1,9 +1,9 @@
-"""Token merging (ToMe, arXiv 2210.09461) with static shapes and an index vector for the sources.
+"""Token merging (ToMe, arXiv 2210.09461) with static shapes and source maps instead of matrices.
 
 `source_map[b, l]` is the kept token that raw token l went into. The paper's matrix S (section 3.2) is its one-hot form
 and is never built: maps compose by a gather, and S^T z is a gather as well.
 
-Axes: B batch, L raw tokens, T tokens before and K after a merge (a class token counted where there is one), D width.
+Axes: B batch, L raw tokens, T tokens before and K after a merge (with the class token, if any), D width.
 """
 
 import bisect
@@ -16,8 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-# Plain indexing tests each index for being negative. XLA on CPUs fuses the bookkeeping of all layers and then emits the
-# index of every layer's gather twice: minutes and gigabytes to compile 12 layers.
+# Plain indexing handles negative indices. XLA on CPUs fuses the bookkeeping of all layers and then emits the index of
+# every layer's gather twice: compiling 12 layers takes minutes and gigabytes.
 _IN_RANGE = {"mode": "promise_in_bounds", "wrap_negative_indices": False}
 
 
@@ -25,19 +25,19 @@ _IN_RANGE = {"mode": "promise_in_bounds", "wrap_negative_indices": False}
 class Matching:
     """Which tokens stay and which one each merged token joins."""
 
-    kept: Int[Array, "B K"]  # token that each new one continues
+    kept: Int[Array, "B K"]  # tokens that stay, in their new order
     source: Int[Array, "B r"]  # tokens that are merged away
-    target: Int[Array, "B r"]  # new token that each of them joins
+    target: Int[Array, "B r"]  # where in `kept` each of them goes
 
 
 def merge_counts(raw: int, kept: int, layers: int) -> tuple[int, ...]:
     """Tokens merged in each layer: a linear fall from 1.5 r to 0.5 r whose sum is exactly raw - kept.
 
-    r is the integer whose schedule comes closest to raw - kept; the difference goes into the first layer. Where a layer
-    would then merge less than nothing or more than half of its tokens, the next closest r is taken.
+    r is the integer whose schedule comes closest to raw - kept; the first layer makes up the difference. If a layer
+    would then merge more than half of its tokens or a negative number, the next closest r is tried.
 
     Raises:
-      ValueError: kept is not in 1..raw, or no r will do.
+      ValueError: kept is not in 1..raw, or no r fits.
     """
     total = raw - kept
     if kept < 1 or total < 0:
@@ -85,7 +85,7 @@ def bipartite_soft_matching(metric: Float[Array, "B T D"], r: int, *, class_toke
       class_token: token 0 never merges.
 
     Returns:
-      Matching with K = T - r; the order of kept tokens is: even tokens that stay, by index, then odd ones.
+      Matching with K = T - r, whose `kept` are the even tokens that stay, in order, then the odd ones.
 
     Raises:
       ValueError: r is out of range.
@@ -95,7 +95,7 @@ def bipartite_soft_matching(metric: Float[Array, "B T D"], r: int, *, class_toke
     if not 0 <= r <= limit:
         raise ValueError(f"cannot merge {r} of {tokens} tokens in one step: allowed are 0 to {limit}")
     metric = jax.lax.stop_gradient(metric).astype(jnp.float32)
-    # A zero vector is similar to nothing; as 0 / 0 it would sort behind the class token, which would then merge.
+    # Zero vectors get similarity 0. As 0 / 0 they would sort behind the class token, which would then merge.
     metric = metric / jnp.maximum(jnp.linalg.norm(metric, axis=-1, keepdims=True), 1e-12)
     even, odd = metric[:, ::2], metric[:, 1::2]
     scores = jnp.einsum("bsd,btd->bst", even, odd, precision="highest")
@@ -112,10 +112,9 @@ def bipartite_soft_matching(metric: Float[Array, "B T D"], r: int, *, class_toke
     )
 
 
-# By name. A rule that is added here can be `TokenizerConfig.merge_rule`. It chooses r pairs from the tokens' metric
-# [B, T, d]; with class_token, token 0 stays by itself.
-MergeRule = Callable[..., Matching]
-MERGE_RULES: dict[str, MergeRule] = {"tome": bipartite_soft_matching}
+# The choices of `TokenizerConfig.merge_rule`, by name; add others here. A rule chooses r pairs from the tokens' metric
+# [B, T, d]; with class_token, token 0 never merges.
+MERGE_RULES: dict[str, Callable[..., Matching]] = {"tome": bipartite_soft_matching}
 
 
 def merge(
@@ -134,7 +133,7 @@ def _sum_into(matching: Matching, x: Float[Array, "B T D"]) -> Float[Array, "B K
 
 
 def merge_source_map(matching: Matching, source_map: Int[Array, "B L"]) -> Int[Array, "B L"]:
-    """The map from raw tokens through one more merge."""
+    """A source map after one more merge."""
 
     def new_tokens(kept, source, target):
         token = jnp.zeros(kept.shape[0] + source.shape[0], source_map.dtype)
@@ -150,12 +149,12 @@ def _take(x: Array, index: Int[Array, "B N"]) -> Array:
 
 
 def unmerge(tokens: Float[Array, "B K D"], source_map: Int[Array, "B L"]) -> Float[Array, "B L D"]:
-    """Gives every raw position its group's token: S^T z of the paper as one gather."""
+    """Gives every raw position the token of its group: the paper's S^T z as one gather."""
     return jnp.take_along_axis(tokens, source_map[..., None], axis=1)
 
 
 def group_starts(source_map: Int[Array, "B L"], kept: int) -> Int[Array, "B K"]:
-    """Smallest raw index of each kept token's group; L where a group is empty."""
+    """First raster position of each group; L for an empty group."""
     length = source_map.shape[1]
     index = jnp.arange(length, dtype=source_map.dtype)
     return jax.vmap(lambda groups: jnp.full(kept, length, groups.dtype).at[groups].min(index))(source_map)

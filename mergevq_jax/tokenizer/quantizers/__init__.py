@@ -1,1 +1,1 @@
-"""From features to codes and indices: the record that the tokenizer knows, and look-up-free quantisation behind it."""
+"""Quantizers: their common interface, and look-up-free quantisation (LFQ)."""

@@ -1,4 +1,4 @@
-"""Look-up-free quantisation: a code is the sign of every channel; exact entropies over all 2^b codes, no codebook.
+"""Look-up-free quantisation: a code is the signs of all channels; exact entropies over all 2^b codes, no codebook.
 
 The dense form (MAGVIT-v2, arXiv 2310.05737) makes [N, 2^b] probabilities. Given a token its bits are independent, so
 the entropy of one token is a sum of b binary entropies, and the mean distribution over all codes is one matrix product
@@ -16,20 +16,20 @@ from jaxtyping import Array, Float, Int
 
 @flax.struct.dataclass
 class EntropyTerms:
-    """Entropies in nats: mean over tokens of each token's own, and of the mean distribution over tokens."""
+    """In nats: the mean of the tokens' entropies, and the entropy of their mean distribution."""
 
     per_sample: Float[Array, ""]
     codebook: Float[Array, ""]
 
     @property
     def loss(self) -> Float[Array, ""]:
-        """Low for confident tokens that use the whole codebook."""
+        """Low where tokens are confident and use the whole codebook."""
         return self.per_sample - self.codebook
 
 
 def quantize(z: Float[Array, "*batch C"]) -> Float[Array, "*batch C"]:
     """Sign of every channel (0 goes to -1) with the straight-through gradient."""
-    return _sign(z) + (z - jax.lax.stop_gradient(z))  # in this order the codes are exactly +1 and -1
+    return _sign(z) + (z - jax.lax.stop_gradient(z))  # in this order exactly +1 and -1
 
 
 def _sign(z):
@@ -37,7 +37,7 @@ def _sign(z):
 
 
 def commitment_loss(z: Float[Array, "*batch C"]) -> Float[Array, ""]:
-    """Mean squared distance of the features to their codes."""
+    """Mean squared distance of features from their codes."""
     z = z.astype(jnp.float32)
     return jnp.mean(jnp.square(z - jax.lax.stop_gradient(_sign(z))))
 
@@ -64,7 +64,6 @@ def entropy_terms(z: Float[Array, "*batch C"], *, temperature: float = 0.01, eps
 
     Args:
       z: features before the sign; under jit on a mesh the mean runs over the global batch.
-      temperature: of the softmax.
       eps: inside the logarithm of the mean distribution, as in the released code.
     """
     logits = (4.0 / temperature) * z.reshape(-1, z.shape[-1]).astype(jnp.float32)
@@ -76,8 +75,8 @@ def entropy_terms(z: Float[Array, "*batch C"], *, temperature: float = 0.01, eps
 
 
 def _binary_entropy(logits):
-    """Entropy of a Bernoulli variable by its log-odds, finite in value and gradient for any size of them."""
-    size = jnp.minimum(jnp.abs(logits), 100.0)  # beyond, the entropy is 0 in float32, and infinity times 0 is not
+    """Entropy of a Bernoulli variable from its log-odds; value and gradient are finite at any size."""
+    size = jnp.minimum(jnp.abs(logits), 100.0)  # beyond it the entropy is 0 in float32, but inf * 0 is NaN
     return jnp.log1p(jnp.exp(-size)) + size * jax.nn.sigmoid(-size)
 
 

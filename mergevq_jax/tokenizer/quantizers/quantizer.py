@@ -1,4 +1,4 @@
-"""What a tokenizer asks of its quantizer: a record of functions, chosen by name in `TokenizerConfig.quantizer`.
+"""The interface of a quantizer: a record of functions, chosen by name with `TokenizerConfig.quantizer`.
 
 Axes: ... any batch axes, C channels.
 """
@@ -19,9 +19,9 @@ class Quantizer:
       vocab_size: number of indices, by C.
       quantize: features to codes [..., C], with a gradient.
       to_indices: features to int32 indices [...], 0 to vocab_size - 1.
-      from_indices: indices and C to codes [..., C], the same as `quantize` gives.
-      entropy: features and temperature to the entropy loss; None: it has none.
-      commitment: features to the commitment loss; None: it has none.
+      from_indices: indices and C to codes [..., C], equal to those of `quantize`.
+      entropy: features and temperature to the entropy loss; None: the quantizer has none.
+      commitment: features to the commitment loss; None: the quantizer has none.
     """
 
     vocab_size: Callable[[int], int]
@@ -32,7 +32,7 @@ class Quantizer:
     commitment: Callable[[Float[Array, "..."]], Float[Array, ""]] | None = None
 
 
-# By name. A quantizer that is added here, before a config names it, can be trained, saved, loaded and generated for.
+# By name. A quantizer that is added here before a config names it trains, saves, loads and generates like LFQ.
 QUANTIZERS: dict[str, Quantizer] = {
     "lfq": Quantizer(
         vocab_size=lambda channels: 2**channels,
