@@ -96,7 +96,7 @@ def measure(
             batch = {
                 "image": rng.integers(0, 256, (size, 64, 64, 3), np.uint8),
                 "label": np.zeros(size, np.int32),
-                "index": np.arange(size, dtype=np.int64),
+                "example": np.arange(size, dtype=np.int64),
             }
             accumulate.platform = (lambda: "accelerator") if case.as_loop else own
             timed[case] = Timed(program, sharding.shard_batch(batch, mesh))

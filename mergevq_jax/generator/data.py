@@ -57,7 +57,7 @@ def make_batches(
 ) -> Iterator[dict[str, np.ndarray]]:
     """An endless iterator of this host's part of the batches start_step, start_step + 1, ...
 
-    Batches have "label" int32 [B], "index" int64 [B], the example's number in the endless stream, and
+    Batches have "label" int32 [B], "example" int64 [B], the example's number in the endless stream, and
     from images: "image" uint8 [B, H, W, 3]; from codes on disk: "indices" int32 [B, L], the code at each raster token,
     and "source_map" int32 [B, L].
 
@@ -130,12 +130,12 @@ class _Read:
             "indices": record["indices"][source_map],
             "source_map": source_map,
             "label": record["label"],
-            "index": index,
+            "example": index,
         }
 
 
 def _stack(examples: list[dict[str, Any]]) -> dict[str, np.ndarray]:
-    dtypes = {"indices": np.int32, "source_map": np.int32, "label": np.int32, "index": np.int64}
+    dtypes = {"indices": np.int32, "source_map": np.int32, "label": np.int32, "example": np.int64}
     return {name: np.asarray([example[name] for example in examples], dtype) for name, dtype in dtypes.items()}
 
 

@@ -54,7 +54,7 @@ def trace_train_step(config: TrainConfig, batch_size: int) -> tuple[stage2.Train
     optimizer = Optimizer(make_optimizer(config.optimizer, rate), rate)
     numbers = jax.ShapeDtypeStruct((batch_size,), jnp.int32)
     raster = jax.ShapeDtypeStruct((batch_size, config.model.length), jnp.int32)
-    batch = {"indices": raster, "source_map": raster, "label": numbers, "index": numbers}
+    batch = {"indices": raster, "source_map": raster, "label": numbers, "example": numbers}
     program = make_program(step_config, optimizer, make_mesh(MeshConfig(), jax.devices()[:1]), None)
     return program.abstract_state, program.trace(batch, step_keep(config))
 

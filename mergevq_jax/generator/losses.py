@@ -33,7 +33,7 @@ def next_code_loss(
     """Teacher forcing in raster order.
 
     Args:
-      batch: "indices" int32 [B, L], "label" and "index" int [B].
+      batch: "indices" int32 [B, L], "label" and "example" int [B].
       key: of the class dropout; None: no dropout.
       keep: the merge instruction of all examples, where the generator has one.
       seen: of `merge_mask` or `merged_keys`; None: plain autoregression.
@@ -55,7 +55,7 @@ def conditions(
     merge = jnp.full_like(labels, config.merge_index(keep)) if config.merge_instruction else None
     if key is None or config.null_class is None:
         return labels, merge
-    dropped = jax.vmap(lambda key: jax.random.bernoulli(key, config.class_dropout))(example_keys(key, batch["index"]))
+    dropped = jax.vmap(lambda key: jax.random.bernoulli(key, config.class_dropout))(example_keys(key, batch["example"]))
     return jnp.where(dropped, config.null_class, labels), merge
 
 

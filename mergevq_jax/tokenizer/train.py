@@ -198,7 +198,7 @@ def train_step(
     Args:
       state: donated by the caller's jit.
       frozen: perceptual network and alignment teacher.
-      batch: "image" uint8 [B, H, W, 3]; "label" int32 [B] and "index" int [B] where the alignment loss needs them.
+      batch: "image" uint8 [B, H, W, 3]; "label" int32 [B] and "example" int [B] where the alignment loss needs them.
       config, optimizers, keep: static.
 
     Returns:
@@ -213,7 +213,7 @@ def train_step(
         metrics, *carry = aux
         return gradients, tuple(carry), metrics
 
-    used = {name: value for name, value in batch.items() if name in ("image", "label", "index")}
+    used = {name: value for name, value in batch.items() if name in ("image", "label", "example")}
     carry = (state.disc_stats, state.lecam)
     gradients, (stats, lecam), metrics = accumulate(part, carry, used, config.accumulate)
     norms = {"grad_norm": optax.tree.norm(gradients[0]), "disc/grad_norm": optax.tree.norm(gradients[1])}
@@ -321,7 +321,7 @@ def _alignment_loss(params, teacher, images, batch, step, config: StepConfig, fr
     ).head
     if config.losses.alignment == "label":
         return alignment.smoothed_cross_entropy(student, batch["label"])
-    keys = example_keys(stream_key(config.seed, Stream.AUGMENT, step), batch["index"])
+    keys = example_keys(stream_key(config.seed, Stream.AUGMENT, step), batch["example"])
     teacher_view = dinov2.standardize(alignment.random_resized_crops(images, keys, size))
     features = dinov2.DINOv2(config.teacher).apply({"params": teacher}, teacher_view).pooled
     loss = alignment.kl_alignment_loss if config.losses.alignment == "kl" else alignment.cosine_alignment_loss

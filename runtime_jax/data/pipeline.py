@@ -61,8 +61,8 @@ def make_batches(config: DataConfig, start_step: int, *, process_index: int = 0,
     """An endless iterator of this host's part of the batches start_step, start_step + 1, ...
 
     Host h of H gets rows h * B / H to (h + 1) * B / H of the global batch, which is the same for any H; nothing before
-    start_step is read. Batches are {"image": uint8 [B/H, S, S, 3], "label": int32 [B/H], "index": int64 [B/H]}, where
-    "index" is the example's number in the endless stream (step * B + row): fold it into keys.
+    start_step is read. Batches are {"image": uint8 [B/H, S, S, 3], "label": int32 [B/H], "example": int64 [B/H]}, where
+    "example" is the example's number in the endless stream (step * B + row): fold it into keys.
 
     Raises:
         ValueError: a bad config, a missing source, or a batch that the hosts do not divide.
@@ -166,7 +166,7 @@ class _Augment:
             image = center_crop(example["image"], size)
         if self.config.flip and rng.integers(2):
             image = image[:, ::-1]
-        return {"image": image, "label": example["label"], "index": index, "skipped": example.get("skipped", ())}
+        return {"image": image, "label": example["label"], "example": index, "skipped": example.get("skipped", ())}
 
 
 def center_crop(image: UInt8[np.ndarray, "H W 3"], size: int) -> UInt8[np.ndarray, "{size} {size} 3"]:
@@ -200,6 +200,6 @@ def _stack(examples: list[dict[str, Any]]) -> dict[str, Any]:
     return {
         "image": np.stack([e["image"] for e in examples]),
         "label": np.array([e["label"] for e in examples], np.int32),
-        "index": np.array([e["index"] for e in examples], np.int64),
+        "example": np.array([e["example"] for e in examples], np.int64),
         "skipped": tuple(name for e in examples for name in e["skipped"]),
     }

@@ -13,7 +13,7 @@ from runtime_jax.sharding import MeshConfig, make_mesh, platform
 from runtime_jax.training import accumulate as accumulating
 from runtime_jax.training.accumulate import accumulate
 
-BATCH = {"x": np.arange(24.0, dtype=np.float32).reshape(8, 3), "index": np.arange(8)}
+BATCH = {"x": np.arange(24.0, dtype=np.float32).reshape(8, 3), "example": np.arange(8)}
 WEIGHTS = np.array([1.0, -2.0, 0.5], np.float32)
 
 
@@ -21,7 +21,7 @@ def part(seen, batch):
     """Mean squares of a linear map; the carry lists the examples in the order in which they come."""
     losses = lambda w: jnp.mean(jnp.square(batch["x"] @ w))  # noqa: E731
     value, gradient = jax.value_and_grad(losses)(WEIGHTS)
-    seen = jax.lax.dynamic_update_slice_in_dim(seen[0], batch["index"], seen[1], 0), seen[1] + len(batch["index"])
+    seen = jax.lax.dynamic_update_slice_in_dim(seen[0], batch["example"], seen[1], 0), seen[1] + len(batch["example"])
     return {"w": gradient}, seen, {"loss": value}
 
 

@@ -81,7 +81,7 @@ def test_batches_are_a_function_of_their_number(tokenizers, scenes):
     data = _corpus(scenes, tokenizers, pair_every=0)
     batches = list(itertools.islice(data.batches(2), 4))
     jax.tree.map(np.testing.assert_array_equal, batches[3], data.batch(5))
-    assert batches[1]["index"].tolist() == list(range(18, 24))
+    assert batches[1]["example"].tolist() == list(range(18, 24))
     latents = np.concatenate([batch["latents"] for batch in batches])
     assert len(np.unique(latents[:, 0, 0, 0])) > 8
 

@@ -61,7 +61,7 @@ def test_a_published_step_traces():
     teacher = jax.eval_shape(DINOv2(step_config.teacher).init, jax.random.key(0), pixels)["params"]
     batch = {
         "image": jax.ShapeDtypeStruct((4, 256, 256, 3), jnp.uint8),
-        "index": jax.ShapeDtypeStruct((4,), jnp.int32),
+        "example": jax.ShapeDtypeStruct((4,), jnp.int32),
     }
     step = functools.partial(train.train_step, config=step_config, optimizers=optimizers, keep=config.model.keep)
     new, metrics = jax.eval_shape(step, state, train.Frozen(lpips=lpips_shapes(), teacher=teacher), batch)

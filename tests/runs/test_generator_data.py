@@ -57,8 +57,8 @@ def test_batches_are_the_records(root):
     steps = first(make_batches(config, DRAW, 0), 6)
     assert {DRAW(step) for step in range(6)} == set(RATIO.keeps)
     for step, batch in enumerate(steps):
-        np.testing.assert_array_equal(batch["index"], 4 * step + np.arange(4))
-        for row, place in enumerate(batch["index"]):
+        np.testing.assert_array_equal(batch["example"], 4 * step + np.arange(4))
+        for row, place in enumerate(batch["example"]):
             record = records[DRAW(step)][place % IMAGES]
             np.testing.assert_array_equal(batch["source_map"][row], record["source_map"])
             np.testing.assert_array_equal(batch["indices"][row], record["indices"][record["source_map"]])
@@ -68,7 +68,7 @@ def test_batches_are_the_records(root):
             "indices": "int32",
             "source_map": "int32",
             "label": "int32",
-            "index": "int64",
+            "example": "int64",
         }
 
 

@@ -54,7 +54,7 @@ def codes():
         "indices": random_codes(BATCH, MODEL, values=6),
         "source_map": rng.integers(0, 10, (BATCH, MODEL.length)).astype(np.int32),
         "label": np.arange(BATCH, dtype=np.int32) % 2,
-        "index": np.arange(BATCH, dtype=np.int32),
+        "example": np.arange(BATCH, dtype=np.int32),
     }
     return jax.tree.map(jnp.asarray, arrays)
 
@@ -136,7 +136,7 @@ def test_classes_are_dropped_by_the_example():
     labels, examples = jnp.zeros(2000, jnp.int32), jnp.arange(2000)
 
     def drop(labels, examples, config=MODEL):
-        batch = {"label": labels, "index": examples}
+        batch = {"label": labels, "example": examples}
         return np.asarray(conditions(batch, jax.random.key(0), config, 10)[0])
 
     dropped = drop(labels, examples)
@@ -224,7 +224,7 @@ def test_a_published_step_traces(size, kind, count):
     batch = {
         "image": jax.ShapeDtypeStruct((2, 256, 256, 3), jnp.uint8),
         "label": jax.ShapeDtypeStruct((2,), jnp.int32),
-        "index": jax.ShapeDtypeStruct((2,), jnp.int32),
+        "example": jax.ShapeDtypeStruct((2,), jnp.int32),
     }
     step = functools.partial(train.train_step, config=step_config, optimizer=SGD, keep=144)
     new, metrics = jax.eval_shape(step, state, tokenizer_shapes(tokenizer), batch)

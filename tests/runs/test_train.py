@@ -40,7 +40,7 @@ PLAIN = train.Optimizers(SGD, SGD)
 def batch():
     rng = np.random.default_rng(0)
     images = np.kron(rng.integers(0, 255, (8, 8, 8, 3)), np.ones((1, 2, 2, 1))).astype(np.uint8)
-    return {"image": images, "label": np.zeros(8, np.int32), "index": np.arange(8)}
+    return {"image": images, "label": np.zeros(8, np.int32), "example": np.arange(8)}
 
 
 @pytest.fixture(scope="module")

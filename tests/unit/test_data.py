@@ -69,9 +69,9 @@ def test_batch_contents(scenes):
     assert {key: (value.shape, str(value.dtype)) for key, value in batch.items()} == {
         "image": ((8, SIZE, SIZE, 3), "uint8"),
         "label": ((8,), "int32"),
-        "index": ((8,), "int64"),
+        "example": ((8,), "int64"),
     }
-    assert batch["index"].tolist() == list(range(16, 24))
+    assert batch["example"].tolist() == list(range(16, 24))
 
 
 def test_same_seed_same_batches_other_seed_other_batches(scenes):
@@ -92,7 +92,7 @@ def test_starting_at_a_step_equals_running_to_it(scenes, step):
 def test_a_far_step_costs_nothing(scenes):
     step = 10**9
     (batch,) = take(config(scenes, PHOTOS), step, 1)
-    assert batch["index"][0] == 8 * step
+    assert batch["example"][0] == 8 * step
 
 
 @pytest.mark.parametrize("hosts", [2, 4])

@@ -103,7 +103,7 @@ def tokens(batch):
     groups = np.stack([rng.permutation(np.r_[:K, rng.integers(0, K, L - K)]) for _ in range(batch)]).astype(np.int32)
     indices = np.take_along_axis(random_codes(batch), groups, axis=1)
     index = np.arange(batch)
-    return {"indices": indices, "source_map": groups, "label": index.astype(np.int32) % 5, "index": index}
+    return {"indices": indices, "source_map": groups, "label": index.astype(np.int32) % 5, "example": index}
 
 
 def test_a_new_model_loses_as_many_nats_as_codes_have():

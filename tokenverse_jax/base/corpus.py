@@ -51,10 +51,10 @@ def draw(drawn: Sequence[Scene], size: int) -> Images:
 
 
 def picture_batches(seed: int, size: int, batch_size: int, start_step: int) -> Iterator[dict[str, np.ndarray]]:
-    """Batches of new training pictures, without end: "image" uint8 [B, H, W, 3] and "index" int64 [B]."""
+    """Batches of new training pictures, without end: "image" uint8 [B, H, W, 3] and "example" int64 [B]."""
     for step in itertools.count(start_step):
         examples = range(step * batch_size, (step + 1) * batch_size)
-        yield {"image": draw(scenes(seed, "train", examples), size), "index": np.array(examples)}
+        yield {"image": draw(scenes(seed, "train", examples), size), "example": np.array(examples)}
 
 
 def cached(
@@ -138,7 +138,7 @@ class Corpus:
             "t5_ids": encode(self.tokenizers.tokenizer_2, t5, self.captions.text_length),
             "clip_ids": encode(self.tokenizers.tokenizer, clip, self.captions.text_length, truncate=True),
             "words": words(self.tokenizers.tokenizer_2, t5, self.captions.text_length),
-            "index": np.array(examples),
+            "example": np.array(examples),
         }
 
     def _pick(self, example: int, weights: Sequence[float]) -> int:

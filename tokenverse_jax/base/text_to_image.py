@@ -117,14 +117,14 @@ def loss(
 
     Args:
       batch: "latents" [B, h, w, C], "layouts" [B, h / 2, w / 2, F], "t5_ids" and "clip_ids" int [B, T], "words" int
-        [B, T, A], "index" int [B] that time and noise depend on.
+        [B, T, A], "example" int [B] that time and noise depend on.
     """
     compute = networks.compute
     txt = T5Encoder(networks.t5, compute).apply({"params": params["t5"]}, batch["t5_ids"])
     vec = CLIPTextEncoder(networks.clip, compute).apply({"params": params["clip"]}, batch["clip_ids"]).pooled
     clean = autoencoder.pack(batch["latents"])
     grid = tuple(side // autoencoder.PATCH for side in batch["latents"].shape[1:3])
-    keys = example_keys(stream_key(seed, Stream.NOISE, step), batch["index"])
+    keys = example_keys(stream_key(seed, Stream.NOISE, step), batch["example"])
     keys = jax.vmap(jax.random.split)(keys)
     times = logit_normal_times(keys[:, 0], config.time_mean, config.time_std)
     noise = jax.vmap(lambda key: jax.random.normal(key, clean.shape[1:]))(keys[:, 1])

@@ -42,11 +42,11 @@ def loss(
     """Reconstruction error from samples of the latents, and the latents' divergence from a standard normal.
 
     Args:
-      batch: "image" uint8 [B, H, W, 3], "index" int [B] that the noise depends on.
+      batch: "image" uint8 [B, H, W, 3], "example" int [B] that the noise depends on.
     """
     vae, images = Autoencoder(config.model, compute), to_float(batch["image"])
     posterior = vae.apply({"params": params}, images, method="encode")
-    keys = example_keys(stream_key(seed, Stream.NOISE, step), batch["index"])
+    keys = example_keys(stream_key(seed, Stream.NOISE, step), batch["example"])
     noise = jax.vmap(lambda key: jax.random.normal(key, posterior.mean.shape[1:]))(keys)
     error = vae.apply({"params": params}, posterior.sample(noise), method="decode") - images
     absolute, squared = jnp.mean(jnp.abs(error)), jnp.mean(jnp.square(error))

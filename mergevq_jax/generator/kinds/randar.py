@@ -113,12 +113,12 @@ def randar_loss(
     """Teacher forcing of the K = `keep` codes, in an order that is drawn for every example.
 
     Args:
-      batch: "indices" [B, L], the code at every raster token, "source_map" [B, L], "label" and "index" [B].
+      batch: "indices" [B, L], the code at every raster token, "source_map" [B, L], "label" and "example" [B].
       key: of the order and of the class dropout, with each example's index; None: always the same order, no dropout.
       keep: distinct tokens of every example, and their merge instruction where the generator has one.
     """
     labels, merge = conditions(batch, key, config, keep)
-    keys = example_keys(stream_key(0, Stream.ORDER) if key is None else key, batch["index"])
+    keys = example_keys(stream_key(0, Stream.ORDER) if key is None else key, batch["example"])
     keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, int(Stream.ORDER))  # not those of the dropout
     codes = shuffled(merged_codes(batch["indices"], batch["source_map"], keep), keys)
     logits = randar_logits(params, codes, labels, merge, config=config, compute=compute)
