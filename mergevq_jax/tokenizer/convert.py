@@ -1,6 +1,6 @@
 """The released state-dict layout, in both directions.
 
-A saved tokenizer uses the same names, under encoder., decoder. and recovery.
+Saved tokenizers use the same names, prefixed with encoder., decoder. and recovery.
 """
 
 from collections.abc import Mapping
@@ -107,7 +107,7 @@ def from_released(tensors: Mapping[str, np.ndarray], *, ema: bool = True) -> dic
       ema: take the moving averages (stored as `model_ema.` + the name without dots) instead of the last weights.
 
     Raises:
-      WeightError: no encoder in it, or no moving average where one is asked for.
+      WeightError: no encoder or decoder, or no moving averages of them.
     """
     parts = ("encoder.", "decoder.", "recovery.")
     tensors = unwrapped(tensors, lambda name: name.startswith(parts))
@@ -124,6 +124,6 @@ def from_released(tensors: Mapping[str, np.ndarray], *, ema: bool = True) -> dic
 
 
 def no_stage(stage: int, tensors: Mapping[str, np.ndarray]) -> str:
-    """What a state dict is that holds no network of this stage."""
+    """For errors: what a state dict without a network of this stage is."""
     what = recognized(tensors)
     return f"not a stage-{stage} checkpoint" + (f", but {what}" if what else "")

@@ -1,6 +1,6 @@
-"""A full grid of codes to images: transformer with convolutional positions, then adaptive GroupNorm and upsampling.
+"""Decodes a full grid of codes: transformer with convolutional positions, then adaptive GroupNorm and upsampling.
 
-Axes: B batch, h w grid of raw tokens, L = h w, C bits, D width.
+Axes: B batch, h w grid of raw tokens, L = h w, C channels of a code, D width.
 """
 
 import flax.linen as nn
@@ -23,18 +23,16 @@ class Decoder(nn.Module):
 
     @nn.compact
     def __call__(self, codes: Float[Array, "B h w C"]) -> Float[Array, "B H W 3"]:
-        """Decodes the unmerged codes of every raw position to images, nominally in [-1, 1] (not clipped)."""
+        """Unmerged codes of every raw position to images, nominally in [-1, 1] but not clipped."""
         config, compute = self.config, self.compute
         style = codes.astype(jnp.float32)
         x = conv(config.decoder_width, "conv_in", compute)(codes.astype(compute.jax_dtype))
         x = _PositionedBlocks(config, compute, name="attn")(x)
         res_block = nn.remat(ResBlock) if compute.remat else ResBlock
-        for level in reversed(range(len(config.widths))):
+        for level, width in reversed(list(enumerate(config.widths))):
             x = AdaptiveGroupNorm(config.norm_num_groups, compute, name=f"adaptive_{level}")(x, style)
             for index in range(config.decoder_res_blocks[level]):
-                x = res_block(config.widths[level], config.norm_num_groups, compute, name=f"up_{level}_block_{index}")(
-                    x
-                )
+                x = res_block(width, config.norm_num_groups, compute, name=f"up_{level}_block_{index}")(x)
             if level:
                 x = conv(4 * x.shape[-1], f"up_{level}_upsample", compute)(x)
                 x = rearrange(x, "b h w (i j d) -> b (h i) (w j) d", i=2, j=2)
@@ -44,7 +42,7 @@ class Decoder(nn.Module):
 
 
 class _PositionedBlocks(nn.Module):
-    """Scanned blocks; positions enter by depthwise convolutions, so any grid works."""
+    """Scanned blocks; depthwise convolutions encode positions, so any grid works."""
 
     config: TokenizerConfig
     compute: Compute
@@ -67,7 +65,7 @@ class _PositionedBlocks(nn.Module):
 
 
 class AdaptiveGroupNorm(nn.Module):
-    """GroupNorm whose scale and bias come from the spread and mean of the codes over the image."""
+    """GroupNorm with scale and bias from the standard deviation and mean of the codes over the image."""
 
     num_groups: int
     compute: Compute

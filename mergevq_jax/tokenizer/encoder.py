@@ -1,6 +1,6 @@
 """Images to kept tokens: CNN (or patchify) downsampling, then transformer blocks that merge tokens.
 
-Axes: B batch, H W image, L raw tokens, K kept tokens, D width, C bits.
+Axes: B batch, H W image, L raw tokens, K kept tokens, D width, C channels of a code.
 """
 
 import flax.linen as nn
@@ -18,12 +18,12 @@ from runtime_jax.sharding import Axis, constrain
 
 @flax.struct.dataclass
 class Encoded:
-    """What the encoder returns; `size` counts the raw tokens in each kept one."""
+    """The encoder's output; `size` counts the raw tokens in each kept one."""
 
     z: Float[Array, "B K C"]  # before quantisation
     source_map: Int[Array, "B L"]  # kept token that each raw token went into
     size: Float[Array, "B K"]
-    head: Float[Array, "B classes"] | None  # the alignment head's output, where asked for
+    head: Float[Array, "B classes"] | None  # of the alignment head, if asked for
 
 
 class Encoder(nn.Module):
@@ -38,11 +38,11 @@ class Encoder(nn.Module):
 
         Args:
           images: in [-1, 1]; sides are multiples of the downsampling.
-          keep: K, static: every value is a program of its own.
+          keep: K, static: every value is another program.
           with_head: also compute the alignment head.
 
         Raises:
-          ValueError: image size or keep not possible.
+          ValueError: impossible image size or keep, or no alignment head.
         """
         config, compute = self.config, self.compute
         grid = config.grid(*images.shape[1:3])
@@ -82,7 +82,7 @@ class _Stem(nn.Module):
 
 
 class _MergingBlocks(nn.Module):
-    """Class token and blocks; not scanned, since every block has its own number of tokens."""
+    """Class token and blocks, which are not scanned: each has another number of tokens."""
 
     config: TokenizerConfig
     compute: Compute

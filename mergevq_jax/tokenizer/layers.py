@@ -15,7 +15,7 @@ from runtime_jax.nn.group_norm import GroupNorm
 from runtime_jax.sharding import Axis, constrain
 
 LAYER_NORM_EPSILON = 1e-5
-linear_normal = nn.initializers.normal(0.02)  # the released one is cut at +-2, a hundred standard deviations
+linear_normal = nn.initializers.normal(0.02)  # the released one is truncated at +-2, a hundred standard deviations
 # The default of the released convolutions: uniform with bound 1 / sqrt(fan_in).
 conv_uniform = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 
@@ -40,10 +40,10 @@ def conv(features: int, name: str, compute: Compute, *, size: int = 3, stride: i
 
 
 class DepthwiseConv(nn.Module):
-    """A 3x3 convolution of every channel by itself, with bias; sums in float32.
+    """A depthwise 3x3 convolution with bias; sums in float32.
 
     Written as nine shifted products, which compilers fuse into one pass over memory. On CPUs, XLA computes the weight
-    gradient of its own depthwise convolution as that of a dense one, which is D times the work.
+    gradient of its own depthwise convolution as a dense one's, which is D times the work.
     """
 
     compute: Compute
@@ -73,7 +73,7 @@ def gelu(x):
 
 
 class ResBlock(nn.Module):
-    """GroupNorm, SiLU, 3x3 convolution, twice, beside a 1x1 shortcut where the width changes."""
+    """Twice GroupNorm, SiLU and 3x3 convolution, with a 1x1 shortcut where the width changes."""
 
     features: int
     num_groups: int
@@ -92,7 +92,7 @@ class ResBlock(nn.Module):
 
 
 class Attention(nn.Module):
-    """Self-attention; returns the keys' mean over heads as well, which is ToMe's metric."""
+    """Self-attention; also returns the keys' mean over heads, which is ToMe's metric."""
 
     num_heads: int
     compute: Compute
@@ -156,7 +156,7 @@ class Block(nn.Module):
         size: Float[Array, "B N"] | None = None,
         source_map: Int[Array, "B L"] | None = None,
     ) -> tuple[Float[Array, "B K D"], Float[Array, "B K"] | None, Int[Array, "B L"] | None]:
-        """Returns tokens, sizes and source map after the block; the last two are needed only where tokens merge."""
+        """Returns the new tokens, sizes and source map; only blocks that merge need the last two."""
         attended, metric = Attention(self.num_heads, self.compute, name="attn")(
             layer_norm("norm1", self.compute)(x), size
         )

@@ -1,6 +1,6 @@
-"""The tokenizer as pure functions of its parameters, and a loaded one with a folder behind it.
+"""The tokenizer: pure functions of its parameters, and `Tokenizer`, which holds parameters and has a folder on disk.
 
-Axes: B batch, H W image, h w grid of raw tokens, L = h w, K kept tokens, C bits.
+Axes: B batch, H W image, h w grid of raw tokens, L = h w, K kept tokens, C channels of a code.
 """
 
 import functools
@@ -67,19 +67,16 @@ def encode(
     with_head: bool = False,
     compute: Compute = Compute(),
 ) -> Encoded:
-    """Images to the features of their kept tokens (paper section 3.2); `quantize` makes codes of these.
+    """Images to the features of their kept tokens (paper section 3.2), which `quantize` turns into codes.
 
     Args:
-      params: of `init_params`, or a loaded tokenizer's.
+      params: from `init_params` or a loaded tokenizer.
       images: float pixels in [-1, 1].
-      keep: K, the kept tokens of each image; static.
-      with_head: also the alignment head's output.
-
-    Returns:
-      `z` [B, K, C], `source_map` [B, L], and `head`, None without one; see `Encoder`.
+      keep: K; static.
+      with_head: also compute the alignment head.
 
     Raises:
-      ValueError: sides that are no multiples of a token's, or a K that is not possible.
+      ValueError: impossible image size or K, or no alignment head.
     """
     return Encoder(config, compute).apply({"params": params["encoder"]}, images, keep=keep, with_head=with_head)
 
@@ -93,12 +90,12 @@ def decode(
     *,
     compute: Compute = Compute(),
 ) -> Float[Array, "B H W 3"]:
-    """Codes of the kept tokens, unmerged by `source_map` onto the grid (h, w), to images in [-1, 1], not clipped.
+    """Codes of the kept tokens, unmerged by `source_map`, to images, nominally in [-1, 1] but not clipped.
 
     Args:
-      codes: +1 and -1, of `quantize`.
+      codes: from `quantize`.
       source_map: kept token of each raw position, 0 to K - 1.
-      grid: rows and columns of raw tokens; static.
+      grid: (h, w), static.
     """
     full = tome.unmerge(codes, source_map)
     full = full.reshape(full.shape[0], *grid, full.shape[-1])
@@ -121,16 +118,16 @@ def recover(
 
 @flax.struct.dataclass
 class Tokens:
-    """An image in the tokenizer's words."""
+    """Images as tokens."""
 
-    indices: Int[Array, "B K"]  # code of each kept token
+    indices: Int[Array, "B K"]  # of each kept token's code
     source_map: Int[Array, "B L"]  # kept token of each raw position
-    grid: tuple[int, int] = flax.struct.field(pytree_node=False)  # raw tokens along height and width
+    grid: tuple[int, int] = flax.struct.field(pytree_node=False)  # (h, w)
 
 
 @dataclass(frozen=True)
 class Tokenizer:
-    """A tokenizer with its weights: what a user loads.
+    """A tokenizer with its weights.
 
     >>> tokenizer = Tokenizer.from_pretrained("folder")
     >>> tokens = tokenizer.encode(images, keep=144)        # uint8 [B, H, W, 3]
@@ -143,10 +140,10 @@ class Tokenizer:
 
     @classmethod
     def from_pretrained(cls, path: str | os.PathLike, *, compute: Compute = Compute()) -> "Tokenizer":
-        """Loads a folder with config.json and model.safetensors, a hub id, or a shipped one by its name.
+        """Loads a folder with config.json and model.safetensors, a hub id, or a shipped tokenizer by its name.
 
         Raises:
-          ValueError: folder, a file in it or a parameter missing; another kind of model; a quantizer not known.
+          ValueError: the folder, a file in it or a parameter is missing; another kind of model; an unknown quantizer.
         """
         folder = model_folder.find_folder(shipped(path), "tokenizer")
         config = read_tokenizer_config(folder)
@@ -154,30 +151,29 @@ class Tokenizer:
         return cls(config, params, compute)
 
     def save_pretrained(self, path: str | os.PathLike) -> None:
-        """Writes config.json and model.safetensors (released state-dict names); each file atomically."""
+        """Writes config.json and model.safetensors (with the released state-dict names), each atomically."""
         table = convert.tokenizer_table(self.config)
         model_folder.write_folder(Path(path), MODEL_TYPE, self.config, table, self.params)
 
     def fingerprint(self) -> str:
-        """SHA-256 over config and parameters: codes of one tokenizer mean nothing to another."""
+        """SHA-256 of config and parameters: one tokenizer's codes mean nothing to another."""
         return model_folder.fingerprint(self.config, convert.tokenizer_table(self.config), self.params)
 
     def encode(
         self, images: UInt8[np.ndarray, "B H W 3"] | UInt8[Array, "B H W 3"], *, keep: int | None = None
     ) -> Tokens:
-        """Images to indices and source maps. `keep` defaults to the config's fraction of this image size.
+        """Images to indices and source maps. `keep` defaults to the config's fraction at this image size.
 
         Raises:
-          ValueError: not uint8 [B, H, W, 3], or image size or keep not possible.
-          NotFiniteError: features that are not finite, which have no codes.
+          ValueError: not uint8 [B, H, W, 3], or impossible image size or keep.
+          NotFiniteError: features that are not finite.
         """
         if images.ndim != 4 or images.dtype != np.uint8 or images.shape[-1] != self.config.in_channels:
             raise ValueError(
-                f"images: uint8 [B, H, W, {self.config.in_channels}] is needed, got {images.dtype} {images.shape}"
+                f"images must be uint8 [B, H, W, {self.config.in_channels}], got {images.dtype} {images.shape}"
             )
         grid = self.config.grid(*images.shape[1:3])
         keep = ratio_keep(self.config, grid[0] * grid[1]) if keep is None else keep
-        self.config.merge_counts(grid[0] * grid[1], keep)
         indices, source_map, finite = _encode_images(self.params, images, self.config, keep, self.compute)
         check_finite({"the encoder's features": finite}, {"tokenizer": self.params})
         return Tokens(indices=indices, source_map=source_map, grid=grid)
@@ -193,7 +189,7 @@ class Tokenizer:
         return images
 
     def recover(self, indices: Int[Array, "B K"], group_starts: Int[Array, "B K"] | None = None) -> Int[Array, "B L"]:
-        """The source map that the codes suggest, for images of the training size (paper section 3.3).
+        """Predicts the source map of a training-size image from its codes (paper section 3.3).
 
         Args:
           group_starts: raster position of each group's first member, if known; see `recovered_source_map`.
@@ -214,7 +210,7 @@ class Tokenizer:
 
 
 def load_tokenizer(source: str | os.PathLike, *, compute: Compute = Compute()) -> Tokenizer:
-    """A shipped tokenizer by its name ("tiny"), otherwise a folder or hub id.
+    """Loads a shipped tokenizer by its name ("tiny"), a folder or a hub id.
 
     Raises:
       ValueError: as `Tokenizer.from_pretrained`.
@@ -223,7 +219,7 @@ def load_tokenizer(source: str | os.PathLike, *, compute: Compute = Compute()) -
 
 
 def read_tokenizer_config(source: str | os.PathLike) -> TokenizerConfig:
-    """The architecture of what `load_tokenizer` would load: its config.json alone, without weights.
+    """Reads the config.json of a tokenizer without its weights.
 
     Raises:
       ValueError: as `Tokenizer.from_pretrained`.
@@ -245,7 +241,7 @@ def to_uint8(images: Float[Array, "*shape"]) -> UInt8[Array, "*shape"]:
 @functools.partial(jax.jit, static_argnames=("config", "keep", "compute"))
 def _encode_images(params, images, config, keep, compute):
     encoded = encode(params, config, to_float(images), keep=keep, compute=compute)
-    # Whole on every device, so that each host of a pod can read them.
+    # Replicated, so that each host of a pod can read them.
     indices, source_map = QUANTIZERS[config.quantizer].to_indices(encoded.z), encoded.source_map
     return constrain(indices, None, None), constrain(source_map, None, None), all_finite(encoded.z)
 

@@ -1,6 +1,6 @@
-"""Source recovery: which kept token each raw position belongs to, predicted from the kept tokens (paper section 3.3).
+"""Source recovery: predicts from the kept tokens which of them each raw position belongs to (paper section 3.3).
 
-Axes: B batch, L raw tokens, K kept tokens, C bits, D width.
+Axes: B batch, L raw tokens, K kept tokens, C channels of a code, D width.
 """
 
 import flax.linen as nn
@@ -16,7 +16,7 @@ from runtime_jax.nn.compute import Compute
 
 
 class SourceRecovery(nn.Module):
-    """L learned queries read the kept tokens; a shared head scores every query against every token."""
+    """L learned queries attend to the kept tokens; a shared head scores every query against every token."""
 
     config: RecoveryConfig
     raw_tokens: int  # L, of a training-size image
@@ -40,7 +40,7 @@ class SourceRecovery(nn.Module):
 
 
 class CrossAttentionBlock(nn.Module):
-    """Queries attend to keys (not normalised again), then an MLP."""
+    """Cross-attention to keys that are already normalised, then an MLP."""
 
     num_heads: int
     layer_scale: float
@@ -66,7 +66,7 @@ class CrossAttentionBlock(nn.Module):
 
 
 def source_loss(logits: Float[Array, "B L K"], source_map: Int[Array, "B L"]) -> Float[Array, ""]:
-    """L_src: mean cross-entropy of the K groups over the L positions, in nats."""
+    """L_src: mean cross-entropy over the K groups, of all L positions, in nats."""
     log_probability = jax.nn.log_softmax(logits.astype(jnp.float32), axis=-1)
     return -jnp.mean(jnp.take_along_axis(log_probability, source_map[..., None], axis=-1))
 
@@ -76,9 +76,8 @@ def recovered_source_map(
 ) -> Int[Array, "B L"]:
     """The likeliest group of each position.
 
-    Args:
-      group_starts: raster position of each group's first member, if known. A position then belongs to the group that
-        starts there, if one does, and otherwise to a group that starts before it (to any, before the first start).
+    `group_starts` are the raster positions of the groups' first members, if known. A position is then in the group that
+    starts there, or else in one that started before it; before the first start every group is possible.
     """
     if group_starts is not None:
         position, start = jnp.arange(logits.shape[1])[None, :, None], group_starts[:, None]

@@ -359,7 +359,7 @@ def test_images_and_keeps_that_are_refused(tokenizer, shape, keep, message):
 def test_images_that_are_not_uint8_are_refused(tokenizer):
     unchecked = Tokenizer.encode.__wrapped__  # without the type check that only tests have
     for images in (np.zeros((1, 32, 32, 3), np.float32), pictures(32, 32), np.zeros((1, 32, 32, 4), np.uint8)):
-        with pytest.raises(ValueError, match=r"images: uint8 \[B, H, W, 3\] is needed, got (float32|uint8) \("):
+        with pytest.raises(ValueError, match=r"images must be uint8 \[B, H, W, 3\], got (float32|uint8) \("):
             unchecked(tokenizer, images)
 
 
