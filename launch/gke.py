@@ -1,17 +1,16 @@
-"""Runs a command on GKE: writes a JobSet for TPU slices or GPU nodes and applies it; `--dry-run` prints it.
+r"""Runs a command on GKE: writes a JobSet for TPU slices or GPU nodes and applies it; `--dry-run` prints it.
 
-    python -m launch.gke gr-d64 --image REGION-docker.pkg.dev/PROJECT/REPOSITORY/mergevq:tpu --slice v6e:4x4 --slices 2 \
+    python -m launch.gke gr-d64 --image europe-docker.pkg.dev/project/images/mergevq:tpu --slice v6e:4x4 --slices 2 \
         --service-account trainer -- mergevq train --config mergevq_imagenet:gr-d64 --workdir gs://bucket/gr-d64
     python -m launch.gke gr-d64 --image ... --gpu nvidia-h100-80gb --nodes 2 --gpus-per-node 8 --pvc data:/data -- \
         mergevq train --config mergevq_imagenet:gr-d64 --workdir /data/gr-d64
 
-The cluster needs JobSet 0.7 or later. A lost process (exit status 75), SIGTERM (143) and a node that is taken away restart
-all pods without counting; other failures count towards --restarts. The printed XPK command does the same on a cluster made by
-XPK, except that it counts every restart.
+The cluster needs JobSet 0.7 or later. A lost process (exit status 75), SIGTERM (143) and a node that is taken away
+restart all pods without counting; other failures count towards --restarts. The printed XPK command does the same on a
+cluster made by XPK, except that it counts every restart.
 """
 
 import argparse
-import re
 import shlex
 import sys
 from collections.abc import Sequence
@@ -81,9 +80,10 @@ def _run(args: argparse.Namespace) -> int:
     text = to_yaml(manifest)
     kubectl = ["kubectl", "apply", "--filename=-"]
     if args.dry_run:
-        print(f"# {shlex.join(kubectl)} <<this\n{text}# {xpk}")
+        print(f"# {shlex.join(kubectl)}, with this as its input:\n{text}# {xpk}")
         return 0
     status = run_or_print(kubectl, False, text=text)
+    print(xpk)
     if status == 0:
         where = f" --namespace={args.namespace}" if args.namespace else ""
         print(f"follow it:  kubectl logs --follow{where} --selector=jobset.sigs.k8s.io/jobset-name={args.name}")
@@ -201,7 +201,7 @@ def _pod(args: argparse.Namespace, pods: Pods) -> dict[str, Any]:
         "name": CONTAINER,
         "image": args.image,
         # Kubernetes replaces $(NAME), and $$ by $, before Bash sees the script
-        "command": ["bash", "-c", script(args, pods).replace("$", "$$")],
+        "command": ["bash", "-c", "\n".join(script(args, pods)).replace("$", "$$")],
         "env": [{"name": name, "value": value.replace("$", "$$")} for name, value in pairs],
         "ports": [{"containerPort": port} for port in (*((8471, 8080) if args.slice else ()), PORT, PORT + 1)],
         "resources": {"requests": amount, "limits": dict(amount)},
@@ -225,12 +225,15 @@ def _pod(args: argparse.Namespace, pods: Pods) -> dict[str, Any]:
     return spec
 
 
-def script(args: argparse.Namespace, pods: Pods) -> str:
-    """What each pod runs: `launch.run`, with the host's number from what GKE sets and the first pod as coordinator."""
+def script(args: argparse.Namespace, pods: Pods) -> list[str]:
+    """Lines of Bash that each pod runs: `launch.run`, with the host's number from what GKE sets.
+
+    The coordinator is the first pod of the first slice.
+    """
     options = [f"--timeout={args.timeout:g}"] if args.timeout else []
     command = shlex.join([*options, "--", *args.command])
     if pods.jobs * pods.per_job == 1:
-        return f"exec python -m launch.run {command}\n"
+        return [f"exec python -m launch.run {command}"]
     if args.gpu:
         host = "host=$JOB_COMPLETION_INDEX"
     elif pods.jobs == 1:
@@ -239,22 +242,22 @@ def script(args: argparse.Namespace, pods: Pods) -> str:
         host = f"host=$((MEGASCALE_SLICE_ID * {pods.per_job} + TPU_WORKER_ID))"
     first = f"{args.name}-{JOB}-0-0.{args.name}:{PORT}"
     place = f'--hosts {pods.jobs * pods.per_job} --host "$host" --coordinator {first}'
-    return f"set -eu\n{host}\nexec python -m launch.run {place} {command}\n"
+    return ["set -eu", host, f"exec python -m launch.run {place} {command}"]
 
 
 def _xpk(args: argparse.Namespace) -> str:
     """The XPK command for the same run, or why there is none."""
     pods = _pods(args)
+    line = "; ".join(script(args, pods))
     if pods.xpk is None:
         return "XPK has no such nodes"
+    if "\n" in "".join([line, *args.env]):
+        return "XPK takes no values of several lines"
     words = [f"--workload={args.name}", f"--cluster={args.cluster}", *pods.xpk, f"--docker-image={args.image}"]
-    words += [
-        f"--max-restarts={max(args.restarts, 10)}",
-        "--restart-on-exit-codes=" + ",".join(map(str, common.RESUMED)),
-    ]
+    words += [f"--max-restarts={max(args.restarts, 10)}"]
+    words += [f"--restart-on-exit-codes={','.join(map(str, common.RESUMED))}"]
     words += [f"--termination-grace-period-seconds={args.grace}", *(f"--env={variable}" for variable in args.env)]
-    line = re.sub(r"\n(?!$)", "; ", script(args, pods)).strip()
-    return shlex.join(["xpk", "workload", "create", *words, f"--command={line}"])
+    return "with XPK: " + shlex.join(["xpk", "workload", "create", *words, f"--command={line}"])
 
 
 class _Dumper(yaml.SafeDumper):

@@ -1,4 +1,4 @@
-"""Runs a command on all hosts of a TPU slice, or of several, by gcloud: create, install, run, logs, stop, delete.
+r"""Runs a command on all hosts of a TPU slice, or of several, by gcloud: create, install, run, logs, stop, delete.
 
     python -m launch.tpu_vm create pod --slice v5e:4x4 --zone us-west4-a --spot
     python -m launch.tpu_vm install pod --slice v5e:4x4 --zone us-west4-a
@@ -8,8 +8,8 @@
     python -m launch.tpu_vm stop pod --slice v5e:4x4 --zone us-west4-a
     python -m launch.tpu_vm delete pod --slice v5e:4x4 --zone us-west4-a
 
-`--dry-run` prints the gcloud calls and runs none. The run doesn't depend on the connection; `stop` lets it save first. Each
-host works in ~/NAME, which holds the project as committed, its virtual environment, run.log and run.pid.
+`--dry-run` prints the gcloud calls and runs none. The run doesn't depend on the connection; `stop` lets it save first.
+Each host works in ~/NAME, which holds the project as committed, its virtual environment, run.log and run.pid.
 """
 
 import argparse
