@@ -1,6 +1,6 @@
 """The shipped tiny FLUX pipeline, trained on mini_scenes: 64 px, 64 image tokens.
 
-tokenverse train-base --config configs/flux_tiny.py --workdir runs/flux_tiny
+tokenverse train-base --config flux_tiny --workdir runs/flux_tiny
 """
 
 from ml_collections import ConfigDict

@@ -1,6 +1,6 @@
 """The judge of images in the style of mini_scenes, at 64 px.
 
-python -m mini_scenes.judge train --config configs/judge.py --workdir runs/judge
+python -m mini_scenes.judge train --config judge --workdir runs/judge
 """
 
 from ml_collections import ConfigDict

@@ -1,6 +1,6 @@
 """MergeAR on ImageNet-1K at 256 px with the paper's schedule, over the codes of a G+R tokenizer.
 
-    mergevq train --config configs/mergear_imagenet.py:L --workdir runs/mergear-l \
+    mergevq train --config mergear_imagenet:L --workdir runs/mergear-l \
         --config.tokenizer=runs/gr-d64/tokenizer
 
 The argument is a size: B, L or XL. ImageNet is read through TFDS (`imagenet2012`, prepared as array_record) and

@@ -1,7 +1,7 @@
 """The tiny tokenizer on mini_scenes and crops of two photographs: 64 px, 256 raw tokens, 12 bits.
 
-mergevq train --config configs/mergevq_tiny.py --workdir runs/tiny            # the shipped one
-mergevq train --config configs/mergevq_tiny.py:demo --workdir runs/demo       # a few minutes on two cores
+mergevq train --config mergevq_tiny --workdir runs/tiny            # the shipped one
+mergevq train --config mergevq_tiny:demo --workdir runs/demo       # a few minutes on two cores
 """
 
 from ml_collections import ConfigDict

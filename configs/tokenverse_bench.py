@@ -1,10 +1,8 @@
 """The TokenVerse benchmark on mini_scenes, with the shipped tiny pipeline and judge.
 
-tokenverse bench --config configs/tokenverse_bench.py --workdir runs/bench            # 64 images, 4 seeds
-tokenverse bench --config configs/tokenverse_bench.py:demo --workdir runs/bench_demo  # a small version to try out
+tokenverse bench --config tokenverse_bench --workdir runs/bench            # 64 images, 4 seeds
+tokenverse bench --config tokenverse_bench:demo --workdir runs/bench_demo  # a small version to try out
 """
-
-from pathlib import Path
 
 from ml_collections import ConfigDict
 
@@ -21,7 +19,7 @@ def get_config(arg: str = "full") -> ConfigDict:
     def stage(steps: int, high_share: float) -> dict:
         return {"steps": steps, "high_share": high_share}
 
-    tiny = load(str(Path(__file__).with_name("tokenverse_tiny.py"))).to_dict()
+    tiny = load("tokenverse_tiny").to_dict()
     return ConfigDict(
         {
             "model": tiny["model"],

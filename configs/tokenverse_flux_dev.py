@@ -1,6 +1,6 @@
 """Learns concepts from an image with FLUX.1-dev and the hyperparameters of the paper.
 
-    tokenverse learn --config configs/tokenverse_flux_dev.py --workdir runs/doll \
+    tokenverse learn --config tokenverse_flux_dev --workdir runs/doll \
         --config.images="[{'path': 'doll.jpg', 'captions': ['a doll wearing a hat', 'a hat on a doll']}]" \
         --config.words="['doll', 'hat']" --config.prompts="['a doll on the moon']"
 

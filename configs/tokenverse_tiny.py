@@ -2,19 +2,17 @@
 
 Words include the article, because this model's text encoder spreads an object over its article and noun.
 
-    tokenverse learn --config configs/tokenverse_tiny.py:star --workdir runs/star     # from docs/concepts/star.png
-    tokenverse learn --config configs/tokenverse_tiny.py --workdir runs/mine \
+    tokenverse learn --config tokenverse_tiny:star --workdir runs/star       # from mini_scenes/pictures/star.png
+    tokenverse learn --config tokenverse_tiny --workdir runs/mine \
         --config.images="[{'path': 'mine.png', 'captions': ['a star and a drop in the snow']}]" \
         --config.words="['a star', 'a drop']" --config.prompts="['a star and a ring on the beach']"
 """
 
-from pathlib import Path
-
 from ml_collections import ConfigDict
 
-from mini_scenes import BACKGROUNDS, CLASSES
+from mini_scenes import BACKGROUNDS, CLASSES, example_path
 
-# Images in docs/concepts: the two objects from left to right, and the background.
+# Example images of mini_scenes: the two objects from left to right, and the background.
 EXAMPLES = {"star": (("a star", "a drop"), "in the snow"), "heart": (("a ring", "a heart"), "on the grass")}
 
 
@@ -26,9 +24,12 @@ def _example(name: str) -> dict:
         f"a picture of {left} next to {right} {place}",
         f"{place}, {left} to the left of {right}",
     ]
-    path = Path(__file__).parents[1] / "docs" / "concepts" / f"{name}.png"
     prompts = [f"{left} and a circle on the beach", f"a circle and {right} against a plain wall"]
-    return {"images": [{"path": str(path), "captions": captions}], "words": [left, right], "prompts": prompts}
+    return {
+        "images": [{"path": str(example_path(name)), "captions": captions}],
+        "words": [left, right],
+        "prompts": prompts,
+    }
 
 
 def _pool() -> list[str]:

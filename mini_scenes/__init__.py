@@ -14,6 +14,7 @@ __getattr__, __dir__, __all__ = lazy.attributes(
         "mini_scenes.builder": ("MiniScenes", "MiniScenesConfig", "make_config", "prepare"),
         "mini_scenes.captions": ("caption", "full_caption"),
         "mini_scenes.examples": ("SPLITS", "example_scene"),
+        "mini_scenes.pictures": ("example_image", "example_path"),
         "mini_scenes.render": ("Rendering", "render_scene"),
         "mini_scenes.scene": (
             "Background",

@@ -22,6 +22,7 @@ from typing import Any, Literal, TypeVar, Union
 from ml_collections import ConfigDict, FrozenConfigDict
 
 T = TypeVar("T")
+WHEEL_FOLDER = "tokenverse_mergevq_configs"  # setup.py puts configs/ there
 
 
 class ConfigError(ValueError):
@@ -91,18 +92,19 @@ def with_new_names(cls: type, mapping: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def load(spec: str, overrides: Iterable[str] = (), *, new_keys: bool = False) -> ConfigDict:
-    """Runs the config file `path.py` or `path.py:arg` and applies overrides such as `train.lr=1e-3`.
+    """Runs a config file, `path.py:arg` or `name:arg`, and applies overrides such as `train.lr=1e-3`.
 
     Values are Python literals (`3`, `1e-3`, `True`, `None`, `(1, 2)`); anything else is taken as a string. An entry of
     a list or tuple is addressed by its number: `data.sources.0.split=test`.
 
     Args:
-        spec: file, and after a colon the argument of its `get_config`.
+        spec: a file, or the name of one that is shipped, see `shipped`; after a colon the argument of its `get_config`.
         overrides: `dotted.key=value` strings, applied in order.
         new_keys: let overrides set keys that the file leaves to the dataclass's defaults; `build` finds unknown ones.
 
     Raises:
-        ConfigError: no such file, no get_config, an argument it does not take, a malformed override, an unknown key.
+        ConfigError: no such file or name, no get_config, an argument it does not take, a malformed override, an
+            unknown key.
     """
     file, arg = _split_spec(spec)
     get_config = runpy.run_path(str(file)).get("get_config")
@@ -112,7 +114,7 @@ def load(spec: str, overrides: Iterable[str] = (), *, new_keys: bool = False) ->
     try:
         inspect.signature(get_config).bind(*args)
     except TypeError as error:
-        hint = f"takes no argument {arg!r}" if args else "needs an argument, as in 'file.py:argument'"
+        hint = f"takes no argument {arg!r}" if args else f"needs an argument, as in '{file.stem}:argument'"
         raise ConfigError([f"{spec}: get_config {hint} ({error})"]) from None
     config = get_config(*args)
     config = config if isinstance(config, ConfigDict) else ConfigDict(config)
@@ -324,14 +326,31 @@ def _is_structured(member: Any, value: Any) -> bool:
     return isinstance(value, tuple | list) and typing.get_origin(member) is tuple
 
 
+def shipped() -> dict[str, Path]:
+    """The config files of this library by name: configs/ of a checkout, which the wheel has under another name."""
+    above = Path(__file__).parents[1]
+    folder = above / WHEEL_FOLDER
+    return {path.stem: path for path in sorted((folder if folder.is_dir() else above / "configs").glob("*.py"))}
+
+
 def _split_spec(spec: str) -> tuple[Path, str | None]:
-    """File and argument of `path.py:arg`."""
-    name, colon, arg = spec.partition(".py:")
-    file = Path(name + ".py") if colon else Path(spec)
+    """File and argument of `path.py:arg`, or of `name:arg`."""
+    path, colon, arg = spec.partition(".py:")
+    if colon:
+        file = Path(path + ".py")
+    elif "/" in spec or spec.endswith(".py") or Path(spec).is_file():
+        file = Path(spec)
+    else:
+        name, colon, arg = spec.partition(":")
+        if name not in shipped():
+            there = f"by name there are {', '.join(shipped())}; a file of your own needs its path, as in {name}.py"
+            raise ConfigError([f"{spec}: no config is named {name!r}{_closest(name, shipped())}; {there}"])
+        file = shipped()[name]
     if not file.is_file():
         others = sorted(str(other) for other in file.parent.glob("*.py"))
         known = f"; there: {', '.join(others)}" if others else ""
-        raise ConfigError([f"{spec}: no such config file {str(file)!r}{_closest(file, others)}{known}"])
+        hint = f"; by name: {file.stem}" if file.stem in shipped() else _closest(file, others)
+        raise ConfigError([f"{spec}: no such config file {str(file)!r}{hint}{known}"])
     return file, arg if colon else None
 
 

@@ -37,8 +37,7 @@ def test_readme_has_an_example_for_each_method():
 
 @pytest.mark.parametrize("example", EXAMPLES, ids=["mergevq", "tokenverse"])
 def test_an_example_of_the_readme_runs_as_it_stands(example, tmp_path, monkeypatch):
-    (tmp_path / "docs").symlink_to(ROOT / "docs")
-    monkeypatch.chdir(tmp_path)
+    monkeypatch.chdir(tmp_path)  # where nothing is
     names: dict = {}
     exec(example, names)
     images = names["drawn"] if "drawn" in names else names["images"]

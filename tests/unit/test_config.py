@@ -11,6 +11,8 @@ from ml_collections import ConfigDict
 
 from runtime_jax.config import ConfigError, Duration, added, build, load, renamed, to_dict, with_new_names
 
+ROOT = Path(__file__).parents[2]
+
 
 @dataclass(frozen=True, kw_only=True)
 class Optimizer:
@@ -185,6 +187,24 @@ def test_bad_config_file(tmp_path, config_file):
     assert load(str(tmp_path / "plain.py")).a == 1
     with pytest.raises(ConfigError, match="get_config takes no argument 'x'"):
         load(str(tmp_path / "plain.py:x"))
+
+
+@pytest.mark.parametrize("name", ["mergevq_tiny:demo", "tokenverse_tiny:star", "judge"])
+def test_a_config_by_its_name(name, tmp_path, monkeypatch):
+    file, colon, arg = name.partition(":")
+    by_path = load(f"{ROOT}/configs/{file}.py{colon}{arg}")
+    monkeypatch.chdir(tmp_path)
+    assert load(name).to_dict() == by_path.to_dict()
+    Path("judge.py").write_text("def get_config():\n    return {'mine': 1}\n")
+    assert load("judge.py").mine == 1  # a path is always a path
+
+
+def test_a_name_or_path_that_is_not_there(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match=r"no config is named 'mine'; by name there are flux_tiny, judge, .*mine\.py"):
+        load("mine:demo")
+    with pytest.raises(ConfigError, match=r"no such config file 'configs/judge\.py'; by name: judge"):
+        load("configs/judge.py")
 
 
 @dataclass(frozen=True, kw_only=True)
