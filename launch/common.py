@@ -40,7 +40,7 @@ def check_command(command: Sequence[str]) -> None:
 
 
 def check_name(name: str, longest: int) -> None:
-    """The rule of Google Cloud and Kubernetes, which SLURM can do with as well."""
+    """The rule of Google Cloud and Kubernetes."""
     if not re.fullmatch(r"[a-z]([a-z0-9-]*[a-z0-9])?", name) or len(name) > longest:
         rule = f"lower-case letters, digits and hyphens, a letter first, at most {longest} characters"
         raise LaunchError(f"name {name!r}: {rule}")

@@ -81,7 +81,7 @@ def script(args: argparse.Namespace) -> str:
 
 
 def _check(args: argparse.Namespace) -> None:
-    common.check_name(args.name, 60)
+    common.check_matches("name", args.name, r"[A-Za-z0-9][\w.-]*", "gr-d64")
     common.check_command(args.command)
     common.check_positive(nodes=args.nodes, cpus_per_task=args.cpus_per_task, grace=args.grace, timeout=args.timeout)
     if args.gpus_per_node < 0 or args.requeues < 0:
@@ -125,7 +125,6 @@ _SCRIPT = """\
 {setup}set -u
 first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 export COORDINATOR="$first:$(({port} + 2 * (SLURM_JOB_ID % 2048)))" # two ports, so that jobs can share a node
-# shellcheck disable=SC2016 # each task expands its own
 {srun}
 status=$?
 # After scancel and preemption the job is no longer RUNNING, and SLURM has decided already whether it goes on.
