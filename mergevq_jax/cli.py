@@ -19,7 +19,9 @@ def _command_line() -> CommandLine:
     line = CommandLine("mergevq", __doc__, advise=command.advise)
     command.add_command(line)
 
-    sub = line.command("train", _train, "Start or resume training; any config value can be set: --config.a.b=value.")
+    sub = line.command(
+        "train", _train, "Start or resume training; any config value can be set: --config.a.b=value.", several=True
+    )
     config_arguments(sub)
 
     sub = line.command("evaluate", _evaluate, "Measure tokenizers on held-out scenes and photographs, with pictures.")

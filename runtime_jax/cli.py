@@ -9,6 +9,8 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import TextIO
 
+from runtime_jax import hosts
+
 # (arguments of a sub-command, overrides of its config) -> exit status, or None for success
 Run = Callable[[argparse.Namespace, list[str]], int | None]
 
@@ -24,11 +26,16 @@ class CommandLine:
         self._parser.add_argument("--traceback", action="store_true", help="show where an error came from")
         self._commands = self._parser.add_subparsers(dest="command", required=True)
 
-    def command(self, name: str, run: Run, help: str, *, epilog: str | None = None) -> argparse.ArgumentParser:
-        """The parser of a new sub-command; with an argument --config it also takes overrides of config values."""
+    def command(
+        self, name: str, run: Run, help: str, *, epilog: str | None = None, several: bool = False
+    ) -> argparse.ArgumentParser:
+        """The parser of a new sub-command; with an argument --config it also takes overrides of config values.
+
+        `several`: it can run as several processes, see `runtime_jax.hosts`.
+        """
         form = argparse.RawDescriptionHelpFormatter
         parser = self._commands.add_parser(name, help=help, description=help, epilog=epilog, formatter_class=form)
-        parser.set_defaults(run=run)
+        parser.set_defaults(run=run, several=several)
         return parser
 
     def main(self, argv: Sequence[str] | None = None) -> int:
@@ -50,6 +57,7 @@ class CommandLine:
         args, rest = self._parser.parse_known_args(argv)
         command = f"{self.prog} {args.command}"
         try:
+            _meet(args, command, argv)
             return args.run(args, _overrides(args, rest, command)) or 0
         except KeyboardInterrupt:
             return 128 + signal.SIGINT
@@ -62,6 +70,15 @@ class CommandLine:
                 raise
             print(f"{command}: {error}{self._advise(error, self.prog)}", file=sys.stderr)
             return 1
+
+
+def _meet(args: argparse.Namespace, command: str, argv: Sequence[str] | None) -> None:
+    """Joins the other processes of the run, if there are any."""
+    if (processes := hosts.find(os.environ)) is None:
+        return
+    if not args.several:
+        raise ValueError(f"this command runs as one process, but the environment describes {processes.count}")
+    hosts.start(processes, [command, *(sys.argv[1:] if argv is None else argv)])
 
 
 def _is_closed_pipe(stream: TextIO) -> bool:

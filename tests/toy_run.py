@@ -4,6 +4,7 @@ import functools
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import fields
 from pathlib import Path
@@ -15,9 +16,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from runtime_jax import hosts
 from runtime_jax.config import Duration
 from runtime_jax.prng import Stream, host_rng, stream_key
-from runtime_jax.sharding import Axis, MeshConfig, constrain, make_mesh
+from runtime_jax.sharding import Axis, MeshConfig, constrain, make_mesh, replicated
 from runtime_jax.training import loop
 from runtime_jax.training.initial_state import initial_state
 from runtime_jax.training.program import Program
@@ -109,9 +111,18 @@ def train(workdir: Path, steps: int, stream: Callable[[int], Iterator] = batches
             "evaluate": lambda state, step: {"norm": optax.tree.norm(state.params)},
         }
         result = loop.Loop(**arguments | options).run(state, step)
-    leaves = {jax.tree_util.keystr(k): np.asarray(v) for k, v in jax.tree_util.tree_leaves_with_path(result.state)}
-    np.savez(workdir / "final.npz", **leaves)
+        whole = jax.jit(lambda state: state, out_shardings=replicated(program().mesh))(result.state)
+    if jax.process_index() == 0:
+        leaves = {jax.tree_util.keystr(k): np.asarray(v) for k, v in jax.tree_util.tree_leaves_with_path(whole)}
+        np.savez(workdir / "final.npz", **leaves)
     return result
+
+
+def share(stream: Callable[[int], Iterator]) -> Callable[[int], Iterator]:
+    """This process's rows of each batch."""
+    rows = BATCH // jax.process_count()
+    mine = slice(jax.process_index() * rows, (jax.process_index() + 1) * rows)
+    return lambda start: ({name: value[mine] for name, value in batch.items()} for batch in stream(start))
 
 
 def signalled(number: signal.Signals, at: int) -> Callable[[int], Iterator]:
@@ -121,6 +132,17 @@ def signalled(number: signal.Signals, at: int) -> Callable[[int], Iterator]:
         for step, batch in enumerate(batches(start), start):
             if step == at:
                 os.kill(os.getpid(), number)
+            yield batch
+
+    return stream
+
+
+def slowed(seconds: float) -> Callable[[int], Iterator]:
+    """Batches that take their time."""
+
+    def stream(start: int) -> Iterator[dict[str, np.ndarray]]:
+        for batch in batches(start):
+            time.sleep(seconds)
             yield batch
 
     return stream
@@ -140,6 +162,18 @@ def die_while_saving(step: int) -> None:
 
 if __name__ == "__main__":
     folder, how, when = sys.argv[1:]
+    processes = hosts.find(os.environ)
+    if processes is not None:
+        hosts.start(processes, sys.argv[1:], timeout=60.0)
+    victim = 0 if processes is None or how == "in-save" else processes.count - 1  # process 0 completes a checkpoint
+    if how == "in-save-once":
+        how = "whole" if (Path(folder) / "checkpoints").exists() else "in-save"
+    if how in ("in-step", "in-save") and processes is not None and processes.index != victim:
+        how = "whole"
     if how == "in-save":
         die_while_saving(int(when))
-    train(Path(folder), 20, signalled(signal.SIGKILL, int(when)) if how == "in-step" else batches)
+    stream = signalled(signal.SIGKILL, int(when)) if how == "in-step" else batches
+    if how == "slowly":
+        stream = slowed(float(when))
+    ended = train(Path(folder), 20, share(stream))
+    sys.exit(0 if ended.stopped_by is None else 128 + signal.Signals[ended.stopped_by])

@@ -263,10 +263,14 @@ class Loop:
 
 
 class _Stop(contextlib.AbstractContextManager):
-    """Turns the first SIGTERM or SIGINT into a request to stop; the second one has its usual effect."""
+    """Turns the first SIGTERM or SIGINT into a request to stop; a later one has its usual effect.
+
+    Within a second it has none: launchers and clusters may both send the same signal.
+    """
 
     def __init__(self) -> None:
         self.name: str | None = None
+        self._at = 0.0
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> "_Stop":
@@ -276,8 +280,11 @@ class _Stop(contextlib.AbstractContextManager):
         return self
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        self.name = signal.Signals(number).name
-        self._restore()
+        if self.name is None:
+            self.name, self._at = signal.Signals(number).name, time.monotonic()
+        elif time.monotonic() - self._at > 1.0:
+            self._restore()
+            signal.raise_signal(number)
 
     def _restore(self) -> None:
         for number, handler in self._before.items():
