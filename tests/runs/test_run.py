@@ -335,7 +335,7 @@ def test_errors_of_checkpoints_are_one_line(monkeypatch, capsys):
                 "--config.model.dist_head=layer3",
                 "--config.model.num_classes=1",
             ],
-            "has 2 classes, the head's model.num_classes is 1",
+            "has 2 classes, but model.num_classes is 1",
         ),
         (["--config.mesh.tensor=3"], "mesh"),
         (["--config.loop.min_free_bytes=1152921504606846976"], "disk full"),
