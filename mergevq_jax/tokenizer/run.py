@@ -77,8 +77,6 @@ class TrainConfig:
             )
         for keep in (*self.merge_ratio.keeps, *self.evaluation.keeps):
             model.merge_counts(model.raw_tokens, keep)
-        if self.data.batch_size % self.accumulate:
-            raise ValueError(f"data.batch_size={self.data.batch_size} does not divide by accumulate={self.accumulate}")
 
     def step_config(self, teacher: DINOv2Config | None = None) -> stage1.StepConfig:
         """The static part of the train step; raises as `StepConfig`."""
@@ -121,7 +119,7 @@ def train(config: TrainConfig, workdir: str | Path) -> loop.Result:
         mesh = sharding.make_mesh(config.mesh)
         parts = mesh.shape["data"] * mesh.shape["fsdp"] * config.accumulate
         if batch_size % parts:
-            raise ValueError(f"data.batch_size={batch_size} does not divide by data x fsdp x accumulate = {parts}")
+            raise ValueError(f"data.batch_size={batch_size} is not a multiple of data x fsdp x accumulate = {parts}")
         notes = []
         if config.accumulate > 1 and (terms := step_config.taken_by_part()):
             part = batch_size // config.accumulate

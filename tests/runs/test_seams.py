@@ -133,7 +133,7 @@ def test_a_quantizer_that_is_not_there(tmp_path, monkeypatch):
         there.setitem(QUANTIZERS, "fsq", FSQ)
         config = dataclasses.replace(TOKENIZER, quantizer="fsq")
         Tokenizer(config, random_params(tokenizer_shapes(config), seed=0)).save_pretrained(tmp_path)
-        with pytest.raises(ValueError, match="the quantizer 'fsq' has no such loss"):
+        with pytest.raises(ValueError, match="but quantizer 'fsq' has no such loss"):
             train.StepConfig(model=config, losses=train.LossConfig(perceptual_weight=0.0))
     with pytest.raises(ValueError, match=r"config\.json: tokenizer config: quantizer='fsq' is unknown; known: lfq"):
         load_tokenizer(tmp_path)
