@@ -99,9 +99,7 @@ class StepConfig:
                     f"downsampling {config.downsampling}"
                 )
         if losses.source_weight and config.recovery is None:
-            raise ValueError(
-                "losses.source_weight is not 0, but model.recovery is None: nothing predicts the source map"
-            )
+            raise ValueError("losses.source_weight is not 0, but model.recovery is None: nothing to learn")
 
     def taken_by_part(self) -> tuple[str, ...]:
         """Terms that are not means over examples: with `accumulate`, each part has its own."""
@@ -302,9 +300,7 @@ def _adversarial_losses(disc_params, disc_stats, lecam, images, rebuilt, config:
 
 
 def _alignment_loss(params, teacher, images, batch, step, config: StepConfig, fraction: float) -> Float[Array, ""]:
-    """Compares the head's output for the whole image, of which `fraction` of the tokens are kept, with the label, or
-    with the teacher's for a random crop.
-    """
+    """Of the whole image with this fraction of tokens kept, to the label or the teacher's output for a random crop."""
     size = config.losses.alignment_size
     student_view = alignment.resized(images, size)
     raw = (size // config.model.downsampling) ** 2

@@ -91,7 +91,7 @@ def test_images_of_the_wanted_class():
     ("sets", "message"),
     [
         ([], "no sets"),
-        ([Labelled(IMAGES[1:], LABELS[1:])], "5 images, 5 labels, 6 real images: equal numbers"),
+        ([Labelled(IMAGES[1:], LABELS[1:])], "5 images, 5 labels, 6 real images: numbers must be equal"),
         ([Labelled(IMAGES, LABELS + len(CLASSES))], "classes are 0 to 11"),
     ],
     ids=["none", "another number", "labels"],

@@ -88,9 +88,9 @@ def test_a_single_candidate_and_one_of_no_weight():
 @pytest.mark.parametrize(
     ("keeps", "weights", "message"),
     [
-        ((36, 49), (1.0,), "merge_ratio: 2 keeps and 1 weights, one of each is needed"),
-        ((), (), "0 keeps and 0 weights"),
-        ((36, 49), (-1.0, 2.0), "none may be negative"),
+        ((36, 49), (1.0,), "merge_ratio: 2 keeps, but 1 weights; give one each"),
+        ((), (), "0 keeps, but 0 weights"),
+        ((36, 49), (-1.0, 2.0), "must be finite and >= 0"),
         ((36, 49), (0.0, 0.0), "one must be positive"),
         ((36, 49), (1.0, float("nan")), "merge_ratio.weights"),
         ((36, 49), (1.0, float("inf")), "merge_ratio.weights"),

@@ -48,7 +48,7 @@ def test_psnr_clips_equals_and_nan(images):
     "other", [np.zeros((3, 4, 5, 3), np.uint8), np.zeros((3, 4, 5, 1)), np.zeros((3, 4, 5, 3), int)]
 )
 def test_psnr_refuses_mixed_kinds(images, other):
-    with pytest.raises(ValueError, match="psnr: two arrays"):
+    with pytest.raises(ValueError, match="psnr needs two arrays"):
         psnr(images, other)
 
 
@@ -106,10 +106,10 @@ def test_code_usage_equals_counting_one_by_one(bits, raw):
 
 
 def test_code_usage_refuses_what_it_cannot_count():
-    with pytest.raises(ValueError, match=r"indices -1\.\.8, allowed are 0\.\.7"):
+    with pytest.raises(ValueError, match=r"indices -1\.\.8 not in 0\.\.7"):
         CodeUsage(8).update(np.array([-1, 8]))
-    with pytest.raises(ValueError, match=r"2 to 2\^24 codes are counted, not 1"):
+    with pytest.raises(ValueError, match=r"CodeUsage counts 2 to 2\^24 codes, not 1"):
         CodeUsage(1)
     for name in ("bit_rates", "dead_bits", "used", "perplexity"):
-        with pytest.raises(ValueError, match="no indices were counted"):
+        with pytest.raises(ValueError, match="no indices counted"):
             getattr(CodeUsage(8), name)
