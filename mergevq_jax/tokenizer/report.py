@@ -71,7 +71,7 @@ def picture(
     return image_grid(list(zip(*columns, strict=True)), column_labels=labels)
 
 
-def _enlarged(images: Images, scale: int) -> Images:
+def _enlarged(images: Images, scale: int) -> UInt8[np.ndarray, "N height width 3"]:
     return images.repeat(scale, axis=1).repeat(scale, axis=2)
 
 
