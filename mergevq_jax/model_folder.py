@@ -61,7 +61,7 @@ def read_params(folder: Path, table: Sequence[Rule], shapes: Any) -> Any:
         params = import_weights(table, tensors, shapes)
     except WeightError as error:
         raise WeightError(f"{folder / WEIGHTS_NAME}: {error}") from None
-    # To the device now, once, and not with every call.
+    # To the device once, instead of with every call.
     return jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), params)
 
 
