@@ -77,6 +77,10 @@ class TrainConfig:
             )
         for keep in (*self.merge_ratio.keeps, *self.evaluation.keeps):
             model.merge_counts(model.raw_tokens, keep)
+        if self.accumulate < 1 or self.data.batch_size % self.accumulate:
+            raise ValueError(
+                f"data.batch_size={self.data.batch_size} must be a multiple of accumulate={self.accumulate}, at least 1"
+            )
 
     def step_config(self, teacher: DINOv2Config | None = None) -> stage1.StepConfig:
         """The static part of the train step; raises as `StepConfig`."""

@@ -128,6 +128,17 @@ def test_another_quantizer_from_training_to_generated_images(monkeypatch, tmp_pa
     assert codes_to_images(trained.load_tokenizer(), drawn.indices).shape == (2, side, side, 3)
 
 
+def test_a_replaced_entry_is_used(monkeypatch):
+    """As in a notebook whose cell is run again."""
+    monkeypatch.setitem(QUANTIZERS, "fsq", FSQ)
+    model = dataclasses.replace(TOKENIZER, quantizer="fsq")
+    tokenizer = Tokenizer(model, random_params(tokenizer_shapes(model), seed=0))
+    before = tokenizer.encode(IMAGES).indices
+    reversed_order = dataclasses.replace(FSQ, to_indices=lambda z: FSQ.to_indices(z[..., ::-1]))
+    monkeypatch.setitem(QUANTIZERS, "fsq", reversed_order)
+    assert (tokenizer.encode(IMAGES).indices != before).any()
+
+
 def test_a_quantizer_that_is_not_there(tmp_path, monkeypatch):
     with monkeypatch.context() as there:
         there.setitem(QUANTIZERS, "fsq", FSQ)

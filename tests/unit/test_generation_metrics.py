@@ -128,6 +128,13 @@ def folder(path, images=IMAGES, labels=LABELS, **changes):
     return path
 
 
+def test_a_protocol_of_an_older_version_has_another_name_for_k(tmp_path):
+    path = folder(tmp_path / "old")
+    old = {("merge_number" if name == "keep" else name): value for name, value in PROTOCOL.items()}
+    (path / "protocol.json").write_text(json.dumps(old))
+    assert read_samples(path).protocol["keep"] == PROTOCOL["keep"]
+
+
 def test_a_protocol_says_what_an_image_costs():
     assert cache_bytes(PROTOCOL) == 2 * 3 * 2 * 10 * 8 * 2
     assert cache_bytes(PROTOCOL | {"sampling": {"cfg_scale": 1.0}}) == 2 * 3 * 10 * 8 * 2
