@@ -74,7 +74,7 @@ def write_folder(folder: Path, model_type: str, config: Any, table: Sequence[Rul
 
 def fingerprint(config: Any, table: Sequence[Rule], params: Any) -> str:
     """SHA-256 of a model's config and of its parameters with their released names."""
-    digest = hashlib.sha256(json.dumps(config_lib.with_old_names(config), sort_keys=True).encode())
+    digest = hashlib.sha256(json.dumps(config_lib.to_dict(config, old_names=True), sort_keys=True).encode())
     for name, array in sorted(export_weights(table, params).items()):
         digest.update(name.encode() + np.ascontiguousarray(array).tobytes())
     return digest.hexdigest()

@@ -9,6 +9,7 @@ import ast
 import contextlib
 import dataclasses
 import difflib
+import functools
 import inspect
 import math
 import runpy
@@ -73,19 +74,25 @@ def renamed(
     return dataclasses.field(default=default, metadata={"old": old, "convert": convert, "revert": revert})
 
 
-def to_dict(value: Any) -> Any:
-    """The plain dicts, lists and scalars of a config dataclass: `build(type(x), to_dict(x)) == x`."""
+def to_dict(value: Any, *, old_names: bool = False) -> Any:
+    """The plain dicts, lists and scalars of a config dataclass: `build(type(x), to_dict(x)) == x`.
+
+    `old_names`: `renamed` fields under their first names, for fingerprints.
+    """
+    plain = functools.partial(to_dict, old_names=old_names)
     if dataclasses.is_dataclass(value):
-        items = ((field, getattr(value, field.name)) for field in dataclasses.fields(value))
-        return {
-            field.name: to_dict(item)
-            for field, item in items
-            if not ("added" in field.metadata and item == field.default)
-        }
+        fields = {}
+        for field in dataclasses.fields(value):
+            item, revert = getattr(value, field.name), field.metadata.get("revert")
+            if "added" in field.metadata and item == field.default:
+                continue
+            old = revert(item) if old_names and revert else None
+            fields[field.name if old is None else field.metadata["old"]] = plain(item if old is None else old)
+        return fields
     if isinstance(value, Mapping):
-        return {key: to_dict(item) for key, item in value.items()}
+        return {key: plain(item) for key, item in value.items()}
     if isinstance(value, tuple | list):
-        return [to_dict(item) for item in value]
+        return [plain(item) for item in value]
     return value
 
 
@@ -104,21 +111,6 @@ def with_new_names(kind: Any, value: Any) -> Any:
     elif origin is dict and isinstance(value, Mapping):
         return {key: with_new_names(args[1], item) for key, item in value.items()}
     return value
-
-
-def with_old_names(value: Any) -> Any:
-    """As `to_dict`, under the names that `renamed` fields had at first: what a fingerprint is taken of."""
-    if not dataclasses.is_dataclass(value):
-        return to_dict(value)
-    fields = to_dict(value)
-    for field in dataclasses.fields(value):
-        if field.name not in fields:
-            continue
-        item = fields.pop(field.name)
-        old = field.metadata["revert"](item) if "old" in field.metadata else None
-        new = with_old_names(getattr(value, field.name)) if old is None else old
-        fields[field.name if old is None else field.metadata["old"]] = new
-    return fields
 
 
 def load(spec: str, overrides: Iterable[str] = (), *, new_keys: bool = False) -> ConfigDict:
