@@ -316,8 +316,11 @@ def test_errors_of_checkpoints_are_one_line(monkeypatch, capsys):
         (["--config.merge_ratio.keeps=(20,)"], "each of which merges at most half"),
         (["--config.model.resolution=30"], "multiple of the downsampling"),
         (["--config.data.sources.0.path=/nowhere"], "/nowhere"),
-        (["--config.data.batch_size=6", "--config.accumulate=4"], "is not a multiple of data x fsdp x accumulate = 32"),
-        (["--config.accumulate=0"], "accumulate=0 must be at least 1"),
+        (
+            ["--config.data.batch_size=6", "--config.accumulate=4"],
+            "=6 must be a multiple of accumulate=4",
+        ),
+        (["--config.accumulate=0"], "must be a multiple of accumulate=0, at least 1"),
         (["--config.losses.perceptual_weight=1.0"], "lpips names no weights"),
         (["--config.init_from=/no/tokenizer"], "/no/tokenizer"),
         (
