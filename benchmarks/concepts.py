@@ -61,7 +61,7 @@ class Study:
 
     def concept(self, bench: Bench, image: int, word: str) -> Concept:
         """The concept of a word of an image, learned with the full method."""
-        return load_concepts(bench.files.concept(FULL, image), self.base_hash).concept(word)
+        return load_concepts(bench.files.concept(FULL, image), base_hash=self.base_hash).concept(word)
 
     def draw(self, bench: Bench, prompt: str, number: int, uses: list[Use], strength: float) -> np.ndarray:
         """Draws two pictures side by side, [seeds, size, 2 size, 3], with concepts in the order of the prompt."""

@@ -145,13 +145,15 @@ def _training(path: str, overrides: Sequence[str]):
 
 
 def _train(args, overrides) -> int:
+    from runtime_jax.workdir import local_path
+
     config, task = _training(args.config, overrides)
     if task == "tokenizer":
         from mergevq_jax.tokenizer.run import train
     else:
         from mergevq_jax.generator.run import train
     result = train(config, args.workdir)
-    return report_end(f"the {task} is in {args.workdir}/{task}", result.stopped_by, result.step)
+    return report_end(f"the {task} is in {local_path(args.workdir) / task}", result.stopped_by, result.step)
 
 
 def _evaluate(args, _) -> None:

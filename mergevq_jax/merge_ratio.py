@@ -1,6 +1,6 @@
-"""How many tokens a training step keeps: a seeded draw, the same on every host (paper, "merge ratio sampling").
+"""Draws the number of tokens that a training step keeps, the same on every host (paper, "merge ratio sampling").
 
-K shapes the program, so it is drawn on the host from a short list: one executable for each entry.
+K shapes the program. So it is drawn on the host from a short list, with one executable for each entry.
 """
 
 import math
@@ -13,24 +13,20 @@ from runtime_jax.prng import Stream, host_rng
 
 @dataclass(frozen=True, kw_only=True)
 class MergeRatioConfig:
-    """Kept tokens to draw from, and their weights (normalised here)."""
+    """The K to draw from and their weights, which need not sum to 1."""
 
     keeps: tuple[int, ...]
     weights: tuple[float, ...]
 
     def __post_init__(self):
         if not self.keeps or len(self.keeps) != len(self.weights):
-            raise ValueError(
-                f"merge_ratio: {len(self.keeps)} keeps and {len(self.weights)} weights, one of each is needed"
-            )
+            raise ValueError(f"merge_ratio: {len(self.keeps)} keeps, but {len(self.weights)} weights; give one each")
         if min(self.weights) < 0 or not 0 < sum(self.weights) < math.inf:
-            raise ValueError(
-                f"merge_ratio.weights={self.weights}: all finite, none may be negative, and one must be positive"
-            )
+            raise ValueError(f"merge_ratio.weights={self.weights} must be finite and >= 0, and one must be positive")
 
     @property
     def probabilities(self) -> np.ndarray:
-        """Of each entry of `keeps`."""
+        """Of the `keeps`."""
         return np.asarray(self.weights) / np.sum(self.weights)
 
 
@@ -52,5 +48,5 @@ def exponential(keep: int, count: int) -> MergeRatioConfig:
 
 
 def draw_keep(config: MergeRatioConfig, seed: int, step: int) -> int:
-    """Kept tokens of one step: a pure function of (config, seed, step)."""
+    """K of one step: a pure function of (config, seed, step)."""
     return int(host_rng(seed, Stream.MERGE, step).choice(config.keeps, p=config.probabilities))

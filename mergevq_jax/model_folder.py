@@ -1,4 +1,4 @@
-"""A model's folder: config.json, which says what it is, and model.safetensors under the released state-dict names."""
+"""A model's folder: config.json with its architecture, and model.safetensors with the released state-dict names."""
 
 import hashlib
 import json
@@ -13,14 +13,7 @@ import numpy as np
 
 from runtime_jax import config as config_lib
 from runtime_jax.files import write_json
-from runtime_jax.weights import (
-    Rule,
-    WeightError,
-    export_weights,
-    import_weights,
-    read_safetensors,
-    write_safetensors,
-)
+from runtime_jax.weights import Rule, WeightError, export_weights, import_weights, read_safetensors, write_safetensors
 from runtime_jax.weights.hub import local_path
 
 CONFIG_NAME = "config.json"
@@ -29,10 +22,10 @@ T = TypeVar("T")
 
 
 def find_folder(path: str | os.PathLike, what: str) -> Path:
-    """The local folder of a model; a hub id's files are fetched. `what` names the kind of model in errors.
+    """The local folder of a model; fetches a hub id's files. `what` names the kind of model in errors.
 
     Raises:
-      ValueError: no such folder, or a file missing in it.
+      ValueError: no such folder, or a file is missing in it.
     """
     folder = local_path(path, (CONFIG_NAME, WEIGHTS_NAME))
     missing = [name for name in (CONFIG_NAME, WEIGHTS_NAME) if not (folder / name).is_file()]
@@ -42,7 +35,7 @@ def find_folder(path: str | os.PathLike, what: str) -> Path:
 
 
 def read_config(path: Path, cls: type[T], model_type: str, what: str) -> T:
-    """The record in a config.json.
+    """The config of class `cls` in a config.json.
 
     Raises:
       ValueError: not JSON, another kind of model, or a key that does not fit.
@@ -61,14 +54,14 @@ def read_params(folder: Path, table: Sequence[Rule], shapes: Any) -> Any:
     """The parameters in a folder as float32, on the device.
 
     Raises:
-      WeightError: a parameter missing, unknown or of another shape.
+      WeightError: a parameter is missing, unknown or of another shape.
     """
     tensors, _ = read_safetensors(folder / WEIGHTS_NAME)
     try:
         params = import_weights(table, tensors, shapes)
     except WeightError as error:
         raise WeightError(f"{folder / WEIGHTS_NAME}: {error}") from None
-    # To the device once, not with every call.
+    # To the device once, instead of with every call.
     return jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), params)
 
 
@@ -80,8 +73,8 @@ def write_folder(folder: Path, model_type: str, config: Any, table: Sequence[Rul
 
 
 def fingerprint(config: Any, table: Sequence[Rule], params: Any) -> str:
-    """SHA-256 over a model's record and its parameters under the released names."""
-    digest = hashlib.sha256(json.dumps(config_lib.to_dict(config), sort_keys=True).encode())
+    """SHA-256 of a model's config and of its parameters with their released names."""
+    digest = hashlib.sha256(json.dumps(config_lib.to_dict(config, old_names=True), sort_keys=True).encode())
     for name, array in sorted(export_weights(table, params).items()):
         digest.update(name.encode() + np.ascontiguousarray(array).tobytes())
     return digest.hexdigest()

@@ -1,7 +1,7 @@
-"""Folders of codes and source maps that `mergevq tokenize` wrote, in shards of array_record files.
+"""Folders of indices and source maps from `mergevq tokenize`: shards in the array_record format.
 
 A record is one image as a small safetensors blob: `indices` int32 [K], `source_map` int32 [L], `label` and `index`
-int64 []. `tokens.json` beside the shards says what they are and, at the end, how many images were `unreadable`.
+int64 []. `tokens.json` beside the shards describes them and, once all are written, counts `unreadable` images.
 """
 
 import json
@@ -17,7 +17,7 @@ INFO_NAME = "tokens.json"
 
 
 def read_tokens(folder: Path) -> Iterator[dict[str, np.ndarray]]:
-    """The records of a folder that `tokenize` wrote, in order.
+    """The records of a folder from `tokenize`, in order.
 
     Raises:
       ValueError: as `open_tokens`.
@@ -30,23 +30,23 @@ def read_tokens(folder: Path) -> Iterator[dict[str, np.ndarray]]:
 
 
 class TokensFolder(NamedTuple):
-    """A folder that `tokenize` wrote."""
+    """A folder from `tokenize`."""
 
     info: dict[str, Any]  # tokens.json
     shards: list[Path]
 
 
 def open_tokens(folder: Path) -> TokensFolder:
-    """What a folder of tokens holds.
+    """Finds the files in a folder from `tokenize`.
 
     Raises:
-      ValueError: not such a folder, or shards missing.
+      ValueError: not such a folder, or shards are missing.
     """
     if not (folder / INFO_NAME).is_file():
-        raise ValueError(f"{folder}: no {INFO_NAME}; mergevq tokenize writes such folders")
+        raise ValueError(f"{folder}: not a folder from mergevq tokenize, no {INFO_NAME}")
     info = json.loads((folder / INFO_NAME).read_text())
-    wanted = -(-info["images"] // info["shard_size"])
+    count = -(-info["images"] // info["shard_size"])
     shards = sorted(folder.glob("tokens-*.array_record"))
-    if len(shards) != wanted:
-        raise ValueError(f"{folder}: {len(shards)} of {wanted} shards are there; start mergevq tokenize again")
+    if len(shards) != count:
+        raise ValueError(f"{folder} has {len(shards)} of {count} shards: run mergevq tokenize again")
     return TokensFolder(info, shards)

@@ -9,6 +9,7 @@ import ast
 import contextlib
 import dataclasses
 import difflib
+import functools
 import inspect
 import math
 import runpy
@@ -61,34 +62,56 @@ def added(default: Any) -> Any:
     return dataclasses.field(default=default, metadata={"added": True})
 
 
-def renamed(old: str, default: Any, convert: Callable[[Any], Any] = lambda value: value) -> Any:
-    """A dataclass field that older files know as `old`; `build` reads those and converts the value."""
-    return dataclasses.field(default=default, metadata={"old": old, "convert": convert})
+def renamed(
+    old: str,
+    default: Any,
+    convert: Callable[[Any], Any] = lambda value: value,
+    revert: Callable[[Any], Any] = lambda value: value,
+) -> Any:
+    """A dataclass field that older files know as `old`; `build` reads those and converts the value.
+
+    `revert` is the inverse, for fingerprints of before; None for a value that they did not know.
+    """
+    return dataclasses.field(default=default, metadata={"old": old, "convert": convert, "revert": revert})
 
 
-def to_dict(value: Any) -> Any:
-    """The plain dicts, lists and scalars of a config dataclass: `build(type(x), to_dict(x)) == x`."""
+def to_dict(value: Any, *, old_names: bool = False) -> Any:
+    """The plain dicts, lists and scalars of a config dataclass: `build(type(x), to_dict(x)) == x`.
+
+    `old_names`: `renamed` fields under their first names, for fingerprints.
+    """
+    plain = functools.partial(to_dict, old_names=old_names)
     if dataclasses.is_dataclass(value):
-        items = ((field, getattr(value, field.name)) for field in dataclasses.fields(value))
-        return {
-            field.name: to_dict(item)
-            for field, item in items
-            if not ("added" in field.metadata and item == field.default)
-        }
+        fields = {}
+        for field in dataclasses.fields(value):
+            item, revert = getattr(value, field.name), field.metadata.get("revert")
+            if "added" in field.metadata and item == field.default:
+                continue
+            old = revert(item) if old_names and revert else None
+            fields[field.name if old is None else field.metadata["old"]] = plain(item if old is None else old)
+        return fields
     if isinstance(value, Mapping):
-        return {key: to_dict(item) for key, item in value.items()}
+        return {key: plain(item) for key, item in value.items()}
     if isinstance(value, tuple | list):
-        return [to_dict(item) for item in value]
+        return [plain(item) for item in value]
     return value
 
 
-def with_new_names(cls: type, mapping: Mapping[str, Any]) -> dict[str, Any]:
-    """What `to_dict` gave for a config of this class when some of its fields had other names; see `renamed`."""
-    kinds = typing.get_type_hints(cls)
-    return {
-        key: with_new_names(kinds[key], value) if dataclasses.is_dataclass(kinds.get(key)) and value else value
-        for key, value in _renamed(mapping, dataclasses.fields(cls)).items()
-    }
+def with_new_names(kind: Any, value: Any) -> Any:
+    """What `to_dict` gave for a value of this type before fields of its dataclasses were renamed; see `renamed`."""
+    origin, args = typing.get_origin(kind), typing.get_args(kind)
+    if dataclasses.is_dataclass(kind) and isinstance(value, Mapping):
+        kinds = typing.get_type_hints(kind)
+        fields = _renamed(value, dataclasses.fields(kind))
+        return {key: with_new_names(kinds.get(key), item) for key, item in fields.items()}
+    if origin in (Union, types.UnionType):
+        for member in args:
+            value = with_new_names(member, value)
+    elif origin is tuple and args and isinstance(value, tuple | list):
+        return [with_new_names(args[0], item) for item in value]
+    elif origin is dict and isinstance(value, Mapping):
+        return {key: with_new_names(args[1], item) for key, item in value.items()}
+    return value
 
 
 def load(spec: str, overrides: Iterable[str] = (), *, new_keys: bool = False) -> ConfigDict:
@@ -176,7 +199,7 @@ def naming(key: str) -> Iterator[None]:
 def _flat(value: Any, path: str = "") -> dict[str, Any]:
     """Leaves of nested mappings, and of sequences of mappings, by dotted path; tuples as JSON has them."""
     if isinstance(value, list | tuple) and value and all(isinstance(item, Mapping) for item in value):
-        value = {str(place): item for place, item in enumerate(value)}
+        value = {str(number): item for number, item in enumerate(value)}
     if isinstance(value, Mapping):
         return {k: v for key, item in value.items() for k, v in _flat(item, f"{path}.{key}" if path else key).items()}
     return {path: list(value) if isinstance(value, tuple) else value}

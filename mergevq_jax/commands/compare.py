@@ -132,7 +132,8 @@ def read_samples(path: Path) -> Folder:
     """
     try:
         protocol = json.loads((path / "protocol.json").read_text())
-        protocol.setdefault("keep", protocol.get("merge_number"))  # its name in older protocols
+        if "merge_number" in protocol:  # the name of K in older protocols
+            protocol["keep"] = protocol.pop("merge_number")
         with np.load(path / "samples.npz") as arrays:
             images, labels = arrays["arr_0"], arrays["arr_1"]
     except (OSError, KeyError, BadZipFile, json.JSONDecodeError) as error:
@@ -212,7 +213,8 @@ def _curve(protocol: Mapping[str, Any]) -> Curve | None:
     sampling = {name: value for name, value in protocol["sampling"].items() if name != "capacity"}
     rest = json.dumps([protocol["fingerprint"], sampling, protocol["compute"]], sort_keys=True)
     digest = hashlib.sha256(rest.encode()).hexdigest()[:4]
-    return Curve(f"{sampling['policy']}, K = {protocol['keep']}", digest)
+    keep = "" if protocol["keep"] is None else f", K = {protocol['keep']}"
+    return Curve(sampling["policy"] + keep, digest)
 
 
 def trade_off(rows: Sequence[Row]) -> dict[str, dict[str, Points]]:

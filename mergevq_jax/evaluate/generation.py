@@ -1,7 +1,7 @@
-"""How good generated scenes are: of the class that was asked for, and on the whole like real ones; as a judge sees it.
+"""How good generated scenes are to a judge: the share that shows the requested class, and the distance from real ones.
 
-The Fréchet distance is that of Gaussians fitted to features (Heusel et al., arXiv 1706.08500), in the judge's features
-instead of Inception's. It falls with the number of images: compare equal numbers only. On the host, in float64.
+The Fréchet distance (Heusel et al., arXiv 1706.08500) compares Gaussians fitted to features, the judge's instead of
+Inception's. It falls with the number of images: compare equal numbers only. On the host, in float64.
 
 Axes: N images, F features.
 """
@@ -18,7 +18,7 @@ from runtime_jax.estimate import Estimate, estimate
 
 
 class Labelled(NamedTuple):
-    """Images and the classes that they are to show, numbers in mini_scenes' CLASSES."""
+    """Images and the classes that they should show, as numbers in mini_scenes' CLASSES."""
 
     images: UInt8[np.ndarray, "N H W 3"]
     labels: Int[np.ndarray, "N"]
@@ -33,9 +33,9 @@ class Gaussian(NamedTuple):
 
 
 class Quality(NamedTuple):
-    """What the judge says of one generator."""
+    """A judge's measurement of one generator."""
 
-    accuracy: Estimate  # share of images whose main object has the wanted class; over all images
+    accuracy: Estimate  # share of all images whose main object has the requested class
     frechet: Estimate  # over sets of images
 
 
@@ -47,10 +47,10 @@ def gaussian(features: Float[np.ndarray, "N F"]) -> Gaussian:
     """
     features = np.asarray(features, np.float64)
     if len(features) < 2 or not np.isfinite(features).all():
-        raise ValueError(f"Fréchet distance: finite features of at least two images are needed, got {features.shape}")
+        raise ValueError(f"Fréchet distance needs finite features of at least two images, got shape {features.shape}")
     mean = features.mean(axis=0)
-    # Singular values of the data are the roots of the covariance's eigenvalues: with fewer images than features many
-    # are zero, and come out as 1e-16, where the root of an eigenvalue's rounding error would be 1e-8.
+    # The data's singular values are the roots of the covariance's eigenvalues. With fewer images than features many are
+    # zero and come out as 1e-16; the root of an eigenvalue's rounding error would be 1e-8.
     _, spread, axes = np.linalg.svd((features - mean) / np.sqrt(len(features) - 1), full_matrices=False)
     return Gaussian(mean, (axes.T * spread) @ axes, len(features))
 
@@ -73,24 +73,24 @@ def main_classes(judge: Judge, images: UInt8[np.ndarray, "N H W 3"]) -> Int[np.n
 
 
 def measure(judge: Judge, sets: Sequence[Labelled], reference: Gaussian) -> Quality:
-    """Judges a generator by sets of images that differ in the seed alone; intervals of 95 %.
+    """Judges a generator by sets of images that differ only in the seed; intervals of 95 %.
 
     Args:
-      judge: its `features` are those of `reference`.
+      judge: the one that computed the features of `reference`.
       sets: as many images each as the reference; one set gives a Fréchet distance without interval.
       reference: of real images.
 
     Raises:
-      ValueError: no sets, labels that are no classes, or another number of images than the reference's.
+      ValueError: no sets, labels that are not classes, or not the reference's number of images.
     """
     right, distances = [], []
     for images, labels in sets:
         if len(images) != reference.count or len(labels) != len(images):
             raise ValueError(
-                f"{len(images)} images, {len(labels)} labels, {reference.count} real images: equal numbers are needed"
+                f"{len(images)} images, {len(labels)} labels, {reference.count} real images: numbers must be equal"
             )
         if labels.min() < 0 or labels.max() >= len(CLASSES):
-            raise ValueError(f"labels {labels.min()} to {labels.max()}: classes are 0 to {len(CLASSES) - 1}")
+            raise ValueError(f"labels {labels.min()} to {labels.max()}, but classes are 0 to {len(CLASSES) - 1}")
         right.append(main_classes(judge, images) == labels)
         distances.append(frechet_distance(gaussian(judge.features(images)), reference))
     if not sets:

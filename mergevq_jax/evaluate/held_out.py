@@ -6,17 +6,17 @@ from mergevq_jax.evaluate.generation import Labelled
 from mini_scenes import make_config
 from runtime_jax.data import DataConfig, SourceConfig, make_batches, open_source
 
-BATCH_SIZE = 32  # any number of images is measured in batches of this many
+BATCH_SIZE = 32  # images that are measured at once
 
 
 def held_out_photographs(size: int, count: int) -> np.ndarray:
-    """uint8 [count, size, size, 3]: crops of regions of the two photographs that no training run reads."""
+    """uint8 [count, size, size, 3]: crops from regions of the two photographs that no training reads."""
     source = SourceConfig(kind="photos", split="held_out", crop_scale=(0.3, 1.0))
     return _read(source, size, count, random_crop=True)["image"]
 
 
 def held_out_scenes(size: int, count: int, data_dir: str) -> np.ndarray:
-    """uint8 [count, size, size, 3]: scenes that no training run reads; errors as `read_scenes`."""
+    """uint8 [count, size, size, 3]: scenes that no training reads; raises as `read_scenes`."""
     return read_scenes(size, count, data_dir, split="test").images
 
 
@@ -29,7 +29,7 @@ def read_scenes(size: int, count: int, data_dir: str, *, split: str, single: boo
     name = make_config(size, single=single).name
     source = SourceConfig(kind="tfds", name=f"mini_scenes/{name}", split=split, data_dir=data_dir)
     if count > (there := len(open_source(source))):
-        raise ValueError(f"{count} images: mini_scenes has {there} scenes in its {split} split")
+        raise ValueError(f"{count} images are too many: mini_scenes has {there} scenes in its {split} split")
     batch = _read(source, size, count, random_crop=False)
     return Labelled(batch["image"], batch["label"])
 

@@ -1,4 +1,4 @@
-"""How well images come back, and how much of the codebook is used; on the host, in numpy."""
+"""Quality of reconstructions and use of the codebook; on the host, in numpy."""
 
 from dataclasses import dataclass, field
 
@@ -8,13 +8,11 @@ from jaxtyping import Float, Int
 
 
 def psnr(images: ArrayLike, targets: ArrayLike) -> Float[np.ndarray, "batch"]:
-    """Peak signal-to-noise ratio of each image, in dB [B].
-
-    Each image has its own mean squared error; the result does not depend on how images are batched.
+    """Peak signal-to-noise ratio of each image, in dB, whatever else is in its batch.
 
     Args:
-      images, targets: [B, H, W, C], both uint8 or both floating point in [-1, 1] (values outside are clipped, as
-        they would be when shown). Equal images give inf, images with NaN give NaN.
+      images, targets: [B, H, W, C], both uint8 or both floating point in [-1, 1], where values outside are clipped as
+        for display. Equal images give inf, images with NaN give NaN.
 
     Raises:
       ValueError: shapes or kinds of dtype differ.
@@ -24,7 +22,7 @@ def psnr(images: ArrayLike, targets: ArrayLike) -> Float[np.ndarray, "batch"]:
     floating = all(np.issubdtype(x.dtype, np.floating) or x.dtype.name == "bfloat16" for x in (images, targets))
     if images.shape != targets.shape or images.ndim != 4 or not (integer or floating):
         raise ValueError(
-            "psnr: two arrays [B, H, W, C] are needed, both uint8 or both floating point in [-1, 1]; got "
+            "psnr needs two arrays [B, H, W, C], both uint8 or both floating point in [-1, 1]; got "
             f"{images.dtype} {list(images.shape)} and {targets.dtype} {list(targets.shape)}"
         )
     images, targets = images.astype(np.float64), targets.astype(np.float64)
@@ -38,7 +36,7 @@ def psnr(images: ArrayLike, targets: ArrayLike) -> Float[np.ndarray, "batch"]:
 
 @dataclass
 class CodeUsage:
-    """Counts code indices as they come: `usage.update(indices)` for each batch, then read the properties.
+    """Counts code indices: `usage.update(indices)` for each batch, then read the properties.
 
     With LFQ, bit j of an index is channel j of the code (channel 0 least significant).
     """
@@ -48,16 +46,14 @@ class CodeUsage:
 
     def __post_init__(self):
         if not 2 <= self.vocab_size <= 2**24:
-            raise ValueError(f"CodeUsage: 2 to 2^24 codes are counted, not {self.vocab_size}")
+            raise ValueError(f"CodeUsage counts 2 to 2^24 codes, not {self.vocab_size}")
         self.counts = np.zeros(self.vocab_size, np.int64)
 
     def update(self, indices: ArrayLike) -> None:
-        """Adds code indices of any shape; ValueError when one is not in 0..vocab_size - 1."""
+        """Adds indices of any shape; ValueError if one is not in 0..vocab_size - 1."""
         indices = np.asarray(indices).reshape(-1)
         if indices.size and (indices.min() < 0 or indices.max() >= self.counts.size):
-            raise ValueError(
-                f"CodeUsage: indices {indices.min()}..{indices.max()}, allowed are 0..{self.counts.size - 1}"
-            )
+            raise ValueError(f"CodeUsage: indices {indices.min()}..{indices.max()} not in 0..{self.counts.size - 1}")
         np.add.at(self.counts, indices, 1)
 
     @property
@@ -74,22 +70,22 @@ class CodeUsage:
 
     @property
     def dead_bits(self) -> tuple[int, ...]:
-        """Bits that have the same value in every token."""
+        """Bits with the same value in every token."""
         rates = self.bit_rates
         return tuple(int(bit) for bit in np.flatnonzero((rates == 0) | (rates == 1)))
 
     @property
     def used(self) -> float:
-        """Share of all codes that occur; at most tokens / vocab_size."""
+        """Share of all codes that occur, at most tokens / vocab_size."""
         return float(np.mean(self.counts > 0)) if self._counted() else 0.0
 
     @property
     def perplexity(self) -> float:
-        """exp of the entropy of the codes' distribution: the effective number of codes."""
+        """Effective number of codes: exp of the entropy of their distribution."""
         shares = self.counts[self.counts > 0] / self._counted()
         return float(np.exp(-np.sum(shares * np.log(shares))))
 
     def _counted(self) -> int:
         if not self.tokens:
-            raise ValueError("CodeUsage: no indices were counted yet")
+            raise ValueError("CodeUsage: no indices counted yet")
         return self.tokens

@@ -2,7 +2,7 @@
 
 import itertools
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any
@@ -10,6 +10,15 @@ from typing import Any
 from runtime_jax.config import renamed
 
 MAX_CODES = 2**30  # code indices are int32
+
+
+def _of_bits(bits: Sequence[int]) -> tuple[int, ...]:
+    return tuple(2**n for n in bits)
+
+
+def _bits_of(vocab_sizes: Sequence[int]) -> list[int] | None:
+    bits = [size.bit_length() - 1 for size in vocab_sizes]
+    return bits if _of_bits(bits) == tuple(vocab_sizes) else None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,7 +31,7 @@ class GeneratorConfig:
     ffn_dim: int | None = None  # None: LlamaGen's rule, 8/3 of the width rounded up to a multiple of 256
     head_layers: int = 2  # blocks over the sub-tokens of one code
     # Values of each sub-token; the first is the least significant (the paper's 6 and 12 bits).
-    vocab_sizes: tuple[int, ...] = renamed("code_bits", (2**6, 2**12), lambda bits: tuple(2**n for n in bits))
+    vocab_sizes: tuple[int, ...] = renamed("code_bits", (2**6, 2**12), _of_bits, _bits_of)
     num_classes: int = 1000
     class_dropout: float = 0.1  # above 0 there is a null class, which guidance needs
     grid: tuple[int, int] = (16, 16)  # raster tokens, rows and columns

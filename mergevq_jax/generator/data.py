@@ -117,20 +117,20 @@ def _require_one_source(infos: dict[str, dict[str, Any]]) -> None:
 
 @dataclass(frozen=True)
 class _Read:
-    """Example `index` of the endless stream, from image `number`."""
+    """An example of the endless stream, from image `number`."""
 
     tokens: _Tokens
     draw: Callable[[int], int]
     batch_size: int
 
-    def __call__(self, index: int, number: int) -> dict[str, Any]:
-        record = self.tokens.read(self.draw(index // self.batch_size), int(number))
+    def __call__(self, example: int, number: int) -> dict[str, Any]:
+        record = self.tokens.read(self.draw(example // self.batch_size), int(number))
         source_map = record["source_map"]
         return {
             "indices": record["indices"][source_map],
             "source_map": source_map,
             "label": record["label"],
-            "example": index,
+            "example": example,
         }
 
 

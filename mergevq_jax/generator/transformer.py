@@ -1,8 +1,8 @@
 """The generator's transformer, LlamaGen's with a factorised head (paper section 4.1), under the released names.
 
-A code's bits are split into S sub-tokens. A raster token enters as the sum of their embeddings. The trunk's output at
-the token before it, followed by the embeddings of its sub-tokens, then goes through the head's blocks, whose output s
-gives the logits of sub-token s, predicted from those before it.
+The index of a code is split into S sub-tokens. A raster token enters as the sum of their embeddings. The trunk's output
+at the token before it, followed by the embeddings of its sub-tokens, then goes through the head's blocks, whose output
+s gives the logits of sub-token s, predicted from those before it.
 
 Axes: B batch, L raster tokens, P prefix tokens, N = P + L and n positions, D width, H heads, S sub-tokens, C slots.
 """

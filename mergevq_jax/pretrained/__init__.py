@@ -1,4 +1,4 @@
-"""Models that are shipped with the package, by name."""
+"""Models shipped with the package, by name."""
 
 import os
 from pathlib import Path
@@ -8,5 +8,5 @@ GENERATORS = {path.parent.name: path.parent for path in sorted(Path(__file__).pa
 
 
 def shipped(source: str | os.PathLike) -> str | os.PathLike:
-    """The folder of a shipped model by its name, anything else as it is."""
+    """The folder of a shipped model by its name; anything else unchanged."""
     return (TOKENIZERS | GENERATORS).get(str(source), source)

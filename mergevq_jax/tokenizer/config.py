@@ -30,7 +30,7 @@ class TokenizerConfig:
     ch: int = 64
     ch_mult: tuple[int, ...] = (1, 1, 2, 4, 8)
     num_res_blocks: int | tuple[int, ...] = 4  # of every level of encoder and decoder, or one number a level
-    num_res_extra: int = 1  # added to one number in the decoder, but not at its finest level
+    num_res_extra: int = 1  # more in the decoder, except at the finest level, if num_res_blocks is one number
     norm_num_groups: int = 32  # of every GroupNorm
     num_att_blocks: int = 12
     num_heads: int = 8

@@ -5,6 +5,7 @@ Axes: B batch, H W image, h w grid of raw tokens, L = h w, K kept tokens, C chan
 
 import functools
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from mergevq_jax.tokenizer import convert, tome
 from mergevq_jax.tokenizer.config import TokenizerConfig, ratio_keep
 from mergevq_jax.tokenizer.decoder import Decoder
 from mergevq_jax.tokenizer.encoder import Encoded, Encoder
-from mergevq_jax.tokenizer.quantizers.quantizer import QUANTIZERS
+from mergevq_jax.tokenizer.quantizers.quantizer import QUANTIZERS, Quantizer
 from mergevq_jax.tokenizer.recovery import SourceRecovery, recovered_source_map
 from runtime_jax.finite import all_finite, check_finite
 from runtime_jax.nn.compute import Compute
@@ -79,6 +80,11 @@ def encode(
       ValueError: impossible image size or K, or no alignment head.
     """
     return Encoder(config, compute).apply({"params": params["encoder"]}, images, keep=keep, with_head=with_head)
+
+
+def quantize(config: TokenizerConfig, z: Float[Array, "*batch C"]) -> Float[Array, "*batch C"]:
+    """Features to the codes of the config's quantizer, with a gradient."""
+    return QUANTIZERS[config.quantizer].quantize(z)
 
 
 def decode(
@@ -174,7 +180,9 @@ class Tokenizer:
             )
         grid = self.config.grid(*images.shape[1:3])
         keep = ratio_keep(self.config, grid[0] * grid[1]) if keep is None else keep
-        indices, source_map, finite = _encode_images(self.params, images, self.config, keep, self.compute)
+        indices, source_map, finite = _encode_images(
+            self.params, images, self.config, keep, self.compute, _entries(self.config)
+        )
         check_finite({"the encoder's features": finite}, {"tokenizer": self.params})
         return Tokens(indices=indices, source_map=source_map, grid=grid)
 
@@ -184,7 +192,7 @@ class Tokenizer:
         Raises:
           NotFiniteError: pixels that are not finite.
         """
-        images, finite = _decode_tokens(self.params, tokens, self.config, self.compute)
+        images, finite = _decode_tokens(self.params, tokens, self.config, self.compute, _entries(self.config))
         check_finite({"the decoder's images": finite}, {"tokenizer": self.params})
         return images
 
@@ -198,7 +206,9 @@ class Tokenizer:
           ValueError: this tokenizer has no source recovery.
           NotFiniteError: logits that are not finite.
         """
-        source_map, finite = _recover_source_map(self.params, indices, group_starts, self.config, self.compute)
+        source_map, finite = _recover_source_map(
+            self.params, indices, group_starts, self.config, self.compute, _entries(self.config)
+        )
         check_finite({"source recovery's logits": finite}, {"tokenizer": self.params})
         return source_map
 
@@ -238,23 +248,28 @@ def to_uint8(images: Float[Array, "*shape"]) -> UInt8[Array, "*shape"]:
     return jnp.round((jnp.clip(images, -1.0, 1.0) + 1.0) * 127.5).astype(jnp.uint8)
 
 
-@functools.partial(jax.jit, static_argnames=("config", "keep", "compute"))
-def _encode_images(params, images, config, keep, compute):
+def _entries(config: TokenizerConfig) -> tuple[Quantizer, Callable]:
+    """What the config's names stand for: static too, so that programs are compiled anew where an entry is replaced."""
+    return QUANTIZERS[config.quantizer], tome.MERGE_RULES[config.merge_rule]
+
+
+@functools.partial(jax.jit, static_argnames=("config", "keep", "compute", "entries"))
+def _encode_images(params, images, config, keep, compute, entries):
     encoded = encode(params, config, to_float(images), keep=keep, compute=compute)
     # Replicated, so that each host of a pod can read them.
-    indices, source_map = QUANTIZERS[config.quantizer].to_indices(encoded.z), encoded.source_map
+    indices, source_map = entries[0].to_indices(encoded.z), encoded.source_map
     return constrain(indices, None, None), constrain(source_map, None, None), all_finite(encoded.z)
 
 
-@functools.partial(jax.jit, static_argnames=("config", "compute"))
-def _recover_source_map(params, indices, group_starts, config, compute):
-    codes = QUANTIZERS[config.quantizer].from_indices(indices, config.z_channels)
+@functools.partial(jax.jit, static_argnames=("config", "compute", "entries"))
+def _recover_source_map(params, indices, group_starts, config, compute, entries):
+    codes = entries[0].from_indices(indices, config.z_channels)
     logits = recover(params, config, codes, compute=compute)
     return constrain(recovered_source_map(logits, group_starts), None, None), all_finite(logits)
 
 
-@functools.partial(jax.jit, static_argnames=("config", "compute"))
-def _decode_tokens(params, tokens, config, compute):
-    codes = QUANTIZERS[config.quantizer].from_indices(tokens.indices, config.z_channels)
+@functools.partial(jax.jit, static_argnames=("config", "compute", "entries"))
+def _decode_tokens(params, tokens, config, compute, entries):
+    codes = entries[0].from_indices(tokens.indices, config.z_channels)
     images = decode(params, config, codes, tokens.source_map, tokens.grid, compute=compute)
     return constrain(to_uint8(images), None, None, None, None), all_finite(images)

@@ -1,4 +1,4 @@
-"""What a tokenizer does, as numbers and as a picture: reconstructions at several K, with the merged groups outlined."""
+"""Reconstructions at several K, as numbers and as a picture with the merged groups outlined."""
 
 import functools
 from collections.abc import Mapping, Sequence
@@ -18,18 +18,18 @@ Images = UInt8[np.ndarray, "N H W 3"]
 
 @dataclass(frozen=True)
 class Reconstruction:
-    """Quality and code usage over one set of images at one K."""
+    """Quality and code usage at one K over a set of images."""
 
     keep: int
     psnr: Estimate  # dB, mean over images
-    recovered_psnr: Estimate | None  # the same with the source map that the codes suggest; None: it cannot be recovered
+    recovered_psnr: Estimate | None  # with the recovered source map; None: no source recovery
     usage: CodeUsage
 
 
 def measure(
     tokenizer: Tokenizer, images: Images, keeps: Sequence[int], *, batch_size: int, independent: bool = True
 ) -> list[Reconstruction]:
-    """PSNR and code usage of every K over `images` [N, H, W, 3]; intervals only where these are `independent`."""
+    """PSNR and code usage at every K; with confidence intervals if the images are `independent`."""
     config, results = tokenizer.config, []
     recovers = config.recovery is not None and images.shape[1:3] == (config.resolution, config.resolution)
     for keep in keeps:
@@ -43,13 +43,13 @@ def measure(
                 guessed = tokens.replace(source_map=tokenizer.recover(tokens.indices))
                 recovered.append(psnr(np.asarray(tokenizer.decode(guessed))[: len(batch)], batch))
         mean = functools.partial(estimate, independent=independent)
-        with_recovered_maps = mean(np.concatenate(recovered)) if recovers else None
-        results.append(Reconstruction(keep, mean(np.concatenate(values)), with_recovered_maps, usage))
+        recovered_psnr = mean(np.concatenate(recovered)) if recovers else None
+        results.append(Reconstruction(keep, mean(np.concatenate(values)), recovered_psnr, usage))
     return results
 
 
 def _padded(images: Images, batch_size: int) -> Images:
-    """Whole batches, the last image repeated: one compiled program serves any number of images."""
+    """Fills the last batch with copies of the last image, so that one compiled program serves any number of images."""
     missing = -len(images) % batch_size
     return np.concatenate([images, np.repeat(images[-1:], missing, axis=0)])
 
@@ -57,13 +57,13 @@ def _padded(images: Images, batch_size: int) -> Images:
 def picture(
     tokenizer: Tokenizer, images: Images, keeps: Sequence[int], *, batch_size: int, scale: int = 2
 ) -> UInt8[np.ndarray, "h w 3"]:
-    """A row an image: original, then for every K the reconstruction and the original with its groups outlined."""
-    columns: list[Sequence[np.ndarray]] = [[np.repeat(np.repeat(image, scale, 0), scale, 1) for image in images]]
+    """One row per image: the original, then for every K the reconstruction and the original with groups outlined."""
+    columns: list[Sequence[np.ndarray]] = [_enlarged(images, scale)]
     labels = ["original"]
     for keep in keeps:
         tokens = tokenizer.encode(_padded(images, batch_size), keep=keep)
         rebuilt = np.asarray(tokenizer.decode(tokens))[: len(images)]
-        columns.append([np.repeat(np.repeat(image, scale, 0), scale, 1) for image in rebuilt])
+        columns.append(_enlarged(rebuilt, scale))
         maps = np.asarray(tokens.source_map)[: len(images)]
         outlined = zip(images, maps, strict=True)
         columns.append([outline_groups(image, groups, grid=tokens.grid, scale=scale) for image, groups in outlined])
@@ -71,8 +71,12 @@ def picture(
     return image_grid(list(zip(*columns, strict=True)), column_labels=labels)
 
 
+def _enlarged(images: Images, scale: int) -> UInt8[np.ndarray, "N height width 3"]:
+    return images.repeat(scale, axis=1).repeat(scale, axis=2)
+
+
 def table(results: Mapping[str, Sequence[Reconstruction]]) -> str:
-    """A Markdown table, one row for each set of images and K."""
+    """A Markdown table with one row for each set of images and K."""
     lines = [
         "| images | count | K | PSNR, dB (95 % interval) | with recovered maps | codes used | perplexity "
         "| ones per bit | dead bits |",

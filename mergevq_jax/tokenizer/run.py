@@ -15,7 +15,7 @@ from mergevq_jax.tokenizer import report
 from mergevq_jax.tokenizer import train as stage1
 from mergevq_jax.tokenizer.config import TokenizerConfig
 from mergevq_jax.tokenizer.losses import alignment
-from mergevq_jax.tokenizer.losses.dinov2 import load_dinov2
+from mergevq_jax.tokenizer.losses.dinov2 import DINOv2Config, load_dinov2
 from mergevq_jax.tokenizer.losses.perceptual import load_lpips
 from mergevq_jax.tokenizer.model import Tokenizer
 from runtime_jax import config as config_lib
@@ -35,17 +35,17 @@ MODEL_FOLDER = "tokenizer"
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationConfig:
-    """What is measured and drawn on the way, with the averaged parameters."""
+    """What a run measures and draws on the way, with the averaged parameters."""
 
     data: DataConfig
     batches: int = 4
-    keeps: tuple[int, ...] = ()  # none: the model's own K
+    keeps: tuple[int, ...] = ()  # empty: the model's own K
     preview_images: int = 6
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """A whole run; what configs/mergevq_*.py return is built into this."""
+    """A whole run, built from what configs/mergevq_*.py return."""
 
     task: Literal["tokenizer"] = "tokenizer"
     seed: int = 0  # of parameters, K and augmentation; data.seed orders the data
@@ -56,15 +56,15 @@ class TrainConfig:
     merge_ratio: MergeRatioConfig
     optimizer: OptimizerConfig = OptimizerConfig(b1=0.5, b2=0.9)
     discriminator_optimizer: OptimizerConfig = OptimizerConfig(b1=0.5, b2=0.9)
-    accumulate: int = 1  # parts of one update, where a batch does not fit in memory; see StepConfig.taken_by_part
+    accumulate: int = 1  # parts of one update, if memory is short; see StepConfig.taken_by_part
     ema_decay: float = 0.999
     data: DataConfig
     evaluation: EvaluationConfig
     mesh: sharding.MeshConfig = sharding.MeshConfig()
     loop: loop.LoopConfig
-    lpips: tuple[str, ...] = ()  # files, folders or hub ids with VGG16's and LPIPS' weights
+    lpips: tuple[str, ...] = ()  # files, folders or hub ids with the weights of VGG16 and LPIPS
     teacher: str | None = None  # DINOv2 folder or hub id
-    blocks_from: str | None = None  # DINOv2 folder or hub id: a new encoder's blocks are selected from its (G, G+R)
+    blocks_from: str | None = None  # DINOv2 folder or hub id: initialises a new encoder's blocks (G, G+R)
     init_from: str | None = None  # a tokenizer's folder or hub id
     resume_from: str | None = None  # another run's workdir or checkpoint
 
@@ -77,15 +77,30 @@ class TrainConfig:
             )
         for keep in (*self.merge_ratio.keeps, *self.evaluation.keeps):
             model.merge_counts(model.raw_tokens, keep)
-        if self.data.batch_size % self.accumulate:
-            raise ValueError(f"data.batch_size={self.data.batch_size} does not divide by accumulate={self.accumulate}")
+        if self.accumulate < 1 or self.data.batch_size % self.accumulate:
+            raise ValueError(
+                f"data.batch_size={self.data.batch_size} must be a multiple of accumulate={self.accumulate}, at least 1"
+            )
+
+    def step_config(self, teacher: DINOv2Config | None = None) -> stage1.StepConfig:
+        """The static part of the train step; raises as `StepConfig`."""
+        return stage1.StepConfig(
+            model=self.model,
+            compute=self.compute,
+            losses=self.losses,
+            discriminator=self.discriminator,
+            accumulate=self.accumulate,
+            ema_decay=self.ema_decay,
+            teacher=teacher,
+            seed=self.seed,
+        )
 
 
 def train(config: TrainConfig, workdir: str | Path) -> loop.Result:
-    """Starts or resumes training in `workdir`; the averaged model is in its folder MODEL_FOLDER.
+    """Starts or resumes training in `workdir`, and saves the averaged model in its folder MODEL_FOLDER.
 
     Raises:
-      ValueError: config, data, weights or checkpoint that do not fit, before anything is compiled.
+      ValueError: config, data, weights or checkpoint do not fit; before anything is compiled.
       WorkdirError: the workdir cannot be written, or another run is writing it.
       FloatingPointError: too many updates in a row were not finite.
     """
@@ -108,12 +123,12 @@ def train(config: TrainConfig, workdir: str | Path) -> loop.Result:
         mesh = sharding.make_mesh(config.mesh)
         parts = mesh.shape["data"] * mesh.shape["fsdp"] * config.accumulate
         if batch_size % parts:
-            raise ValueError(f"data.batch_size={batch_size} does not divide by data x fsdp x accumulate = {parts}")
+            raise ValueError(f"data.batch_size={batch_size} is not a multiple of data x fsdp x accumulate = {parts}")
         notes = []
         if config.accumulate > 1 and (terms := step_config.taken_by_part()):
             part = batch_size // config.accumulate
             notes.append(f"accumulate={config.accumulate}: each part of {part} images has its own {', '.join(terms)}")
-        looks = _Looks(config, images)
+        evaluation = _Evaluation(config, images)
         with jax.set_mesh(mesh):
             program = make_program(step_config, optimizers, mesh, sharding.replicate(frozen, mesh))
             result = fit(
@@ -128,8 +143,8 @@ def train(config: TrainConfig, workdir: str | Path) -> loop.Result:
                 ),
                 dtype=config.compute.dtype,
                 variant=functools.partial(draw_keep, config.merge_ratio, config.seed),
-                preview=looks.preview,
-                evaluate=looks.evaluate,
+                preview=evaluation.preview,
+                evaluate=evaluation.evaluate,
                 init=functools.partial(new_state, program, config.blocks_from),
                 init_from=functools.partial(with_weights, program, start) if start else None,
                 resume_from=config.resume_from,
@@ -144,20 +159,18 @@ def train(config: TrainConfig, workdir: str | Path) -> loop.Result:
 
 
 def check_labels(config: TrainConfig) -> None:
-    """Raises ValueError where the sources have not the labels that losses.alignment='label' learns."""
+    """Raises ValueError unless the sources have the labels that losses.alignment='label' learns."""
     with naming("losses.alignment='label'"):
         classes = classes_of(config.data.sources)
         for source, names in classes:
             if names is None or len(names) > config.model.num_classes:
                 have = "has no labels" if names is None else f"has {len(names)} classes"
-                raise ValueError(
-                    f"source {source!r} {have}, the head's model.num_classes is {config.model.num_classes}"
-                )
+                raise ValueError(f"source {source!r} {have}, but model.num_classes is {config.model.num_classes}")
         check_same_classes(classes)
 
 
 def load_frozen(config: TrainConfig) -> tuple[stage1.StepConfig, stage1.Frozen]:
-    """The static part of the step, and the parameters that it never changes, read from where the config says.
+    """The static part of the step, and the frozen parameters, loaded from the config's sources.
 
     Raises:
       ValueError: weights that the losses need are not named or do not fit.
@@ -170,22 +183,13 @@ def load_frozen(config: TrainConfig) -> tuple[stage1.StepConfig, stage1.Frozen]:
         )
     if losses.alignment_weight and losses.alignment != "label" and config.teacher is not None:
         teacher, teacher_params = load_dinov2(config.teacher)
-    step_config = stage1.StepConfig(
-        model=config.model,
-        compute=config.compute,
-        losses=losses,
-        discriminator=config.discriminator,
-        accumulate=config.accumulate,
-        ema_decay=config.ema_decay,
-        teacher=teacher,
-        seed=config.seed,
-    )
+    step_config = config.step_config(teacher)
     lpips = load_lpips(*config.lpips) if losses.perceptual_weight else None
     return step_config, stage1.Frozen(lpips=lpips, teacher=teacher_params)
 
 
 def evaluation_images(config: EvaluationConfig) -> np.ndarray:
-    """The images that every evaluation of a run uses, uint8 [N, H, W, 3]."""
+    """The images of all evaluations of a run, uint8 [N, H, W, 3]."""
     with naming("evaluation.data"):
         batches = make_batches(config.data, 0)
     return np.concatenate([batch["image"] for batch in itertools.islice(batches, config.batches)])
@@ -194,10 +198,9 @@ def evaluation_images(config: EvaluationConfig) -> np.ndarray:
 def make_program(
     config: stage1.StepConfig, optimizers: stage1.Optimizers, mesh: jax.sharding.Mesh, frozen: stage1.Frozen
 ) -> Program:
-    """The train step, whose variants are the K, and its state.
+    """The train step, with one variant for each K, and its state.
 
-    Args:
-      frozen: on every device; to trace the step, shapes will do.
+    `frozen` is replicated; tracing the step needs only its shapes.
     """
 
     def train_step(state, frozen, batch, keep):
@@ -208,7 +211,7 @@ def make_program(
 
 
 def new_state(program: Program, blocks_from: str | None = None) -> stage1.TrainState:
-    """A new state, made where it belongs; with the encoder's blocks from a DINOv2, if one is named."""
+    """A new state, placed on the mesh; the encoder's blocks come from a DINOv2, if one is named."""
     state = program.init()
     if blocks_from is None:
         return state
@@ -229,7 +232,7 @@ def _with_params(state: stage1.TrainState, params: Any) -> stage1.TrainState:
     return state.replace(params=params, ema=jax.tree.map(lambda x: x.copy(), params))
 
 
-class _Looks:
+class _Evaluation:
     """Evaluation and preview pictures of a run."""
 
     def __init__(self, config: TrainConfig, images: np.ndarray):
@@ -240,7 +243,7 @@ class _Looks:
         return Tokenizer(self._config.model, state.ema, self._config.compute)
 
     def evaluate(self, state: stage1.TrainState, step: int) -> dict[str, float]:
-        """PSNR for each K; code usage at the smallest."""
+        """PSNR at every K; code usage at the smallest."""
         batch_size = self._config.evaluation.data.batch_size
         results = report.measure(self._tokenizer(state), self._images, self._keeps, batch_size=batch_size)
         usage = min(results, key=lambda result: result.keep).usage
@@ -248,10 +251,7 @@ class _Looks:
         return (
             {f"psnr/{result.keep}": result.psnr.mean for result in results}
             | recovered
-            | {
-                "codes_used": usage.used,
-                "dead_bits": float(len(usage.dead_bits)),
-            }
+            | {"codes_used": usage.used, "dead_bits": float(len(usage.dead_bits))}
         )
 
     def preview(self, state: stage1.TrainState, step: int) -> dict[str, np.ndarray]:

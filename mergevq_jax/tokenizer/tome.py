@@ -30,35 +30,35 @@ class Matching:
     target: Int[Array, "B r"]  # where in `kept` each of them goes
 
 
-def merge_counts(raw: int, kept: int, layers: int) -> tuple[int, ...]:
-    """Tokens merged in each layer: a linear fall from 1.5 r to 0.5 r whose sum is exactly raw - kept.
+def merge_counts(raw: int, keep: int, layers: int) -> tuple[int, ...]:
+    """Tokens merged in each layer: a linear fall from 1.5 r to 0.5 r whose sum is exactly raw - keep.
 
-    r is the integer whose schedule comes closest to raw - kept; the first layer makes up the difference. If a layer
+    r is the integer whose schedule comes closest to raw - keep; the first layer makes up the difference. If a layer
     would then merge more than half of its tokens or a negative number, the next closest r is tried.
 
     Raises:
-      ValueError: kept is not in 1..raw, or no r fits.
+      ValueError: keep is not in 1..raw, or no r fits.
     """
-    total = raw - kept
-    if kept < 1 or total < 0:
-        raise ValueError(f"cannot keep {kept} of {raw} tokens: allowed are 1 to {raw}")
+    total = raw - keep
+    if keep < 1 or total < 0:
+        raise ValueError(f"cannot keep {keep} of {raw} tokens: allowed are 1 to {raw}")
     if layers < 1:
         if total:
-            raise ValueError(f"cannot merge {raw} tokens to {kept} without transformer blocks")
+            raise ValueError(f"cannot merge {raw} tokens to {keep} without transformer blocks")
         return ()
-    counts = _closest_schedule(raw, kept, layers)
+    counts = _closest_schedule(raw, keep, layers)
     if counts is None:
         possible = functools.partial(_closest_schedule, raw, layers=layers)
-        fewest = bisect.bisect_left(range(raw), True, lo=kept, key=lambda kept: possible(kept) is not None)
+        fewest = bisect.bisect_left(range(raw), True, lo=keep, key=lambda keep: possible(keep) is not None)
         raise ValueError(
-            f"cannot keep {kept} of {raw} tokens in {layers} layers, each of which merges at most half of its tokens: "
+            f"cannot keep {keep} of {raw} tokens in {layers} layers, each of which merges at most half of its tokens: "
             f"allowed are {fewest} to {raw}; keep more tokens or use more layers"
         )
     return counts
 
 
-def _closest_schedule(raw: int, kept: int, layers: int) -> tuple[int, ...] | None:
-    total = raw - kept
+def _closest_schedule(raw: int, keep: int, layers: int) -> tuple[int, ...] | None:
+    total = raw - keep
     schedules = (_linear_schedule(r, layers) for r in range(raw + 1))
     for counts in sorted(schedules, key=lambda counts: abs(sum(counts) - total)):
         counts = (counts[0] + total - sum(counts), *counts[1:])
@@ -153,8 +153,8 @@ def unmerge(tokens: Float[Array, "B K D"], source_map: Int[Array, "B L"]) -> Flo
     return jnp.take_along_axis(tokens, source_map[..., None], axis=1)
 
 
-def group_starts(source_map: Int[Array, "B L"], kept: int) -> Int[Array, "B K"]:
+def group_starts(source_map: Int[Array, "B L"], keep: int) -> Int[Array, "B K"]:
     """First raster position of each group; L for an empty group."""
     length = source_map.shape[1]
     index = jnp.arange(length, dtype=source_map.dtype)
-    return jax.vmap(lambda groups: jnp.full(kept, length, groups.dtype).at[groups].min(index))(source_map)
+    return jax.vmap(lambda groups: jnp.full(keep, length, groups.dtype).at[groups].min(index))(source_map)

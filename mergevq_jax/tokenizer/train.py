@@ -1,7 +1,7 @@
-"""Stage 1: generator and discriminator are updated in one jitted step from one forward pass (paper section 3.4).
+"""Stage 1: one jitted step updates generator and discriminator from one forward pass (paper section 3.4).
 
-The two losses share a backward pass: the generator's term sees the discriminator's parameters as constants and the
-discriminator's term sees the reconstruction as one, so one gradient of their sum is the two separate gradients.
+The two losses share a backward pass. The generator's term sees the discriminator's parameters as constants, and the
+discriminator's term sees the reconstruction as one, so the gradient of their sum consists of the two gradients.
 
 Axes: B batch, A parts of an update, H W image, L raw tokens, K kept tokens.
 """
@@ -41,14 +41,14 @@ GENERATOR_LOSSES = {"hinge": adversarial.hinge_g_loss, "non_saturating": adversa
 
 @dataclass(frozen=True, kw_only=True)
 class LossConfig:
-    """Terms of stage 1; the defaults are the released code's. A weight of 0 leaves the term and its work out."""
+    """Terms of stage 1 with the released code's defaults. A term of weight 0 is not computed."""
 
     pixel: Literal["l1", "l2"] = "l1"
     perceptual_weight: float = 1.0
     adversarial_weight: float = 0.1
     generator: Literal["hinge", "non_saturating"] = "non_saturating"
     discriminator: Literal["hinge", "vanilla", "non_saturating"] = "hinge"
-    discriminator_start: int = 0  # updates before the adversarial terms set in
+    discriminator_start: int = 0  # updates before the adversarial terms start
     lecam_weight: float = 0.01
     lecam_decay: float = 0.999
     entropy_weight: float = 0.1
@@ -78,23 +78,19 @@ class StepConfig:
     discriminator: DiscriminatorConfig = DiscriminatorConfig()
     accumulate: int = 1  # parts of one update; see `taken_by_part`
     ema_decay: float = 0.999
-    teacher: DINOv2Config | None = None  # of the alignment loss, unless that is "label"
+    teacher: DINOv2Config | None = None  # of the alignment losses but "label"
     seed: int = 0
 
     def __post_init__(self):
         losses, config = self.losses, self.model
         if self.accumulate < 1 or not 0 <= self.ema_decay < 1:
-            raise ValueError(f"accumulate={self.accumulate} is at least 1, ema_decay={self.ema_decay} in [0, 1)")
+            raise ValueError(f"accumulate={self.accumulate} must be at least 1, ema_decay={self.ema_decay} in [0, 1)")
         for term in ("entropy", "commitment"):
             if getattr(losses, f"{term}_weight") and getattr(QUANTIZERS[config.quantizer], term) is None:
-                raise ValueError(
-                    f"losses.{term}_weight is not 0, but the quantizer {config.quantizer!r} has no such loss"
-                )
+                raise ValueError(f"losses.{term}_weight is not 0, but quantizer {config.quantizer!r} has no such loss")
         if losses.alignment_weight:
             if config.dist_head is None:
-                raise ValueError(
-                    "losses.alignment_weight is not 0, but model.dist_head is None: there is no head to align"
-                )
+                raise ValueError("losses.alignment_weight is not 0, but model.dist_head is None: nothing to align")
             if losses.alignment != "label" and self.teacher is None:
                 raise ValueError(f"losses.alignment={losses.alignment!r} needs a teacher: give its folder or hub id")
             if losses.alignment_size % config.downsampling:
@@ -103,12 +99,10 @@ class StepConfig:
                     f"downsampling {config.downsampling}"
                 )
         if losses.source_weight and config.recovery is None:
-            raise ValueError(
-                "losses.source_weight is not 0, but model.recovery is None: nothing predicts the source map"
-            )
+            raise ValueError("losses.source_weight is not 0, but model.recovery is None: nothing to learn")
 
     def taken_by_part(self) -> tuple[str, ...]:
-        """Terms that are no means over examples: with `accumulate` they are those of each part, not of the batch."""
+        """Terms that are not means over examples: with `accumulate`, each part has its own."""
         losses = self.losses
         terms = ["entropy of the mean code"] if losses.entropy_weight else []
         if losses.adversarial_weight:
@@ -122,7 +116,7 @@ class StepConfig:
 
 
 class Optimizers(NamedTuple):
-    """One for each side."""
+    """Of the two sides."""
 
     generator: Optimizer
     discriminator: Optimizer
@@ -132,7 +126,7 @@ class Optimizers(NamedTuple):
 class TrainState:
     """What a checkpoint holds; all of it is donated to the step."""
 
-    step: Any  # untyped, as trees of shapes and of shardings have this structure too
+    step: Any  # untyped: trees of shapes and of shardings have the same structure
     params: Params
     opt_state: Any
     ema: Params
@@ -144,7 +138,7 @@ class TrainState:
 
 @flax.struct.dataclass
 class Frozen:
-    """Parameters that a step reads and never changes; None where the loss does not need them."""
+    """Parameters that a step reads and never changes; None if the losses do not need them."""
 
     lpips: Params | None = None
     teacher: Params | None = None
@@ -198,12 +192,12 @@ def train_step(
     Args:
       state: donated by the caller's jit.
       frozen: perceptual network and alignment teacher.
-      batch: "image" uint8 [B, H, W, 3]; "label" int32 [B] and "example" int [B] where the alignment loss needs them.
+      batch: "image" uint8 [B, H, W, 3]; "label" int32 [B] and "example" int [B] if the alignment loss needs them.
       config, optimizers, keep: static.
 
     Returns:
-      The new state and metrics as (sum, count). Where the loss or a gradient is not finite, everything but the step's
-      number is kept as it was and "nonfinite" counts one.
+      The new state and metrics as (sum, count). If a loss or gradient is not finite, only the step's number changes and
+      "nonfinite" is 1.
     """
 
     def part(carry, micro_batch):
@@ -213,15 +207,12 @@ def train_step(
         metrics, *carry = aux
         return gradients, tuple(carry), metrics
 
-    used = {name: value for name, value in batch.items() if name in ("image", "label", "example")}
-    carry = (state.disc_stats, state.lecam)
-    gradients, (stats, lecam), metrics = accumulate(part, carry, used, config.accumulate)
+    gradients, (stats, lecam), metrics = accumulate(part, (state.disc_stats, state.lecam), batch, config.accumulate)
     norms = {"grad_norm": optax.tree.norm(gradients[0]), "disc/grad_norm": optax.tree.norm(gradients[1])}
 
     params, opt_state = optimizers.generator.update(gradients[0], state.opt_state, state.params)
     disc_params, disc_opt_state = optimizers.discriminator.update(gradients[1], state.disc_opt_state, state.disc_params)
-    new_state = TrainState(
-        step=state.step,
+    new_state = state.replace(
         params=params,
         opt_state=opt_state,
         ema=ema_update(state.ema, params, state.step, config.ema_decay),
@@ -250,7 +241,8 @@ def _losses(trained, disc_stats, lecam, frozen, batch, step, config: StepConfig,
     error = rebuilt - images
     terms = {"pixel": (1.0, jnp.mean(jnp.abs(error) if losses.pixel == "l1" else jnp.square(error)))}
     if losses.perceptual_weight:
-        terms["perceptual"] = (losses.perceptual_weight, _perceptual_loss(frozen.lpips, images, rebuilt, config))
+        distances = LPIPS(dtype=config.compute.jax_dtype).apply({"params": frozen.lpips}, images, rebuilt)
+        terms["perceptual"] = (losses.perceptual_weight, jnp.mean(distances))
     if losses.entropy_weight:
         entropy = quantizer.entropy(encoded.z, temperature=losses.entropy_temperature)
         terms["entropy"] = (losses.entropy_weight, entropy.loss)
@@ -258,7 +250,7 @@ def _losses(trained, disc_stats, lecam, frozen, batch, step, config: StepConfig,
     if losses.commitment_weight:
         terms["commitment"] = (losses.commitment_weight, quantizer.commitment(encoded.z))
     if losses.source_weight:
-        # On constants: recovery learns to read the codes, the codes are not shaped by it.
+        # Codes are constants here: recovery learns to read them and does not shape them.
         logits = model.recover(params, config.model, jax.lax.stop_gradient(codes), compute=config.compute)
         terms["source"] = (losses.source_weight, recovery.source_loss(logits, encoded.source_map))
         metrics["source/accuracy"] = jnp.mean(recovery.recovered_source_map(logits) == encoded.source_map)
@@ -275,10 +267,6 @@ def _losses(trained, disc_stats, lecam, frozen, batch, step, config: StepConfig,
         disc_loss, disc_stats, lecam = on * sides.discriminator, sides.stats, sides.lecam
         metrics |= {"adversarial": sides.generator, **sides.metrics}
     return total + disc_loss, (metrics | {"loss": total, "disc/loss": disc_loss}, disc_stats, lecam)
-
-
-def _perceptual_loss(lpips, images, rebuilt, config: StepConfig) -> Float[Array, ""]:
-    return jnp.mean(LPIPS(dtype=config.compute.jax_dtype).apply({"params": lpips}, images, rebuilt))
 
 
 class _Sides(NamedTuple):
@@ -298,7 +286,7 @@ def _adversarial_losses(disc_params, disc_stats, lecam, images, rebuilt, config:
     constant = jax.lax.stop_gradient
     seen_by_generator, _ = logits(constant(disc_params), disc_stats, rebuilt)
     real, updated = logits(disc_params, disc_stats, images)
-    # The same forward pass as the generator's; only the gradients differ.
+    # The generator's forward pass again; only the gradients differ.
     fake, updated = logits(disc_params, updated["batch_stats"], constant(rebuilt))
     discriminator = DISCRIMINATOR_LOSSES[losses.discriminator](real, fake)
     metrics = {"disc/real": jnp.mean(real), "disc/fake": jnp.mean(fake)}
@@ -312,7 +300,7 @@ def _adversarial_losses(disc_params, disc_stats, lecam, images, rebuilt, config:
 
 
 def _alignment_loss(params, teacher, images, batch, step, config: StepConfig, fraction: float) -> Float[Array, ""]:
-    """Head of the whole image, `fraction` of its tokens kept, against the label or the teacher on a random crop."""
+    """Of the whole image with this fraction of tokens kept, to the label or the teacher's output for a random crop."""
     size = config.losses.alignment_size
     student_view = alignment.resized(images, size)
     raw = (size // config.model.downsampling) ** 2

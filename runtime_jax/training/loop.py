@@ -73,7 +73,7 @@ class _Pending:
 
 @dataclass(kw_only=True)
 class Loop:
-    """A run up to step `total_steps`; it writes checkpoints, metrics and pictures below `workdir`.
+    """One run up to step `total_steps` (call `run` once); it writes checkpoints, metrics and pictures below `workdir`.
 
     A run that is killed and started again (with `initial_state`) writes the same metrics, bit for bit, as an
     uninterrupted one, except for those named `time/...`. SIGTERM and SIGINT end it after the current step, with a

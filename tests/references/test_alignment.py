@@ -44,12 +44,8 @@ def error(actual, expected):
 
 
 def test_files_of_older_transformers_give_the_same(golden, state_dict, folder, teacher, tmp_path):
-    old_names = {
-        "q_proj": "attention.query",
-        "k_proj": "attention.key",
-        "v_proj": "attention.value",
-        "o_proj": "output.dense",
-    }
+    projections = {"q_proj": "query", "k_proj": "key", "v_proj": "value"}
+    old_names = {new: f"attention.{old}" for new, old in projections.items()} | {"o_proj": "output.dense"}
     renamed = {}
     for name, array in state_dict.items():
         for new, old in old_names.items():
@@ -111,9 +107,8 @@ def test_bicubic_weights():
 
 def test_standardize():
     white = dinov2.standardize(jnp.ones((1, 1, 1, 3)))
-    np.testing.assert_allclose(
-        white[0, 0, 0], (1 - np.array([0.485, 0.456, 0.406])) / np.array([0.229, 0.224, 0.225]), 1e-5
-    )
+    expected = (1 - np.array([0.485, 0.456, 0.406])) / np.array([0.229, 0.224, 0.225])
+    np.testing.assert_allclose(white[0, 0, 0], expected, rtol=1e-5)
 
 
 def softmax(x):
@@ -260,7 +255,7 @@ def test_a_new_run_starts_from_the_teachers_blocks(folder, teacher):
 
 
 def test_filled_blocks_are_the_teachers_at_equal_width(golden, teacher):
-    """The encoder's own block, filled at the teacher's width, computes what the teacher's block does."""
+    """The encoder's block, filled at the teacher's width, equals the teacher's block."""
     from mergevq_jax.tokenizer.layers import Block
     from runtime_jax.nn.compute import Compute
 

@@ -1,4 +1,4 @@
-"""Every module against the outputs of the released code and of transformers, by the script that anyone can run."""
+"""Every module against the outputs of the released code and of transformers, through check_golden.py."""
 
 import json
 import re
@@ -26,10 +26,10 @@ GOLDEN = Path(__file__).parents[1] / "golden"
 FILES = sorted(path.name for path in GOLDEN.iterdir())
 
 # Measured on a CPU: 1.5e-6 at most, but 2.3e-6 for the entropy's gradient, 3.9e-6 for the recovery's softmax, and up to
-# 1.3e-5 for FLUX, whose random blocks make activations of some thousands.
+# 1.3e-5 for FLUX, whose random blocks have activations of some thousands.
 MEASURED = {"lfq": 2e-5, "source_recovery": 2e-5, "flux_transformer": 4e-5, "flux_transformer_schnell": 4e-5}
 
-# What the mutation test changes: of blocks that are stacked, one, and of a second encoder, what the first has not.
+# Parameters that the mutation test changes: one of stacked blocks, and what a second encoder adds to the first.
 MUTATED = {
     "encoder_r": r".*",
     "encoder_gr": r"conv_in.*|down.*",
@@ -44,7 +44,7 @@ MUTATED = {
     "t5_encoder": r"encoder\.(block\.1|final).*|.*relative_attention_bias.*",
     "flux_vae": r"encoder\.(conv|down).*|decoder\.(mid_block\.(resnets\.0|att)|up_blocks\.1\.resnets\.0).*",
 }
-# Parameters that cannot matter: a bias in front of a norm of each channel, and what softmax does not see.
+# Parameters without effect: a bias before a norm of each channel, and what cancels in a softmax.
 WITHOUT_EFFECT = {
     "encoder_r": {"conv_in.0.bias"},
     "dinov2": {"embeddings.mask_token", "encoder.layer.1.attention.k_proj.bias"},
@@ -131,7 +131,7 @@ def test_two_swapped_weights_fail(name, one, other, tmp_path):
 
 @pytest.fixture
 def fresh_programs():
-    """Compiled modules hide a patched layer, so they are dropped before and after."""
+    """Drops compiled modules, which hide a patched constant, before and after."""
     golden_tools.apply.clear_cache()
     yield
     golden_tools.apply.clear_cache()
@@ -155,7 +155,7 @@ def test_a_changed_constant_fails(name, constant, value, limit, monkeypatch, fre
     assert max(errors(GOLDEN / f"{name}.safetensors").values()) > limit
 
 
-# Files of other sizes and arguments, made with our own modules: they test that the script reads them, not parity.
+# Files of other sizes and arguments, from our own modules: they test how the script reads files, not parity.
 
 SMALL = {"ch": 32, "in_channels": 3, "ch_mult": [1, 1, 1], "resolution": 16, "z_channels": 5, "num_att_blocks": 2}
 
@@ -187,7 +187,7 @@ def nchw(tokens, rows, columns):
 @pytest.mark.parametrize(
     ("name", "arguments", "fields", "shape", "keep"),
     [
-        # no head, no merging, a width that only the weights tell, more heads than num_heads says
+        # no head, no merging, a width given only by the weights, more heads than num_heads
         (
             "encoder_none",
             {"dist_head": None, "merge_num": None, "isotropic": True, "head_dim": 16, "drop_path": 0.2},
@@ -195,7 +195,7 @@ def nchw(tokens, rows, columns):
             (16, 16),
             16,
         ),
-        # a CNN with more blocks on some levels, a head whose width only the weights tell, an image that is not square
+        # a CNN with blocks on one level, a head whose width only the weights give, an image that is not square
         (
             "encoder_foo_2",
             {"dist_head": True, "merge_num": 12, "num_res_blocks": [0, 1, 0], "head_dim": None},

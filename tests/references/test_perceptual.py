@@ -11,19 +11,19 @@ from mergevq_jax.tokenizer.losses.perceptual import LPIPS, load_lpips, unit_norm
 from runtime_jax.weights import WeightError, export_weights, read_safetensors, write_safetensors
 
 WIDTHS = (4, 4, 6, 8, 8)
-PLACES = ((0, 2), (5, 7), (10, 12, 14), (17, 19, 21), (24, 26, 28))
+POSITIONS = ((0, 2), (5, 7), (10, 12, 14), (17, 19, 21), (24, 26, 28))
 
 
 @pytest.fixture(scope="module")
 def tensors():
-    """A narrow VGG16 in torchvision's names, and linear layers in the lpips package's."""
+    """A narrow VGG16 with torchvision's names, and linear layers with the lpips package's."""
     rng = np.random.default_rng(0)
     result, channels = {}, 3
-    for width, places in zip(WIDTHS, PLACES, strict=True):
-        for place in places:
+    for width, positions in zip(WIDTHS, POSITIONS, strict=True):
+        for position in positions:
             scale = np.sqrt(2 / (9 * channels))
-            result[f"features.{place}.weight"] = rng.normal(0, scale, (width, channels, 3, 3)).astype(np.float32)
-            result[f"features.{place}.bias"] = rng.normal(0, 0.1, width).astype(np.float32)
+            result[f"features.{position}.weight"] = rng.normal(0, scale, (width, channels, 3, 3)).astype(np.float32)
+            result[f"features.{position}.bias"] = rng.normal(0, 0.1, width).astype(np.float32)
             channels = width
     for stage, width in enumerate(WIDTHS):
         result[f"lin{stage}.model.1.weight"] = rng.uniform(0, 1, (1, width, 1, 1)).astype(np.float32)
@@ -56,24 +56,24 @@ def distance(params, a, b):
 
 
 def reference(tensors, a, b, epsilon=1e-10):
-    """LPIPS of one pair in float64 and NCHW order, by sums over shifted images."""
+    """LPIPS of one pair in float64 and NCHW layout, by sums over shifted images."""
 
     def features(image):
         shift, scale = np.array([-0.030, -0.088, -0.188]), np.array([0.458, 0.448, 0.450])
         x = ((image.astype(np.float64) - shift) / scale).transpose(2, 0, 1)
-        for stage, places in enumerate(PLACES):
+        for stage, positions in enumerate(POSITIONS):
             if stage:
                 c, h, w = x.shape
                 x = x.reshape(c, h // 2, 2, w // 2, 2).max(axis=(2, 4))
-            for place in places:
+            for position in positions:
                 padded = np.pad(x, ((0, 0), (1, 1), (1, 1)))
-                weight, (h, w) = tensors[f"features.{place}.weight"].astype(np.float64), x.shape[1:]
+                weight, (h, w) = tensors[f"features.{position}.weight"].astype(np.float64), x.shape[1:]
                 x = sum(
                     np.einsum("oi,ihw->ohw", weight[:, :, dy, dx], padded[:, dy : dy + h, dx : dx + w])
                     for dy in range(3)
                     for dx in range(3)
                 )
-                x = np.maximum(x + tensors[f"features.{place}.bias"].astype(np.float64)[:, None, None], 0)
+                x = np.maximum(x + tensors[f"features.{position}.bias"].astype(np.float64)[:, None, None], 0)
             yield x / (np.sqrt((x**2).sum(axis=0, keepdims=True)) + epsilon)
 
     total = 0.0
@@ -148,7 +148,7 @@ def test_separate_files_and_the_lpips_packages_names_give_the_same(tensors, fold
         if name.startswith("lin"):
             package |= {name: array, name.replace("lin", "lins."): array}
         else:
-            stage = next(i for i, places in enumerate(PLACES) if int(name.split(".")[1]) in places)
+            stage = next(i for i, positions in enumerate(POSITIONS) if int(name.split(".")[1]) in positions)
             package[name.replace("features", f"net.slice{stage + 1}")] = array
     write_safetensors(tmp_path / "lpips.safetensors", package, {})
     assert "lins.0.model.1.weight" in read_safetensors(tmp_path / "lpips.safetensors")[0]

@@ -1,4 +1,4 @@
-"""Values that are not finite: which stage and which parameters are named."""
+"""Errors for values that are not finite name the stage and the parameters."""
 
 import jax
 import jax.numpy as jnp
@@ -48,7 +48,7 @@ def tokenizer():
 
 
 def broken(params, *path):
-    """The parameters with one value that is not a number."""
+    """The parameters with one NaN at `path`."""
     if not path:
         return params.at[(0,) * params.ndim].set(np.nan)
     return {**params, path[0]: broken(params[path[0]], *path[1:])}
@@ -69,7 +69,7 @@ def test_a_tokenizer_says_which_half_is_broken(tokenizer):
         type(tokenizer)(tokenizer.config, decoder).decode(tokens)
 
 
-def test_the_judge_does_not_judge_by_what_is_not_a_number():
+def test_the_judge_refuses_nan():
     judge = Judge.load()
     name = sorted(judge.params)[0]
     damaged = jax.tree.map(lambda leaf: leaf.at[(0,) * leaf.ndim].set(np.nan), judge.params[name])

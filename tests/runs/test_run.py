@@ -1,4 +1,4 @@
-"""The command line end to end on a folder of pictures: training, SIGKILL and resume, and every kind of bad input."""
+"""The command line end to end on a folder of pictures: training, SIGKILL and resume, and bad input of all kinds."""
 
 import json
 import os
@@ -74,7 +74,7 @@ ENVIRONMENT = {
 
 @pytest.fixture(scope="module")
 def trained(folder) -> Path:
-    """The workdir of a run that nothing interrupted, and that saved only its end."""
+    """The workdir of an uninterrupted run that saved only its final state."""
     arguments = [*command(folder, "whole"), "--config.loop.checkpoint_every=0"]
     done = subprocess.run(arguments, env=ENVIRONMENT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -87,7 +87,7 @@ def losses(workdir: Path) -> list[dict]:
 
 
 def interrupt(folder: Path, workdir: str, when: str, number: signal.Signals) -> subprocess.CompletedProcess:
-    """Starts the run and sends it a signal as soon as something in its checkpoints is named like `when`."""
+    """Starts the run and sends it a signal as soon as an entry of its checkpoints matches `when`."""
     process = subprocess.Popen(
         command(folder, workdir), env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
@@ -100,8 +100,8 @@ def interrupt(folder: Path, workdir: str, when: str, number: signal.Signals) -> 
     return subprocess.CompletedProcess(process.args, process.returncode, stdout, stderr)
 
 
-def test_a_killed_run_goes_on_bit_equal(folder, trained):
-    """Killed while the second checkpoint is written, interrupted after the third, and then finished."""
+def test_a_killed_run_resumes_bit_equal(folder, trained):
+    """Killed while it writes the second checkpoint, interrupted after the third, then finished."""
     assert interrupt(folder, "killed", "6*", signal.SIGKILL).returncode == -signal.SIGKILL
     stopped = interrupt(folder, "killed", "9", signal.SIGTERM)
     again = subprocess.run(command(folder, "killed"), env=ENVIRONMENT, capture_output=True, text=True)
@@ -141,16 +141,8 @@ def test_the_state_restores_on_eight_devices(folder, trained):
 
 def test_tokens_on_disk_are_the_tokenizers(folder, trained, capsys):
     out = folder / "tokens"
-    arguments = [
-        "tokenize",
-        "--tokenizer",
-        str(trained / "tokenizer"),
-        "--folder",
-        str(folder / "pictures"),
-        "--out",
-        str(out),
-    ]
-    arguments += ["--batch-size", "4", "--shard-size", "6"]
+    arguments = ["tokenize", "--tokenizer", str(trained / "tokenizer"), "--folder", str(folder / "pictures")]
+    arguments += ["--out", str(out), "--batch-size", "4", "--shard-size", "6"]
     assert cli.main(arguments) == 0
     records = list(read_tokens(out))
     assert [int(record["index"]) for record in records] == list(range(10))
@@ -159,7 +151,7 @@ def test_tokens_on_disk_are_the_tokenizers(folder, trained, capsys):
     assert all(record["indices"].min() >= 0 and record["indices"].max() < 2**6 for record in records)
     first = sorted(out.glob("*.array_record"))[0]
     before = first.stat().st_mtime_ns
-    sorted(out.glob("*.array_record"))[1].unlink()  # as if the run had been stopped
+    sorted(out.glob("*.array_record"))[1].unlink()  # as after an interruption
     assert cli.main(arguments) == 0
     assert first.stat().st_mtime_ns == before and len(list(read_tokens(out))) == 10
     assert cli.main([*arguments, "--keep", "40"]) == 1
@@ -202,7 +194,7 @@ def test_reconstruct_takes_the_pictures_of_a_folder(folder, trained, tmp_path):
 
 @pytest.fixture
 def nothing_is_loaded(monkeypatch):
-    """Fails where weights are read, or pixels."""
+    """Fails the test if weights or pixels are read."""
 
     def never(*_, **__):
         pytest.fail("something was loaded first")
@@ -212,7 +204,7 @@ def nothing_is_loaded(monkeypatch):
 
 
 @pytest.mark.parametrize("size", ["400", "30000"])
-def test_limits_are_found_out_by_arithmetic(folder, capsys, nothing_is_loaded, size):
+def test_limits_are_checked_by_arithmetic(folder, capsys, nothing_is_loaded, size):
     picture = next((folder / "pictures").rglob("*.png"))
     assert cli.main(["reconstruct", str(picture), "--size", size]) == 1
     height, width = int(size), int(size) * 48 // 40
@@ -234,7 +226,7 @@ def test_limits_are_found_out_by_arithmetic(folder, capsys, nothing_is_loaded, s
         ["train", "--config", "CONFIG", "--workdir"],
     ],
 )
-def test_an_output_that_is_a_file_is_found_out_first(folder, tmp_path, capsys, nothing_is_loaded, arguments):
+def test_an_output_that_is_a_file_is_refused_first(folder, tmp_path, capsys, nothing_is_loaded, arguments):
     out = tmp_path / "file"
     out.touch()
     names = {
@@ -248,7 +240,7 @@ def test_an_output_that_is_a_file_is_found_out_first(folder, tmp_path, capsys, n
 
 
 def test_a_second_training_in_one_workdir_is_refused_and_harms_nothing(folder, trained, tmp_path):
-    """The first run is stopped while it compiles, where it holds the workdir and has written no checkpoint yet."""
+    """While the first run compiles, it holds the workdir and has written no checkpoint."""
     first = subprocess.Popen(command(folder, "twice"), env=ENVIRONMENT, stdout=subprocess.PIPE, text=True)
     assert "12 steps of 4 images, from step 0 (scratch)" in first.stdout.readline()
     second = subprocess.run(command(folder, "twice"), env=ENVIRONMENT, capture_output=True, text=True)
@@ -284,7 +276,7 @@ def test_a_missing_dataset_is_named_with_its_key(folder, tmp_path, capsys):
 
 
 def test_a_closed_pipe_ends_quietly():
-    """As behind `| head`; argparse itself overlooks it where it prints help."""
+    """As with `| head`; argparse ignores closed pipes when it prints help."""
     for arguments, status in ((["inspect", "--preset", "tiny"], 128 + signal.SIGPIPE), (["--help"], 0)):
         program = subprocess.Popen(
             [sys.executable, "-m", "mergevq_jax.cli", *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE
@@ -324,7 +316,11 @@ def test_errors_of_checkpoints_are_one_line(monkeypatch, capsys):
         (["--config.merge_ratio.keeps=(20,)"], "each of which merges at most half"),
         (["--config.model.resolution=30"], "multiple of the downsampling"),
         (["--config.data.sources.0.path=/nowhere"], "/nowhere"),
-        (["--config.data.batch_size=6", "--config.accumulate=4"], "does not divide"),
+        (
+            ["--config.data.batch_size=6", "--config.accumulate=4"],
+            "=6 must be a multiple of accumulate=4",
+        ),
+        (["--config.accumulate=0"], "must be a multiple of accumulate=0, at least 1"),
         (["--config.losses.perceptual_weight=1.0"], "lpips names no weights"),
         (["--config.init_from=/no/tokenizer"], "/no/tokenizer"),
         (
@@ -335,7 +331,7 @@ def test_errors_of_checkpoints_are_one_line(monkeypatch, capsys):
                 "--config.model.dist_head=layer3",
                 "--config.model.num_classes=1",
             ],
-            "has 2 classes, the head's model.num_classes is 1",
+            "has 2 classes, but model.num_classes is 1",
         ),
         (["--config.mesh.tensor=3"], "mesh"),
         (["--config.loop.min_free_bytes=1152921504606846976"], "disk full"),
@@ -398,7 +394,7 @@ def test_bad_arguments_are_one_line(folder, capsys, arguments, message):
 
 
 def test_nan_in_training_stops_with_the_step(folder, trained):
-    """A weight that is not a number makes every loss so."""
+    """One NaN among the weights makes every loss NaN."""
     broken = Tokenizer.from_pretrained(trained / "tokenizer")
     broken.params["decoder"]["conv_out"]["bias"] = np.full(3, np.nan, np.float32)
     broken.save_pretrained(folder / "broken_tokenizer")

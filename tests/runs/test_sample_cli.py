@@ -104,7 +104,8 @@ def test_a_run_that_was_stopped_goes_on(root, tmp_path, capsys, monkeypatch):
 
 
 def test_a_generator_in_random_order(root, tmp_path, capsys):
-    options = ["--model", root / "randar", "--keep", 16, "--cfg-scale", 2, "--steps", 4, "--seed", 7]
+    # --merge-number: what --keep was called before
+    options = ["--model", root / "randar", "--merge-number", 16, "--cfg-scale", 2, "--steps", 4, "--seed", 7]
     for size in (5, 2):
         assert sample(root, tmp_path / str(size), *options, "--batch-size", size) == 0
     assert capsys.readouterr().out.splitlines()[-1] == f"5 images are in {tmp_path / '2'}"
@@ -239,4 +240,15 @@ def test_what_is_not_possible_is_one_line(root, tmp_path, capsys, options, messa
 def test_a_generator_in_raster_order_refuses_a_number_of_steps(root):
     generator = load_generator(root / "generator")
     with pytest.raises(ValueError, match="4 steps: this generator draws one code per step"):
+        generator.sample([0], 10, sampling=SamplingConfig(), seed=0, steps=4)
+    positions = np.arange(10)[None]
+    with pytest.raises(ValueError, match="positions: this generator draws all codes, in raster order"):
+        generator.sample([0], 10, sampling=SamplingConfig(), seed=0, positions=positions)
+
+
+def test_randar_without_counts_draws_at_given_positions(root):
+    generator = dataclasses.replace(load_generator(root / "randar"), start_counts=None)
+    drawn = generator.sample([0], 10, sampling=SamplingConfig(), seed=0, steps=4, positions=np.arange(10)[None])
+    assert drawn.positions.tolist() == [list(range(10))] and drawn.indices.shape == (1, 10)
+    with pytest.raises(ValueError, match="positions of the codes, or start_counts to draw them from, are needed"):
         generator.sample([0], 10, sampling=SamplingConfig(), seed=0, steps=4)

@@ -1,4 +1,4 @@
-"""What a user exchanges without an edit of the packages."""
+"""What a user can replace without editing the packages."""
 
 import dataclasses
 import functools
@@ -35,7 +35,7 @@ GRID, TEXT, BATCH = (4, 4), 5, 4
 
 
 def test_offsets_on_image_tokens_learn():
-    """A direction for every token of the image, in place of those of the caption's words; the model is frozen."""
+    """One direction for every image token instead of the caption's words; the model is frozen."""
     rng, tokens = np.random.default_rng(0), GRID[0] * GRID[1]
     frozen, flux = random_params(param_shapes(FLUX), seed=0), Flux(FLUX)
     latents = jnp.asarray(rng.normal(size=(BATCH, tokens, FLUX.in_channels)), jnp.float32)
@@ -69,10 +69,10 @@ def test_offsets_on_image_tokens_learn():
         direction, moments, value = step(direction, moments)
         losses.append(float(value))
     assert losses[-1] < 0.8 * losses[0]
-    assert np.abs(direction).max(axis=1).all()  # every token has learned one of its own
+    assert np.abs(direction).max(axis=1).all()  # every token has learned a direction
 
 
-# Finite scalar quantisation in place of LFQ: every channel is rounded to one of three levels.
+# Finite scalar quantisation instead of LFQ: rounds every channel to one of three levels.
 
 
 def _digits(z):
@@ -86,7 +86,7 @@ FSQ = Quantizer(
     from_indices=lambda indices, channels: jnp.stack([indices // 3**c % 3 - 1.0 for c in range(channels)], axis=-1),
 )
 IMAGES = np.kron(np.random.default_rng(0).integers(0, 255, (4, 4, 4, 3)), np.ones((1, 4, 4, 1))).astype(np.uint8)
-# The losses that every quantizer has.
+# Only losses that every quantizer has.
 LOSSES = train.LossConfig(perceptual_weight=0.0, entropy_weight=0.0, commitment_weight=0.0)
 
 
@@ -128,12 +128,23 @@ def test_another_quantizer_from_training_to_generated_images(monkeypatch, tmp_pa
     assert codes_to_images(trained.load_tokenizer(), drawn.indices).shape == (2, side, side, 3)
 
 
+def test_a_replaced_entry_is_used(monkeypatch):
+    """As in a notebook whose cell is run again."""
+    monkeypatch.setitem(QUANTIZERS, "fsq", FSQ)
+    model = dataclasses.replace(TOKENIZER, quantizer="fsq")
+    tokenizer = Tokenizer(model, random_params(tokenizer_shapes(model), seed=0))
+    before = tokenizer.encode(IMAGES).indices
+    reversed_order = dataclasses.replace(FSQ, to_indices=lambda z: FSQ.to_indices(z[..., ::-1]))
+    monkeypatch.setitem(QUANTIZERS, "fsq", reversed_order)
+    assert (tokenizer.encode(IMAGES).indices != before).any()
+
+
 def test_a_quantizer_that_is_not_there(tmp_path, monkeypatch):
     with monkeypatch.context() as there:
         there.setitem(QUANTIZERS, "fsq", FSQ)
         config = dataclasses.replace(TOKENIZER, quantizer="fsq")
         Tokenizer(config, random_params(tokenizer_shapes(config), seed=0)).save_pretrained(tmp_path)
-        with pytest.raises(ValueError, match="the quantizer 'fsq' has no such loss"):
+        with pytest.raises(ValueError, match="but quantizer 'fsq' has no such loss"):
             train.StepConfig(model=config, losses=train.LossConfig(perceptual_weight=0.0))
     with pytest.raises(ValueError, match=r"config\.json: tokenizer config: quantizer='fsq' is unknown; known: lfq"):
         load_tokenizer(tmp_path)
@@ -145,12 +156,12 @@ def test_codes_of_another_quantizer_are_those_of_its_indices():
 
 
 def with_the_next(metric, r, *, class_token):
-    """A token can join only the one that follows it in the raster, where ToMe looks at all; the r likest pairs do."""
+    """Unlike in ToMe, a token can join only its successor in the raster; the r most similar pairs merge."""
     first, second = metric[:, ::2], metric[:, 1::2]
-    likeness = jnp.einsum("bnd,bnd->bn", first[:, : second.shape[1]], second)
-    likeness = jnp.pad(likeness, ((0, 0), (0, first.shape[1] - second.shape[1])), constant_values=-jnp.inf)
-    likeness = likeness.at[:, 0].set(-jnp.inf) if class_token else likeness
-    order = jnp.argsort(-likeness, axis=-1)
+    scores = jnp.einsum("bnd,bnd->bn", first[:, : second.shape[1]], second)
+    scores = jnp.pad(scores, ((0, 0), (0, first.shape[1] - second.shape[1])), constant_values=-jnp.inf)
+    scores = scores.at[:, 0].set(-jnp.inf) if class_token else scores
+    order = jnp.argsort(-scores, axis=-1)
     merged, staying = order[:, :r], jnp.sort(order[:, r:], axis=-1)
     followers = jnp.broadcast_to(jnp.arange(1, metric.shape[1], 2), second.shape[:2])
     return Matching(
@@ -163,13 +174,13 @@ def test_another_merge_rule_trains(monkeypatch):
     tokenizer, errors = train_tokenizer(15, merge_rule="next")
     assert errors[-1] < 0.4 * errors[0]
     maps = np.asarray(tokenizer.encode(IMAGES).source_map)
-    for source_map in maps:  # 36 tokens, 28 of which stand for two neighbours in the raster
+    for source_map in maps:  # 28 of the 36 tokens merge two neighbours in the raster
         groups = [np.flatnonzero(source_map == group) for group in range(36)]
         assert sorted(map(len, groups)) == 8 * [1] + 28 * [2] and max(map(np.ptp, groups)) == 1
 
 
 def test_another_cache_policy_samples(monkeypatch):
-    """The very first token always stays, and the second oldest goes."""
+    """Keeps the first token and evicts the second oldest."""
     params, labels, most = random_generator(), np.asarray([0, 3, 4, 5], np.int32), np.iinfo(np.int32).max
 
     def keep_the_start(positions, kept):

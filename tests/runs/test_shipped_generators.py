@@ -27,6 +27,11 @@ def test_all_are_known():
     assert set(GENERATORS) == set(ASKED)
 
 
+def test_fingerprints_are_those_of_samples_drawn_before():
+    found = {name: load_generator(name).fingerprint()[:8] for name in GENERATORS}
+    assert found == {"tiny-mergear": "be499f18", "tiny-plain": "6c3ef31b", "tiny-randar": "14ba0e00"}
+
+
 @pytest.mark.parametrize("name", sorted(ASKED))
 def test_it_draws_the_classes_that_it_is_asked_for(name, tmp_path):
     model = load_generator(name)

@@ -1,4 +1,4 @@
-"""Tokens of a folder on disk: what a run that was stopped leaves, and unreadable images."""
+"""Tokens of a folder on disk: interrupted runs and unreadable images."""
 
 import json
 from pathlib import Path
@@ -42,7 +42,7 @@ def tokenizer(tmp_path_factory) -> str:
 
 @pytest.fixture
 def source(tmp_path) -> SourceConfig:
-    """Seven images, of which those at places 2 and 5 cannot be read."""
+    """Seven images, of which 2 and 5 are unreadable."""
     rng = np.random.default_rng(1)
     folder = tmp_path / "pictures"
     folder.mkdir()
@@ -54,14 +54,14 @@ def source(tmp_path) -> SourceConfig:
 
 
 def content(out: Path) -> dict:
-    """tokens.json, and the records by the place of their image."""
+    """tokens.json, and the records by the number of their image."""
     records = {
         int(record["index"]): (record["indices"].tolist(), record["source_map"].tolist()) for record in read_tokens(out)
     }
     return {"info": json.loads((out / "tokens.json").read_text()), "records": records}
 
 
-def test_a_stopped_run_ends_with_the_same_tokens_and_count(tmp_path, tokenizer, source, monkeypatch):
+def test_an_interrupted_run_ends_with_the_same_tokens_and_count(tmp_path, tokenizer, source, monkeypatch):
     sizes = {"keep": None, "batch_size": 2, "shard_size": 3}
     said = tokenize(source, tokenizer, tmp_path / "whole", **sizes)
     assert said.startswith("5 images in 3 shards") and "2 unreadable" in said
@@ -80,7 +80,7 @@ def test_a_stopped_run_ends_with_the_same_tokens_and_count(tmp_path, tokenizer, 
         patch.setattr(tokenize_lib, "_write_shard", stopped)
         tokenize(source, tokenizer, out, **sizes)
     assert "unreadable" not in json.loads((out / "tokens.json").read_text())
-    for _ in range(2):  # what is complete stays as it is
+    for _ in range(2):  # a complete folder stays as it is
         tokenize(source, tokenizer, out, **sizes)
         assert content(out) == whole
     assert not list(out.glob(".*"))

@@ -52,7 +52,7 @@ def test_a_file_comes_back(tmp_path):
     file = make_file(make_concept(), light, params=params, image=image, caption='a "dog" at dawn, \u00e9')
     path = tmp_path / "bank" / "street.safetensors"
     file.save(path)
-    back = load_concepts(path, "abc")
+    back = load_concepts(path, base_hash="abc")
     for name in ("caption", "base", "base_hash", "tool_version"):
         assert getattr(back, name) == getattr(file, name)
     assert back.tool_version
@@ -143,7 +143,7 @@ def test_the_name_of_a_file(tmp_path):
 def test_a_concept_of_another_base_is_refused(saved):
     path = saved()
     with pytest.raises(ValueError, match="learned on some/FLUX with weights abc, but the loaded model's are xyz"):
-        load_concepts(path, "xyz")
+        load_concepts(path, base_hash="xyz")
     assert load_concepts(path).base == "some/FLUX"
 
 
@@ -179,7 +179,7 @@ WORD = {"word": "dog", "token_ids": [7, 8], "blocks": "both", "strength": 1.0}
 def test_files_that_are_not_right(saved, metadata, tensors, message):
     path = saved(tensors, **metadata)
     with pytest.raises(ValueError, match=message):
-        load_concepts(path, "abc")
+        load_concepts(path, base_hash="abc")
 
 
 def test_files_that_are_none(tmp_path):

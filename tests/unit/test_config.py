@@ -9,7 +9,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from ml_collections import ConfigDict
 
-from runtime_jax.config import ConfigError, Duration, added, build, load, renamed, to_dict, with_new_names
+from runtime_jax.config import (
+    ConfigError,
+    Duration,
+    added,
+    build,
+    load,
+    renamed,
+    to_dict,
+    with_new_names,
+)
 
 ROOT = Path(__file__).parents[2]
 
@@ -209,7 +218,12 @@ def test_a_name_or_path_that_is_not_there(tmp_path, monkeypatch):
 
 @dataclass(frozen=True, kw_only=True)
 class Changed:
-    sizes: tuple[int, ...] = renamed("bits", (4,), lambda bits: tuple(2**n for n in bits))
+    sizes: tuple[int, ...] = renamed(
+        "bits",
+        (4,),
+        lambda bits: tuple(2**n for n in bits),
+        lambda sizes: [n.bit_length() - 1 for n in sizes] if 6 not in sizes else None,
+    )
     kind: str = added("usual")
 
 
@@ -217,13 +231,26 @@ class Changed:
 class Whole:
     model: Changed
     seed: int = 0
+    others: tuple[Changed, ...] = ()
+    named: dict[str, Changed] | None = None
 
 
 def test_old_files_are_read():
     assert build(Changed, {"bits": [2, 3]}) == Changed(sizes=(4, 8))
     old = {"model": {"bits": [2, 3]}, "seed": 1, "elsewhere": "kept"}
-    assert with_new_names(Whole, old) == {"model": {"sizes": (4, 8)}, "seed": 1, "elsewhere": "kept"}
-    assert with_new_names(Whole, {"model": None}) == {"model": None}
+    assert with_new_names(Whole, old) == {"model": {"sizes": [4, 8]}, "seed": 1, "elsewhere": "kept"}
+    nested = {"model": None, "others": [{"bits": [1]}], "named": {"a": {"bits": [2]}}}
+    assert with_new_names(Whole, nested) == {
+        "model": None,
+        "others": [{"sizes": [2]}],
+        "named": {"a": {"sizes": [4]}},
+    }
+    assert with_new_names(Whole, {"model": "tiny", "others": 3}) == {"model": "tiny", "others": 3}
+
+
+def test_a_fingerprint_is_taken_of_the_old_names():
+    assert to_dict(Whole(model=Changed(sizes=(4, 8))), old_names=True)["model"] == {"bits": [2, 3]}
+    assert to_dict(Whole(model=Changed(sizes=(6,))), old_names=True)["model"] == {"sizes": [6]}
 
 
 def test_an_added_field_leaves_old_files_as_they_were():

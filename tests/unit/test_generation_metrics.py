@@ -91,7 +91,7 @@ def test_images_of_the_wanted_class():
     ("sets", "message"),
     [
         ([], "no sets"),
-        ([Labelled(IMAGES[1:], LABELS[1:])], "5 images, 5 labels, 6 real images: equal numbers"),
+        ([Labelled(IMAGES[1:], LABELS[1:])], "5 images, 5 labels, 6 real images: numbers must be equal"),
         ([Labelled(IMAGES, LABELS + len(CLASSES))], "classes are 0 to 11"),
     ],
     ids=["none", "another number", "labels"],
@@ -126,6 +126,13 @@ def folder(path, images=IMAGES, labels=LABELS, **changes):
     np.savez(path / "samples.npz", images, labels)
     (path / "protocol.json").write_text(json.dumps(PROTOCOL | changes))
     return path
+
+
+def test_a_protocol_of_an_older_version_has_another_name_for_k(tmp_path):
+    path = folder(tmp_path / "old")
+    old = {("merge_number" if name == "keep" else name): value for name, value in PROTOCOL.items()}
+    (path / "protocol.json").write_text(json.dumps(old))
+    assert read_samples(path).protocol["keep"] == PROTOCOL["keep"]
 
 
 def test_a_protocol_says_what_an_image_costs():

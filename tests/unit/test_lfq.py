@@ -18,7 +18,7 @@ TEMPERATURE, EPS = 0.01, 1e-5
 
 
 def dense_terms(z):
-    """Entropy terms by the softmax over a codebook of all 2^b codes, as published."""
+    """Entropy terms as published: by a softmax over a codebook of all 2^b codes."""
     bits = z.shape[-1]
     codebook = jnp.asarray(list(itertools.product([-1.0, 1.0], repeat=bits)), z.dtype)
     logits = (2 / TEMPERATURE) * z.reshape(-1, bits) @ codebook.T
@@ -45,7 +45,7 @@ def dense(z):
         per_sample, codebook = dense_terms(z)
         return per_sample - codebook, (per_sample, codebook)
 
-    with jax.enable_x64(True):  # in float32 the dense form errs more than ours
+    with jax.enable_x64(True):  # in float32 the dense form is less exact than ours
         return jax.device_get(jit(jax.value_and_grad(loss, has_aux=True))(z.astype(np.float64)))
 
 
@@ -68,7 +68,7 @@ def test_entropy_equals_the_dense_form(bits, spread):
 
 
 def test_the_dense_codebook_counts_like_the_indices():
-    """The order of codes does not matter to the entropies, but it is the one that the mean distribution has."""
+    """The entropies do not depend on the order of the codes, but the mean distribution has this one."""
     z = features(0, 7, 5, spread=0.003)
     logits = (4 / TEMPERATURE) * jnp.asarray(z)
     probabilities = np.asarray(lfq._code_probabilities(logits))
@@ -113,7 +113,7 @@ def test_the_mean_distribution_is_the_global_batchs():
     np.testing.assert_allclose(split_terms, terms, rtol=1e-6)
     np.testing.assert_allclose(split_gradient, gradient, rtol=1e-4, atol=1e-7)
     halves = [float(entropy_terms(half).codebook) for half in (z[:8], z[8:])]
-    assert abs(np.mean(halves) - float(terms[1])) > 1e-2  # a mean over devices would be another number
+    assert abs(np.mean(halves) - float(terms[1])) > 1e-2  # a mean over devices would differ
 
 
 # Codes and indices.

@@ -1,4 +1,4 @@
-"""The published lists of kept tokens, and draws that depend on the step alone."""
+"""The published lists of K, and draws that depend only on config, seed and step."""
 
 import itertools
 
@@ -53,7 +53,7 @@ def draws(config, seed, steps):
 
 def test_a_draw_depends_on_config_seed_and_step_alone():
     forward = draws(G_R, 3, range(50))
-    assert draws(G_R, 3, reversed(range(50))) == forward[::-1]  # nothing is carried from draw to draw
+    assert draws(G_R, 3, reversed(range(50))) == forward[::-1]  # draws have no state
     assert draws(G_R, 3, range(20, 50)) == forward[20:]  # so a resumed run draws the same
     assert draws(G_R, 4, range(50)) != forward
     assert all(type(keep) is int for keep in forward)  # a static argument
@@ -69,7 +69,7 @@ def test_frequencies(config):
 
 
 def test_the_order_is_random():
-    """The released code goes through its candidates by the batch's number, the same every time round."""
+    """The released code cycles through its candidates by the batch's number."""
     drawn = draws(MergeRatioConfig(keeps=(1, 2, 3, 4), weights=(1.0, 1.0, 1.0, 1.0)), 0, range(4000))
     for lag in range(1, 13):
         same = np.mean([one == other for one, other in itertools.pairwise(drawn[::lag])])
@@ -88,9 +88,9 @@ def test_a_single_candidate_and_one_of_no_weight():
 @pytest.mark.parametrize(
     ("keeps", "weights", "message"),
     [
-        ((36, 49), (1.0,), "merge_ratio: 2 keeps and 1 weights, one of each is needed"),
-        ((), (), "0 keeps and 0 weights"),
-        ((36, 49), (-1.0, 2.0), "none may be negative"),
+        ((36, 49), (1.0,), "merge_ratio: 2 keeps, but 1 weights; give one each"),
+        ((), (), "0 keeps, but 0 weights"),
+        ((36, 49), (-1.0, 2.0), "must be finite and >= 0"),
         ((36, 49), (0.0, 0.0), "one must be positive"),
         ((36, 49), (1.0, float("nan")), "merge_ratio.weights"),
         ((36, 49), (1.0, float("inf")), "merge_ratio.weights"),

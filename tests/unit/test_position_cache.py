@@ -16,11 +16,11 @@ from jax import lax
 
 from mergevq_jax.generator.mask import causal_mask, first_of_group, merge_mask
 from mergevq_jax.generator.sampling import decode, position_cache
+from mergevq_jax.generator.sampling.position_cache import POLICIES
 from mergevq_jax.generator.transformer import Generator, rope_table
 from runtime_jax.nn.compute import Compute
 
 L = CONFIG.length
-POLICIES = ("evict-oldest", "full")
 
 # The cache against a list of tokens.
 
@@ -51,7 +51,7 @@ def insert_all(codes, window, capacity, *, policy):
 
     def insert(cache, token):
         position, code = token
-        placed = position_cache.insert(cache, code, position, window=window, capacity=capacity, policy=policy)
+        placed = position_cache.insert(cache, code, position, window=window, capacity=capacity, policy=POLICIES[policy])
         return placed.cache, (placed.cache.positions, placed.cache.overflows, placed.slot, placed.first)
 
     tokens = jnp.arange(codes.shape[1]), codes.T
@@ -136,7 +136,7 @@ def decoded(params, indices, labels, merge, window, capacity, *, config):
         kv_cache, cache = carry
         time, rope, x, code = inputs
         placed = position_cache.insert(
-            cache, code, time - prefix, window=window, capacity=capacity, policy="evict-oldest"
+            cache, code, time - prefix, window=window, capacity=capacity, policy=POLICIES["evict-oldest"]
         )
         cache = jax.tree.map(lambda new, old: jnp.where(time < prefix, old, new), placed.cache, cache)
         slot = jnp.where(time < prefix, time, prefix + placed.slot)

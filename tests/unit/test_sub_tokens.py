@@ -28,10 +28,10 @@ def test_the_first_sub_token_varies_fastest():
 
 def test_the_first_channels_of_lfq_are_the_first_sub_token():
     indices = jnp.asarray(np.random.default_rng(0).integers(0, 2**18, 50, dtype=np.int32))
-    codes = lfq.indices_to_codes(indices, 18)
+    codes = lfq.from_indices(indices, 18)
     first, second = split_indices(indices, (2**6, 2**12))
-    np.testing.assert_array_equal(first, lfq.codes_to_indices(codes[:, :6]))
-    np.testing.assert_array_equal(second, lfq.codes_to_indices(codes[:, 6:]))
+    np.testing.assert_array_equal(first, lfq.to_indices(codes[:, :6]))
+    np.testing.assert_array_equal(second, lfq.to_indices(codes[:, 6:]))
 
 
 def test_another_number_of_sub_tokens():

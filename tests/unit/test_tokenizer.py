@@ -1,4 +1,4 @@
-"""The tokenizer as a whole: sizes, files, shapes it takes and refuses, and what must not change its values."""
+"""The whole tokenizer: sizes, files, accepted and refused shapes, and what must not change its values."""
 
 import dataclasses
 import functools
@@ -38,7 +38,7 @@ CONFIG = TokenizerConfig(
 
 
 def random_params(config, seed=0):
-    """Every parameter random, norms and LayerScale too, so that none of them can be forgotten."""
+    """All parameters random, even norms and LayerScale, so that none can be forgotten."""
     rng = np.random.default_rng(seed)
     leaves = {}
     for path, leaf in traverse_util.flatten_dict(model.param_shapes(config), sep="/").items():
@@ -86,7 +86,7 @@ def millions(tree):
 def test_parameter_counts_are_the_papers(name, encoder, decoder):
     shapes = model.param_shapes(PRESETS[name])
     without_head = {key: part for key, part in shapes["encoder"].items() if key != "head"}
-    # The paper rounds G's decoder, 82.847 million, up.
+    # The paper rounds up G's decoder of 82.847 million.
     assert round(millions(without_head), 1) == encoder
     assert abs(millions(shapes["decoder"]) - decoder) < 0.06
     assert {leaf.dtype for leaf in jax.tree.leaves(shapes)} == {np.dtype(np.float32)}
@@ -149,6 +149,7 @@ def test_modules_can_be_left_out():
         ({"num_heads": 7}, "encoder: width 512 does not divide into 7 heads; decoder: width 512"),
         ({"recovery": RecoveryConfig(num_heads=7)}, "recovery: width 512 does not divide into 7 heads"),
         ({"keep": 257}, "cannot keep 257 of 256 tokens"),
+        ({"keep": 1}, "cannot keep 1 of 256 tokens in 12 layers"),
     ],
 )
 def test_configs_that_cannot_be(fields, message):
@@ -277,7 +278,7 @@ def test_a_convolution_is_not_taken_for_a_pointwise_one(tokenizer):
 
 @pytest.fixture(scope="module")
 def released(tokenizer):
-    """A stage-1 checkpoint as the released code writes it, in which the averages differ from the last weights."""
+    """A stage-1 checkpoint as the released code writes it, with averages that differ from the last weights."""
     last = export_weights(convert.tokenizer_table(CONFIG), tokenizer.params)
     averages = {"model_ema." + name.replace(".", ""): array + 1 for name, array in last.items()}
     others = {
@@ -308,7 +309,7 @@ def test_another_programs_checkpoint():
         convert.from_released({"model.weight": np.zeros(3)})
 
 
-# Shapes it takes and refuses.
+# Accepted and refused shapes.
 
 
 @pytest.mark.parametrize("height, width, keep, expected", [(32, 32, None, 36), (20, 44, None, 31)])
@@ -422,7 +423,7 @@ def test_bfloat16_is_finite_and_near_float32(tokenizer):
     images = pictures(2, 32, 32)
     half = Compute(dtype="bfloat16")
     full, rough = encode(tokenizer.params, images, keep=64), encode(tokenizer.params, images, keep=64, compute=half)
-    assert rough.z.dtype == rough.head.dtype == jnp.float32  # at the borders, whatever is computed inside
+    assert rough.z.dtype == rough.head.dtype == jnp.float32  # outputs, whatever the compute dtype
     assert np.isfinite(rough.z).all() and relative_error(rough.z, full.z) < 0.1  # measured: 0.03
     codes = lfq.quantize(full.z)
     drawn = [decode(tokenizer.params, codes, full.source_map, compute=compute) for compute in (Compute(), half)]
@@ -448,7 +449,7 @@ def test_remat_changes_neither_value_nor_gradient():
 
     programs = [loss_and_gradient.trace(params, Compute(remat=remat)) for remat in (False, True)]
     plain, recomputing = (count_flops(program.jaxpr.jaxpr) for program in programs)
-    assert 1.1 < recomputing / plain < 4 / 3  # the blocks once more, beside a forward pass and its gradient
+    assert 1.1 < recomputing / plain < 4 / 3  # the blocks a second time, besides a forward pass and its gradient
     (value, gradient), (again, other) = (program.lower().compile()(params) for program in programs)
     np.testing.assert_allclose(value, again, rtol=1e-6)
     flat, flat_other = (traverse_util.flatten_dict(tree, sep="/") for tree in (gradient, other))
@@ -459,7 +460,7 @@ def test_remat_changes_neither_value_nor_gradient():
 
 
 def test_scanned_blocks_equal_a_loop(tokenizer):
-    """The decoder's blocks, with their parameters stacked, against one module call after the other."""
+    """The decoder's scanned blocks against a loop of module calls."""
     params = tokenizer.params["decoder"]["attn"]
     x = np.random.default_rng(0).normal(size=(2, 3, 5, 32)).astype(np.float32)
     scanned = jit(_PositionedBlocks(CONFIG, Compute()).apply)({"params": params}, x)
@@ -498,7 +499,7 @@ def test_where_groups_start_says_which_are_possible(tokenizer):
     logits = jnp.asarray([[[3.0, 1.0, 2.0]] * 6])  # the first group is the likeliest everywhere
     starts = jnp.asarray([[4, 0, 2]])
     assert recovery.recovered_source_map(logits, starts).tolist() == [[1, 1, 2, 2, 0, 0]]
-    late = jnp.asarray([[4, 1, 2]])  # what is before the first start can be of any group
+    late = jnp.asarray([[4, 1, 2]])  # before the first start any group is possible
     assert recovery.recovered_source_map(logits, late).tolist() == [[0, 1, 2, 2, 0, 0]]
 
     rng = np.random.default_rng(0)
@@ -524,5 +525,5 @@ def test_recovery_takes_any_number_of_tokens(tokenizer):
     recover = jit(lambda codes: model.recover(tokenizer.params, CONFIG, codes))
     logits = recover(codes)
     assert logits.shape == (2, 64, 5) and logits.dtype == jnp.float32
-    # The kept tokens are a set: turning them turns the logits.
+    # The kept tokens are a set: permuting them permutes the logits.
     np.testing.assert_allclose(recover(codes[:, ::-1])[..., ::-1], logits, rtol=1e-4, atol=1e-4)

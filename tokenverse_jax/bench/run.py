@@ -205,7 +205,7 @@ class Bench:
         if row.learn is None:
             return concepts
         for number in case.images:
-            file = load_concepts(self.files.concept(row.name, number), self._base_hash(row))
+            file = load_concepts(self.files.concept(row.name, number), base_hash=self._base_hash(row))
             concepts |= {(number, concept.word): concept for concept in file.concepts}
         return concepts
 

@@ -37,7 +37,8 @@ class _Chosen(NamedTuple):
 
 def _choose(requests: Sequence[ConceptRequest], base: Pipeline | None, mode: Mode) -> list[_Chosen]:
     """The concepts that are asked for; without `base`, whatever model they were learned on."""
-    files = {path: load_concepts(path, base) for path in {request.path for request in requests}}
+    base_hash = base.base_hash() if base is not None and requests else None
+    files = {path: load_concepts(path, base_hash=base_hash) for path in {request.path for request in requests}}
     for path, file in files.items():
         if mode == "recomputed" and file.params is None:
             raise ValueError(f"{path}: holds no Concept-Mod, so its directions cannot be recomputed")

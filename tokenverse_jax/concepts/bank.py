@@ -162,16 +162,19 @@ class ConceptFile:
         write_safetensors(path, tensors, metadata)
 
 
-def load_concepts(path: str | os.PathLike, base: Pipeline | str | None = None) -> ConceptFile:
+def load_concepts(
+    path: str | os.PathLike, base: Pipeline | None = None, *, base_hash: str | None = None
+) -> ConceptFile:
     """Reads a concept file.
 
     Args:
-      base: the model that the concepts are for, or its `base_hash`; None: whatever they were learned on.
+      base: the model that the concepts are for; None: whatever they were learned on.
+      base_hash: of `Pipeline.base_hash`, instead of `base`.
 
     Raises:
       ValueError: no such file, another format or version, damaged, or learned on another model.
     """
-    base_hash = base.base_hash() if isinstance(base, Pipeline) else base
+    base_hash = base_hash if base is None else base.base_hash()
     tensors, fields = read_safetensors(path)
     if fields.get("format") != FORMAT:
         raise ValueError(f"{path}: not a concept file (its format is {fields.get('format')!r}, not {FORMAT!r})")

@@ -158,7 +158,7 @@ def compose(placed: Sequence[PlacedConcept], length: int | None = None) -> Offse
     if not placed:
         raise ValueError("no concepts to compose")
     if length is None:
-        length = 1 + max(position for item in placed for position in item.positions)
+        length = 1 + max((position for item in placed for position in item.positions), default=0)
     concepts = [item.concept for item in placed]
     for item in placed:
         warn_strength(float(item.strength * item.concept.strength), f"concept {item.concept.word!r}")

@@ -76,7 +76,7 @@ class RandAR(Kind):
         self, params: Params, labels: Int[np.ndarray, "B"], keep: int | None, *, counts: Counts, **settings: Any
     ) -> Any:
         """As of `Kind`."""
-        return randar_sample(params, labels, keep, start_counts=counts[GROUP_STARTS], **settings)
+        return randar_sample(params, labels, keep, start_counts=counts.get(GROUP_STARTS), **settings)
 
     def images(self, tokenizer: Tokenizer, drawn: Codes) -> UInt8[Array, "B H W 3"]:
         """As of `Kind`."""

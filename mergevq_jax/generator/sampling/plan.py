@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Int
 
 from mergevq_jax.generator.config import GeneratorConfig
 from mergevq_jax.generator.sampling.draw import CfgSchedule, guidance_scales
-from mergevq_jax.generator.sampling.position_cache import POLICIES, token_slots
+from mergevq_jax.generator.sampling.position_cache import POLICIES, CachePolicy, token_slots
 from runtime_jax.nn.compute import Compute
 
 WINDOW = 2  # the paper's figure 4
@@ -53,7 +53,7 @@ class Plan(DrawPlan):
 
     window: int
     capacity: int
-    policy: str
+    policy: CachePolicy
 
     @property
     def slots(self) -> int:
@@ -97,7 +97,7 @@ def make_plan(
     if config.position_instruction:
         problems.append("this generator draws codes in random order (position_instruction), not in raster order")
     draws, knobs = draw_plan(config, sampling, compute, length, problems)
-    return Plan(**draws, window=window, capacity=capacity, policy=sampling.policy), knobs
+    return Plan(**draws, window=window, capacity=capacity, policy=POLICIES[sampling.policy]), knobs
 
 
 def draw_plan(

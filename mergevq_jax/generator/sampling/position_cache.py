@@ -85,7 +85,7 @@ def insert(
     *,
     window: int | Int[Array, ""],
     capacity: int | Int[Array, ""],
-    policy: str,
+    policy: CachePolicy,
 ) -> Placed:
     """Makes room for the next token in raster order and inserts it.
 
@@ -95,12 +95,12 @@ def insert(
       position: raster position of the token, one more than at the last call.
       window: number of tokens before it that are always kept.
       capacity: number of first occurrences outside the window that are kept.
-      policy: name in `POLICIES`; it chooses the one to evict when there are more.
+      policy: chooses the one to evict when there are more.
     """
     positions, overflows = cache.positions, cache.overflows
     outside = (positions != EMPTY) & (positions < position - window)
     kept = outside & cache.first
-    victim = POLICIES[policy](positions, kept)
+    victim = policy(positions, kept)
     overflow = jnp.sum(kept, axis=1) > capacity
     gone = (outside & ~cache.first) | (overflow[:, None] & kept & (positions == victim[:, None]))
     positions = jnp.where(gone, EMPTY, positions)

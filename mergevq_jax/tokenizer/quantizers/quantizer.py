@@ -20,7 +20,7 @@ class Quantizer:
       quantize: features to codes [..., C], with a gradient.
       to_indices: features to int32 indices [...], 0 to vocab_size - 1.
       from_indices: indices and C to codes [..., C], equal to those of `quantize`.
-      entropy: features and temperature to the entropy loss; None: the quantizer has none.
+      entropy: (features, temperature=...) to `lfq.EntropyTerms`, the entropy loss; None: the quantizer has none.
       commitment: features to the commitment loss; None: the quantizer has none.
     """
 
