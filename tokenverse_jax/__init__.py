@@ -12,8 +12,13 @@ from runtime_jax import lazy
 __getattr__, __dir__, __all__ = lazy.attributes(
     __name__,
     {
-        "tokenverse_jax.flux.offsets": ("Offsets",),
+        "tokenverse_jax.flux.autoencoder": ("image_ids",),
+        "tokenverse_jax.flux.model": ("Flux", "direction"),
+        "tokenverse_jax.flux.offsets": ("Offsets", "place_on_tokens"),
         "tokenverse_jax.flux.pipeline": ("Loader", "Pipeline", "PromptEncoding", "load_pipeline"),
+        "tokenverse_jax.flux.schedule": ("flow",),
+        "tokenverse_jax.flux.words": ("find_word",),
+        "tokenverse_jax.concepts.concept_data": ("read_image",),
         "tokenverse_jax.concepts.learn": ("LearnConfig", "StageConfig"),
         "tokenverse_jax.concepts.learner": ("Learner", "learn_concepts"),
         "tokenverse_jax.concepts.bank": ("Concept", "ConceptFile", "load_concepts"),
