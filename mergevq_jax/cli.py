@@ -73,7 +73,7 @@ def _command_line() -> CommandLine:
     _sample_command(line)
 
     sub = line.command("inspect", _inspect, "Parameters, FLOPs and memory of a config or preset, without weights.")
-    sub.add_argument("--config", help="configs/FILE.py:ARGUMENT")
+    sub.add_argument("--config", help="NAME:ARGUMENT of a shipped config, or a path FILE.py:ARGUMENT")
     sub.add_argument("--preset", help="a preset's name instead of a config")
     sub.add_argument("--batch-size", type=int, help="for a preset (default 1); a config has its own")
     sub.add_argument("--compile", action="store_true", help="also compile and ask the compiler for its memory (slow)")

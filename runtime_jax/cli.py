@@ -90,7 +90,7 @@ def _is_closed_pipe(stream: TextIO) -> bool:
 
 def config_arguments(parser: argparse.ArgumentParser) -> None:
     """--config and --workdir of a run."""
-    parser.add_argument("--config", required=True, help="configs/FILE.py or configs/FILE.py:ARGUMENT")
+    parser.add_argument("--config", required=True, help="NAME:ARGUMENT of a shipped config, or a path FILE.py:ARGUMENT")
     parser.add_argument("--workdir", required=True, help="checkpoints, metrics, pictures and results go here")
 
 
