@@ -1,4 +1,4 @@
-"""Adds configs/ to the wheel; pyproject.toml says the rest. A checkout, also when installed with -e, uses the folder."""
+"""Adds configs/ to the wheel; pyproject.toml says the rest. A checkout (also when installed -e) uses the folder."""
 
 from setuptools import setup
 from setuptools.command.build_py import build_py
