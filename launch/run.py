@@ -7,8 +7,8 @@ When a process is lost (killed, crashed, its host gone), the supervisors end all
 line that names it and the checkpoint to resume from. Each run of the command resumes where the last one stopped, so
 `--restarts` starts it again by itself.
 
-Exit status: 0 all processes succeeded; 75 a process was lost or did not come; 143 or 130 SIGTERM or SIGINT stopped them,
-and the run is saved; otherwise that of a process which failed.
+Exit status: 0 all processes succeeded; 75 a process was lost or did not come; 143 or 130 SIGTERM or SIGINT stopped the
+run, which is saved; otherwise that of a process which failed.
 """
 
 import argparse

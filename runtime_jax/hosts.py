@@ -10,7 +10,7 @@ import re
 import socket
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 OWN = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 PORT = 12421  # of the coordinator, where the environment names a host alone
@@ -86,9 +86,7 @@ def _of_open_mpi(environment: Mapping[str, str]) -> Processes | None:
     if count == 1:
         return None
     if OWN[0] not in environment:
-        raise HostsError(
-            f"Open MPI started {count} processes: give the address of rank 0, mpirun -x {OWN[0]}=HOST:PORT"
-        )
+        raise HostsError(f"Open MPI, {count} processes: give the address of rank 0, mpirun -x {OWN[0]}=HOST:PORT")
     return _checked(environment[OWN[0]], count, index)
 
 

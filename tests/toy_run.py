@@ -165,11 +165,11 @@ if __name__ == "__main__":
     processes = hosts.find(os.environ)
     if processes is not None:
         hosts.start(processes, sys.argv[1:], timeout=60.0)
-    victim = 0 if processes is None or how == "in-save" else processes.count - 1  # process 0 completes a checkpoint
     if how == "in-save-once":
         how = "whole" if (Path(folder) / "checkpoints").exists() else "in-save"
-    if how in ("in-step", "in-save") and processes is not None and processes.index != victim:
-        how = "whole"
+    if processes is not None and how in ("in-step", "in-save"):  # one of several dies; process 0 completes a checkpoint
+        victim = 0 if how == "in-save" else processes.count - 1
+        how = how if processes.index == victim else "whole"
     if how == "in-save":
         die_while_saving(int(when))
     stream = signalled(signal.SIGKILL, int(when)) if how == "in-step" else batches

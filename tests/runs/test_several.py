@@ -74,14 +74,16 @@ def test_two_processes_equal_one(whole):
 
 @pytest.mark.parametrize(("how", "when"), [("in-step", "15"), ("in-save", "12")])
 def test_a_killed_process_ends_the_run_which_resumes(whole, tmp_path, how, when):
-    folder, start = tmp_path / "killed", time.monotonic()
+    folder = tmp_path / "killed"
     code, _, err = ended(launched(2, folder, how, when))
-    took = time.monotonic() - start
-    saved, victim = ("12", 1) if how == "in-step" else ("6", 0)
+    victim = 1 if how == "in-step" else 0
     lines = [line for line in err.splitlines() if line.startswith("launch.run")]
-    pattern = rf"launch.run: process {victim} of 2 on \S+ \(pid \d+\) was lost \(SIGKILL\); the same command resumes from {folder}"
-    assert code == 75 and len(lines) == 1 and re.match(pattern, lines[0]) and lines[0].endswith(f"/checkpoints/{saved}")
-    assert "Check failure stack trace" not in err and took < 60
+    lost = rf"launch.run: process {victim} of 2 on \S+ \(pid \d+\) was lost \(SIGKILL\)"
+    assert code == 75 and len(lines) == 1 and re.match(lost, lines[0])
+    # A checkpoint is written while training goes on, so that of step 12 may be missing at step 15.
+    saved = re.search(rf"; the same command resumes from {folder}/checkpoints/(6|12)$", lines[0])[1]
+    assert saved == "6" or how == "in-step"
+    assert "Check failure stack trace" not in err
     for count, tolerance in ((2, 0.0), (1, 1e-5)):
         again = tmp_path / str(count)
         subprocess.run(["cp", "-r", folder, again], check=True)
@@ -187,25 +189,17 @@ def test_bad_options_of_the_launcher(options, message, capsys):
 def test_two_hosts_and_one_that_is_lost():
     """Supervisors on two hosts, here the same one: the loss of a process on one ends the other."""
 
-    def host(number, seconds):
+    def host(number, seconds, then):
         command = [sys.executable, "-m", "launch.run", "--hosts", "2", "--host", str(number), "--timeout", "10"]
-        command += [
-            "--coordinator",
-            "localhost:23470",
-            "--",
-            "sh",
-            "-c",
-            f"sleep $((JAX_PROCESS_ID * {seconds})); {CODE}",
-        ]
+        script = f"sleep $((JAX_PROCESS_ID * {seconds})); {then}"
+        command += ["--coordinator", "localhost:23470", "--", "sh", "-c", script]
         return subprocess.Popen(command, cwd=ROOT, env=environment(), stderr=subprocess.PIPE, text=True)
 
-    CODE = "[ $JAX_PROCESS_ID = 1 ] || kill -9 $$"
-    runs = [host(number, 60) for number in (0, 1)]
+    runs = [host(number, 60, "[ $JAX_PROCESS_ID = 1 ] || kill -9 $$") for number in (0, 1)]
     for run in runs:
         _, err = run.communicate(timeout=30)
         assert run.returncode == 75 and "process 0 of 2" in err and "was lost (SIGKILL)" in err
-    CODE = "exit 0"
-    runs = [host(number, 1) for number in (0, 1)]
+    runs = [host(number, 1, "exit 0") for number in (0, 1)]
     assert [run.wait(timeout=30) for run in runs] == [0, 0]
 
 

@@ -9,12 +9,13 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-PACKAGES = ("runtime_jax", "mini_scenes", "mergevq_jax", "tokenverse_jax")
+PACKAGES = ("runtime_jax", "mini_scenes", "mergevq_jax", "tokenverse_jax", "launch")
 FORBIDDEN = {
-    "runtime_jax": {"mini_scenes", "mergevq_jax", "tokenverse_jax"},
-    "mini_scenes": {"mergevq_jax", "tokenverse_jax"},
-    "mergevq_jax": {"tokenverse_jax"},
-    "tokenverse_jax": {"mergevq_jax"},
+    "runtime_jax": {"mini_scenes", "mergevq_jax", "tokenverse_jax", "launch"},
+    "mini_scenes": {"mergevq_jax", "tokenverse_jax", "launch"},
+    "mergevq_jax": {"tokenverse_jax", "launch"},
+    "tokenverse_jax": {"mergevq_jax", "launch"},
+    "launch": set(),
 }
 HEAVY = {"torch", "torchvision", "tensorflow", "clu", "kauldron"}
 
@@ -31,6 +32,7 @@ FLOORS = {
         ("cli", "__init__"),
     ),
     "tokenverse_jax": (("flux",), ("concepts",), ("base", "bench", "commands"), ("cli", "__init__")),
+    "launch": (),
 }
 MOST_FILES = 14  # in one folder of a package
 
