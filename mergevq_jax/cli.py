@@ -59,7 +59,9 @@ def _command_line() -> CommandLine:
     sub.add_argument("--size", type=int, help="pixels of the shorter side (default: the training size; 0: no resizing)")
     sub.add_argument("--out", type=Path, default=Path("runs/reconstruct"))
 
-    sub = line.command("tokenize", _tokenize, "Write codes and source maps of a dataset or folder to disk; resumable.")
+    sub = line.command(
+        "tokenize", _tokenize, "Write codes and source maps of a dataset or folder to disk; resumable.", several=True
+    )
     sub.add_argument("--tokenizer", default=TINY)
     sub.add_argument("--folder", help="image folder; sub-folders are classes")
     sub.add_argument("--tfds", help="a prepared TFDS dataset, such as mini_scenes/64")

@@ -5,12 +5,13 @@ at the coordinator's address and then starts `jax.distributed`, whose own servic
 """
 
 import contextlib
+import hashlib
 import json
 import re
 import socket
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 OWN = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 PORT = 12421  # of the coordinator, where the environment names a host alone
@@ -233,6 +234,33 @@ def _join(processes: Processes, says: str, address: tuple[str, int], deadline: f
             where = processes.coordinator
             raise AbsentError(f"no coordinator at {where} within {timeout:g} s ({reason}); process 0 opens that port")
         time.sleep(_POLL)
+
+
+def barrier(name: str) -> None:
+    """Waits until all processes are here."""
+    import jax
+    from jax.experimental import multihost_utils
+
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(name)
+
+
+def check_same(what: str, value: Any) -> None:
+    """Checks that a JSON-able value is the same on all processes.
+
+    Raises:
+      HostsError: on every process; names the processes whose value is not that of process 0.
+    """
+    import jax
+    import numpy as np
+    from jax.experimental import multihost_utils
+
+    if jax.process_count() == 1:
+        return
+    digest = hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).digest()
+    gathered = multihost_utils.process_allgather(np.frombuffer(digest, np.uint8).astype(np.int32))
+    if others := [index for index, row in enumerate(gathered) if (row != gathered[0]).any()]:
+        raise HostsError(f"{what} of process {', '.join(map(str, others))} is not that of process 0")
 
 
 def environment_of(processes: Processes) -> dict[str, str]:

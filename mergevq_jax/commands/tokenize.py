@@ -9,6 +9,7 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
+import jax
 import numpy as np
 from array_record.python.array_record_module import ArrayRecordWriter
 from safetensors.numpy import save as to_bytes
@@ -17,6 +18,7 @@ from tqdm import tqdm
 from mergevq_jax.tokenizer.model import Tokenizer, load_tokenizer, read_tokenizer_config
 from mergevq_jax.tokens_folder import INFO_NAME, read_tokens
 from runtime_jax import config as config_lib
+from runtime_jax import hosts
 from runtime_jax.data import SourceConfig, center_crop, open_source
 from runtime_jax.files import replacing, write_json
 from runtime_jax.messages import cut
@@ -28,7 +30,8 @@ def tokenize(
 ) -> str:
     """Tokenizes every image of a source, resized and centre-cropped to the training size; returns a summary line.
 
-    Unreadable images of a folder are left out and counted, in the summary and finally in tokens.json.
+    Unreadable images of a folder are left out and counted, in the summary and finally in tokens.json. Of several
+    processes, which must share `out`, process i of n writes the shards i, i + n, ...
 
     Raises:
       ValueError: no such source, an impossible K, or `out` holds codes of another tokenizer, source or K.
@@ -54,8 +57,11 @@ def tokenize(
             "images": len(images),
             "shard_size": shard_size,
         }
-        _claim(out, info)
-        for shard in tqdm(range(shards), desc="shards", disable=None):
+        if jax.process_index() == 0:
+            _claim(out, info)
+        hosts.barrier("claimed")
+        mine = range(jax.process_index(), shards, jax.process_count())
+        for shard in tqdm(mine, desc="shards", disable=None if jax.process_index() == 0 else True):
             path = out / f"tokens-{shard:05d}-of-{shards:05d}.array_record"
             if not path.exists():
                 _write_shard(
@@ -66,10 +72,12 @@ def tokenize(
                     keep,
                     batch_size,
                 )
+        hosts.barrier("tokenized")
         # Counted from the shards, so that a resumed run gives the same number.
         count = sum(1 for _ in read_tokens(out))
         unreadable = len(images) - count
-        write_json(out / INFO_NAME, info | {"unreadable": unreadable})
+        if jax.process_index() == 0:
+            write_json(out / INFO_NAME, info | {"unreadable": unreadable})
         return f"{count} images in {shards} shards under {out} ({unreadable} unreadable ones left out)"
 
 

@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from runtime_jax import hosts
 from runtime_jax.cost import peak_flops
 from runtime_jax.training import loop
 from runtime_jax.training.initial_state import initial_state
@@ -48,6 +49,7 @@ def fit(
     Raises:
       as `initial_state` and `loop.Loop.run`.
     """
+    hosts.check_same("the config", resolved_config)
     found = initial_state(
         workdir,
         program.abstract_state,

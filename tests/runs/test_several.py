@@ -11,7 +11,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
+from mergevq_jax.tokens_folder import read_tokens
 from runtime_jax.hosts import HostsError, find
 
 ROOT = Path(__file__).parents[2]
@@ -111,6 +113,31 @@ def test_sigterm_saves_on_all_processes(whole, tmp_path):
     code, out, _ = ended(launched(2, tmp_path))
     assert code == 0 and f"checkpoints/{step}" in out
     assert_close(tmp_path, whole / "2", 0.0)
+
+
+def test_two_processes_tokenize_as_one(tmp_path):
+    for number in range(10):
+        pixels = np.random.default_rng(number).integers(0, 255, (64, 64, 3), np.uint8)
+        (tmp_path / "pictures").mkdir(exist_ok=True)
+        Image.fromarray(pixels).save(tmp_path / "pictures" / f"{number}.png")
+    records = []
+    for count in (1, 2):
+        out = tmp_path / str(count)
+        command = [sys.executable, "-m", "launch.run", "--processes", str(count), "--coordinator", "localhost:23490"]
+        command += ["--", sys.executable, "-m", "mergevq_jax.cli", "tokenize", "--folder", str(tmp_path / "pictures")]
+        command += ["--out", str(out), "--shard-size", "3", "--batch-size", "3", "--keep", "144"]
+        done = subprocess.run(command, cwd=ROOT, env=environment(1), capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0 and "10 images in 4 shards" in done.stdout, done.stderr
+        records.append(list(read_tokens(out)))
+    for one, two in zip(*records, strict=True):
+        assert one.keys() == two.keys() and all((one[name] == two[name]).all() for name in one)
+
+
+def test_commands_for_one_process_say_so():
+    own = {"JAX_COORDINATOR_ADDRESS": "localhost:23491", "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "0"}
+    command = [sys.executable, "-m", "mergevq_jax.cli", "reconstruct", "nothing.png"]
+    done = subprocess.run(command, cwd=ROOT, env=environment() | own, capture_output=True, text=True)
+    assert done.returncode == 1 and "this command runs as one process" in done.stderr
 
 
 def test_processes_of_different_programs_are_refused(tmp_path):
