@@ -175,6 +175,12 @@ def replicate(tree: Any, mesh: Mesh) -> Any:
     return place(tree, jax.tree.map(lambda _: replicated(mesh), tree))
 
 
+def replicated_shapes(tree: Any, mesh: Mesh) -> Any:
+    """Shapes of arrays that `replicate` would make."""
+    where = replicated(mesh)
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where), tree)
+
+
 def shard_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, Array]:
     """Global device arrays [B, ...], split over the batch axes, from this process's rows [B / processes, ...].
 

@@ -6,14 +6,18 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import Mesh
 
 from mergevq_jax.generator import train as stage2
 from mergevq_jax.generator.kinds.table import KINDS
 from mergevq_jax.generator.run import TrainConfig, make_program
 from mergevq_jax.generator.sampling.decode import new_kv_cache
+from mergevq_jax.tokenizer.model import param_shapes as tokenizer_shapes
+from mergevq_jax.tokenizer.model import read_tokenizer_config
 from runtime_jax.cost import program_row, size_of, size_rows, table
-from runtime_jax.sharding import MeshConfig, make_mesh
+from runtime_jax.sharding import MeshConfig, make_mesh, replicated_shapes
 from runtime_jax.training.optimizer import make_optimizer
+from runtime_jax.training.program import Program
 from runtime_jax.training.update import Optimizer
 
 
@@ -49,14 +53,29 @@ def step_keep(config: TrainConfig) -> int:
 
 def trace_train_step(config: TrainConfig, batch_size: int) -> tuple[stage2.TrainState, Any]:
     """Shapes of the train state, and the traced step on codes."""
-    step_config = config.step_config(None)
+    program, batch = abstract_step(config, make_mesh(MeshConfig(), jax.devices()[:1]), batch_size, codes=True)
+    return program.abstract_state, program.trace(batch, step_keep(config))
+
+
+def abstract_step(
+    config: TrainConfig, mesh: Mesh, batch_size: int | None = None, *, codes: bool = False
+) -> tuple[Program, dict[str, Any]]:
+    """The program of a training on images, or on `codes`, without weights, and the shapes of a batch."""
+    count = batch_size or config.data.batch_size
+    numbers = jax.ShapeDtypeStruct((count,), jnp.int32)
+    batch = {"label": numbers, "example": numbers}
+    tokenizer, frozen = None, None
+    if codes:
+        raster = jax.ShapeDtypeStruct((count, config.model.length), jnp.int32)
+        batch |= {"indices": raster, "source_map": raster}
+    else:
+        tokenizer = read_tokenizer_config(config.tokenizer)
+        side = tokenizer.resolution
+        batch["image"] = jax.ShapeDtypeStruct((count, side, side, tokenizer.in_channels), jnp.uint8)
+        frozen = replicated_shapes(tokenizer_shapes(tokenizer), mesh)
     rate = optax.constant_schedule(1.0)
     optimizer = Optimizer(make_optimizer(config.optimizer, rate), rate)
-    numbers = jax.ShapeDtypeStruct((batch_size,), jnp.int32)
-    raster = jax.ShapeDtypeStruct((batch_size, config.model.length), jnp.int32)
-    batch = {"indices": raster, "source_map": raster, "label": numbers, "example": numbers}
-    program = make_program(step_config, optimizer, make_mesh(MeshConfig(), jax.devices()[:1]), None)
-    return program.abstract_state, program.trace(batch, step_keep(config))
+    return make_program(config.step_config(tokenizer), optimizer, mesh, frozen), batch
 
 
 def _cache_row(config: TrainConfig, keep: int) -> tuple[str, ...]:

@@ -20,6 +20,7 @@ from mergevq_jax.generator.model import GeneratorInfo, GeneratorModel, Tokenizer
 from mergevq_jax.generator.sampling.plan import WINDOW, SamplingConfig
 from mergevq_jax.generator.transformer import SHARDING_RULES
 from mergevq_jax.merge_ratio import MergeRatioConfig, draw_keep
+from mergevq_jax.tokenizer.config import TokenizerConfig
 from mergevq_jax.tokenizer.model import Tokenizer, load_tokenizer
 from runtime_jax import config as config_lib
 from runtime_jax import sharding
@@ -107,11 +108,11 @@ class TrainConfig:
         likeliest = self.merge_ratio.keeps[int(np.argmax(self.merge_ratio.weights))]
         return likeliest if self.model.merge_instruction else None
 
-    def step_config(self, tokenizer: Tokenizer | None) -> stage2.StepConfig:
-        """The static part of the step."""
+    def step_config(self, tokenizer: TokenizerConfig | None) -> stage2.StepConfig:
+        """The static part of the step; `tokenizer`: of images, None for codes."""
         return stage2.StepConfig(
             model=self.model,
-            tokenizer=None if tokenizer is None else tokenizer.config,
+            tokenizer=tokenizer,
             kind=self.kind,
             window=self.window,
             groups=self.groups,
@@ -248,7 +249,7 @@ class Run:
         mesh: jax.sharding.Mesh,
     ):
         """`info`: of `check`."""
-        step_config = config.step_config(tokenizer)
+        step_config = config.step_config(tokenizer.config)
 
         self._config, self._info, self._mesh = config, info, mesh
         self.program = make_program(step_config, optimizer, mesh, sharding.replicate(tokenizer.params, mesh))

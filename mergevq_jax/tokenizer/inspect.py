@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import Mesh
 
 from mergevq_jax.tokenizer import model
 from mergevq_jax.tokenizer import train as stage1
@@ -15,8 +16,9 @@ from mergevq_jax.tokenizer.losses.perceptual import lpips_shapes
 from mergevq_jax.tokenizer.run import TrainConfig, make_program
 from runtime_jax.cost import program_row, size_rows, table
 from runtime_jax.nn.compute import Compute
-from runtime_jax.sharding import MeshConfig, make_mesh
+from runtime_jax.sharding import MeshConfig, make_mesh, replicated_shapes
 from runtime_jax.training.optimizer import make_optimizer
+from runtime_jax.training.program import Program
 from runtime_jax.training.update import Optimizer
 
 
@@ -79,6 +81,12 @@ def inspect_config(config: TrainConfig, *, compile: bool = False) -> str:
 
 def trace_train_step(config: TrainConfig, batch_size: int) -> tuple[stage1.TrainState, Any]:
     """Shapes of the train state, and the traced step without the alignment loss, whose teacher is unknown here."""
+    program, batch = abstract_step(config, make_mesh(MeshConfig(), jax.devices()[:1]), batch_size)
+    return program.abstract_state, program.trace(batch, config.model.keep)
+
+
+def abstract_step(config: TrainConfig, mesh: Mesh, batch_size: int | None = None) -> tuple[Program, dict[str, Any]]:
+    """The program of a training, without weights or the alignment loss, and the shapes of a batch."""
     config = replace(config, losses=replace(config.losses, alignment_weight=0.0))
     frozen = stage1.Frozen(lpips=lpips_shapes() if config.losses.perceptual_weight else None)
     rate = optax.constant_schedule(1.0)
@@ -86,7 +94,6 @@ def trace_train_step(config: TrainConfig, batch_size: int) -> tuple[stage1.Train
         Optimizer(make_optimizer(config.optimizer, rate), rate),
         Optimizer(make_optimizer(config.discriminator_optimizer, rate), rate),
     )
-    side = config.model.resolution
-    batch = {"image": jax.ShapeDtypeStruct((batch_size, side, side, config.model.in_channels), jnp.uint8)}
-    program = make_program(config.step_config(), optimizers, make_mesh(MeshConfig(), jax.devices()[:1]), frozen)
-    return program.abstract_state, program.trace(batch, config.model.keep)
+    side, count = config.model.resolution, batch_size or config.data.batch_size
+    batch = {"image": jax.ShapeDtypeStruct((count, side, side, config.model.in_channels), jnp.uint8)}
+    return make_program(config.step_config(), optimizers, mesh, replicated_shapes(frozen, mesh)), batch

@@ -1,0 +1,231 @@
+"""Compiles a training's step for a slice of TPUs that is not there, on any machine, and prints what it will cost.
+
+    python -m launch.compile_ahead --config mergear_imagenet:L --topology v5e:4x4 --config.mesh.fsdp=16
+
+It needs the extra `ahead` (libtpu). The step is the one that training compiles, from abstract state and batch. Exit
+status 3: the program does not fit into a chip's memory.
+"""
+
+import argparse
+import json
+import os
+import re
+import sys
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # or libtpu looks for the TPU that this machine has not
+os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-1")  # the same; the topology says what is compiled for
+os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+
+import jax
+import numpy as np
+from jax.experimental import topologies
+from jax.sharding import NamedSharding, PartitionSpec
+
+from runtime_jax import config as config_lib
+from runtime_jax import sharding
+from runtime_jax.cost import count_flops, table
+from runtime_jax.training.program import Program
+
+DOES_NOT_FIT = 3
+LARGE = 2**20  # bytes of a leaf that is worth splitting
+
+
+class Chip(NamedTuple):
+    """One chip, from the maker's data sheet (cloud.google.com/tpu/docs)."""
+
+    flops: float  # bfloat16, per second
+    memory: float  # bytes
+    bandwidth: float  # of memory, bytes per second
+    links: float  # between chips, bytes per second, all together
+
+
+CHIPS = {
+    "v4": Chip(275e12, 32 * 2**30, 1.228e12, 300e9),
+    "v5e": Chip(197e12, 16 * 2**30, 0.819e12, 200e9),
+    "v5p": Chip(459e12, 95 * 2**30, 2.765e12, 600e9),
+    "v6e": Chip(918e12, 32 * 2**30, 1.64e12, 448e9),
+}
+COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
+_BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2, "f32": 4, "s32": 4, "u32": 4, "f64": 8}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Prints the table; returns the exit status."""
+    parser = argparse.ArgumentParser(prog="launch.compile_ahead", description=__doc__.splitlines()[0])
+    parser.add_argument("--config", required=True, help="of mergevq train: a name or a path")
+    parser.add_argument("--topology", required=True, help="such as v5e:4x4, v5p:2x2x2 or v6e:4x4")
+    parser.add_argument("--keep", type=int, help="K of the step (default: the largest that is drawn)")
+    parser.add_argument("--codes", action="store_true", help="a generator on codes, without its tokenizer")
+    parser.add_argument("--json", type=Path, help="also write the numbers here")
+    args, rest = parser.parse_known_args(argv)
+    try:
+        kind, devices = topology(args.topology)
+        if wrong := [word for word in rest if not re.match(r"--config\.[^=]+=", word)]:
+            raise ValueError(f"unknown argument {wrong[0]!r}; overrides are --config.key=value")
+        overrides = [word.removeprefix("--config.") for word in rest]
+        fields = config_lib.load(args.config, overrides, new_keys=True)
+        report = compile_step(fields, kind, devices, keep=args.keep, codes=args.codes)
+    except ValueError as error:
+        print(f"launch.compile_ahead: {error}", file=sys.stderr)
+        return 1
+    report = {"config": args.config, "overrides": overrides, "topology": args.topology, **report}
+    print(render(report))
+    if args.json:
+        args.json.write_text(json.dumps(report, indent=2) + "\n")
+    return 0 if report["fits"] else DOES_NOT_FIT
+
+
+def topology(name: str) -> tuple[str, list[jax.Device]]:
+    """The kind of chip, and the devices of a slice that need not be there.
+
+    Raises:
+      ValueError: a name that libtpu does not know, or no libtpu.
+    """
+    kind, _, shape = name.partition(":")
+    if kind not in CHIPS or not re.fullmatch(r"\d+(x\d+){1,2}", shape):
+        raise ValueError(f"topology {name!r}: {', '.join(CHIPS)} with a shape, such as v5e:4x4 or v5p:2x2x2")
+    try:
+        return kind, list(topologies.get_topology_desc(name, "tpu").devices)
+    except Exception as error:
+        missing = "libtpu" in str(error) or "not found" in str(error)
+        hint = "; pip install -e '.[ahead]' brings libtpu" if missing else ""
+        raise ValueError(f"topology {name!r}: {str(error).splitlines()[0]}{hint}") from error
+
+
+def compile_step(
+    fields: Mapping[str, Any], kind: str, devices: Sequence[jax.Device], *, keep: int | None, codes: bool
+) -> dict[str, Any]:
+    """Compiles the step that a config trains, and measures the program."""
+    program, batch, variant = abstract_program(fields, devices, keep=keep, codes=codes)
+    with jax.set_mesh(program.mesh):
+        begin = time.perf_counter()
+        traced = program.trace(batch, variant)
+        lowered = traced.lower()
+        compiling = time.perf_counter()
+        compiled = lowered.compile()
+        end = time.perf_counter()
+    memory, chip, count = compiled.memory_analysis(), CHIPS[kind], len(devices)
+    total = memory.argument_size_in_bytes + memory.temp_size_in_bytes + memory.generated_code_size_in_bytes
+    flops = count_flops(traced.jaxpr.jaxpr)
+    cost = compiled.cost_analysis() or {}
+    collectives = count_collectives(compiled.as_text())
+    moved = sum(entry["bytes"] for entry in collectives.values())
+    seconds = {
+        "matmuls": flops / count / chip.flops,
+        "memory": cost.get("bytes accessed", 0.0) / chip.bandwidth,
+        "links": moved / chip.links,
+    }
+    return {
+        "chips": count,
+        "mesh": dict(program.mesh.shape),
+        "variant": variant,
+        "parameters": int(sum(np.prod(leaf.shape) for leaf in jax.tree.leaves(program.abstract_state.params))),
+        "bytes": {
+            "arguments": memory.argument_size_in_bytes,
+            "temporaries": memory.temp_size_in_bytes,
+            "code": memory.generated_code_size_in_bytes,
+            "total": total,
+            "chip": chip.memory,
+        },
+        "flops": {"jaxpr": flops, "xla of one device": cost.get("flops", 0.0)},
+        "bytes accessed of one device": cost.get("bytes accessed", 0.0),
+        "collectives": collectives,
+        "replicated": replicated_leaves(program),
+        "seconds at least": seconds,
+        "steps per second at most": 1 / max(seconds.values()),
+        "seconds of tracing": compiling - begin,
+        "seconds of compiling": end - compiling,
+        "fits": total <= chip.memory,
+    }
+
+
+def abstract_program(
+    fields: Mapping[str, Any], devices: Sequence[jax.Device], *, keep: int | None, codes: bool
+) -> tuple[Program, dict[str, jax.ShapeDtypeStruct], int]:
+    """The program of a config's training on these devices, a batch's shapes, and the largest K that is drawn."""
+    task = fields.get("task", "tokenizer")
+    if task == "tokenizer":
+        from mergevq_jax.tokenizer.inspect import abstract_step
+        from mergevq_jax.tokenizer.run import TrainConfig
+    elif task == "generator":
+        from mergevq_jax.generator.inspect import abstract_step
+        from mergevq_jax.generator.run import TrainConfig
+    else:
+        raise ValueError(f"task={task!r}: tokenizers and generators are compiled ahead")
+    config = config_lib.build(TrainConfig, fields)
+    mesh = sharding.make_mesh(config.mesh, devices)
+    with jax.set_mesh(mesh):
+        program, batch = abstract_step(config, mesh, **({"codes": codes} if task == "generator" else {}))
+    split = NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
+    parts = mesh.shape["data"] * mesh.shape["fsdp"] * config.accumulate
+    if config.data.batch_size % parts:
+        raise ValueError(f"data.batch_size={config.data.batch_size}: data x fsdp x accumulate = {parts} must divide it")
+    batch = {name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=split) for name, leaf in batch.items()}
+    return program, batch, keep or max(config.merge_ratio.keeps)
+
+
+def count_collectives(text: str) -> dict[str, dict[str, float]]:
+    """Number and bytes (of the results on one device) of each kind of collective in an optimised program."""
+    found: dict[str, Counter] = {}
+    for line in text.splitlines():
+        match = re.search(rf"= (.*?) ({'|'.join(COLLECTIVES)})(-start)?\(", line)
+        if match:
+            shapes = re.findall(r"(\w+)\[([\d,]*)\]", match[1])
+            size = sum(
+                _BYTES.get(kind, 4) * int(np.prod([int(n) for n in dims.split(",") if n])) for kind, dims in shapes
+            )
+            entry = found.setdefault(match[2], Counter())
+            entry["count"] += 1
+            entry["bytes"] += size / (2 if match[3] else 1)  # a start's result holds its operand too
+    return {kind: dict(entry) for kind, entry in found.items()}
+
+
+def replicated_leaves(program: Program) -> list[tuple[str, int]]:
+    """Leaves of the state above 1 MiB that every device holds whole, and their bytes, the largest first."""
+    leaves = jax.tree_util.tree_leaves_with_path(program.abstract_state)
+    sizes = [
+        (jax.tree_util.keystr(path, simple=True, separator="/"), int(np.prod(leaf.shape)) * leaf.dtype.itemsize)
+        for path, leaf in leaves
+        if leaf.sharding.is_fully_replicated and len(program.mesh.devices.flat) > 1
+    ]
+    return sorted((entry for entry in sizes if entry[1] > LARGE), key=lambda entry: -entry[1])
+
+
+def render(report: Mapping[str, Any]) -> str:
+    """The numbers as a Markdown table."""
+    size, gib = report["bytes"], 2**30
+    whole = sum(size for _, size in report["replicated"])
+    rows = [
+        ("slice, mesh", f"{report['topology']}, {report['mesh']}"),
+        ("parameters", f"{report['parameters']:,}"),
+        ("arguments, GiB a chip", f"{size['arguments'] / gib:.2f}"),
+        ("temporaries, GiB a chip", f"{size['temporaries'] / gib:.2f}"),
+        ("total, GiB a chip", f"{size['total'] / gib:.2f} of {size['chip'] / gib:.0f}"),
+        ("TFLOP of a step", f"{report['flops']['jaxpr'] / 1e12:.1f}"),
+        *(
+            (f"{kind}", f"{entry['count']} of {entry['bytes'] / 2**20:.1f} MiB in all")
+            for kind, entry in sorted(report["collectives"].items())
+        ),
+        (
+            "replicated leaves above 1 MiB",
+            f"{len(report['replicated'])}, {sum(s for _, s in report['replicated']) / gib:.2f} GiB",
+        ),
+        *((f"seconds at least, {name}", f"{value:.4f}") for name, value in report["seconds at least"].items()),
+        ("steps per second at most", f"{report['steps per second at most']:.2f}"),
+        (
+            "seconds to trace and to compile",
+            f"{report['seconds of tracing']:.0f}, {report['seconds of compiling']:.0f}",
+        ),
+    ]
+    lines = table((f"{report['config']}, K = {report['variant']}", "fits" if report["fits"] else "DOES NOT FIT"), rows)
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
