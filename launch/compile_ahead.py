@@ -8,6 +8,7 @@ status 3: the program does not fit into a chip's memory.
 
 import argparse
 import json
+import math
 import os
 import re
 import sys
@@ -16,11 +17,6 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
-
-os.environ.setdefault("JAX_PLATFORMS", "cpu")
-os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # or libtpu looks for the TPU that this machine has not
-os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-1")  # the same; the topology says what is compiled for
-os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
 
 import jax
 import numpy as np
@@ -64,6 +60,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--codes", action="store_true", help="a generator on codes, without its tokenizer")
     parser.add_argument("--json", type=Path, help="also write the numbers here")
     args, rest = parser.parse_known_args(argv)
+    # Otherwise libtpu looks for the TPU that this machine has not.
+    os.environ |= {
+        "TPU_SKIP_MDS_QUERY": "1",
+        "TPU_ACCELERATOR_TYPE": "v5litepod-1",
+        "TPU_WORKER_HOSTNAMES": "localhost",
+    }
+    jax.config.update("jax_platforms", "cpu")
     try:
         kind, devices = topology(args.topology)
         if wrong := [word for word in rest if not re.match(r"--config\.[^=]+=", word)]:
@@ -177,9 +180,8 @@ def count_collectives(text: str) -> dict[str, dict[str, float]]:
         match = re.search(rf"= (.*?) ({'|'.join(COLLECTIVES)})(-start)?\(", line)
         if match:
             shapes = re.findall(r"(\w+)\[([\d,]*)\]", match[1])
-            size = sum(
-                _BYTES.get(kind, 4) * int(np.prod([int(n) for n in dims.split(",") if n])) for kind, dims in shapes
-            )
+            numbers = [(kind, math.prod(int(n) for n in dims.split(",") if n)) for kind, dims in shapes]
+            size = sum(_BYTES.get(kind, 4) * count for kind, count in numbers)
             entry = found.setdefault(match[2], Counter())
             entry["count"] += 1
             entry["bytes"] += size / (2 if match[3] else 1)  # a start's result holds its operand too
@@ -212,16 +214,10 @@ def render(report: Mapping[str, Any]) -> str:
             (f"{kind}", f"{entry['count']} of {entry['bytes'] / 2**20:.1f} MiB in all")
             for kind, entry in sorted(report["collectives"].items())
         ),
-        (
-            "replicated leaves above 1 MiB",
-            f"{len(report['replicated'])}, {sum(s for _, s in report['replicated']) / gib:.2f} GiB",
-        ),
+        ("replicated leaves above 1 MiB", f"{len(report['replicated'])}, {whole / gib:.2f} GiB"),
         *((f"seconds at least, {name}", f"{value:.4f}") for name, value in report["seconds at least"].items()),
         ("steps per second at most", f"{report['steps per second at most']:.2f}"),
-        (
-            "seconds to trace and to compile",
-            f"{report['seconds of tracing']:.0f}, {report['seconds of compiling']:.0f}",
-        ),
+        ("seconds of tracing, compiling", f"{report['seconds of tracing']:.0f}, {report['seconds of compiling']:.0f}"),
     ]
     lines = table((f"{report['config']}, K = {report['variant']}", "fits" if report["fits"] else "DOES NOT FIT"), rows)
     return "\n".join(lines)

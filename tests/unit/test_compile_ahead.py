@@ -54,5 +54,5 @@ def test_what_is_refused(options, message, capsys):
 
 def test_a_batch_that_does_not_divide():
     fields = config_lib.load(FIELDS[0], ["data.batch_size=6"], new_keys=True)
-    with pytest.raises(ValueError, match="data.batch_size=6: data x fsdp x accumulate = 8 must divide it"):
+    with pytest.raises(ValueError, match=r"data\.batch_size=6: data x fsdp x accumulate = 8 must divide it"):
         abstract_program(fields, jax.devices(), keep=None, codes=True)
