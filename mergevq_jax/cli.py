@@ -143,7 +143,7 @@ def _training(path: str, overrides: Sequence[str]):
         from mergevq_jax.generator.run import TrainConfig
     else:
         raise ValueError(f"{path}: task={task!r}, allowed are 'tokenizer' and 'generator'")
-    return config_lib.build(TrainConfig, fields), task
+    return config_lib.build(TrainConfig, fields, what=f"mergevq train (task={task!r})"), task
 
 
 def _train(args, overrides) -> int:
@@ -232,7 +232,7 @@ def _sample(args, _) -> None:
         sampling=sampling,
         steps=args.steps,
         seed=args.seed,
-        batch_size=min(args.batch_size, args.num),
+        batch_size=min(args.batch_size, max(1, args.num)),
     )
     print(
         sample(

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mergevq_jax.pretrained import SHIPPED
 from runtime_jax import config as config_lib
 from runtime_jax.files import write_json
 from runtime_jax.weights import Rule, WeightError, export_weights, import_weights, read_safetensors, write_safetensors
@@ -22,12 +23,22 @@ T = TypeVar("T")
 
 
 def find_folder(path: str | os.PathLike, what: str) -> Path:
-    """The local folder of a model; fetches a hub id's files. `what` names the kind of model in errors.
+    """The local folder of a "tokenizer" or "generator": a shipped one by its name; fetches a hub id's files.
 
     Raises:
-      ValueError: no such folder, or a file is missing in it.
+      ValueError: no such folder, a file is missing in it, or the name is that of a shipped model of the other kind.
     """
-    folder = local_path(path, (CONFIG_NAME, WEIGHTS_NAME))
+    names = ", ".join(SHIPPED[what])
+    for kind, shipped in SHIPPED.items():
+        if str(path) in shipped:
+            if kind != what:
+                raise ValueError(f"{path} is a {kind}; {what}s are {names}")
+            return shipped[str(path)]
+    try:
+        folder = local_path(path, (CONFIG_NAME, WEIGHTS_NAME))
+    except WeightError as error:
+        hint = "" if "/" in str(path) else f"; shipped {what}s: {names}"
+        raise WeightError(f"{error}{hint}") from error
     missing = [name for name in (CONFIG_NAME, WEIGHTS_NAME) if not (folder / name).is_file()]
     if missing:
         raise ValueError(f"{folder}: not a {what}'s folder, {' and '.join(missing)} missing")

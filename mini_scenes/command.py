@@ -14,14 +14,14 @@ def add_command(line: CommandLine) -> None:
 
 
 def advise(error: Exception, prog: str) -> str:
-    """For an error about a missing mini_scenes dataset: the `prog` command that writes it. Empty for other errors."""
+    """The message of an error; where a mini_scenes dataset is missing, with the `prog` command that writes it."""
     from runtime_jax.data import MissingDatasetError
 
     if not isinstance(error, MissingDatasetError) or not error.name.startswith("mini_scenes"):
-        return ""
+        return str(error)
     size, single, _ = error.name.partition("/")[2].partition("_single")
     options = f"--data-dir {error.data_dir} --size {size or 64}" + (" --single" if single else "")
-    return f"; or run: {prog} scenes {options}"
+    return f"{str(error).removesuffix(error.recipe)}{prog} scenes {options}; or in Python: {error.recipe}"
 
 
 def _scenes(args: argparse.Namespace, _: list[str]) -> None:

@@ -13,17 +13,18 @@ from runtime_jax import hosts
 
 # (arguments of a sub-command, overrides of its config) -> exit status, or None for success
 Run = Callable[[argparse.Namespace, list[str]], int | None]
+TRACEBACK = {"action": "store_true", "help": "show where an error came from"}
 
 
 class CommandLine:
     """A program of sub-commands, each with a function that runs it."""
 
     def __init__(self, prog: str, description: str | None, *, advise: Callable[[Exception, str], str] | None = None):
-        """`advise`: (error, `prog`) -> text to add to the error's line."""
+        """`advise`: (error, `prog`) -> the text of the error's line."""
         self.prog = prog
-        self._advise = advise or (lambda error, prog: "")
+        self._advise = advise or (lambda error, prog: str(error))
         self._parser = argparse.ArgumentParser(prog=prog, description=description)
-        self._parser.add_argument("--traceback", action="store_true", help="show where an error came from")
+        self._parser.add_argument("--traceback", **TRACEBACK)
         self._commands = self._parser.add_subparsers(dest="command", required=True)
 
     def command(
@@ -36,6 +37,7 @@ class CommandLine:
         form = argparse.RawDescriptionHelpFormatter
         parser = self._commands.add_parser(name, help=help, description=help, epilog=epilog, formatter_class=form)
         parser.set_defaults(run=run, several=several)
+        parser.add_argument("--traceback", **TRACEBACK, default=argparse.SUPPRESS)  # keeps one before the command
         return parser
 
     def main(self, argv: Sequence[str] | None = None) -> int:
@@ -68,7 +70,7 @@ class CommandLine:
 
             if args.traceback or not isinstance(error, (ValueError, OSError, FloatingPointError, CheckpointError)):
                 raise
-            print(f"{command}: {error}{self._advise(error, self.prog)}", file=sys.stderr)
+            print(f"{command}: {self._advise(error, self.prog)}", file=sys.stderr)
             return 1
 
 

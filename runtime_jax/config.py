@@ -24,6 +24,7 @@ from ml_collections import ConfigDict, FrozenConfigDict
 
 T = TypeVar("T")
 WHEEL_FOLDER = "tokenverse_mergevq_configs"  # setup.py puts configs/ there
+MOST_UNKNOWN = 3  # unknown keys that are listed where most are unknown
 
 
 class ConfigError(ValueError):
@@ -34,7 +35,9 @@ class ConfigError(ValueError):
         self.problems = tuple(problems)
 
 
-def build(cls: type[T], mapping: Mapping | ConfigDict | FrozenConfigDict, path: str = "config") -> T:
+def build(
+    cls: type[T], mapping: Mapping | ConfigDict | FrozenConfigDict, path: str = "config", what: str | None = None
+) -> T:
     """Builds a dataclass from a mapping, checking every key and type.
 
     Integers become floats where a float is declared and lists become tuples; nothing else is converted. A ValueError of
@@ -45,13 +48,20 @@ def build(cls: type[T], mapping: Mapping | ConfigDict | FrozenConfigDict, path: 
             dataclasses.
         mapping: its fields, as a ConfigDict or any mapping.
         path: what the dotted paths in messages start with.
+        what: whose config it is, for messages; None: the class's.
 
     Raises:
-        ConfigError: lists every problem: dotted path, value, what is allowed, closest known name.
+        ConfigError: lists every problem: dotted path, value, what is allowed, closest known name; the first three if
+            most keys are unknown, as in a config of another class.
     """
     problems: list[str] = []
     result = _convert(cls, mapping, path, problems)
     if problems:
+        fields, values = dataclasses.fields(cls), mapping if _is_mapping(mapping) else {}
+        unknown = len(_renamed(values, fields).keys() - {field.name for field in fields})
+        if unknown > max(MOST_UNKNOWN, len(values) / 2):
+            head = f"this is not a config of {what or cls.__name__}: {unknown} of {len(values)} keys are unknown"
+            problems = [f"{path}: {head}", *problems[:MOST_UNKNOWN]]
         raise ConfigError(problems)
     return result
 
@@ -176,9 +186,9 @@ class Duration:
         return math.ceil(self.epochs * num_examples / batch_size)
 
 
-def _closest(name: Any, known: Iterable[Any]) -> str:
+def _closest(name: Any, known: Iterable[Any], cutoff: float = 0.6) -> str:
     """'; did you mean ...?' for the known name closest to `name`, or nothing."""
-    matches = difflib.get_close_matches(str(name), [str(k) for k in known], n=1, cutoff=0.6)
+    matches = difflib.get_close_matches(str(name), [str(k) for k in known], n=1, cutoff=cutoff)
     return f"; did you mean {matches[0]!r}?" if matches else ""
 
 
@@ -236,7 +246,13 @@ def _type_name(kind: Any) -> str:
 def _wrong(value: Any, kind: Any, path: str) -> str:
     known = [arg for arg in typing.get_args(kind) if isinstance(arg, str)]
     hint = _closest(value, known) if isinstance(value, str) else ""
-    return f"{path}: got {value!r} ({type(value).__name__}), expected {_type_name(kind)}{hint}"
+    return f"{path}: got {_shown(value)} ({type(value).__name__}), expected {_type_name(kind)}{hint}"
+
+
+def _shown(value: Any) -> str:
+    """A value on one line, shortened; the repr of a ConfigDict has several."""
+    text = repr(value.to_dict() if isinstance(value, ConfigDict) else value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def _is_mapping(value: Any) -> bool:
@@ -287,8 +303,8 @@ def _convert_dataclass(cls: type[T], value: Any, path: str, problems: list[str])
     values = _renamed(value, fields.values())
     now = {field.metadata.get("old"): name for name, field in fields.items()}
     for key in (key for key in values if key not in fields):
-        hint = f"; it is now {now[key]!r}" if key in now else _closest(key, fields.keys() - values.keys())
-        problems.append(f"{path}.{key}: unknown key (value {values[key]!r}){hint}; known: {', '.join(fields)}")
+        hint = f"; it is now {now[key]!r}" if key in now else _closest(key, fields)
+        problems.append(f"{path}.{key}: unknown key (value {_shown(values[key])}){hint}; known: {', '.join(fields)}")
     kwargs = {}
     for name, field in fields.items():
         if name in values:
@@ -370,9 +386,10 @@ def _split_spec(spec: str) -> tuple[Path, str | None]:
             raise ConfigError([f"{spec}: no config is named {name!r}{_closest(name, shipped())}; {there}"])
         file = shipped()[name]
     if not file.is_file():
-        others = sorted(str(other) for other in file.parent.glob("*.py"))
-        known = f"; there: {', '.join(others)}" if others else ""
-        hint = f"; by name: {file.stem}" if file.stem in shipped() else _closest(file, others)
+        others = {other.name: str(other) for other in sorted(file.parent.glob("*.py"))}
+        known = f"; there: {', '.join(others.values())}" if others else ""
+        # Names alone: a common folder makes every path similar.
+        hint = f"; by name: {file.stem}" if file.stem in shipped() else _closest(file.name, others, cutoff=0.75)
         raise ConfigError([f"{spec}: no such config file {str(file)!r}{hint}{known}"])
     return file, arg if colon else None
 

@@ -179,7 +179,8 @@ def _direction(args, _) -> None:
 def _build(cls: type, args, overrides: list[str]):
     from runtime_jax import config as config_lib
 
-    return config_lib.build(cls, config_lib.load(args.config, overrides, new_keys=True))
+    fields = config_lib.load(args.config, overrides, new_keys=True)
+    return config_lib.build(cls, fields, what=f"tokenverse {args.command}")
 
 
 def _learn(args, overrides) -> int:

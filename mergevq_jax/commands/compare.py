@@ -19,15 +19,17 @@ from mergevq_jax.generator.kinds.randar import Codes
 from mergevq_jax.generator.kinds.table import KINDS
 from mergevq_jax.tokenizer.model import Tokenizer, load_tokenizer, read_tokenizer_config
 from mergevq_jax.tokenizer.tome import group_starts
-from mini_scenes import CLASSES
+from mini_scenes import CLASSES, make_config
 from mini_scenes.judge import Judge
 from runtime_jax.cost import table
 from runtime_jax.files import write_text
+from runtime_jax.messages import cut
 from runtime_jax.pictures import Points, image_grid, plot_lines, save_png
 from runtime_jax.workdir import only_writer
 
 Images = UInt8[np.ndarray, "B H W 3"] | UInt8[Array, "B H W 3"]
 REAL = "held-out scenes"
+SEVERAL = ", of several objects (--single: of one)"
 SHOWN = 12  # images of a row in the picture
 # Fields of the protocol in which the folders of a row are equal.
 SETTINGS = ("fingerprint", "keep", "sampling", "steps", "slots", "compute", "device", "mesh")
@@ -95,7 +97,14 @@ def compare(
             _check_row(name, [folder.protocol for folder in group])
         shapes = {folder.samples.images.shape for group in folders.values() for folder in group}
         if len(shapes) != 1:
-            raise ValueError(f"equal numbers of images of one size are needed, there are {sorted(shapes)}")
+            there = [
+                f"{name} {path}: {count} of {width} x {height} pixels"
+                for name, paths in rows
+                for path, (count, height, width, _) in zip(
+                    paths, (folder.samples.images.shape for folder in folders[name]), strict=True
+                )
+            ]
+            raise ValueError(f"equal numbers of images of one size are needed, there are {cut(there)}")
         count, size = shapes.pop()[:2]
         if tokenizer is not None:
             config = read_tokenizer_config(tokenizer)
@@ -112,7 +121,8 @@ def compare(
         sets |= {name: [_in_batches(reconstruct, real)] for name, reconstruct in reconstructed.items()}
         sets |= {name: [folder.samples for folder in group] for name, group in folders.items()}
         measured = [_row(name, group, folders.get(name), judge, reference) for name, group in sets.items()]
-        text = render(measured, count)
+        dataset = f"mini_scenes/{make_config(size, single=single).name}" + ("" if single else SEVERAL)
+        text = render(measured, count, dataset)
         print(text)
         write_text(out / "compare.md", text)
         shown = [list(group[0].images[:SHOWN]) for group in sets.values()]
@@ -130,6 +140,8 @@ def read_samples(path: Path) -> Folder:
     Raises:
       ValueError: a file is missing or not readable, or the images are not uint8 [N, H, W, 3] with a label each.
     """
+    if not path.is_dir():
+        raise ValueError(f"{path}: no such folder")
     try:
         protocol = json.loads((path / "protocol.json").read_text())
         if "merge_number" in protocol:  # the name of K in older protocols
@@ -242,8 +254,8 @@ def trade_off(rows: Sequence[Row]) -> dict[str, dict[str, Points]]:
     }
 
 
-def render(rows: Sequence[Row], count: int) -> str:
-    """The table in Markdown."""
+def render(rows: Sequence[Row], count: int, dataset: str) -> str:
+    """The table in Markdown; `dataset`: of the real scenes."""
     head = ("images", "seeds", "right class, %", "Fréchet distance", "cache, kB an image", "seconds an image")
     lines = []
     for row in rows:
@@ -258,5 +270,6 @@ def render(rows: Sequence[Row], count: int) -> str:
                 "" if row.seconds is None else f"{row.seconds:.3f}",
             )
         )
-    note = f"{count} images a seed, against as many test scenes; intervals of 95 %, of the distance over seeds."
+    note = f"{count} images a seed, against as many test scenes of {dataset}; "
+    note += "intervals of 95 %, of the distance over seeds."
     return "\n".join([*table(head, lines), "", note]) + "\n"

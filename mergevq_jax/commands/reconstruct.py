@@ -66,13 +66,18 @@ def plan_sides(sides: tuple[int, int], multiple: int, size: int) -> Sides:
       size: 0: no resizing.
 
     Raises:
-      ValueError: a side is smaller than one token.
+      ValueError: a side is smaller than one token, or the resized picture has fewer than two.
     """
-    if size < 0 or 0 < size < multiple:
-        raise ValueError(f"--size {size}: at least {multiple} pixels, one token, are needed (0: as it is)")
     if size:
-        scale = size / min(sides)
-        sides = round(sides[0] * scale), round(sides[1] * scale)
+        shape = sides
+
+        def resized(size: int) -> tuple[int, int]:
+            return round(shape[0] * size / min(shape)), round(shape[1] * size / min(shape))
+
+        two_tokens = (least for least in range(multiple, 2 * multiple) if max(resized(least)) >= 2 * multiple)
+        if size < (least := next(two_tokens, 2 * multiple)):
+            raise ValueError(f"--size {size} is too small for two tokens: at least {least} (0: as it is)")
+        sides = resized(size)
     cropped = sides[0] // multiple * multiple, sides[1] // multiple * multiple
     if not min(cropped):
         raise ValueError(f"{sides[1]} x {sides[0]} pixels, at least {multiple} x {multiple} needed")

@@ -48,8 +48,9 @@ class Request:
     batch_size: int = 64
 
     def __post_init__(self):
-        if self.num < 1 or self.batch_size < 1:
-            raise ValueError(f"--num {self.num} and --batch-size {self.batch_size}: at least 1")
+        sizes = {"--num": self.num, "--batch-size": self.batch_size}
+        if bad := [f"{name} {value}" for name, value in sizes.items() if value < 1]:
+            raise ValueError(f"{' and '.join(bad)}: at least 1")
 
 
 @dataclass(frozen=True)
@@ -142,8 +143,11 @@ def sample(
             loss_curve(curves, out / "occupancy.png", title=title)
         (parts / CLAIM_NAME).unlink()  # first: parts without it are deleted by the next run
         shutil.rmtree(parts)
-        overflowed = "" if drawn.cache is None else f"; the KV cache overflowed {drawn.cache.overflows.sum()} times"
-        return f"{request.num} images are in {out}{overflowed}"
+        if drawn.cache is None:
+            return f"{request.num} images are in {out}"
+        evicted, length = drawn.cache.overflows.mean(), info.architecture.length
+        evictions = f"on average {evicted:.3g} of an image's {length} tokens were evicted from the KV cache"
+        return f"{request.num} images are in {out}; {evictions}"
 
 
 def _plan(info: GeneratorInfo, request: Request, compute: Compute, *, show_cache: bool) -> DrawPlan:

@@ -25,7 +25,6 @@ from mergevq_jax.generator.kinds.table import KINDS, KindName
 from mergevq_jax.generator.sampling.plan import SamplingConfig
 from mergevq_jax.generator.sampling.raster import Samples
 from mergevq_jax.generator.transformer import SHARDING_RULES, Params, param_shapes
-from mergevq_jax.pretrained import shipped
 from mergevq_jax.tokenizer.model import Tokenizer, load_tokenizer
 from runtime_jax.messages import cut
 from runtime_jax.nn.compute import Compute
@@ -69,7 +68,7 @@ class GeneratorInfo:
         by_number = not (names and all(own.isdecimal() for own in names))
         if by_number and name in map(str, range(count)):
             return int(name)
-        known = [f"named {cut(names)}"] * bool(names) + [f"numbered 0 to {count - 1}"] * by_number
+        known = [f"named {cut(names, most=20)}"] * bool(names) + [f"numbered 0 to {count - 1}"] * by_number
         raise ValueError(f"class {name!r}: this generator's classes are {', and '.join(known)}")
 
 
@@ -99,7 +98,7 @@ class GeneratorModel:
         Raises:
           ValueError: folder, a file in it or a parameter missing; another kind of model.
         """
-        folder = model_folder.find_folder(shipped(path), "generator")
+        folder = model_folder.find_folder(path, "generator")
         info = read_info(folder)
         config, shapes = info.architecture, param_shapes(info.architecture)
         shapes = shapes | jax.eval_shape(lambda: KINDS[info.kind].new_counts(config))
@@ -190,7 +189,7 @@ def read_info(source: str | os.PathLike) -> GeneratorInfo:
     Raises:
       ValueError: as `GeneratorModel.from_pretrained`.
     """
-    folder = model_folder.find_folder(shipped(source), "generator")
+    folder = model_folder.find_folder(source, "generator")
     return model_folder.read_config(folder / model_folder.CONFIG_NAME, GeneratorInfo, MODEL_TYPE, "generator")
 
 

@@ -18,7 +18,6 @@ import numpy as np
 from jaxtyping import Array, Float, Int, UInt8
 
 from mergevq_jax import model_folder
-from mergevq_jax.pretrained import shipped
 from mergevq_jax.tokenizer import convert, tome
 from mergevq_jax.tokenizer.config import TokenizerConfig, ratio_keep
 from mergevq_jax.tokenizer.decoder import Decoder
@@ -151,7 +150,7 @@ class Tokenizer:
         Raises:
           ValueError: the folder, a file in it or a parameter is missing; another kind of model; an unknown quantizer.
         """
-        folder = model_folder.find_folder(shipped(path), "tokenizer")
+        folder = model_folder.find_folder(path, "tokenizer")
         config = read_tokenizer_config(folder)
         params = model_folder.read_params(folder, convert.tokenizer_table(config), param_shapes(config))
         return cls(config, params, compute)
@@ -234,7 +233,7 @@ def read_tokenizer_config(source: str | os.PathLike) -> TokenizerConfig:
     Raises:
       ValueError: as `Tokenizer.from_pretrained`.
     """
-    path = model_folder.find_folder(shipped(source), "tokenizer") / model_folder.CONFIG_NAME
+    path = model_folder.find_folder(source, "tokenizer") / model_folder.CONFIG_NAME
     return model_folder.read_config(path, TokenizerConfig, MODEL_TYPE, "tokenizer")
 
 

@@ -52,7 +52,7 @@ def merge_counts(raw: int, keep: int, layers: int) -> tuple[int, ...]:
         fewest = bisect.bisect_left(range(raw), True, lo=keep, key=lambda keep: possible(keep) is not None)
         raise ValueError(
             f"cannot keep {keep} of {raw} tokens in {layers} layers, each of which merges at most half of its tokens: "
-            f"allowed are {fewest} to {raw}; keep more tokens or use more layers"
+            f"allowed are {fewest} to {raw}"
         )
     return counts
 

@@ -60,11 +60,11 @@ class SourceConfig:
 
 
 class MissingDatasetError(ValueError):
-    """A TFDS dataset is not prepared; a program may add how to prepare `name` under `data_dir`."""
+    """A TFDS dataset is not prepared; a program may put its own command before the `recipe` that ends the message."""
 
-    def __init__(self, message: str, *, name: str, data_dir: str):
-        super().__init__(message)
-        self.name, self.data_dir = name, data_dir
+    def __init__(self, *, name: str, data_dir: str):
+        self.name, self.data_dir, self.recipe = name, data_dir, _recipe(name, data_dir)
+        super().__init__(f"dataset {name!r} is not in {str(Path(data_dir).absolute())!r}; run: {self.recipe}")
 
 
 @runtime_checkable
@@ -127,9 +127,7 @@ class TfdsSource:
         try:
             builder = tfds.core.read_only_builder.builder_from_files(name, data_dir=data_dir)
         except tfds.core.DatasetNotFoundError as error:
-            where = str(Path(data_dir).absolute())
-            message = f"dataset {name!r} is not in {where!r}: {_recipe(name, data_dir)}"
-            raise MissingDatasetError(message, name=name, data_dir=data_dir) from error
+            raise MissingDatasetError(name=name, data_dir=data_dir) from error
         parts = [part.split("[")[0] for part in split.split("+")]
         if not set(parts) <= set(builder.info.splits):
             raise ValueError(f"dataset {name!r} in {data_dir!r} has no split {split!r}: {sorted(builder.info.splits)}")
@@ -146,7 +144,7 @@ class TfdsSource:
         try:
             self._records = builder.as_data_source(split=split, deserialize_method=raw)
         except NotImplementedError as error:
-            message = f"dataset {name!r} in {data_dir!r} has no random access: {_recipe(name, data_dir)}"
+            message = f"dataset {name!r} in {data_dir!r} has no random access; run: {_recipe(name, data_dir)}"
             raise ValueError(message) from error
 
     def __len__(self) -> int:
@@ -162,8 +160,8 @@ class TfdsSource:
 
 def _recipe(name: str, data_dir: str) -> str:
     if name.split("/")[0] == "mini_scenes":
-        return f"mini_scenes.prepare({data_dir!r}, size) writes it"
-    return f"write it with: tfds build {name} --data_dir={data_dir} --file_format=array_record"
+        return f"mini_scenes.prepare({data_dir!r}, size)"
+    return f"tfds build {name} --data_dir={data_dir} --file_format=array_record"
 
 
 class PhotoSource:

@@ -63,7 +63,8 @@ def fit(
     )
     if jax.process_index() == 0:
         start = f"{workdir}: {total_steps} steps of {batch_size} images, from step {found.step} ({found.origin})"
-        print("\n".join([start, *notes]), flush=True)
+        compiling = ["compiling the train step"] * (found.step < total_steps)  # silent for minutes on a CPU
+        print("\n".join([start, *notes, *compiling]), flush=True)
     return loop.Loop(
         config=config,
         workdir=workdir,

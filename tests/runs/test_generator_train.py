@@ -330,7 +330,7 @@ def test_it_does_not_start_from_a_generator_of_other_codes(trained, tmp_path):
     [
         ({"merge_ratio": {"keeps": [12], "weights": [1.0]}}, r"K = \[12\] in merge_ratio or evaluation.keeps"),
         ({"window": 0}, "window=0: 1 to 16"),
-        ({"accumulate": 3}, "does not divide by accumulate=3"),
+        ({"accumulate": 3}, "must be a multiple of accumulate=3"),
         ({"kind": "mergear"}, "kind: got 'mergear'"),
         ({"kind": "random"}, "kind='random' with model.position_instruction=False"),
     ],

@@ -255,6 +255,7 @@ def test_configs_that_are_not_possible():
         ({"space": "text"}, "per_block with space='text': only modulations differ"),
         ({"batch_size": 0}, "batch_size=0 and"),
         ({"stage_1": StageConfig(steps=0, high_share=0.5)}, r"stage_1\.steps=0 must be at least 1"),
+        ({"stage_2": StageConfig(steps=2, high_share=0.5)}, r"warmup of 2 steps must be shorter than stage_2\.steps=2"),
         ({"boundary": 1.0}, r"boundary=1\.0 must be in \(0, 1\)"),
     ):
         with pytest.raises(ValueError, match=message):

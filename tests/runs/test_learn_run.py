@@ -1,6 +1,8 @@
 """A run that learns concepts: its files, a killed run that goes on, and what is refused before anything is loaded."""
 
+import contextlib
 import dataclasses
+import io
 import json
 
 import jax
@@ -68,7 +70,11 @@ def config(folder):
 def trained(config, tmp_path_factory):
     """The workdir of a run that nothing interrupted."""
     workdir = tmp_path_factory.mktemp("runs") / "whole"
-    result = learn(config, workdir)
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        result = learn(config, workdir)
+    *_, last_of_stage_1, begins, first_of_stage_2 = [line for line in said.getvalue().splitlines() if "step " in line]
+    assert begins == "stage 2 begins after step 4, 90% at low noise: the loss jumps"
+    assert last_of_stage_1.startswith("step 4/5 ") and first_of_stage_2.startswith("step 5/5 ")
     assert (result.step, result.stopped_by) == (5, None) and (workdir / CONCEPT_FILE).is_file()
     return workdir
 

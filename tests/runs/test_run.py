@@ -243,6 +243,7 @@ def test_a_second_training_in_one_workdir_is_refused_and_harms_nothing(folder, t
     """While the first run compiles, it holds the workdir and has written no checkpoint."""
     first = subprocess.Popen(command(folder, "twice"), env=ENVIRONMENT, stdout=subprocess.PIPE, text=True)
     assert "12 steps of 4 images, from step 0 (scratch)" in first.stdout.readline()
+    assert first.stdout.readline() == "compiling the train step\n"
     second = subprocess.run(command(folder, "twice"), env=ENVIRONMENT, capture_output=True, text=True)
     assert second.returncode == 1 and len(second.stderr.splitlines()) == 1
     assert f"another run is writing there: cli.py train on host {os.uname().nodename}, process {first.pid}, since " in (
@@ -272,7 +273,9 @@ def test_a_missing_dataset_is_named_with_its_key(folder, tmp_path, capsys):
     arguments = ["train", "--config", str(folder / "config.py"), "--workdir", str(tmp_path / "run")]
     for key in ("data", "evaluation.data"):
         assert cli.main([*arguments, f"--config.{key}.sources=({source},)"]) == 1
-        assert f"train: {key}: dataset 'mini_scenes/64' is not in '/no'" in capsys.readouterr().err
+        command = "mergevq scenes --data-dir /no --size 64; or in Python: mini_scenes.prepare('/no', size)"
+        expected = f"train: {key}: dataset 'mini_scenes/64' is not in '/no'; run: {command}\n"
+        assert capsys.readouterr().err.endswith(expected)
 
 
 def test_a_closed_pipe_ends_quietly():
@@ -374,7 +377,9 @@ def test_a_workdir_that_cannot_be_written(folder, capsys):
         (["reconstruct", "none.png"], "no such file"),
         (["reconstruct", "BROKEN"], "not a readable image"),
         (["reconstruct", "PICTURE", "--keep", "999"], "cannot keep 999"),
-        (["reconstruct", "PICTURE", "--size", "2"], "at least 4 pixels"),
+        (["reconstruct", "PICTURE", "--size", "2"], "--size 2 is too small for two tokens: at least 7 (0: as it is)"),
+        (["reconstruct", "PICTURE", "--size", "6"], "--size 6 is too small for two tokens: at least 7 (0: as it is)"),
+        (["reconstruct", "PICTURE", "--size", "-1"], "--size -1 is too small"),
         (["reconstruct", "PICTURE", "--tokenizer", "/no/where"], "/no/where"),
         (["evaluate", "--data-dir", "/no/where"], "run: mergevq scenes --data-dir /no/where --size 64"),
         (["tokenize", "--folder", "/no/where", "--out", "x"], "/no/where"),
@@ -383,6 +388,10 @@ def test_a_workdir_that_cannot_be_written(folder, capsys):
         (["inspect", "--preset", "huge"], "no preset 'huge'"),
         (["inspect"], "exactly one of --config and --preset"),
         (["train", "--config", "none.py", "--workdir", "x"], "none.py"),
+        (
+            ["train", "--config", "configs/tokenverse_tiny.py:star", "--workdir", "x"],
+            "this is not a config of mergevq train (task='tokenizer'): 8 of 9 keys are unknown\nconfig.",
+        ),
         (["reconstruct", "PICTURE", "--unknown"], "unknown argument"),
     ],
 )

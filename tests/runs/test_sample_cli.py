@@ -16,7 +16,6 @@ from mergevq_jax.generator.convert import generator_table
 from mergevq_jax.generator.images import codes_to_images, recovered_to_images
 from mergevq_jax.generator.model import GeneratorModel, import_released, load_generator
 from mergevq_jax.generator.sampling.plan import SamplingConfig
-from runtime_jax.messages import cut
 from runtime_jax.weights import export_weights
 from runtime_jax.workdir import only_writer
 
@@ -45,7 +44,7 @@ def sample(root, out, *options):
 def test_files(root, tmp_path, capsys):
     options = ["--class", "odd", "--class", "0", "--cfg-scale", 2, 1.5, "--top-k", 2, "--seed", 7, "--keep", 10]
     assert sample(root, tmp_path, *options, "--capacity", 4, "--show-cache") == 0
-    assert f"5 images are in {tmp_path}; the KV cache overflowed" in capsys.readouterr().out
+    said = capsys.readouterr().out
     with np.load(tmp_path / "samples.npz") as arrays:
         images, labels = arrays["arr_0"], arrays["arr_1"]
     assert images.shape == (5, 8, 8, 3) and images.dtype == np.uint8 and labels.tolist() == [1, 0, 1, 0, 1]
@@ -53,6 +52,9 @@ def test_files(root, tmp_path, capsys):
     assert protocol["sampling"]["cfg_scale"] == [2.0, 1.5] and protocol["sampling"]["window"] == 3
     assert (protocol["seed"], protocol["keep"], protocol["slots"]) == (7, 10, MODEL.prefix + 3 + 1 + 4)
     assert protocol["measured"]["slots_used_most"] <= protocol["slots"]
+    evicted = protocol["measured"]["overflows"] / 5
+    summary = f"on average {evicted:.3g} of an image's {MODEL.length} tokens were evicted from the KV cache"
+    assert f"5 images are in {tmp_path}; {summary}\n" in said
     for name in ("samples.png", "cache.png", "occupancy.png"):
         assert Image.open(tmp_path / name).size > (100, 100)
 
@@ -154,7 +156,7 @@ WORDS = ("even", "odd")
     ("names", "asked"), [(NUMBERED, "0"), (NUMBERED, "007"), (WORDS, "01"), (WORDS, "2"), ((), "99")]
 )
 def test_what_is_no_class(root, names, asked):
-    known = ["named " + cut(names)] if names else []
+    known = ["named " + ", ".join(names)] if names else []
     known += [] if names == NUMBERED else [f"numbered 0 to {(len(names) or 10) - 1}"]
     with pytest.raises(ValueError, match=f"class '{asked}': this generator's classes are {', and '.join(known)}$"):
         named(root, names).class_number(asked)
@@ -212,7 +214,10 @@ def test_inspect_says_what_sampling_remembers(kind, row, capsys):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--model", "/no/generator"], "/no/generator"),
+        (["--model", "/no/generator"], "(and not a hub id of the form owner/name)\n"),
+        (["--model", "nosuch"], "owner/name); shipped generators: tiny-mergear, tiny-plain, tiny-randar\n"),
+        (["--model", "tiny"], "tiny is a tokenizer; generators are tiny-mergear, tiny-plain, tiny-randar\n"),
+        (["--tokenizer", "tiny-mergear"], "tiny-mergear is a generator; tokenizers are tiny\n"),
         (["--model", "TOKENIZER"], "model_type is 'mergevq_tokenizer', but a generator's is 'mergevq_generator'"),
         (["--tokenizer", "OTHER"], "is not the one that this generator was trained with"),
         (["--class", "cat"], "class 'cat': this generator's classes are named even, odd, and numbered 0 to 1"),
@@ -221,7 +226,8 @@ def test_inspect_says_what_sampling_remembers(kind, row, capsys):
         (["--top-k", "3"], "top_k=3: 0 (off) to the sub-tokens' vocabularies (2, 8)"),
         (["--temperature", "1", "1", "1"], "one value, or one for each of 2 sub-tokens"),
         (["--capacity", "1"], "window=3, capacity=1: needed is 1 <= window <= capacity <= 16"),
-        (["--num", "0"], "--num 0"),
+        (["--num", "0"], "sample: --num 0: at least 1"),
+        (["--num", "0", "--batch-size", "-1"], "sample: --num 0 and --batch-size -1: at least 1"),
         (["--steps", "4"], "4 steps: this generator draws one code per step"),
         (["--tensor", "3"], "needs a multiple of 3 devices, but there are 8"),
         (["--model", "RANDAR", "--steps", "17"], "17 steps: allowed are 1 to 10"),

@@ -17,6 +17,7 @@ from tiny_pipeline import FLUX, random_params, tiny_pipeline, write_tiny_pipelin
 
 from runtime_jax import sharding
 from tokenverse_jax import cli
+from tokenverse_jax.commands.concepts import shortest_names
 from tokenverse_jax.commands.inspect import read_configs
 from tokenverse_jax.concepts.bank import Concept, ConceptFile
 from tokenverse_jax.concepts.concept_mod import ConceptModConfig, init_params
@@ -253,6 +254,17 @@ def test_concepts_inspect_shows_a_bank_and_warns_of_what_would_blend(model, bank
     assert f"tiny ({loaded.base_hash()[:8]})" in text
     assert "warning: cat:cat and twin:cat have similar attention keys" in text
     assert "warning: dog:dog" not in text
+    twins = [Path("a/x.safetensors"), Path("b/a/x.safetensors"), Path("b/y.safetensors"), Path("/c/a/x.safetensors")]
+    assert list(map(str, shortest_names(twins).values())) == [
+        "a/x.safetensors",
+        "b/a/x.safetensors",
+        "y.safetensors",
+        "c/a/x.safetensors",
+    ]
+    same = shutil.copy(files[1], tmp_path / "dog.safetensors")
+    assert cli.main(["concepts", "inspect", files[0], str(same), "--model", str(model), "--dtype", "float32"]) == 0
+    text = capsys.readouterr().out
+    assert f"| {bank.name}/dog.safetensors |" in text and f"| {tmp_path.name}/dog:cat |" in text
     # As many words as there are: each pair is looked at by itself.
     many = [str(write_concept(tmp_path / f"{i}.safetensors", loaded, "dog", seed=i)) for i in range(7)]
     assert cli.main(["concepts", "inspect", *many, "--model", str(model), "--dtype", "float32"]) == 0
@@ -420,6 +432,8 @@ BAD_LEARN = [
     ({"size": 10}, "image size 10x10: positive multiples of 4 are needed"),
     ({"model": "nowhere"}, r"nowhere: no such file or folder \(and not a hub id of the form owner/name\)"),
     ({"learn.stage_3": 1}, "config.learn.stage_3: unknown key"),
+    ({"learn.stage1.steps": 4}, r"learn.stage1: unknown key \(value {'steps': 4}\); did you mean 'stage_1'\?"),
+    ({"learn.optimizer.warmup.steps": 1}, "config.learn: optimizer.warmup of 1 steps must be shorter than stage_1.ste"),
     ({"learn.space": "pixels"}, "config.learn.space: got 'pixels'"),
 ]
 

@@ -72,9 +72,12 @@ def test_builds_nested():
     [
         (
             {"stepz": 4},
-            "config.stepz: unknown key (value 4); known: steps, optimizer, name, flag, clip, kept, weights, groups, "
-            "teacher",
+            "config.stepz: unknown key (value 4); did you mean 'steps'?; known: steps, optimizer, name, flag, clip, "
+            "kept, weights, groups, teacher",
         ),
+        ({"step": ConfigDict({"s": 4})}, "config.step: unknown key (value {'s': 4}); did you mean 'steps'?"),
+        ({"z": "x" * 99}, f"config.z: unknown key (value '{'x' * 76}...); known"),
+        ({"steps": ConfigDict({"s": 4})}, "config.steps: got {'s': 4} (ConfigDict), expected int"),
         ({"flags": True}, "config.flags: unknown key (value True); did you mean 'flag'?"),
         ({"optimizer": {}}, "config.optimizer.lr: missing, expected float"),
         ({"optimizer": 3}, "config.optimizer: got 3 (int), expected Optimizer with keys lr, kind, betas"),
@@ -103,6 +106,19 @@ def test_builds_nested():
 )
 def test_error_names_path_value_and_what_is_allowed(changes, message):
     assert message in error(**changes)
+
+
+def test_a_config_of_something_else_is_called_that():
+    others = {"model": 1, "data": 2, "words": 3, "images": 4}
+    with pytest.raises(ConfigError) as info:
+        build(Config, {"steps": 1, **others}, what="a test")
+    head, *problems = info.value.problems
+    assert head == "config: this is not a config of a test: 4 of 5 keys are unknown"
+    assert [line.split(":")[0] for line in problems] == ["config.model", "config.data", "config.words"]
+    typos = {"stepz": 1, "optimiser": {}, "nam": ""}  # few enough to be listed
+    with pytest.raises(ConfigError) as info:
+        build(Config, typos)
+    assert len(info.value.problems) == 5 and "not a config" not in str(info.value)
 
 
 def test_all_problems_at_once():
@@ -189,6 +205,8 @@ def test_bad_override(config_file, override, message):
 def test_bad_config_file(tmp_path, config_file):
     with pytest.raises(ConfigError, match=r"no such config file .*tinny\.py'; did you mean .*tiny\.py'"):
         load(str(tmp_path / "tinny.py:arg"))
+    with pytest.raises(ConfigError, match=r"no such config file .*nosuch\.py'; there: "):
+        load(str(tmp_path / "nosuch.py"))
     (tmp_path / "empty.py").write_text("")
     with pytest.raises(ConfigError, match="defines no get_config"):
         load(str(tmp_path / "empty.py"))

@@ -145,7 +145,8 @@ def test_a_table_and_a_picture(tmp_path, monkeypatch):
     # What a set was drawn in batches of says nothing about its images.
     folders = [folder(tmp_path / "a"), folder(tmp_path / "b", IMAGES[::-1], seed=1, batch_size=3)]
     compare([("ours", folders)], out=tmp_path / "out", data_dir="", judge=KnowingJudge())
-    head, _, real, ours, *_ = (tmp_path / "out" / "compare.md").read_text().splitlines()
+    head, _, real, ours, *_, note = (tmp_path / "out" / "compare.md").read_text().splitlines()
+    assert "as many test scenes of mini_scenes/32, of several objects (--single: of one); intervals" in note
     assert head.count("|") == ours.count("|") == 7
     assert real.startswith("| held-out scenes | 1 | 100.0 ± 0.0 |") and "| 0.000 |" in real
     assert ours.startswith("| ours | 2 | ") and ours.endswith("| 2 | 0.250 |")
@@ -184,16 +185,19 @@ def test_quality_against_slots():
 
 def test_what_is_not_known_is_left_empty():
     quality = Quality(Estimate(0.5, 0.1, 9), Estimate(1.25, None, 1))
-    assert "| real | 1 | 50.0 ± 10.0 | 1.250 |  |  |" in render([Row("real", quality, 1)], 9)
+    assert "| real | 1 | 50.0 ± 10.0 | 1.250 |  |  |" in render([Row("real", quality, 1)], 9, "mini_scenes/64_single")
 
 
 def test_folders_that_do_not_fit(tmp_path):
-    with pytest.raises(ValueError, match="nothing: not a folder of mergevq sample"):
+    with pytest.raises(ValueError, match=r"nothing: no such folder$"):
         read_samples(tmp_path / "nothing")
+    with pytest.raises(ValueError, match="not a folder of mergevq sample"):
+        read_samples(tmp_path)
     with pytest.raises(ValueError, match=r"bad: images uint8 \(6, 32, 32, 3\) with labels \(5,\)"):
         read_samples(folder(tmp_path / "bad", labels=LABELS[1:]))
     rows = [("a", [folder(tmp_path / "a")]), ("b", [folder(tmp_path / "b", IMAGES[:4], LABELS[:4])])]
-    with pytest.raises(ValueError, match="equal numbers of images of one size are needed"):
+    there = f"a {tmp_path}/a: 6 of 32 x 32 pixels, b {tmp_path}/b: 4 of 32 x 32 pixels"
+    with pytest.raises(ValueError, match=f"equal numbers of images of one size are needed, there are {there}$"):
         compare(rows, out=tmp_path, data_dir="", judge=KnowingJudge())
 
 

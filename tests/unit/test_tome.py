@@ -334,7 +334,7 @@ def test_schedules_are_exact(raw, layers, data):
 def test_everything_above_the_fewest_is_reachable(raw, layers, fewest):
     for kept in (*range(fewest, raw, raw // 40), *range(raw - 30, raw + 1)):
         assert allowed(raw, kept, layers, tome.merge_counts(raw, kept, layers))
-    with pytest.raises(ValueError, match=f"allowed are {fewest} to {raw}; keep more tokens or use more layers"):
+    with pytest.raises(ValueError, match=f"allowed are {fewest} to {raw}$"):
         tome.merge_counts(raw, fewest - 1, layers)
 
 

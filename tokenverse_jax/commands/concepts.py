@@ -1,7 +1,8 @@
 """`tokenverse concepts inspect`: the contents of concept files, and which of their words would blend in one picture."""
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -48,11 +49,12 @@ def inspect_bank(paths: Sequence[Path], loader: Callable[[str], Loader], model: 
       ValueError: a file that is not a concept file, or files of several bases.
     """
     files = {path: bank.load_concepts(path) for path in paths}
+    names = shortest_names(files)
     file_rows, word_rows = [], []
     for path, file in files.items():
         has_params, size = "no" if file.params is None else "yes", f"{path.stat().st_size / 1e3:,.0f}"
         file_rows.append((str(path), file.caption, f"{file.base} ({file.base_hash[:8]})", has_params, size))
-        word_rows += [_word_row(path, concept) for concept in file.concepts]
+        word_rows += [_word_row(str(names[path]), concept) for concept in file.concepts]
     lines = [
         *table(("file", "caption", "base", "Concept-Mod", "kB"), file_rows),
         "",
@@ -75,10 +77,17 @@ def inspect_bank(paths: Sequence[Path], loader: Callable[[str], Loader], model: 
     return "\n".join(lines)
 
 
-def _word_row(path: Path, concept: Concept) -> tuple[str, ...]:
+def shortest_names(paths: Collection[Path]) -> dict[Path, Path]:
+    """Each path's last parts, as few as tell it from the others."""
+    tails = {path: [Path(*path.parts[-count:]) for count in range(1, len(path.parts) + 1)] for path in paths}
+    shared = Counter(itertools.chain.from_iterable(tails.values()))
+    return {path: next((tail for tail in parts if shared[tail] == 1), path) for path, parts in tails.items()}
+
+
+def _word_row(file: str, concept: Concept) -> tuple[str, ...]:
     norm = lambda array: f"{np.linalg.norm(array, axis=-1).mean():.2f}"  # noqa: E731
     per_block = "-" if concept.block_offset is None else norm(concept.block_offset)
-    cells = (concept.word, path.name, len(concept.token_ids), concept.blocks, concept.strength)
+    cells = (concept.word, file, len(concept.token_ids), concept.blocks, concept.strength)
     return (*map(str, cells), norm(concept.offset), per_block)
 
 
@@ -93,6 +102,7 @@ def key_similarities(load: Loader, files: dict[Path, ConceptFile], base_hash: st
     """
     tokenizer = load().tokenizer_2
     words = [(path, concept) for path, file in files.items() for concept in file.concepts]
+    paths = {path: short.with_suffix("") for path, short in shortest_names(files).items()}
     names, prompts, placed = [], [], []
     for (path, first), (other, second) in itertools.combinations(words, 2):
         if path != other:
@@ -100,7 +110,7 @@ def key_similarities(load: Loader, files: dict[Path, ConceptFile], base_hash: st
             prompt = f"a {name} and a {twin}"
             spans = (2, 2 + len(name)), (len(prompt) - len(twin), len(prompt))
             where = [find_span(tokenizer, prompt, *span) for span in spans]
-            names.append((f"{path.stem}:{first.word}", f"{other.stem}:{second.word}"))
+            names.append((f"{paths[path]}:{first.word}", f"{paths[other]}:{second.word}"))
             prompts.append(prompt)
             placed.append([PlacedConcept(first, where[0]), PlacedConcept(second, where[1])])
     if not prompts:

@@ -2,7 +2,7 @@
 
 import functools
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -10,6 +10,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
+from tqdm import tqdm
 
 from runtime_jax import config as config_lib
 from runtime_jax import sharding
@@ -132,7 +133,7 @@ def learn(config: LearnRunConfig, workdir: str | Path) -> loop.Result:
                 resolved_config=config_lib.to_dict(config) | {"weights": ready.weights, "pixels": pixels},
                 total_steps=total,
                 batch_size=how.batch_size,
-                batches=lambda start: (draw(ready.data, how, config.seed, step) for step in range(start, total)),
+                batches=functools.partial(_batches, config, ready.data),
                 dtype=config.compute.dtype,
                 variant=lambda step: learner.variant(step, config.seed, ready.data),
                 preview=functools.partial(ready.preview, shown) if config.prompts else None,
@@ -150,6 +151,15 @@ def learn(config: LearnRunConfig, workdir: str | Path) -> loop.Result:
                     params=params if config.keep_params else None,
                 ).save(folder / CONCEPT_FILE)
         return result
+
+
+def _batches(config: LearnRunConfig, data: ConceptData, start: int) -> Iterator[loop.Batch]:
+    """From step `start` on; prints a line where the second stage begins."""
+    for step in range(start, config.learn.total_steps):
+        if step == config.learn.stage_1.steps:
+            low = 1 - config.learn.stage_2.high_share
+            tqdm.write(f"stage 2 begins after step {step}, {low:.0%} at low noise: the loss jumps")
+        yield draw(data, config.learn, config.seed, step)
 
 
 def _shown_words(tokenizer: Tokenizer, prompt: str, captions: Captions) -> list[str]:

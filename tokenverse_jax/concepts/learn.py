@@ -76,6 +76,10 @@ class LearnConfig:
             )
         if self.per_block and self.space != "modulation":
             raise ValueError(f"per_block with space={self.space!r}: only modulations differ from block to block")
+        warmup = self.optimizer.warmup.to_steps(self.batch_size)
+        for name in ("stage_1", "stage_2"):
+            if 0 < (steps := getattr(self, name).steps) <= warmup:
+                raise ValueError(f"optimizer.warmup of {warmup} steps must be shorter than {name}.steps={steps}")
 
     @property
     def total_steps(self) -> int:
