@@ -29,6 +29,8 @@ from runtime_jax.cost import count_flops, table
 from runtime_jax.training.program import Program
 
 DOES_NOT_FIT = 3
+# Otherwise libtpu looks for the TPU that this machine has not.
+ABSENT = {"TPU_SKIP_MDS_QUERY": "1", "TPU_ACCELERATOR_TYPE": "v5litepod-1", "TPU_WORKER_HOSTNAMES": "localhost"}
 LARGE = 2**20  # bytes of a leaf that is worth splitting
 
 
@@ -60,12 +62,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--codes", action="store_true", help="a generator on codes, without its tokenizer")
     parser.add_argument("--json", type=Path, help="also write the numbers here")
     args, rest = parser.parse_known_args(argv)
-    # Otherwise libtpu looks for the TPU that this machine has not.
-    os.environ |= {
-        "TPU_SKIP_MDS_QUERY": "1",
-        "TPU_ACCELERATOR_TYPE": "v5litepod-1",
-        "TPU_WORKER_HOSTNAMES": "localhost",
-    }
     jax.config.update("jax_platforms", "cpu")
     try:
         kind, devices = topology(args.topology)
@@ -93,12 +89,18 @@ def topology(name: str) -> tuple[str, list[jax.Device]]:
     kind, _, shape = name.partition(":")
     if kind not in CHIPS or not re.fullmatch(r"\d+(x\d+){1,2}", shape):
         raise ValueError(f"topology {name!r}: {', '.join(CHIPS)} with a shape, such as v5e:4x4 or v5p:2x2x2")
+    before = dict(os.environ)
     try:
+        os.environ |= ABSENT
         return kind, list(topologies.get_topology_desc(name, "tpu").devices)
     except Exception as error:
         missing = "libtpu" in str(error) or "not found" in str(error)
         hint = "; pip install -e '.[ahead]' brings libtpu" if missing else ""
         raise ValueError(f"topology {name!r}: {str(error).splitlines()[0]}{hint}") from error
+    finally:
+        for variable in ABSENT.keys() - before.keys():
+            del os.environ[variable]
+        os.environ |= before
 
 
 def compile_step(

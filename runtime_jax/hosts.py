@@ -66,6 +66,8 @@ def _of_tpus(environment: Mapping[str, str]) -> Processes | None:
         return None
     hosts = environment["TPU_WORKER_HOSTNAMES"].split(",")
     slices = _number(environment, "MEGASCALE_NUM_SLICES") if "MEGASCALE_NUM_SLICES" in environment else 1
+    if slices * len(hosts) == 1:
+        return None
     number = _number(environment, "MEGASCALE_SLICE_ID") if slices > 1 else 0
     first = environment.get("MEGASCALE_COORDINATOR_ADDRESS", hosts[0]) if slices > 1 else hosts[0]
     index = number * len(hosts) + _number(environment, "TPU_WORKER_ID")
