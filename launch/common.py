@@ -66,12 +66,15 @@ def check_folders(command: Sequence[str], *, mounts: Sequence[str] | None, why: 
     """
     for word, following in zip(command, [*command[1:], ""], strict=True):
         name, equals, value = word.partition("=")
-        if name not in FOLDERS or "://" in (folder := value if equals else following):
+        if name not in FOLDERS:
             continue
+        folder = value if equals else following
+        if "://" in folder:
+            raise LaunchError(f"{name} {folder}: not a path of a file system; mount the bucket, give its mount point")
         kept = folder.startswith("/") and (mounts is None or any(_is_in(folder, mount) for mount in mounts))
         if not kept:
-            places = ["gs://..."] + (["an absolute path of a shared file system"] if mounts is None else list(mounts))
-            raise LaunchError(f"{name} {folder}: {why}; use {' or '.join(places)}")
+            places = ["an absolute path of a shared file system"] if mounts is None else mounts
+            raise LaunchError(f"{name} {folder}: {why}; use {' or '.join(places) or 'a folder of a --pvc'}")
 
 
 def _is_in(folder: str, mount: str) -> bool:

@@ -1,7 +1,7 @@
 r"""Runs a command on GKE: writes a JobSet for TPU slices or GPU nodes and applies it; `--dry-run` prints it.
 
     python -m launch.gke gr-d64 --image europe-docker.pkg.dev/project/images/mergevq:tpu --slice v6e:4x4 --slices 2 \
-        --service-account trainer -- mergevq train --config mergevq_imagenet:gr-d64 --workdir gs://bucket/gr-d64
+        --pvc bucket:/data -- mergevq train --config mergevq_imagenet:gr-d64 --workdir /data/gr-d64
     python -m launch.gke gr-d64 --image ... --gpu nvidia-h100-80gb --nodes 2 --gpus-per-node 8 --pvc data:/data -- \
         mergevq train --config mergevq_imagenet:gr-d64 --workdir /data/gr-d64
 
@@ -65,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--timeout", type=float, help="seconds until a silent host counts as lost")
     parser.add_argument("--pvc", action="append", default=[], metavar="CLAIM:FOLDER", help="volume claim to mount")
     parser.add_argument("--env", action="append", default=[], metavar="NAME=VALUE", help="environment variable")
-    parser.add_argument("--service-account", help="Kubernetes account with rights for gs://")
+    parser.add_argument("--service-account", help="Kubernetes account with rights for a mounted bucket")
     parser.add_argument("--namespace", help="default: kubectl's")
     parser.add_argument("--queue", help="Kueue's LocalQueue")
     parser.add_argument("--host-network", action="store_true", help="faster between slices; not on Autopilot")

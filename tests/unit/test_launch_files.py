@@ -157,7 +157,11 @@ def test_a_small_slice_may_be_one_host_or_two():
         ("tpu_vm run pod --slice v5e:4x4 --zone us-west4-a --slices 0 -- x", "--slices 0: must be at least 1"),
         (
             "tpu_vm run pod --slice v5e:4x4 --zone us-west4-a -- x --workdir runs/x",
-            "--workdir runs/x: each of the 4 hosts would have its own; use gs://... or an absolute path",
+            "--workdir runs/x: each of the 4 hosts would have its own; use an absolute path of a shared",
+        ),
+        (
+            "tpu_vm run pod --slice v5e:4x4 --zone us-west4-a -- x --workdir gs://b/x",
+            "--workdir gs://b/x: not a path of a file system; mount the bucket",
         ),
         ("tpu_vm create pod --slice v5e:4x4 --zone us-west4-a --now --slices 2", "--now creates one slice"),
         ("tpu_vm install pod --slice v5e:4x4 --zone us-west4-a --python 3.9", "--python '3.9'"),
@@ -166,10 +170,10 @@ def test_a_small_slice_may_be_one_host_or_two():
         ("gke x --image i --slice v5e:4x4 --chips-per-host 8 -- x", "v5e:4x4 has hosts of 4 chips, not of 8"),
         ("gke x --image i --slice v5e:4x4 --nodes 2 -- x", "--nodes is for GPUs"),
         ("gke x --image i --gpu nvidia-l4 --slices 2 -- x", "--slices and --chips-per-host are for TPUs"),
-        ("gke x --image i --gpu nvidia-l4 -- x --workdir=/w", "--workdir /w: lost with the pod; use gs://..."),
+        ("gke x --image i --gpu nvidia-l4 -- x --workdir=/w", "--workdir /w: lost with the pod; use a folder of a"),
         (
             "gke x --image i --gpu nvidia-l4 --pvc c:/d -- x --out /data",
-            "--out /data: lost with the pod; use gs://... or /d",
+            "--out /data: lost with the pod; use /d",
         ),
         ("gke x --image i --gpu nvidia-l4 --pvc c -- x", "--pvc 'c': expected something like claim:/data"),
         ("gke x --image i --gpu nvidia-l4 --env A -- x", "--env 'A': expected something like NAME=VALUE"),
