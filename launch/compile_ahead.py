@@ -176,7 +176,10 @@ def abstract_program(
 
 
 def count_collectives(text: str) -> dict[str, dict[str, float]]:
-    """Number and bytes (of the results on one device) of each kind of collective in an optimised program."""
+    """Number and bytes (of the results on one device) of each kind of collective in an optimised program.
+
+    One inside of a loop, such as that over stacked blocks, counts once.
+    """
     found: dict[str, Counter] = {}
     for line in text.splitlines():
         match = re.search(rf"= (.*?) ({'|'.join(COLLECTIVES)})(-start)?\(", line)
@@ -213,7 +216,7 @@ def render(report: Mapping[str, Any]) -> str:
         ("total, GiB a chip", f"{size['total'] / gib:.2f} of {size['chip'] / gib:.0f}"),
         ("TFLOP of a step", f"{report['flops']['jaxpr'] / 1e12:.1f}"),
         *(
-            (f"{kind}", f"{entry['count']} of {entry['bytes'] / 2**20:.1f} MiB in all")
+            (f"{kind} (in loops: once)", f"{entry['count']} of {entry['bytes'] / 2**20:.1f} MiB in all")
             for kind, entry in sorted(report["collectives"].items())
         ),
         ("replicated leaves above 1 MiB", f"{len(report['replicated'])}, {whole / gib:.2f} GiB"),
