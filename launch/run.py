@@ -46,7 +46,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--host", type=int, default=0, help="number of this host, from 0")
     parser.add_argument("--coordinator", default=f"localhost:{PORT}", help="HOST:PORT on host 0; PORT + 1 is used too")
     parser.add_argument("--timeout", type=float, default=TIMEOUT, help="seconds until a silent host counts as lost")
-    parser.add_argument("--restarts", type=int, default=0, help="times to start again after a loss or SIGTERM")
+    parser.add_argument(
+        "--restarts", type=int, default=0, help="times to start again, unless this is sent a signal"
+    )
     parser.add_argument("--dry-run", action="store_true", help="print what would be started")
     parser.add_argument("command", nargs=argparse.REMAINDER, metavar="-- COMMAND")
     args = parser.parse_args(argv)
@@ -73,12 +75,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     hosts = Processes(f"{host}:{int(port) + 1}", args.hosts, args.host)
     for attempt in range(args.restarts + 1):
+        supervisor = Supervisor(command, processes, hosts, args.timeout)
         try:
-            status = Supervisor(command, processes, hosts, args.timeout).run()
+            status = supervisor.run()
         except HostsError as error:
             print(f"launch.run: {error}", file=sys.stderr)
             status = LOST if isinstance(error, AbsentError) else 1
-        if status not in (LOST, STOPPED[0]) or attempt == args.restarts:
+        if status not in (LOST, STOPPED[0]) or attempt == args.restarts or supervisor.asked_to_stop:
             break
         print(f"launch.run: starting again ({attempt + 1} of {args.restarts})", file=sys.stderr)
     return status
@@ -98,12 +101,15 @@ class Supervisor:
         self.command, self.processes, self.timeout = list(command), processes, timeout
         self.peers = Peers(hosts, timeout)
         self.signal: int | None = None
+        self.children: list[subprocess.Popen] = []
 
     def run(self) -> int:
         """Starts the processes and waits for all of them, here and on the other hosts; the exit status."""
         before = {number: signal.signal(number, self._forward) for number in (signal.SIGTERM, signal.SIGINT)}
         try:
             self.peers.connect(json.dumps([self.command, {}]))
+            if self.signal is not None:  # while the hosts met
+                return 128 + self.signal
             self.children = [self._start(process) for process in self.processes]
             ended = self._watch()
             self.peers.tell(ended)
@@ -119,6 +125,11 @@ class Supervisor:
             print(f"launch.run: {ended.reason}{self._advice(ended)}", file=sys.stderr)
         return ended.status
 
+    @property
+    def asked_to_stop(self) -> bool:
+        """Whether a supervisor, here or on another host, was sent a signal."""
+        return self.signal is not None or self.peers.stopped
+
     def _start(self, process: Processes) -> subprocess.Popen:
         alone = process.count == 1
         pipe = None if alone else subprocess.PIPE
@@ -131,7 +142,7 @@ class Supervisor:
 
     def _forward(self, number: int, frame: Any) -> None:
         self.signal = number
-        for child in getattr(self, "children", ()):
+        for child in self.children:
             if child.poll() is None:
                 child.send_signal(number)
 
@@ -150,7 +161,8 @@ class Supervisor:
             if (told := self.peers.told()) is not None:
                 return told
             if None not in codes:
-                return self.peers.agree(Ended(max(0 if code == 0 else _status(code) for code in codes), None))
+                status = max(-code + 128 if code < 0 else code for code in codes)
+                return self.peers.agree(status, stop=self.signal is not None)
             if self.signal is not None:
                 stopped_at = stopped_at or time.monotonic()
                 if time.monotonic() - stopped_at > GRACE:
@@ -170,10 +182,6 @@ class Supervisor:
         return f"; the same command resumes from {newest}"
 
 
-def _status(code: int) -> int:
-    return 128 - code if code < 0 else code
-
-
 def _copy(source: BinaryIO, target: BinaryIO, number: int) -> None:
     """Lines of a process, with its number; without what XLA prints before it aborts."""
     for line in iter(source.readline, b""):
@@ -189,10 +197,10 @@ class Peers:
     def __init__(self, hosts: Processes, timeout: float):
         self.hosts, self.timeout = hosts, timeout
         self._connections: dict[int, socket.socket] = {}
-        self._heard: dict[int, float] = {}
         self._done: dict[int, int] = {}  # hosts that have ended as they should, and their status
         self._told: Ended | None = None
-        self._lock = threading.Lock()
+        self.stopped = False  # whether a supervisor of another host was sent a signal
+        self._lock, self._writing = threading.Lock(), threading.Lock()
         self._closed = threading.Event()
 
     def connect(self, says: str) -> None:
@@ -210,11 +218,10 @@ class Peers:
         while not self._closed.wait(min(_BEAT, self.timeout / 4)):
             self._send({})
 
-    def _send(self, message: dict[str, Any], to: Sequence[int] | None = None) -> None:
-        for number, connection in self._connections.items():
-            if to is None or number in to:
-                with contextlib.suppress(OSError):
-                    connection.sendall(json.dumps(message).encode() + b"\n")
+    def _send(self, message: dict[str, Any]) -> None:
+        for connection in self._connections.values():
+            with self._writing, contextlib.suppress(OSError):
+                connection.sendall(json.dumps(message).encode() + b"\n")
 
     def _listen(self, number: int, connection: socket.socket) -> None:
         stream = connection.makefile("r")
@@ -228,6 +235,7 @@ class Peers:
                             self._send(message)
                     if "done" in message:
                         self._done |= {int(host): status for host, status in message["done"].items()}
+                        self.stopped |= message["stop"]
         except (OSError, ValueError):
             pass
         if not self._closed.is_set():
@@ -248,20 +256,23 @@ class Peers:
             self._send({"ended": ended})
             time.sleep(_POLL)  # for the message to leave
 
-    def agree(self, ended: Ended) -> Ended:
-        """Waits for the processes of the other hosts to end as well; the largest status of all."""
+    def agree(self, status: int, *, stop: bool) -> Ended:
+        """Waits for the processes of the other hosts to end as well; the largest status of all.
+
+        `stop`: this supervisor was sent a signal, so no host is to start again.
+        """
         with self._lock:
-            self._done[self.hosts.index] = ended.status
+            self._done[self.hosts.index] = status
         while self._connections:
             with self._lock:
                 if self._told is not None:
                     return self._told
                 done = dict(self._done)
-            self._send({"done": done})
+            self._send({"done": done, "stop": stop or self.stopped})
             if len(done) == self.hosts.count:
                 return Ended(max(done.values()), None)
             time.sleep(_POLL)
-        return ended
+        return Ended(status, None)
 
     def close(self) -> None:
         """Ends the connections."""

@@ -1,9 +1,11 @@
 """Runs of several real processes: equal to one process, resumed after kills and signals, mismatches found."""
 
+import contextlib
 import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -26,10 +28,19 @@ def environment(devices=2):
     return os.environ | {"XLA_FLAGS": flags, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
 
 
-def launched(processes, folder, how="whole", when="0", options=(), port=23450):
+def coordinator():
+    """An address with a free port and a free one after it: tests run side by side."""
+    while True:
+        with socket.create_server(("localhost", 0)) as first:
+            port = first.getsockname()[1]
+            with contextlib.suppress(OSError, OverflowError), socket.create_server(("localhost", port + 1)):
+                return f"localhost:{port}"
+
+
+def launched(processes, folder, how="whole", when="0", options=()):
     """A run under launch.run."""
     command = [sys.executable, "-m", "launch.run", "--processes", str(processes), "--timeout", "60"]
-    command += ["--coordinator", f"localhost:{port}", *options, "--", *TOY, str(folder), how, when]
+    command += ["--coordinator", coordinator(), *options, "--", *TOY, str(folder), how, when]
     return subprocess.Popen(
         command, cwd=ROOT, env=environment(4 // processes), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
@@ -101,13 +112,13 @@ def test_restarts_finish_the_run(whole, tmp_path):
 
 
 def test_sigterm_saves_on_all_processes(whole, tmp_path):
-    run = launched(2, tmp_path, "slowly", "0.5")
+    run = launched(2, tmp_path, "slowly", "0.5", ["--restarts", "3"])
     while not (tmp_path / "checkpoints" / "6").is_dir():
         assert run.poll() is None
         time.sleep(0.1)
     run.send_signal(signal.SIGTERM)
     code, out, err = ended(run)
-    assert code == 143, err
+    assert code == 143 and "starting again" not in err, err
     step = int(re.search(r"SIGTERM: stopped after step (\d+), saved", out)[1])
     assert 6 <= step < 20
     code, out, _ = ended(launched(2, tmp_path))
@@ -123,7 +134,7 @@ def test_two_processes_tokenize_as_one(tmp_path):
     records = []
     for count in (1, 2):
         out = tmp_path / str(count)
-        command = [sys.executable, "-m", "launch.run", "--processes", str(count), "--coordinator", "localhost:23490"]
+        command = [sys.executable, "-m", "launch.run", "--processes", str(count), "--coordinator", coordinator()]
         command += ["--", sys.executable, "-m", "mergevq_jax.cli", "tokenize", "--folder", str(tmp_path / "pictures")]
         command += ["--out", str(out), "--shard-size", "3", "--batch-size", "3", "--keep", "144"]
         done = subprocess.run(command, cwd=ROOT, env=environment(1), capture_output=True, text=True, timeout=300)
@@ -141,8 +152,10 @@ def test_commands_for_one_process_say_so():
 
 
 def test_processes_of_different_programs_are_refused(tmp_path):
+    address = coordinator()
+
     def one(index, how):
-        own = {"JAX_COORDINATOR_ADDRESS": "localhost:23460", "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": str(index)}
+        own = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": str(index)}
         command = [*TOY, str(tmp_path), how, "0"]
         return subprocess.Popen(command, env=environment() | own, stderr=subprocess.PIPE, text=True)
 
@@ -216,10 +229,12 @@ def test_bad_options_of_the_launcher(options, message, capsys):
 def test_two_hosts_and_one_that_is_lost():
     """Supervisors on two hosts, here the same one: the loss of a process on one ends the other."""
 
+    address = coordinator()
+
     def host(number, seconds, then):
         command = [sys.executable, "-m", "launch.run", "--hosts", "2", "--host", str(number), "--timeout", "10"]
         script = f"sleep $((JAX_PROCESS_ID * {seconds})); {then}"
-        command += ["--coordinator", "localhost:23470", "--", "sh", "-c", script]
+        command += ["--coordinator", address, "--", "sh", "-c", script]
         return subprocess.Popen(command, cwd=ROOT, env=environment(), stderr=subprocess.PIPE, text=True)
 
     runs = [host(number, 60, "[ $JAX_PROCESS_ID = 1 ] || kill -9 $$") for number in (0, 1)]
@@ -230,10 +245,30 @@ def test_two_hosts_and_one_that_is_lost():
     assert [run.wait(timeout=30) for run in runs] == [0, 0]
 
 
+def test_a_stopped_run_starts_again_on_no_host(tmp_path):
+    """SIGTERM reaches one supervisor; the process of the other ends as well, as JAX's processes do."""
+    stopped = tmp_path / "stopped"
+    script = f"trap 'touch {stopped}; exit 143' TERM; until [ -e {stopped} ]; do sleep 0.1; done; exit 143"
+    address, runs = coordinator(), []
+    for number in (0, 1):
+        command = [sys.executable, "-m", "launch.run", "--hosts", "2", "--host", str(number), "--timeout", "30"]
+        command += ["--restarts", "2", "--coordinator", address, "--", "sh", "-c"]
+        command += [f"touch {tmp_path}/$JAX_PROCESS_ID; {script}"]
+        runs.append(subprocess.Popen(command, cwd=ROOT, env=environment(), stderr=subprocess.PIPE, text=True))
+    while not all((tmp_path / str(number)).exists() for number in (0, 1)):
+        time.sleep(0.1)
+    time.sleep(0.5)  # for the trap
+    runs[0].send_signal(signal.SIGTERM)
+    for run in runs:
+        _, err = run.communicate(timeout=60)
+        assert run.returncode == 143 and "starting again" not in err, err
+
+
 def test_a_host_that_does_not_come(capsys):
     from launch.run import main
 
-    options = ["--hosts", "2", "--timeout", "1", "--coordinator", "localhost:23480", "--", "true"]
+    address = coordinator()
+    options = ["--hosts", "2", "--timeout", "1", "--coordinator", address, "--", "true"]
     assert main(options) == 75 and "process 1 of 2 did not come within 1 s" in capsys.readouterr().err
     assert main([*options[:2], "--host", "1", *options[2:]]) == 75
-    assert "no coordinator at localhost:23481 within 1 s" in capsys.readouterr().err
+    assert f"no coordinator at localhost:{int(address.split(':')[1]) + 1} within 1 s" in capsys.readouterr().err
