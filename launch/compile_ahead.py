@@ -19,13 +19,15 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import numpy as np
 from jax.experimental import topologies
-from jax.sharding import NamedSharding, PartitionSpec
 
-from runtime_jax import config as config_lib
+from launch import slices
+from mergevq_jax.cli import training
+from mergevq_jax.generator import inspect as generator
+from mergevq_jax.tokenizer import inspect as tokenizer
 from runtime_jax import sharding
-from runtime_jax.cost import count_flops, table
+from runtime_jax.cli import overrides_of
+from runtime_jax.cost import count, count_flops, peak_flops, size_of, table
 from runtime_jax.training.program import Program
 
 DOES_NOT_FIT = 3
@@ -35,19 +37,18 @@ LARGE = 2**20  # bytes of a leaf that is worth splitting
 
 
 class Chip(NamedTuple):
-    """One chip, from the maker's data sheet (cloud.google.com/tpu/docs)."""
+    """One chip, from the maker's data sheet (cloud.google.com/tpu/docs); its peak is in `runtime_jax.cost`."""
 
-    flops: float  # bfloat16, per second
     memory: float  # bytes
     bandwidth: float  # of memory, bytes per second
     links: float  # between chips, bytes per second, all together
 
 
 CHIPS = {
-    "v4": Chip(275e12, 32 * 2**30, 1.228e12, 300e9),
-    "v5e": Chip(197e12, 16 * 2**30, 0.819e12, 200e9),
-    "v5p": Chip(459e12, 95 * 2**30, 2.765e12, 600e9),
-    "v6e": Chip(918e12, 32 * 2**30, 1.64e12, 448e9),
+    "v4": Chip(32 * 2**30, 1.228e12, 300e9),
+    "v5e": Chip(16 * 2**30, 0.819e12, 200e9),
+    "v5p": Chip(95 * 2**30, 2.765e12, 600e9),
+    "v6e": Chip(32 * 2**30, 1.64e12, 448e9),
 }
 COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
 _BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2, "f32": 4, "s32": 4, "u32": 4, "f64": 8}
@@ -65,11 +66,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     jax.config.update("jax_platforms", "cpu")
     try:
         kind, devices = topology(args.topology)
-        if wrong := [word for word in rest if not re.match(r"--config\.[^=]+=", word)]:
-            raise ValueError(f"unknown argument {wrong[0]!r}; overrides are --config.key=value")
-        overrides = [word.removeprefix("--config.") for word in rest]
-        fields = config_lib.load(args.config, overrides, new_keys=True)
-        report = compile_step(fields, kind, devices, keep=args.keep, codes=args.codes)
+        overrides = overrides_of(args, rest, "launch.compile_ahead")
+        report = compile_step(*training(args.config, overrides), kind, devices, keep=args.keep, codes=args.codes)
     except ValueError as error:
         print(f"launch.compile_ahead: {error}", file=sys.stderr)
         return 1
@@ -86,13 +84,12 @@ def topology(name: str) -> tuple[str, list[jax.Device]]:
     Raises:
       ValueError: a name that libtpu does not know, or no libtpu.
     """
-    kind, _, shape = name.partition(":")
-    if kind not in CHIPS or not re.fullmatch(r"\d+(x\d+){1,2}", shape):
-        raise ValueError(f"topology {name!r}: {', '.join(CHIPS)} with a shape, such as v5e:4x4 or v5p:2x2x2")
+    found = slices.find(name)
     before = dict(os.environ)
     try:
         os.environ |= ABSENT
-        return kind, list(topologies.get_topology_desc(name, "tpu").devices)
+        description = topologies.get_topology_desc(f"{found.name}:{found.topology}", "tpu")
+        return found.name, list(description.devices)
     except Exception as error:
         missing = "libtpu" in str(error) or "not found" in str(error)
         hint = "; pip install -e '.[ahead]' brings libtpu" if missing else ""
@@ -104,10 +101,10 @@ def topology(name: str) -> tuple[str, list[jax.Device]]:
 
 
 def compile_step(
-    fields: Mapping[str, Any], kind: str, devices: Sequence[jax.Device], *, keep: int | None, codes: bool
+    config: Any, task: str, kind: str, devices: Sequence[jax.Device], *, keep: int | None, codes: bool
 ) -> dict[str, Any]:
-    """Compiles the step that a config trains, and measures the program."""
-    program, batch, variant = abstract_program(fields, devices, keep=keep, codes=codes)
+    """Compiles the step that a config of `mergevq_jax.cli.training` trains, and measures the program."""
+    program, batch, variant = abstract_program(config, task, devices, keep=keep, codes=codes)
     with jax.set_mesh(program.mesh):
         begin = time.perf_counter()
         traced = program.trace(batch, variant)
@@ -115,22 +112,22 @@ def compile_step(
         compiling = time.perf_counter()
         compiled = lowered.compile()
         end = time.perf_counter()
-    memory, chip, count = compiled.memory_analysis(), CHIPS[kind], len(devices)
+    memory, chip, chips = compiled.memory_analysis(), CHIPS[kind], len(devices)
     total = memory.argument_size_in_bytes + memory.temp_size_in_bytes + memory.generated_code_size_in_bytes
     flops = count_flops(traced.jaxpr.jaxpr)
     cost = compiled.cost_analysis() or {}
     collectives = count_collectives(compiled.as_text())
     moved = sum(entry["bytes"] for entry in collectives.values())
     seconds = {
-        "matmuls": flops / count / chip.flops,
+        "matmuls": flops / chips / peak_flops(f"TPU {kind}", "bfloat16"),
         "memory": cost.get("bytes accessed", 0.0) / chip.bandwidth,
         "links": moved / chip.links,
     }
     return {
-        "chips": count,
+        "chips": chips,
         "mesh": dict(program.mesh.shape),
         "variant": variant,
-        "parameters": int(sum(np.prod(leaf.shape) for leaf in jax.tree.leaves(program.abstract_state.params))),
+        "parameters": count(program.abstract_state.params),
         "bytes": {
             "arguments": memory.argument_size_in_bytes,
             "temporaries": memory.temp_size_in_bytes,
@@ -151,26 +148,19 @@ def compile_step(
 
 
 def abstract_program(
-    fields: Mapping[str, Any], devices: Sequence[jax.Device], *, keep: int | None, codes: bool
+    config: Any, task: str, devices: Sequence[jax.Device], *, keep: int | None, codes: bool
 ) -> tuple[Program, dict[str, jax.ShapeDtypeStruct], int]:
     """The program of a config's training on these devices, a batch's shapes, and the largest K that is drawn."""
-    task = fields.get("task", "tokenizer")
-    if task == "tokenizer":
-        from mergevq_jax.tokenizer.inspect import abstract_step
-        from mergevq_jax.tokenizer.run import TrainConfig
-    elif task == "generator":
-        from mergevq_jax.generator.inspect import abstract_step
-        from mergevq_jax.generator.run import TrainConfig
-    else:
-        raise ValueError(f"task={task!r}: tokenizers and generators are compiled ahead")
-    config = config_lib.build(TrainConfig, fields)
     mesh = sharding.make_mesh(config.mesh, devices)
-    with jax.set_mesh(mesh):
-        program, batch = abstract_step(config, mesh, **({"codes": codes} if task == "generator" else {}))
-    split = NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
     parts = mesh.shape["data"] * mesh.shape["fsdp"] * config.accumulate
     if config.data.batch_size % parts:
         raise ValueError(f"data.batch_size={config.data.batch_size}: data x fsdp x accumulate = {parts} must divide it")
+    with jax.set_mesh(mesh):
+        if task == "generator":
+            program, batch = generator.abstract_step(config, mesh, codes=codes)
+        else:
+            program, batch = tokenizer.abstract_step(config, mesh)
+    split = sharding.batch_sharding(mesh)
     batch = {name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=split) for name, leaf in batch.items()}
     return program, batch, keep or max(config.merge_ratio.keeps)
 
@@ -197,7 +187,7 @@ def replicated_leaves(program: Program) -> list[tuple[str, int]]:
     """Leaves of the state above 1 MiB that every device holds whole, and their bytes, the largest first."""
     leaves = jax.tree_util.tree_leaves_with_path(program.abstract_state)
     sizes = [
-        (jax.tree_util.keystr(path, simple=True, separator="/"), int(np.prod(leaf.shape)) * leaf.dtype.itemsize)
+        (jax.tree_util.keystr(path, simple=True, separator="/"), size_of(leaf))
         for path, leaf in leaves
         if leaf.sharding.is_fully_replicated and len(program.mesh.devices.flat) > 1
     ]

@@ -131,7 +131,7 @@ def _sample_command(line: CommandLine) -> None:
     sub.add_argument("--out", type=Path, default=Path("runs/sample"))
 
 
-def _training(path: str, overrides: Sequence[str]):
+def training(path: str, overrides: Sequence[str]):
     """What a config trains, as the TrainConfig of its task, and the task's name."""
     from runtime_jax import config as config_lib
 
@@ -149,7 +149,7 @@ def _training(path: str, overrides: Sequence[str]):
 def _train(args, overrides) -> int:
     from runtime_jax.workdir import local_path
 
-    config, task = _training(args.config, overrides)
+    config, task = training(args.config, overrides)
     if task == "tokenizer":
         from mergevq_jax.tokenizer.run import train
     else:
@@ -256,7 +256,7 @@ def _inspect(args, overrides) -> None:
 
         print(inspect_model(preset(args.preset), args.batch_size or 1, compile=args.compile))
         return
-    config, task = _training(args.config, overrides)
+    config, task = training(args.config, overrides)
     if task == "tokenizer":
         from mergevq_jax.tokenizer.inspect import inspect_config as inspect
     else:

@@ -60,7 +60,7 @@ class CommandLine:
         command = f"{self.prog} {args.command}"
         try:
             _meet(args, command, argv)
-            return args.run(args, _overrides(args, rest, command)) or 0
+            return args.run(args, overrides_of(args, rest, command)) or 0
         except KeyboardInterrupt:
             return 128 + signal.SIGINT
         except BrokenPipeError:
@@ -105,7 +105,7 @@ def report_end(done: str, stopped_by: str | None, step: int) -> int:
     return 128 + signal.Signals[stopped_by]
 
 
-def _overrides(args: argparse.Namespace, rest: Sequence[str], command: str) -> list[str]:
+def overrides_of(args: argparse.Namespace, rest: Sequence[str], command: str) -> list[str]:
     """`--config.a.b=value` arguments as `a.b=value`; any other argument that argparse left is an error."""
     overrides, rest = [], list(rest)
     while rest:

@@ -175,6 +175,11 @@ def replicate(tree: Any, mesh: Mesh) -> Any:
     return place(tree, jax.tree.map(lambda _: replicated(mesh), tree))
 
 
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """The sharding of a batch's arrays [B, ...]."""
+    return NamedSharding(mesh, PartitionSpec(_SPLIT_OVER[Axis.BATCH]))
+
+
 def replicated_shapes(tree: Any, mesh: Mesh) -> Any:
     """Shapes of arrays that `replicate` would make."""
     where = replicated(mesh)
@@ -187,8 +192,7 @@ def shard_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, Array]
     Raises:
         ValueError: the batch axes do not divide the global batch.
     """
-    axes = _SPLIT_OVER[Axis.BATCH]
-    sharding, parts = NamedSharding(mesh, PartitionSpec(axes)), math.prod(mesh.shape[name] for name in axes)
+    sharding, parts = batch_sharding(mesh), math.prod(mesh.shape[name] for name in _SPLIT_OVER[Axis.BATCH])
     for name, value in batch.items():
         if (size := len(value) * jax.process_count()) % parts:
             message = f"batch[{name!r}]: {size} examples do not divide over data x fsdp = {parts} parts of the mesh"

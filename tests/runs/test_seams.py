@@ -109,7 +109,7 @@ def train_tokenizer(steps, **changes):
 def test_another_quantizer_from_training_to_generated_images(monkeypatch, tmp_path):
     monkeypatch.setitem(QUANTIZERS, "fsq", FSQ)
     tokenizer, errors = train_tokenizer(15, quantizer="fsq", z_channels=5)
-    assert errors[-1] < 0.4 * errors[0]
+    assert errors[-1] < 0.35 * errors[0]  # 0.28
     tokens = tokenizer.encode(IMAGES)
     assert 3**4 <= tokens.indices.max() < 3**5
     tokenizer.save_pretrained(tmp_path / "tokenizer")
@@ -172,7 +172,7 @@ def with_the_next(metric, r, *, class_token):
 def test_another_merge_rule_trains(monkeypatch):
     monkeypatch.setitem(MERGE_RULES, "next", with_the_next)
     tokenizer, errors = train_tokenizer(15, merge_rule="next")
-    assert errors[-1] < 0.4 * errors[0]
+    assert errors[-1] < 0.25 * errors[0]  # 0.17
     maps = np.asarray(tokenizer.encode(IMAGES).source_map)
     for source_map in maps:  # 28 of the 36 tokens merge two neighbours in the raster
         groups = [np.flatnonzero(source_map == group) for group in range(36)]

@@ -4,14 +4,14 @@ import jax
 import pytest
 
 from launch.compile_ahead import abstract_program, compile_step, count_collectives, main, render
-from runtime_jax import config as config_lib
+from mergevq_jax.cli import training
 
 FIELDS = ("mergear_tiny:merge", ["mesh.fsdp=4", "data.batch_size=8"])
 
 
 def test_a_step_is_compiled_from_shapes_alone():
-    fields = config_lib.load(*FIELDS, new_keys=True)
-    report = compile_step(fields, "v5e", jax.devices(), keep=144, codes=True)
+    trained = training(*FIELDS)
+    report = compile_step(*trained, "v5e", jax.devices(), keep=144, codes=True)
     assert report["mesh"] == {"data": 2, "fsdp": 4, "tensor": 1} and report["variant"] == 144 and report["fits"]
     assert 1e6 < report["parameters"] < 1.1e6 and report["flops"]["jaxpr"] > 1e10
     assert report["collectives"]["all-reduce"]["count"] > 0 and report["collectives"]["all-gather"]["bytes"] > 1e5
@@ -20,9 +20,7 @@ def test_a_step_is_compiled_from_shapes_alone():
 
 
 def test_from_images_the_tokenizer_is_frozen_and_whole():
-    program, batch, keep = abstract_program(
-        config_lib.load(*FIELDS, new_keys=True), jax.devices(), keep=None, codes=False
-    )
+    program, batch, keep = abstract_program(*training(*FIELDS), jax.devices(), keep=None, codes=False)
     assert batch["image"].shape == (8, 64, 64, 3) and keep == 256
     assert all(leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(program.frozen))
 
@@ -44,8 +42,8 @@ def test_collectives_of_a_program():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--topology", "v9:4x4"], "topology 'v9:4x4': v4, v5e, v5p, v6e with a shape"),
-        (["--topology", "v5e"], "with a shape"),
+        (["--topology", "v9:4x4"], "no TPU 'v9:4x4'; expected something like v5e:4x4"),
+        (["--topology", "v5e:4x5"], "no slice 'v5e:4x5'; there are v5e:1x1"),
     ],
 )
 def test_what_is_refused(options, message, capsys):
@@ -53,6 +51,6 @@ def test_what_is_refused(options, message, capsys):
 
 
 def test_a_batch_that_does_not_divide():
-    fields = config_lib.load(FIELDS[0], ["data.batch_size=6"], new_keys=True)
+    trained = training(FIELDS[0], ["data.batch_size=6"])
     with pytest.raises(ValueError, match=r"data\.batch_size=6: data x fsdp x accumulate = 8 must divide it"):
-        abstract_program(fields, jax.devices(), keep=None, codes=True)
+        abstract_program(*trained, jax.devices(), keep=None, codes=True)
