@@ -155,6 +155,15 @@ def param_shardings(tree: Any, rules: Sequence[Rule], mesh: Mesh) -> Any:
     return treedef.unflatten(shardings)
 
 
+def sharded_shapes(tree: Any, rules: Sequence[Rule], mesh: Mesh) -> Any:
+    """Shapes of a tree of arrays or shapes, with the shardings of `param_shardings`."""
+    return jax.tree.map(
+        lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
+        tree,
+        param_shardings(tree, rules, mesh),
+    )
+
+
 def replicated(mesh: Mesh) -> NamedSharding:
     """The sharding that keeps a whole copy on every device."""
     return NamedSharding(mesh, PartitionSpec())

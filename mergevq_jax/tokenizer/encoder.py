@@ -10,8 +10,9 @@ from einops import rearrange
 from jaxtyping import Array, Float, Int
 
 from mergevq_jax.tokenizer.config import TokenizerConfig
-from mergevq_jax.tokenizer.layers import Block, ResBlock, conv, conv_uniform, dense, gelu, layer_norm
+from mergevq_jax.tokenizer.layers import Block, ResBlock, conv, conv_uniform, dense, layer_norm
 from runtime_jax.nn.compute import Compute
+from runtime_jax.nn.gelu import gelu
 from runtime_jax.nn.group_norm import GroupNorm
 from runtime_jax.sharding import Axis, constrain
 

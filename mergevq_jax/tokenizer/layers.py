@@ -11,6 +11,7 @@ from jaxtyping import Array, Float, Int
 from mergevq_jax.tokenizer import tome
 from runtime_jax.nn.attention import attention
 from runtime_jax.nn.compute import Compute
+from runtime_jax.nn.gelu import gelu
 from runtime_jax.nn.group_norm import GroupNorm
 from runtime_jax.sharding import Axis, constrain
 
@@ -65,11 +66,6 @@ class DepthwiseConv(nn.Module):
 def layer_norm(name: str, compute: Compute) -> nn.LayerNorm:
     """LayerNorm over the width, statistics in float32."""
     return nn.LayerNorm(epsilon=LAYER_NORM_EPSILON, use_fast_variance=False, dtype=compute.jax_dtype, name=name)
-
-
-def gelu(x):
-    """The exact GELU."""
-    return nn.gelu(x, approximate=False)
 
 
 class ResBlock(nn.Module):

@@ -37,11 +37,8 @@ class Program:
         """
         self._init_state, self._train_step = init_state, train_step
         self.mesh, self.frozen = mesh, frozen
-        shapes = jax.eval_shape(init_state)
-        self.shardings = sharding.param_shardings(shapes, rules, mesh)
-        self.abstract_state = jax.tree.map(
-            lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where), shapes, self.shardings
-        )
+        self.abstract_state = sharding.sharded_shapes(jax.eval_shape(init_state), rules, mesh)
+        self.shardings = jax.tree.map(lambda leaf: leaf.sharding, self.abstract_state)
         self._compiled: dict[Hashable, Any] = {}
         self._flops: dict[Hashable, float] = {}
 
