@@ -31,8 +31,13 @@ from runtime_jax.cost import count, count_flops, peak_flops, size_of, table
 from runtime_jax.training.program import Program
 
 DOES_NOT_FIT = 3
-# Otherwise libtpu looks for the TPU that this machine has not.
-ABSENT = {"TPU_SKIP_MDS_QUERY": "1", "TPU_ACCELERATOR_TYPE": "v5litepod-1", "TPU_WORKER_HOSTNAMES": "localhost"}
+# Otherwise libtpu looks for the TPU that this machine has not, and refuses a second process.
+ABSENT = {
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-1",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+}
 LARGE = 2**20  # bytes of a leaf that is worth splitting
 
 
@@ -50,6 +55,7 @@ CHIPS = {
     "v5p": Chip(95 * 2**30, 2.765e12, 600e9),
     "v6e": Chip(32 * 2**30, 1.64e12, 448e9),
 }
+BETWEEN_SLICES = "between slices, "  # prefix of the collectives over the data-centre network
 COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
 _BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2, "f32": 4, "s32": 4, "u32": 4, "f64": 8}
 
@@ -59,36 +65,43 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="launch.compile_ahead", description=__doc__.splitlines()[0])
     parser.add_argument("--config", required=True, help="of mergevq train: a name or a path")
     parser.add_argument("--topology", required=True, help="such as v5e:4x4, v5p:2x2x2 or v6e:4x4")
+    parser.add_argument("--slices", type=int, default=1, help="slices of that topology (default: 1)")
     parser.add_argument("--keep", type=int, help="K of the step (default: the largest that is drawn)")
     parser.add_argument("--codes", action="store_true", help="a generator on codes, without its tokenizer")
     parser.add_argument("--json", type=Path, help="also write the numbers here")
     args, rest = parser.parse_known_args(argv)
     jax.config.update("jax_platforms", "cpu")
     try:
-        kind, devices = topology(args.topology)
+        kind, devices = topology(args.topology, args.slices)
         overrides = overrides_of(args, rest, "launch.compile_ahead")
         report = compile_step(*training(args.config, overrides), kind, devices, keep=args.keep, codes=args.codes)
     except ValueError as error:
         print(f"launch.compile_ahead: {error}", file=sys.stderr)
         return 1
-    report = {"config": args.config, "overrides": overrides, "topology": args.topology, **report}
+    shown = args.topology if args.slices == 1 else f"{args.slices} x {args.topology}"
+    report = {"config": args.config, "overrides": overrides, "topology": shown, **report}
     print(render(report))
     if args.json:
         args.json.write_text(json.dumps(report, indent=2) + "\n")
     return 0 if report["fits"] else DOES_NOT_FIT
 
 
-def topology(name: str) -> tuple[str, list[jax.Device]]:
-    """The kind of chip, and the devices of a slice that need not be there.
+def topology(name: str, count: int = 1) -> tuple[str, list[jax.Device]]:
+    """The kind of chip, and the devices of `count` such slices that need not be there.
 
     Raises:
-      ValueError: a name that libtpu does not know, or no libtpu.
+      ValueError: a name that libtpu does not know, no slices, or no libtpu.
     """
     found = slices.find(name)
+    if count < 1:
+        raise ValueError(f"--slices {count}: at least 1")
+    options = {"num_slices": count} if count > 1 else {}
+    if found.name == "v4":  # otherwise every core is a device
+        options["chip_config_name"] = "megacore"
     before = dict(os.environ)
     try:
         os.environ |= ABSENT
-        description = topologies.get_topology_desc(f"{found.name}:{found.topology}", "tpu")
+        description = topologies.get_topology_desc(f"{found.name}:{found.topology}", "tpu", **options)
         return found.name, list(description.devices)
     except Exception as error:
         missing = "libtpu" in str(error) or "not found" in str(error)
@@ -117,7 +130,7 @@ def compile_step(
     flops = count_flops(traced.jaxpr.jaxpr)
     cost = compiled.cost_analysis() or {}
     collectives = count_collectives(compiled.as_text())
-    moved = sum(entry["bytes"] for entry in collectives.values())
+    moved = sum(entry["bytes"] for kind, entry in collectives.items() if not kind.startswith(BETWEEN_SLICES))
     seconds = {
         "matmuls": flops / chips / peak_flops(f"TPU {kind}", "bfloat16"),
         "memory": cost.get("bytes accessed", 0.0) / chip.bandwidth,
@@ -152,9 +165,7 @@ def abstract_program(
 ) -> tuple[Program, dict[str, jax.ShapeDtypeStruct], int]:
     """The program of a config's training on these devices, a batch's shapes, and the largest K that is drawn."""
     mesh = sharding.make_mesh(config.mesh, devices)
-    parts = mesh.shape["data"] * mesh.shape["fsdp"] * config.accumulate
-    if config.data.batch_size % parts:
-        raise ValueError(f"data.batch_size={config.data.batch_size}: data x fsdp x accumulate = {parts} must divide it")
+    sharding.check_batch("data.batch_size", config.data.batch_size, mesh, config.accumulate)
     with jax.set_mesh(mesh):
         if task == "generator":
             program, batch = generator.abstract_step(config, mesh, codes=codes)
@@ -168,12 +179,17 @@ def abstract_program(
 def count_collectives(text: str) -> dict[str, dict[str, float]]:
     """Number and bytes (of the results on one device) of each kind of collective in an optimised program.
 
-    One inside of a loop, such as that over stacked blocks, counts once.
+    One inside of a loop, such as that over stacked blocks, counts once. Of a collective between slices, the bytes are
+    those that a device sends.
     """
     found: dict[str, Counter] = {}
     for line in text.splitlines():
         match = re.search(rf"= (.*?) ({'|'.join(COLLECTIVES)})(-start)?\(", line)
-        if match:
+        if sent := re.search(r"= \((\w+)\[([\d,]*)\].*? send\(.*_xla_megascale_transfer_type=\"(\w+)", line):
+            entry = found.setdefault(BETWEEN_SLICES + sent[3].lower().replace("_", "-"), Counter())
+            entry["count"] += 1
+            entry["bytes"] += _BYTES.get(sent[1], 4) * math.prod(int(n) for n in sent[2].split(",") if n)
+        elif match:
             shapes = re.findall(r"(\w+)\[([\d,]*)\]", match[1])
             numbers = [(kind, math.prod(int(n) for n in dims.split(",") if n)) for kind, dims in shapes]
             size = sum(_BYTES.get(kind, 4) * count for kind, count in numbers)

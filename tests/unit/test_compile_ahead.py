@@ -52,5 +52,5 @@ def test_what_is_refused(options, message, capsys):
 
 def test_a_batch_that_does_not_divide():
     trained = training(FIELDS[0], ["data.batch_size=6"])
-    with pytest.raises(ValueError, match=r"data\.batch_size=6: data x fsdp x accumulate = 8 must divide it"):
+    with pytest.raises(ValueError, match=r"data\.batch_size=6 is not a multiple of data=8 x fsdp=1 x accumulate=1: 8"):
         abstract_program(*trained, jax.devices(), keep=None, codes=True)
