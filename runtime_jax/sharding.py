@@ -162,6 +162,13 @@ def constrain(x: Shaped[Array, "..."], *axes: Axis | None) -> Shaped[Array, "...
     return x if mesh.empty else jax.lax.with_sharding_constraint(x, spec)
 
 
+def gathered(x: Shaped[Array, "..."]) -> Shaped[Array, "..."]:
+    """A parameter that fsdp splits, whole on every device where it is used; `x` itself without fsdp."""
+    mesh = jax.sharding.get_abstract_mesh()
+    split = not mesh.empty and mesh.shape["fsdp"] > 1
+    return jax.lax.with_sharding_constraint(x, PartitionSpec()) if split else x
+
+
 def _leaf_spec(path: str, shape: Sequence[int], rules: Sequence[Rule], mesh: Mesh) -> PartitionSpec:
     """Spec of one leaf. The pattern must match the path or a suffix of it that starts after a '/'."""
     if math.prod(shape) == 1:
