@@ -162,7 +162,7 @@ def main() -> None:
     parser.add_argument("--preset", choices=sorted(PRESETS), default="gr-d64")
     parser.add_argument("--batch-size", type=int, default=1)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
-    parser.add_argument("--attention", choices=("xla", "cudnn", "tpu_flash"), default="xla")
+    parser.add_argument("--attention", choices=("auto", "xla", "cudnn", "tpu_flash"), default="xla")
     parser.add_argument("--parts", default="encode,decode,train", help="which parts to time, separated by commas")
     parser.add_argument("--steps", type=int, default=1, help="calls per timed run; use 10 or more on accelerators")
     parser.add_argument("--repeats", type=int, default=5, help="timed runs; rates use the best, the median is shown")

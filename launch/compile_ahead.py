@@ -56,6 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="launch.compile_ahead", description=__doc__.splitlines()[0])
     parser.add_argument("--config", required=True, help="of mergevq train or tokenverse learn: a name or a path")
     parser.add_argument("--topology", required=True, help="such as v5e:4x4, v5p:2x2x2 or v6e:4x4")
+    parser.add_argument("--slices", type=int, default=1, help="slices of that topology (default: 1)")
     parser.add_argument("--sample", action="store_true", help="the sampler instead of the train step")
     parser.add_argument("--batch-size", type=int, help="images of the sampler (default: one for each part of the mesh)")
     parser.add_argument("--keep", type=int, help="K (default: the largest of training, the usual one of sampling)")
@@ -64,31 +65,37 @@ def main(argv: Sequence[str] | None = None) -> int:
     args, rest = parser.parse_known_args(argv)
     jax.config.update("jax_platforms", "cpu")
     try:
-        kind, devices = topology(args.topology)
+        kind, devices = topology(args.topology, args.slices)
         overrides = overrides_of(args, rest, "launch.compile_ahead")
         request = programs.Request(args.sample, args.keep, args.codes, args.batch_size)
         report = compile_program(*programs.read(args.config, overrides), kind, devices, request)
     except ValueError as error:
         print(f"launch.compile_ahead: {error}", file=sys.stderr)
         return 1
-    report = {"config": args.config, "overrides": overrides, "topology": args.topology, **report}
+    shown = args.topology if args.slices == 1 else f"{args.slices} x {args.topology}"
+    report = {"config": args.config, "overrides": overrides, "topology": shown, **report}
     print(render(report))
     if args.json:
         write_json(args.json, report)
     return 0 if report["fits"] else DOES_NOT_FIT
 
 
-def topology(name: str) -> tuple[str, list[jax.Device]]:
-    """The kind of chip, and the devices of a slice that need not be there.
+def topology(name: str, count: int = 1) -> tuple[str, list[jax.Device]]:
+    """The kind of chip, and the devices of `count` such slices that need not be there.
 
     Raises:
-      ValueError: a name that libtpu does not know, or no libtpu.
+      ValueError: a name that libtpu does not know, no slices, or no libtpu.
     """
     found = slices.find(name)
+    if count < 1:
+        raise ValueError(f"--slices {count}: at least 1")
+    options = {"num_slices": count} if count > 1 else {}
+    if found.name == "v4":  # otherwise every core is a device
+        options["chip_config_name"] = "megacore"
     before = dict(os.environ)
     try:
         os.environ |= ABSENT
-        description = topologies.get_topology_desc(f"{found.name}:{found.topology}", "tpu")
+        description = topologies.get_topology_desc(f"{found.name}:{found.topology}", "tpu", **options)
         return found.name, list(description.devices)
     except Exception as error:
         missing = "libtpu" in str(error) or "not found" in str(error)
@@ -176,10 +183,11 @@ def _bounds(
 ) -> dict[str, float]:
     """Seconds that each resource of a chip needs at least, if nothing else kept it waiting."""
     flops = count_flops(subject.traced.jaxpr.jaxpr) / len(devices)
+    moved = sum(entry["bytes"] for kind, entry in collectives.items() if not kind.startswith(hlo.BETWEEN_SLICES))
     return {
         "matmuls": flops / peak_flops(f"TPU {kind}", "bfloat16"),
         "memory": cost.get("bytes accessed", 0.0) / CHIPS[kind].bandwidth,
-        "links": sum(entry["bytes"] for entry in collectives.values()) / CHIPS[kind].links,
+        "links": moved / CHIPS[kind].links,
     }
 
 

@@ -5,6 +5,7 @@ import re
 from collections.abc import Iterator, Mapping
 
 COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
+BETWEEN_SLICES = "between slices, "  # prefix of the collectives over the data-centre network
 _BYTES = {"pred": 1, "bf16": 2, "f16": 2, "f32": 4, "f64": 8}
 _HEAD = re.compile(r"(ENTRY )?%?([\w.\-]+) \(.*\) -> .*\{$")
 _CALLED = re.compile(r"(?:calls|to_apply|branch_computations|called_computations)=\{?(%?[\w.\-]+(?:, %?[\w.\-]+)*)")
@@ -16,12 +17,15 @@ _NOT_ARRAYS = (" parameter(", " tuple(", " get-tuple-element(", " bitcast(", " w
 def count_collectives(text: str) -> dict[str, dict[str, float]]:
     """Number and bytes (of the results on one device) of each kind of collective; in a loop, once for every turn.
 
-    The start and the end of a collective, which have one channel, count once.
+    The start and the end of a collective, which have one channel, count once. Of a collective between slices, the bytes
+    are those that a device sends.
     """
     found: dict[tuple[str, str], tuple[int, float]] = {}  # turns and bytes, by kind and channel
     for line, turns in _executed(text):
         match = re.search(rf"= (.*?) ({'|'.join(COLLECTIVES)})(-start)?\(", line)
-        if match:
+        if sent := re.search(r"= \((\w+\[[\d,]*\]).*? send\(.*_xla_megascale_transfer_type=\"(\w+)", line):
+            found[BETWEEN_SLICES + sent[2].lower().replace("_", "-"), line] = turns, _size(sent[1])
+        elif match:
             channel = re.search(r"channel_id=(\d+)", line)
             key = match[2], channel[1] if channel else line
             size = _size(match[1]) / (2 if match[3] else 1)  # a start's result holds its operand too

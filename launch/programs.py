@@ -65,7 +65,8 @@ def trace(config: Any, task: str, devices: Sequence[jax.Device], request: Reques
 def _train_step(config: Any, task: str, mesh: Mesh, request: Request) -> Subject:
     if task == "concepts":
         program, batch, variant = tokenverse.abstract_step(config, mesh)
-        size, accumulate, name = config.learn.batch_size, 1, f"step at {config.size} px"
+        sharding.check_batch("learn.batch_size", config.learn.batch_size, mesh)
+        name = f"step at {config.size} px, batch {config.learn.batch_size}"
         name += ", with the isolation pair" if config.learn.isolation else ""
     else:
         abstract_step = tokenizer.abstract_step
@@ -73,12 +74,9 @@ def _train_step(config: Any, task: str, mesh: Mesh, request: Request) -> Subject
             abstract_step = functools.partial(generator.abstract_step, codes=request.codes)
         program, batch = abstract_step(config, mesh)
         variant = request.keep or max(config.merge_ratio.keeps)
-        size, accumulate, name = config.data.batch_size, config.accumulate, f"step, K = {variant}"
-    parts = mesh.shape["data"] * mesh.shape["fsdp"] * accumulate
-    if size % parts:
-        raise ValueError(f"data.batch_size={size}: data x fsdp x accumulate = {parts} must divide it")
-    traced = program.trace(_split(batch, mesh), variant)
-    return Subject(f"{name}, batch {size}", mesh, traced, _held(program))
+        sharding.check_batch("data.batch_size", config.data.batch_size, mesh, config.accumulate)
+        name = f"step, K = {variant}, batch {config.data.batch_size}"
+    return Subject(name, mesh, program.trace(_split(batch, mesh), variant), _held(program))
 
 
 def _sampler(config: Any, task: str, mesh: Mesh, request: Request) -> Subject:

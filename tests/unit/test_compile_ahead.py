@@ -31,7 +31,7 @@ def test_the_sampler_of_a_generator(kind):
 def test_learning_and_drawing_concepts():
     config, task = programs.read("tokenverse_tiny:star", ["mesh.tensor=2", "mesh.data=4", "learn.batch_size=4"])
     step = programs.trace(config, task, jax.devices())
-    assert task == "concepts" and step.name == "step at 64 px, with the isolation pair, batch 4"
+    assert task == "concepts" and step.name == "step at 64 px, batch 4, with the isolation pair"
     assert set(step.held) == {"parameters", "state", "frozen"}
     sampler = programs.trace(config, task, jax.devices(), Request(sample=True))
     assert sampler.traced.out_info[0].shape == (4, 64, 64, 3)
@@ -111,7 +111,7 @@ def test_what_is_refused(options, message, capsys):
 
 def test_a_batch_that_does_not_divide():
     config, task = programs.read(GENERATOR[0], ["data.batch_size=6"])
-    with pytest.raises(ValueError, match=r"data\.batch_size=6: data x fsdp x accumulate = 8 must divide it"):
+    with pytest.raises(ValueError, match=r"data\.batch_size=6 is not a multiple of data=8 x fsdp=1 x accumulate=1: 8"):
         programs.trace(config, task, jax.devices(), Request(codes=True))
 
 
