@@ -63,7 +63,7 @@ def programs(
     batch_size: int,
     compute: Compute,
     lpips: list[str],
-    discriminator: stage1.DiscriminatorConfig = stage1.DiscriminatorConfig(),
+    discriminator: stage1.DiscriminatorConfig,
 ) -> Iterator[Program]:
     """Encode, decode and train step at the training resolution, with random parameters."""
     rng = np.random.default_rng(0)
@@ -181,7 +181,7 @@ def main() -> None:
     peak = peak_flops(device.device_kind, args.dtype)
     compute = Compute(dtype=args.dtype, attention=args.attention)
     rows, rates = [], [matmul_rates(args.dtype, args.repeats)]
-    for program in programs(PRESETS[args.preset], args.batch_size, compute, args.lpips):
+    for program in programs(PRESETS[args.preset], args.batch_size, compute, args.lpips, stage1.DiscriminatorConfig()):
         if program.name in parts:
             rows.append(measure(program, args.steps, args.repeats))
             rates.append(matmul_rates(args.dtype, args.repeats))  # again, because the load on the machine may change
