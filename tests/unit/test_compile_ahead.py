@@ -103,10 +103,24 @@ def test_a_program_for_which_xla_finds_no_room():
     [
         (["--topology", "v9:4x4"], "no TPU 'v9:4x4'; expected something like v5e:4x4"),
         (["--topology", "v5e:4x5"], "no slice 'v5e:4x5'; there are v5e:1x1"),
+        (["--topology", "v5e:4x4", "--slices", "0"], "--slices 0: at least 1"),
     ],
 )
 def test_what_is_refused(options, message, capsys):
     assert main(["--config", GENERATOR[0], *options]) == 1 and message in capsys.readouterr().err
+
+
+def test_collectives_between_slices_are_counted_apart():
+    """As libtpu writes them, for two slices."""
+    text = """
+  %ar = f32[4]{0} all-reduce(%a), replica_groups={{0,1}}
+  %send = (f32[256,8,128]{2,1,0:T(8,128)}, u32[], token[]) send(%b, %c), frontend_attributes={_xla_megascale_target="{1,2}x{0:3}",_xla_megascale_transfer_type="ALL_REDUCE"}
+  %recv = (f32[256,8,128]{2,1,0:T(8,128)}, u32[], token[]) recv(%c), frontend_attributes={_xla_megascale_transfer_type="ALL_REDUCE"}
+"""  # noqa: E501
+    assert count_collectives(text) == {
+        "all-reduce": {"count": 1, "bytes": 16},
+        "between slices, all-reduce": {"count": 1, "bytes": 2**20},
+    }
 
 
 def test_a_batch_that_does_not_divide():

@@ -17,6 +17,7 @@ from runtime_jax.sharding import (
     MESH_AXES,
     Axis,
     MeshConfig,
+    check_batch,
     constrain,
     make_mesh,
     param_shardings,
@@ -222,6 +223,11 @@ def test_batch_is_split_and_must_divide():
         ValueError, match=r"len\(batch\['x'\]\)=6 is not a multiple of data=2 x fsdp=2 x accumulate=1: 4"
     ):
         shard_batch({"x": np.zeros((6, 1))}, mesh)
+    check_batch("data.batch_size", 24, mesh, accumulate=3)
+    with pytest.raises(
+        ValueError, match=r"data\.batch_size=16 is not a multiple of .* x accumulate=3: 12"
+    ):
+        check_batch("data.batch_size", 16, mesh, accumulate=3)
 
 
 @pytest.fixture(scope="module")

@@ -146,6 +146,11 @@ def _offsets(flux: FluxConfig, batch_size: int) -> Offsets:
     return Offsets(*(jax.ShapeDtypeStruct(shape, jnp.float32) for shape in (shared, per_block)))
 
 
+def batch_shapes(grid: Grid, flux: FluxConfig, learn: LearnConfig) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes of `learn_step`'s batch without the isolation loss."""
+    return _batch([_inputs(grid, flux, learn.batch_size)], learn)
+
+
 def _batch(images: Sequence[dict[str, Any]], learn: LearnConfig) -> dict[str, jax.ShapeDtypeStruct]:
     """Shapes of `learn_step`'s batch, from those of an image and maybe a pair."""
     own = {"latents": "img", "noise": "img", "times": "timesteps", "txt": "txt", "vec": "vec"}
