@@ -1,7 +1,7 @@
 """One device mesh of three axes, logical axis names for arrays, and the rules that place parameters and batches.
 
 Axes of the mesh: `data` (replicas), `fsdp` (splits batch and parameters), `tensor` (splits heads and hidden widths).
-Of several TPU slices, each holds whole replicas: only `data` crosses the network between slices.
+Of several TPU slices, each holds whole replicas: only `data` crosses the network between them.
 The program that runs (train loop, command line) makes the mesh and enters it once with `jax.set_mesh`; models only call
 `constrain`, which does nothing when no mesh is set.
 """

@@ -155,8 +155,7 @@ SHARDING_RULES: tuple[Rule, ...] = (
     (r"(mlp|head)/fc1/kernel", (Axis.EMBED, Axis.MLP)),
     (r"(mlp|head)/fc2/kernel", (Axis.MLP, Axis.EMBED)),
     (r"head/out/kernel", (Axis.EMBED, None)),
-    (r".*/kernel", IF_LARGE),  # convolutions, the discriminator's too
-    (r".*", ()),  # norms, biases and statistics are replicated
+    (r".*", IF_LARGE),  # convolutions, the discriminator's too; norms, biases and statistics are small
 )
 
 
