@@ -5,12 +5,13 @@ Axes: B batch, H W image, L raw tokens, K kept tokens, D width, C channels of a 
 
 import flax.linen as nn
 import flax.struct
+import jax
 import jax.numpy as jnp
 from einops import rearrange
 from jaxtyping import Array, Float, Int
 
 from mergevq_jax.tokenizer.config import TokenizerConfig
-from mergevq_jax.tokenizer.layers import Block, ResBlock, conv, conv_uniform, convolve, dense, layer_norm
+from mergevq_jax.tokenizer.layers import MATCHING, Block, ResBlock, conv, conv_uniform, convolve, dense, layer_norm
 from runtime_jax.nn.compute import Compute
 from runtime_jax.nn.gelu import gelu
 from runtime_jax.nn.group_norm import GroupNorm
@@ -105,7 +106,8 @@ class _MergingBlocks(nn.Module):
         x = constrain(x, Axis.BATCH, None, None)
         size = jnp.ones((batch, raw + 1), jnp.float32)
         source_map = jnp.broadcast_to(jnp.arange(raw + 1, dtype=jnp.int32), (batch, raw + 1))
-        block = nn.remat(Block) if self.compute.remat else Block
+        keep = jax.checkpoint_policies.save_only_these_names(MATCHING)
+        block = nn.remat(Block, policy=keep) if self.compute.remat else Block
         for index, count in enumerate(self.counts):
             x, size, source_map = block(
                 self.config.encoder_heads,

@@ -7,6 +7,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from einops import rearrange
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from mergevq_jax.tokenizer import tome
@@ -17,6 +18,7 @@ from runtime_jax.nn.group_norm import GroupNorm
 from runtime_jax.sharding import Axis, constrain, gathered
 
 LAYER_NORM_EPSILON = 1e-5
+MATCHING = "matching"  # name under which remat can keep what merges with what
 linear_normal = nn.initializers.normal(0.02)  # the released one is truncated at +-2, a hundred standard deviations
 # The default of the released convolutions: uniform with bound 1 / sqrt(fan_in).
 conv_uniform = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
@@ -169,6 +171,7 @@ class Block(nn.Module):
         x = x + LayerScale(self.layer_scale, name="ls1")(attended)
         if self.merge_count:
             matching = tome.MERGE_RULES[self.merge_rule](metric, self.merge_count, class_token=True)
+            matching = checkpoint_name(matching, MATCHING)
             source_map = constrain(tome.merge_source_map(matching, source_map), Axis.BATCH, None)
             x, size = tome.merge(matching, x, size)
             size = constrain(size, Axis.BATCH, None)

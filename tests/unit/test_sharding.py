@@ -224,9 +224,7 @@ def test_batch_is_split_and_must_divide():
     ):
         shard_batch({"x": np.zeros((6, 1))}, mesh)
     check_batch("data.batch_size", 24, mesh, accumulate=3)
-    with pytest.raises(
-        ValueError, match=r"data\.batch_size=16 is not a multiple of .* x accumulate=3: 12"
-    ):
+    with pytest.raises(ValueError, match=r"data\.batch_size=16 is not a multiple of .* x accumulate=3: 12"):
         check_batch("data.batch_size", 16, mesh, accumulate=3)
 
 
