@@ -147,7 +147,7 @@ def training(path: str, overrides: Sequence[str]):
 
 
 def _train(args, overrides) -> int:
-    from runtime_jax.workdir import local_path
+    from runtime_jax.workdir import absolute
 
     config, task = training(args.config, overrides)
     if task == "tokenizer":
@@ -155,7 +155,7 @@ def _train(args, overrides) -> int:
     else:
         from mergevq_jax.generator.run import train
     result = train(config, args.workdir)
-    return report_end(f"the {task} is in {local_path(args.workdir) / task}", result.stopped_by, result.step)
+    return report_end(f"the {task} is in {absolute(args.workdir) / task}", result.stopped_by, result.step)
 
 
 def _evaluate(args, _) -> None:

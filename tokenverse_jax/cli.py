@@ -184,11 +184,11 @@ def _build(cls: type, args, overrides: list[str]):
 
 
 def _learn(args, overrides) -> int:
-    from runtime_jax.workdir import local_path
+    from runtime_jax.workdir import absolute
     from tokenverse_jax.commands.learn import CONCEPT_FILE, LearnRunConfig, learn
 
     result = learn(_build(LearnRunConfig, args, overrides), args.workdir)
-    return report_end(f"the concepts are in {local_path(args.workdir) / CONCEPT_FILE}", result.stopped_by, result.step)
+    return report_end(f"the concepts are in {absolute(args.workdir) / CONCEPT_FILE}", result.stopped_by, result.step)
 
 
 def _concepts(args, _) -> None:
@@ -213,11 +213,11 @@ def _bench(args, overrides) -> None:
 
 
 def _train_base(args, overrides) -> int:
-    from runtime_jax.workdir import local_path
+    from runtime_jax.workdir import absolute
     from tokenverse_jax.base.run import FOLDER, BaseConfig, train
 
     result = train(_build(BaseConfig, args, overrides), args.workdir)
-    return report_end(f"the model is in {local_path(args.workdir) / FOLDER}", result.stopped_by, result.step)
+    return report_end(f"the model is in {absolute(args.workdir) / FOLDER}", result.stopped_by, result.step)
 
 
 if __name__ == "__main__":

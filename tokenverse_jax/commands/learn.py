@@ -2,6 +2,7 @@
 
 import functools
 import hashlib
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -85,7 +86,7 @@ class LearnRunConfig:
             )
 
 
-def learn(config: LearnRunConfig, workdir: str | Path) -> loop.Result:
+def learn(config: LearnRunConfig, workdir: str | os.PathLike) -> loop.Result:
     """Learns, or resumes, in `workdir`, and writes CONCEPT_FILE there unless a signal ends the run early.
 
     Errors in the config, the images, the words and the model's folder are found before anything is loaded onto a
