@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from mini_scenes import command
-from runtime_jax.cli import CommandLine, config_arguments, report_end
+from runtime_jax.cli import CommandLine, config_arguments, path, report_end
 
 TINY = "tiny"  # names the shipped model for a CPU
 PIXELS_AT_ONCE = 256**2  # default total of the images that are sampled together
@@ -52,7 +52,7 @@ def _command_line() -> CommandLine:
     )
     sub.add_argument("--num", type=int, default=4, help="images (default: 4)")
     _sampling_arguments(sub)
-    sub.add_argument("--out", type=Path, default=Path("runs/generate"))
+    sub.add_argument("--out", type=path, default=Path("runs/generate"))
 
     sub = line.command(
         "direction",
@@ -66,14 +66,14 @@ def _command_line() -> CommandLine:
     sub.add_argument("--neutral", required=True, help="the same prompt without it")
     sub.add_argument("--strength", type=float, nargs="+", default=[0.5, 1.0, 1.5, 2.0])
     _sampling_arguments(sub)
-    sub.add_argument("--out", type=Path, default=Path("runs/direction"))
+    sub.add_argument("--out", type=path, default=Path("runs/direction"))
 
     sub = line.command("learn", _learn, "Learn an image's concepts, or resume; any config value: --config.a.b=value.")
     config_arguments(sub)
 
     sub = line.command("concepts", _concepts, "List concept files.")
     sub.add_argument("action", choices=("inspect",), help="a table, and a warning where two words would blend")
-    sub.add_argument("files", nargs="+", type=Path)
+    sub.add_argument("files", nargs="+", type=path)
     _model_arguments(
         sub, default=None, help="base model, to compare attention keys (default: the one named in the files)"
     )
@@ -155,7 +155,7 @@ def _generate(args, _) -> None:
 
     requests = [parse_request(text) for text in args.concept]
     for request in requests:
-        if not Path(request.path).is_file():  # loading a model takes a while
+        if not path(request.path).is_file():  # loading a model takes a while
             raise ValueError(f"{request.path}: no such concept file")
     check_output(args.out)
     settings = {"num": args.num, "mode": args.mode, "compare": args.compare, "out": args.out}

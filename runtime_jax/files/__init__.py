@@ -18,6 +18,10 @@ class WorkdirError(OSError):
     """A folder cannot be written, its disk is full, or another run is writing it."""
 
 
+class BucketError(OSError):
+    """A bucket cannot be read or written."""
+
+
 def is_remote(path: str | os.PathLike) -> bool:
     """Whether a path is a URL, such as gs://bucket/folder."""
     return "://" in os.fspath(path)
@@ -31,8 +35,6 @@ def path_of(path: str | os.PathLike) -> AnyPath:
     """
     if isinstance(path, Path):
         if match := re.match(r"(\w\w+):/(?!/)", str(path)):
-            from runtime_jax.files.buckets import BucketError
-
             raise BucketError(f"{path}: a URL begins with {match[1]}://; pathlib.Path removes a slash, pass the text")
         return path
     if not is_remote(path):
@@ -97,6 +99,15 @@ def write_text(path: str | os.PathLike, text: str) -> None:
 def write_json(path: str | os.PathLike, fields: Mapping[str, Any]) -> None:
     """Writes a JSON file."""
     write_text(path, json.dumps(fields, indent=2) + "\n")
+
+
+def read_bytes(path: AnyPath) -> bytes:
+    """The content of a file; FileNotFoundError if there is none, BucketError if its bucket cannot be read."""
+    if is_remote(path):
+        from runtime_jax.files import buckets
+
+        return buckets.read(path)
+    return path.read_bytes()
 
 
 def size_of(path: AnyPath) -> int:

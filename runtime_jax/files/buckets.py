@@ -22,7 +22,7 @@ from typing import Any
 import fsspec
 from etils import epath
 
-from runtime_jax.files import AnyPath
+from runtime_jax.files import AnyPath, BucketError
 
 _LOG = logging.getLogger(__name__)
 CACHE = Path("~/.cache/tokenverse_jax/buckets")  # local copies
@@ -36,10 +36,6 @@ _LOGIN = {
     "gs": "run `gcloud auth application-default login`, or name a service account's key file in "
     "GOOGLE_APPLICATION_CREDENTIALS"
 }
-
-
-class BucketError(OSError):
-    """A bucket cannot be read or written."""
 
 
 def path_of(url: str | os.PathLike) -> epath.Path:

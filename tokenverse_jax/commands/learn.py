@@ -5,7 +5,6 @@ import hashlib
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Literal
 
 import jax
@@ -17,6 +16,7 @@ from runtime_jax import config as config_lib
 from runtime_jax import sharding
 from runtime_jax.config import Duration
 from runtime_jax.data import center_crop
+from runtime_jax.files import path_of
 from runtime_jax.nn.compute import Compute
 from runtime_jax.pictures import image_grid
 from runtime_jax.training import loop
@@ -230,7 +230,7 @@ def _prepare(config: LearnRunConfig, load: Loader, images: np.ndarray, captions:
             isolation,
             size=config.size,
             sampling=config.sampling,
-            cache=Path(config.cache).expanduser(),
+            cache=path_of(config.cache).expanduser(),
             weights=weights,
             negative=negative,
         )
