@@ -9,7 +9,8 @@ import logging
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 
 import jax
@@ -20,6 +21,7 @@ from runtime_jax.files import AnyPath, WorkdirError, is_remote, owner, path_of
 
 _LOG = logging.getLogger(__name__)
 LOCK_NAME = ".lock"
+_ROUND = 5.0  # seconds that the other processes wait for process 0 in one operation
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EINVAL)  # errors of file systems without locks
 
 
@@ -92,22 +94,43 @@ def only_writer(folder: str | os.PathLike, min_free_bytes: int = 0) -> Iterator[
         BucketError: as `output_folder`.
     """
     made = not is_remote(folder) and not absolute(folder).exists()
-    folder, refusal = output_folder(folder, min_free_bytes), None
+    folder = output_folder(folder, min_free_bytes)
     with contextlib.ExitStack() as stack:
-        if jax.process_index() == 0:
-            if made:
-                stack.callback(_remove_empty, folder)
-            try:
-                stack.enter_context(_held(folder / LOCK_NAME))
-            except OSError as error:
-                refusal = error
-        if jax.process_count() > 1:
-            refused = multihost_utils.broadcast_one_to_all(np.asarray(refusal is not None))
-            if refused and refusal is None:
-                refusal = WorkdirError(f"{folder}: another run is writing there; process 0 says which")
+        if made and jax.process_index() == 0:
+            stack.callback(_remove_empty, folder)
+        refusal = _on_process_0(functools.partial(_enter, stack, _held(folder / LOCK_NAME)))
+        if refusal is True:
+            refusal = WorkdirError(f"{folder}: another run is writing there; process 0 says which")
         if refusal is not None:
             raise refusal
         yield folder
+
+
+def _enter(stack: contextlib.ExitStack, lock: contextlib.AbstractContextManager) -> OSError | None:
+    """Enters the lock, or returns why it is refused."""
+    try:
+        stack.enter_context(lock)
+    except OSError as error:
+        return error
+    return None
+
+
+def _on_process_0(task: Callable[[], OSError | None]) -> OSError | bool | None:
+    """The task's result on process 0, where it runs; on the others True for an error, else None.
+
+    They wait in rounds, because an operation of all processes has a time limit (with Gloo, 30 s).
+    """
+    if jax.process_count() == 1:
+        return task()
+    with ThreadPoolExecutor(1) as pool:
+        future = pool.submit(task) if jax.process_index() == 0 else None
+        done = failed = False
+        while not done:
+            if future is not None:
+                done = not wait([future], timeout=_ROUND).not_done
+                failed = done and future.result() is not None
+            done, failed = multihost_utils.broadcast_one_to_all(np.asarray([done, failed])).tolist()
+    return future.result() if future is not None else failed or None
 
 
 def _remove_empty(folder: Path) -> None:

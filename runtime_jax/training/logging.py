@@ -116,7 +116,7 @@ class MetricWriter(contextlib.AbstractContextManager):
 
 
 @contextlib.contextmanager
-def _naming(path: str | Path) -> Iterator[None]:
+def _naming(path: str | os.PathLike) -> Iterator[None]:
     """Adds the file's name to OSErrors; those of a full disk lack it."""
     try:
         yield
