@@ -108,6 +108,14 @@ def check_writable(path: AnyPath) -> None:
         raise BucketError(f"{path}: no such bucket") from error
 
 
+def check_checkpoints(path: AnyPath) -> None:
+    """Checks that Google's own client, with which Orbax deletes old checkpoints, may describe the bucket of `path`."""
+    with explained(path):
+        from google.cloud import storage
+
+        storage.Client().get_bucket(str(path).removeprefix("gs://").partition("/")[0])
+
+
 def size_of(path: AnyPath) -> int:
     """Bytes of an object; 0 if there is none."""
     try:

@@ -49,12 +49,17 @@ class Checkpointer(contextlib.AbstractContextManager):
     Raises:
         FileNotFoundError: `read_only`, and there is no directory of checkpoints.
         CheckpointError: a URL other than gs://.
+        BucketError: the permission to delete old checkpoints is missing.
     """
 
     def __init__(self, workdir: str | os.PathLike, *, keep: int = 3, read_only: bool = False):
         self.directory = absolute(workdir) / "checkpoints"
         if is_remote(self.directory) and not str(self.directory).startswith("gs://"):
             raise CheckpointError(f"{self.directory}: checkpoints can be on a disk or under gs://")
+        if is_remote(self.directory) and not read_only:
+            from runtime_jax.files import buckets
+
+            buckets.check_checkpoints(self.directory)
         if read_only and not self.directory.is_dir():
             raise FileNotFoundError(f"{self.directory}: no such directory")
         self._pass_over_unfinished(read_only)
