@@ -75,8 +75,8 @@ def check_folders(command: Sequence[str], *, mounts: Sequence[str] | None, why: 
             raise LaunchError(f"{name} {folder}: allowed are gs:// and paths of a file system")
         kept = folder.startswith("/") and (mounts is None or any(_is_in(folder, mount) for mount in mounts))
         if not kept:
-            places = ["an absolute path of a shared file system"] if mounts is None else mounts or ["a folder of a --pvc"]
-            raise LaunchError(f"{name} {folder}: {why}; use {' or '.join([*places, 'gs://'])}")
+            places = ["an absolute path of a shared file system"] if mounts is None else mounts
+            raise LaunchError(f"{name} {folder}: {why}; use {' or '.join(places) or 'a folder of a --pvc'}, or gs://")
 
 
 def _is_in(folder: str, mount: str) -> bool:

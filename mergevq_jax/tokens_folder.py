@@ -13,7 +13,7 @@ import numpy as np
 from array_record.python.array_record_module import ArrayRecordReader
 from safetensors.numpy import load as from_bytes
 
-from runtime_jax.files import AnyPath, local
+from runtime_jax.files import AnyPath, is_file, local
 
 INFO_NAME = "tokens.json"
 SHARDS = "tokens-*.array_record"
@@ -46,7 +46,7 @@ def open_tokens(folder: AnyPath) -> TokensFolder:
       ValueError: not such a folder, or shards are missing.
       BucketError: the bucket cannot be read.
     """
-    if not (folder / INFO_NAME).is_file():
+    if not is_file(folder / INFO_NAME):
         raise ValueError(f"{folder}: not a folder from mergevq tokenize, no {INFO_NAME}")
     info = json.loads((folder / INFO_NAME).read_text())
     count = -(-info["images"] // info["shard_size"])

@@ -12,6 +12,7 @@ from typing import Any
 
 from mini_scenes import command
 from runtime_jax.cli import CommandLine, config_arguments, path, report_end
+from runtime_jax.files import is_file
 
 TINY = "tiny"  # names the shipped model for a CPU
 PIXELS_AT_ONCE = 256**2  # default total of the images that are sampled together
@@ -155,7 +156,7 @@ def _generate(args, _) -> None:
 
     requests = [parse_request(text) for text in args.concept]
     for request in requests:
-        if not path(request.path).is_file():  # loading a model takes a while
+        if not is_file(path(request.path)):  # loading a model takes a while
             raise ValueError(f"{request.path}: no such concept file")
     check_output(args.out)
     settings = {"num": args.num, "mode": args.mode, "compare": args.compare, "out": args.out}

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from PIL import Image
 
 from runtime_jax.data.picture import decode_image
-from runtime_jax.files import AnyPath, BucketError, is_remote, path_of, read_bytes
+from runtime_jax.files import AnyPath, BucketError, is_dir, is_remote, path_of, read_bytes
 from runtime_jax.messages import cut
 
 _LOG = logging.getLogger(__name__)
@@ -115,7 +115,7 @@ class FolderSource:
             ValueError: no folder, nothing readable in it, or images outside of `classes`.
         """
         root = path_of(os.path.expanduser(path))
-        if not path or not root.is_dir():
+        if not path or not is_dir(root):
             raise ValueError(f"image folder {path!r} does not exist or is not a folder")
         found = _scan(root)
         if not found.files:

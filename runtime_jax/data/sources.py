@@ -15,7 +15,7 @@ from jaxtyping import UInt8
 
 from runtime_jax.data.folder import FolderSource
 from runtime_jax.data.picture import decode_image
-from runtime_jax.files import is_remote, local, path_of
+from runtime_jax.files import is_dir, is_remote, local, path_of
 
 # Pixels (left, top, right, bottom) of the 640 x 427 photographs: what training may see, and what it never sees.
 PHOTO_REGIONS = {
@@ -126,8 +126,9 @@ class TfdsSource:
 
         if not name:
             raise ValueError("source tfds: name is empty, it must be a dataset such as 'mini_scenes/64'")
+        if is_remote(data_dir) and not is_dir(path_of(data_dir)):
+            raise MissingDatasetError(name=name, data_dir=data_dir)
         try:
-            path_of(data_dir)  # so that TFDS opens a bucket as everything else here
             builder = tfds.core.read_only_builder.builder_from_files(name, data_dir=data_dir)
         except tfds.core.DatasetNotFoundError as error:
             raise MissingDatasetError(name=name, data_dir=data_dir) from error

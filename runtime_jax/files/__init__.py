@@ -110,6 +110,24 @@ def read_bytes(path: AnyPath) -> bytes:
     return path.read_bytes()
 
 
+def is_dir(path: AnyPath) -> bool:
+    """Whether there is such a folder; BucketError if its bucket cannot be read."""
+    if is_remote(path):
+        from runtime_jax.files import buckets
+
+        return buckets.is_dir(path)
+    return path.is_dir()
+
+
+def is_file(path: AnyPath) -> bool:
+    """Whether there is such a file; BucketError if its bucket cannot be read."""
+    if is_remote(path):
+        from runtime_jax.files import buckets
+
+        return buckets.is_file(path)
+    return path.is_file()
+
+
 def size_of(path: AnyPath) -> int:
     """Bytes of a file; 0 if there is none."""
     if is_remote(path):

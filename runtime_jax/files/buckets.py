@@ -68,6 +68,7 @@ def _system(path: AnyPath) -> fsspec.AbstractFileSystem:
 
 @functools.cache
 def _systems(scheme: str) -> fsspec.AbstractFileSystem:
+    _configure()  # also in a process that was given a path and made none
     return fsspec.filesystem(scheme)
 
 
@@ -116,13 +117,28 @@ def check_checkpoints(path: AnyPath) -> None:
         storage.Client().get_bucket(str(path).removeprefix("gs://").partition("/")[0])
 
 
+def is_dir(path: AnyPath) -> bool:
+    """Whether there are objects below a path."""
+    return _info(path).get("type") == "directory"
+
+
+def is_file(path: AnyPath) -> bool:
+    """Whether there is such an object."""
+    return _info(path).get("type") == "file"
+
+
 def size_of(path: AnyPath) -> int:
     """Bytes of an object; 0 if there is none."""
+    return _info(path).get("size") or 0
+
+
+def _info(path: AnyPath) -> dict[str, Any]:
+    """fsspec's description of an object or folder; empty if there is none."""
     try:
         with explained(path):
-            return _system(path).info(str(path))["size"] or 0
+            return _system(path).info(str(path))
     except FileNotFoundError:
-        return 0
+        return {}
 
 
 def create(path: AnyPath, data: bytes) -> None:

@@ -21,7 +21,7 @@ import numpy as np
 from jaxtyping import UInt8
 from tqdm import tqdm
 
-from runtime_jax.files import is_remote, local, path_of, replacing, write_text
+from runtime_jax.files import BucketError, is_remote, local, path_of, replacing, write_text
 
 _METRICS = "metrics.jsonl"
 _UPLOAD_EVERY = 60.0  # seconds between two uploads to a bucket, unless checkpoints are more frequent
@@ -120,6 +120,8 @@ def _naming(path: str | os.PathLike) -> Iterator[None]:
     """Adds the file's name to OSErrors; those of a full disk lack it."""
     try:
         yield
+    except BucketError:
+        raise
     except OSError as error:
         raise OSError(error.errno, error.strerror, str(path)) from error
 

@@ -16,7 +16,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int, UInt8
 
 from runtime_jax.data import center_crop, decode_image
-from runtime_jax.files import path_of
+from runtime_jax.files import is_file, path_of, read_bytes
 from runtime_jax.prng import Stream, host_rng
 from tokenverse_jax.concepts.bank import Concept
 from tokenverse_jax.concepts.concept_mod import Params, word_directions
@@ -125,10 +125,10 @@ def read_image(path: str | os.PathLike, size: int) -> UInt8[np.ndarray, "{size} 
       ValueError: no such file, not an image, or one side more than twice the other.
     """
     path = path_of(path)
-    if not path.is_file():
+    if not is_file(path):
         raise ValueError(f"{path}: no such file")
     try:
-        image = decode_image(path.read_bytes())
+        image = decode_image(read_bytes(path))
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
     height, width = image.shape[:2]
