@@ -21,7 +21,7 @@ import jax
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
-from runtime_jax.files import AnyPath, is_remote, remove_tree, size_of
+from runtime_jax.files import AnyPath, is_dir, is_remote, remove_tree, size_of
 from runtime_jax.messages import cut
 from runtime_jax.workdir import WorkdirError, absolute, check_free
 
@@ -60,7 +60,7 @@ class Checkpointer(contextlib.AbstractContextManager):
             from runtime_jax.files import buckets
 
             buckets.check_checkpoints(self.directory)
-        if read_only and not self.directory.is_dir():
+        if read_only and not is_dir(self.directory):
             raise FileNotFoundError(f"{self.directory}: no such directory")
         self._pass_over_unfinished(read_only)
         options = ocp.CheckpointManagerOptions(

@@ -245,3 +245,31 @@ def test_a_pipeline_is_written_to_a_bucket(bucket_folder, tmp_path):
     names = sorted(str(path.relative_to(again)) for path in again.rglob("*") if path.is_file())
     assert names == list(buckets.objects(bucket_folder / "model"))
     assert_same_files(bucket_folder / "model", again, *names)
+
+
+def test_commands_say_in_one_line_what_is_wrong(bucket_folder, capsys):
+    config = ["--config", "mergevq_tiny:demo", "--config.data.sources=[{'kind': 'photos'}]"]
+    wrong = {
+        (
+            "train",
+            *config,
+            "--workdir",
+            "gs://no-such-bucket/run",
+        ): "mergevq train: gs://no-such-bucket/run: no such bucket",
+        ("tokenize", "--folder", f"{bucket_folder}/none", "--out", f"{bucket_folder}/out"): (
+            f"mergevq tokenize: image folder '{bucket_folder}/none' does not exist or is not a folder"
+        ),
+        ("sample", "--model", f"{bucket_folder}/none", "--out", f"{bucket_folder}/out"): (
+            f"mergevq sample: {bucket_folder}/none: no such object or folder"
+        ),
+    }
+    for command, message in wrong.items():
+        assert cli.main(command) == 1
+        assert capsys.readouterr().err.splitlines()[-1] == message
+    assert buckets.objects(bucket_folder) == {}
+    with pytest.raises(SystemExit):
+        cli.main(["sample", "--out", "ftp://host/out"])
+    assert "argument --out: ftp://host/out: ftp:// is not supported; allowed are gs://" in capsys.readouterr().err
+    command = ["generate", "--prompt", "a ball", "--concept", f"ball={bucket_folder}/none.safetensors"]
+    assert tokenverse.main([*command, "--out", f"{bucket_folder}/out"]) == 1
+    assert f"{bucket_folder}/none.safetensors: no such concept file" in capsys.readouterr().err
