@@ -141,5 +141,5 @@ def remove_tree(path: AnyPath) -> None:
     """Deletes a folder with all that is in it, if it is there."""
     if is_remote(path):
         path.rmtree(missing_ok=True)
-    else:
-        shutil.rmtree(path, ignore_errors=True)
+    elif path.exists():
+        shutil.rmtree(path)

@@ -7,7 +7,6 @@ import contextlib
 import json
 import math
 import os
-import shutil
 import sys
 import tempfile
 import time
@@ -21,7 +20,7 @@ import numpy as np
 from jaxtyping import UInt8
 from tqdm import tqdm
 
-from runtime_jax.files import BucketError, is_remote, local, path_of, replacing, write_text
+from runtime_jax.files import BucketError, is_remote, path_of, read_bytes, replacing, write_text
 
 _METRICS = "metrics.jsonl"
 _UPLOAD_EVERY = 60.0  # seconds between two uploads to a bucket, unless checkpoints are more frequent
@@ -53,7 +52,7 @@ class MetricWriter(contextlib.AbstractContextManager):
             self._local = tempfile.TemporaryDirectory()
             folder = Path(self._local.name)
             with contextlib.suppress(FileNotFoundError):
-                shutil.copyfile(local(self._workdir / _METRICS), folder / _METRICS)
+                (folder / _METRICS).write_bytes(read_bytes(self._workdir / _METRICS))
         _drop_later(folder / _METRICS, start_step, redo)
         self._file = (folder / _METRICS).open("a", encoding="utf-8")
         self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=start_step + 1)
