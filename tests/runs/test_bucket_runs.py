@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -94,6 +95,29 @@ def test_a_damaged_checkpoint_is_set_aside(bucket_folder, caplog):
     assert any(name.startswith("checkpoints/12.damaged/") for name in buckets.objects(bucket_folder))
     with Checkpointer(bucket_folder, read_only=True) as checkpointer:
         assert checkpointer.steps() == [6, 12]
+
+
+def _coordinator() -> str:
+    with socket.create_server(("localhost", 0)) as probe:
+        return f"localhost:{probe.getsockname()[1]}"
+
+
+def test_two_processes_write_one_bucket(bucket_folder, whole):
+    """Process 0 dies while it saves; the run starts again by itself, and equals that of one process."""
+    environment = os.environ | {
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
+        "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
+    }
+    command = [sys.executable, "-m", "launch.run", "--processes", "2", "--timeout", "60", "--restarts", "1"]
+    command += ["--coordinator", _coordinator(), "--", sys.executable, toy_run.__file__, str(bucket_folder)]
+    done = subprocess.run(
+        [*command, "in-save-once", "12"], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=200
+    )
+    assert done.returncode == 0, done.stderr
+    assert f"origin: own checkpoint {bucket_folder}/checkpoints/6" in done.stdout
+    for mine, theirs in zip(lines(bucket_folder), lines(whole), strict=True):
+        assert mine.keys() == theirs.keys()
+        assert all(np.isclose(mine[name], theirs[name], rtol=1e-6, atol=1e-6) for name in mine)
 
 
 def put(folder: Path, target) -> str:
