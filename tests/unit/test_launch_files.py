@@ -758,7 +758,9 @@ def test_the_dockerfile_copies_what_exists_and_is_not_ignored():
     assert packages | {"pyproject.toml", "README.md", "LICENSE", "configs"} <= kept
 
 
-@pytest.mark.parametrize(("accelerator", "extra"), [("cpu", "[gcs]"), ("gpu", "[gpu,gcs]"), ("tpu", "[tpu,gcs]"), ("tpus", None)])
+@pytest.mark.parametrize(
+    ("accelerator", "extra"), [("cpu", "[gcs]"), ("gpu", "[gpu,gcs]"), ("tpu", "[tpu,gcs]"), ("tpus", None)]
+)
 def test_the_image_installs_the_wheel_with_the_pinned_versions(stand_in, tmp_path, accelerator, extra):
     script = [text for name, text in instructions() if name == "RUN"][-1]
     lint(script, "sh")
