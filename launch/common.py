@@ -69,12 +69,14 @@ def check_folders(command: Sequence[str], *, mounts: Sequence[str] | None, why: 
         if name not in FOLDERS:
             continue
         folder = value if equals else following
+        if folder.startswith("gs://"):
+            continue
         if "://" in folder:
-            raise LaunchError(f"{name} {folder}: not a path of a file system; mount the bucket, give its mount point")
+            raise LaunchError(f"{name} {folder}: allowed are gs:// and paths of a file system")
         kept = folder.startswith("/") and (mounts is None or any(_is_in(folder, mount) for mount in mounts))
         if not kept:
             places = ["an absolute path of a shared file system"] if mounts is None else mounts
-            raise LaunchError(f"{name} {folder}: {why}; use {' or '.join(places) or 'a folder of a --pvc'}")
+            raise LaunchError(f"{name} {folder}: {why}; use {' or '.join(places) or 'a folder of a --pvc'}, or gs://")
 
 
 def _is_in(folder: str, mount: str) -> bool:

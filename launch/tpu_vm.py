@@ -3,7 +3,7 @@ r"""Runs a command on all hosts of a TPU slice, or of several, by gcloud: create
     python -m launch.tpu_vm create pod --slice v5e:4x4 --zone us-west4-a --spot
     python -m launch.tpu_vm install pod --slice v5e:4x4 --zone us-west4-a
     python -m launch.tpu_vm run pod --slice v5e:4x4 --zone us-west4-a --restarts 10 -- \
-        mergevq train --config mergevq_imagenet:gr-d64 --workdir /mnt/bucket/gr-d64
+        mergevq train --config mergevq_imagenet:gr-d64 --workdir gs://BUCKET/gr-d64
     python -m launch.tpu_vm logs pod --slice v5e:4x4 --zone us-west4-a --follow
     python -m launch.tpu_vm stop pod --slice v5e:4x4 --zone us-west4-a
     python -m launch.tpu_vm delete pod --slice v5e:4x4 --zone us-west4-a
@@ -176,7 +176,7 @@ tar -xzf "$HOME/{name}.tar.gz" -C "$HOME/{name}"
 cd "$HOME/{name}"
 python3 -m pip install --quiet --user uv
 python3 -m uv venv --quiet --allow-existing --python {python} .venv
-python3 -m uv pip install --quiet --python .venv/bin/python --constraint constraints.txt --editable '.[tpu]'
+python3 -m uv pip install --quiet --python .venv/bin/python --constraint constraints.txt --editable '.[tpu,gcs]'
 .venv/bin/python -m launch.run --dry-run -- true >/dev/null
 echo "$(hostname): installed"
 """

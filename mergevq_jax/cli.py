@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mini_scenes import command
-from runtime_jax.cli import CommandLine, config_arguments, report_end
+from runtime_jax.cli import CommandLine, config_arguments, path, report_end
 
 TINY, TINY_GENERATOR = "tiny", "tiny-mergear"  # names of what is shipped with the package
 
@@ -34,7 +34,7 @@ def _command_line() -> CommandLine:
     )
     sub.add_argument("--num-images", type=int, default=256)
     sub.add_argument("--metrics", help="metrics.jsonl of a training run, to plot the loss")
-    sub.add_argument("--out", default="runs/evaluate")
+    sub.add_argument("--out", type=path, default=Path("runs/evaluate"))
 
     sub = line.command("compare", _compare, "Compare generated scenes with each other and with real ones.")
     sub.add_argument(
@@ -47,17 +47,17 @@ def _command_line() -> CommandLine:
     )
     sub.add_argument("--tokenizer", help="also measure its reconstructions of real scenes")
     sub.add_argument("--keep", type=int, nargs="+", default=[64, 144, 256], help="kept tokens K of the reconstructions")
-    sub.add_argument("--judge", type=Path, help="weights of another judge (default: the shipped one)")
+    sub.add_argument("--judge", type=path, help="weights of another judge (default: the shipped one)")
     sub.add_argument("--data-dir", default="data")
     sub.add_argument("--single", action="store_true", help="real scenes of one object: mini_scenes/64_single")
-    sub.add_argument("--out", type=Path, default=Path("runs/compare"))
+    sub.add_argument("--out", type=path, default=Path("runs/compare"))
 
     sub = line.command("reconstruct", _reconstruct, "Encode and decode pictures, with the merged groups outlined.")
-    sub.add_argument("images", nargs="+", type=Path, help="pictures, and folders of them")
+    sub.add_argument("images", nargs="+", type=path, help="pictures, and folders of them")
     sub.add_argument("--tokenizer", default=TINY, help="folder or hub id (default: the shipped tiny one)")
     sub.add_argument("--keep", type=int, nargs="+", help="kept tokens K (default: 1/4, the model's share, all)")
     sub.add_argument("--size", type=int, help="pixels of the shorter side (default: the training size; 0: no resizing)")
-    sub.add_argument("--out", type=Path, default=Path("runs/reconstruct"))
+    sub.add_argument("--out", type=path, default=Path("runs/reconstruct"))
 
     sub = line.command(
         "tokenize", _tokenize, "Write codes and source maps of a dataset or folder to disk; resumable.", several=True
@@ -70,7 +70,7 @@ def _command_line() -> CommandLine:
     sub.add_argument("--keep", type=int, help="kept tokens K")
     sub.add_argument("--batch-size", type=int, default=32)
     sub.add_argument("--shard-size", type=int, default=4096, help="images per file")
-    sub.add_argument("--out", type=Path, required=True)
+    sub.add_argument("--out", type=path, required=True)
 
     _sample_command(line)
 
@@ -83,12 +83,12 @@ def _command_line() -> CommandLine:
     sub = line.command(
         "convert", _convert, "Turn a released checkpoint (as .safetensors) into a tokenizer's or generator's folder."
     )
-    sub.add_argument("checkpoint", type=Path)
+    sub.add_argument("checkpoint", type=path)
     sub.add_argument("--stage", type=int, choices=(1, 2), default=1, help="1: tokenizer (default), 2: generator")
     sub.add_argument("--tokenizer", default=TINY, help="stage 2: the converted tokenizer whose codes it generates")
     sub.add_argument("--preset", required=True, help="the architecture it was trained with")
     sub.add_argument("--last-weights", action="store_true", help="take the last weights instead of the moving averages")
-    sub.add_argument("--out", type=Path, required=True)
+    sub.add_argument("--out", type=path, required=True)
     return line
 
 
@@ -128,7 +128,7 @@ def _sample_command(line: CommandLine) -> None:
         help="devices that share each weight (default: 1); the rest split batches",
     )
     sub.add_argument("--show-cache", action="store_true", help="also draw what the KV cache kept and how full it was")
-    sub.add_argument("--out", type=Path, default=Path("runs/sample"))
+    sub.add_argument("--out", type=path, default=Path("runs/sample"))
 
 
 def training(path: str, overrides: Sequence[str]):
@@ -147,7 +147,7 @@ def training(path: str, overrides: Sequence[str]):
 
 
 def _train(args, overrides) -> int:
-    from runtime_jax.workdir import local_path
+    from runtime_jax.workdir import absolute
 
     config, task = training(args.config, overrides)
     if task == "tokenizer":
@@ -155,7 +155,7 @@ def _train(args, overrides) -> int:
     else:
         from mergevq_jax.generator.run import train
     result = train(config, args.workdir)
-    return report_end(f"the {task} is in {local_path(args.workdir) / task}", result.stopped_by, result.step)
+    return report_end(f"the {task} is in {absolute(args.workdir) / task}", result.stopped_by, result.step)
 
 
 def _evaluate(args, _) -> None:
@@ -163,7 +163,7 @@ def _evaluate(args, _) -> None:
 
     evaluate(
         args.tokenizer or [TINY],
-        out=Path(args.out),
+        out=args.out,
         data_dir=args.data_dir,
         keeps=args.keep,
         num_images=args.num_images,
@@ -178,7 +178,7 @@ def _compare(args, _) -> None:
 
     if short := [row[0] for row in args.row if len(row) < 2]:
         raise ValueError(f"--row {short[0]}: a name and at least one folder are needed")
-    rows = [(name, [Path(folder) for folder in folders]) for name, *folders in args.row]
+    rows = [(name, [path(folder) for folder in folders]) for name, *folders in args.row]
     check_output(args.out)
     judge = Judge.load(args.judge) if args.judge else Judge.load()
     scenes = {"data_dir": args.data_dir, "single": args.single}

@@ -13,7 +13,7 @@ import numpy as np
 
 from mergevq_jax.pretrained import SHIPPED
 from runtime_jax import config as config_lib
-from runtime_jax.files import write_json
+from runtime_jax.files import AnyPath, write_json
 from runtime_jax.weights import Rule, WeightError, export_weights, import_weights, read_safetensors, write_safetensors
 from runtime_jax.weights.hub import local_path
 
@@ -76,7 +76,9 @@ def read_params(folder: Path, table: Sequence[Rule], shapes: Any) -> Any:
     return jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), params)
 
 
-def write_folder(folder: Path, model_type: str, config: Any, table: Sequence[Rule], params: Mapping[str, Any]) -> None:
+def write_folder(
+    folder: AnyPath, model_type: str, config: Any, table: Sequence[Rule], params: Mapping[str, Any]
+) -> None:
     """Writes a model's two files, each atomically."""
     tensors = export_weights(table, params)
     write_safetensors(folder / WEIGHTS_NAME, tensors, {"format": "pt", "model_type": model_type})

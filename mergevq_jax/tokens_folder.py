@@ -13,10 +13,13 @@ import numpy as np
 from array_record.python.array_record_module import ArrayRecordReader
 from safetensors.numpy import load as from_bytes
 
+from runtime_jax.files import AnyPath, is_file, local
+
 INFO_NAME = "tokens.json"
+SHARDS = "tokens-*.array_record"
 
 
-def read_tokens(folder: Path) -> Iterator[dict[str, np.ndarray]]:
+def read_tokens(folder: AnyPath) -> Iterator[dict[str, np.ndarray]]:
     """The records of a folder from `tokenize`, in order.
 
     Raises:
@@ -36,17 +39,18 @@ class TokensFolder(NamedTuple):
     shards: list[Path]
 
 
-def open_tokens(folder: Path) -> TokensFolder:
-    """Finds the files in a folder from `tokenize`.
+def open_tokens(folder: AnyPath) -> TokensFolder:
+    """Finds the files in a folder from `tokenize`; of a bucket, copies them to the local disk first.
 
     Raises:
       ValueError: not such a folder, or shards are missing.
+      BucketError: the bucket cannot be read.
     """
-    if not (folder / INFO_NAME).is_file():
+    if not is_file(folder / INFO_NAME):
         raise ValueError(f"{folder}: not a folder from mergevq tokenize, no {INFO_NAME}")
     info = json.loads((folder / INFO_NAME).read_text())
     count = -(-info["images"] // info["shard_size"])
-    shards = sorted(folder.glob("tokens-*.array_record"))
+    shards = sorted(local(folder, (INFO_NAME, SHARDS)).glob(SHARDS))
     if len(shards) != count:
         raise ValueError(f"{folder} has {len(shards)} of {count} shards: run mergevq tokenize again")
     return TokensFolder(info, shards)

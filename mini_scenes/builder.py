@@ -12,6 +12,7 @@ import tensorflow_datasets as tfds
 from mini_scenes import vocabulary as words
 from mini_scenes.examples import SPLITS, make_examples
 from mini_scenes.render import MIN_SIZE
+from runtime_jax.files import is_remote
 from runtime_jax.workdir import check_output
 
 NAME = "mini_scenes"
@@ -133,6 +134,8 @@ def prepare(data_dir: str | Path = "data", size: int = 64, **contents: int | boo
         ValueError: as `make_config`.
         WorkdirError: `data_dir` cannot be written, or lacks space.
     """
+    if is_remote(data_dir):
+        raise ValueError(f"{data_dir}: TFDS writes array_record files on a disk; copy them to the bucket then")
     config = make_config(size, **contents)
     known = config.name in MiniScenes.builder_configs
     builder = MiniScenes(data_dir=str(data_dir), config=config.name if known else config)

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import TextIO
 
 from runtime_jax import hosts
+from runtime_jax.files import AnyPath, path_of
 
 # (arguments of a sub-command, overrides of its config) -> exit status, or None for success
 Run = Callable[[argparse.Namespace, list[str]], int | None]
@@ -94,6 +95,14 @@ def config_arguments(parser: argparse.ArgumentParser) -> None:
     """--config and --workdir of a run."""
     parser.add_argument("--config", required=True, help="NAME:ARGUMENT of a shipped config, or a path FILE.py:ARGUMENT")
     parser.add_argument("--workdir", required=True, help="checkpoints, metrics, pictures and results go here")
+
+
+def path(text: str) -> AnyPath:
+    """The type of an argument that is a path, or the URL of a bucket."""
+    try:
+        return path_of(text)
+    except OSError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 def report_end(done: str, stopped_by: str | None, step: int) -> int:

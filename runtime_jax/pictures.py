@@ -4,14 +4,13 @@ import contextlib
 import json
 import os
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Float, Int, UInt8
 from PIL import Image, ImageDraw, ImageFont
 
-from runtime_jax.files import replacing
+from runtime_jax.files import path_of, replacing
 
 Picture = UInt8[np.ndarray, "height width 3"]
 Drawing = UInt8[np.ndarray, "new_height new_width 3"]
@@ -183,7 +182,7 @@ def read_metrics(path: str | os.PathLike, names: Sequence[str]) -> dict[str, tup
     Raises:
       ValueError: a name that no line has.
     """
-    lines = [json.loads(line) for line in Path(path).read_text().splitlines() if line.strip()]
+    lines = [json.loads(line) for line in path_of(path).read_text().splitlines() if line.strip()]
     curves = {}
     for name in names:
         points = [(line["step"], line[name]) for line in lines if name in line]

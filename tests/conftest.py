@@ -13,6 +13,7 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 
 import jax
 import pytest
+from bucket_tools import bucket, bucket_folder  # noqa: F401 (fixtures)
 from jaxtyping import install_import_hook
 
 # Tracing makes millions of small objects and hardly any garbage; looking for it more rarely saves a third of the time.

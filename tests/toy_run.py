@@ -15,9 +15,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from orbax.checkpoint._src.path.atomicity import CommitFileTemporaryPath
 
 from runtime_jax import hosts
 from runtime_jax.config import Duration
+from runtime_jax.files import path_of, replacing
 from runtime_jax.prng import Stream, host_rng, stream_key
 from runtime_jax.sharding import Axis, MeshConfig, constrain, make_mesh, replicated
 from runtime_jax.training import loop
@@ -114,7 +116,8 @@ def train(workdir: Path, steps: int, stream: Callable[[int], Iterator] = batches
         whole = jax.jit(lambda state: state, out_shardings=replicated(program().mesh))(result.state)
     if jax.process_index() == 0:
         leaves = {jax.tree_util.keystr(k): np.asarray(v) for k, v in jax.tree_util.tree_leaves_with_path(whole)}
-        np.savez(workdir / "final.npz", **leaves)
+        with replacing(workdir / "final.npz") as new:
+            np.savez(new, **leaves)
     return result
 
 
@@ -149,15 +152,20 @@ def slowed(seconds: float) -> Callable[[int], Iterator]:
 
 
 def die_while_saving(step: int) -> None:
-    """Makes the process die when the checkpoint of this step is all written and about to get its final name."""
-    rename = os.rename
+    """Makes the process die when the checkpoint of this step is all written and about to get its final name or mark."""
+    rename, finalize = os.rename, CommitFileTemporaryPath.finalize
 
     def rename_or_die(source: Any, target: Any) -> None:
         if Path(target).name == str(step):
             os.kill(os.getpid(), signal.SIGKILL)
         rename(source, target)
 
-    os.rename = rename_or_die
+    async def finalize_or_die(temporary: CommitFileTemporaryPath) -> None:
+        if temporary.get_final().name == str(step):
+            os.kill(os.getpid(), signal.SIGKILL)
+        await finalize(temporary)
+
+    os.rename, CommitFileTemporaryPath.finalize = rename_or_die, finalize_or_die
 
 
 if __name__ == "__main__":
@@ -166,7 +174,7 @@ if __name__ == "__main__":
     if processes is not None:
         hosts.start(processes, sys.argv[1:], timeout=60.0)
     if how == "in-save-once":
-        how = "whole" if (Path(folder) / "checkpoints").exists() else "in-save"
+        how = "whole" if (path_of(folder) / "checkpoints").exists() else "in-save"
     if processes is not None and how in ("in-step", "in-save"):  # one of several dies; process 0 completes a checkpoint
         victim = 0 if how == "in-save" else processes.count - 1
         how = how if processes.index == victim else "whole"
@@ -175,5 +183,5 @@ if __name__ == "__main__":
     stream = signalled(signal.SIGKILL, int(when)) if how == "in-step" else batches
     if how == "slowly":
         stream = slowed(float(when))
-    ended = train(Path(folder), 20, share(stream))
+    ended = train(path_of(folder), 20, share(stream))
     sys.exit(0 if ended.stopped_by is None else 128 + signal.Signals[ended.stopped_by])

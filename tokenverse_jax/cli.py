@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from mini_scenes import command
-from runtime_jax.cli import CommandLine, config_arguments, report_end
+from runtime_jax.cli import CommandLine, config_arguments, path, report_end
+from runtime_jax.files import is_file
 
 TINY = "tiny"  # names the shipped model for a CPU
 PIXELS_AT_ONCE = 256**2  # default total of the images that are sampled together
@@ -52,7 +53,7 @@ def _command_line() -> CommandLine:
     )
     sub.add_argument("--num", type=int, default=4, help="images (default: 4)")
     _sampling_arguments(sub)
-    sub.add_argument("--out", type=Path, default=Path("runs/generate"))
+    sub.add_argument("--out", type=path, default=Path("runs/generate"))
 
     sub = line.command(
         "direction",
@@ -66,14 +67,14 @@ def _command_line() -> CommandLine:
     sub.add_argument("--neutral", required=True, help="the same prompt without it")
     sub.add_argument("--strength", type=float, nargs="+", default=[0.5, 1.0, 1.5, 2.0])
     _sampling_arguments(sub)
-    sub.add_argument("--out", type=Path, default=Path("runs/direction"))
+    sub.add_argument("--out", type=path, default=Path("runs/direction"))
 
     sub = line.command("learn", _learn, "Learn an image's concepts, or resume; any config value: --config.a.b=value.")
     config_arguments(sub)
 
     sub = line.command("concepts", _concepts, "List concept files.")
     sub.add_argument("action", choices=("inspect",), help="a table, and a warning where two words would blend")
-    sub.add_argument("files", nargs="+", type=Path)
+    sub.add_argument("files", nargs="+", type=path)
     _model_arguments(
         sub, default=None, help="base model, to compare attention keys (default: the one named in the files)"
     )
@@ -160,7 +161,7 @@ def _generate(args, _) -> None:
 
     requests = [parse_request(text) for text in args.concept]
     for request in requests:
-        if not Path(request.path).is_file():  # loading a model takes a while
+        if not is_file(path(request.path)):  # loading a model takes a while
             raise ValueError(f"{request.path}: no such concept file")
     check_output(args.out)
     settings = {"num": args.num, "mode": args.mode, "compare": args.compare, "out": args.out}
@@ -189,11 +190,11 @@ def _build(cls: type, args, overrides: list[str]):
 
 
 def _learn(args, overrides) -> int:
-    from runtime_jax.workdir import local_path
+    from runtime_jax.workdir import absolute
     from tokenverse_jax.commands.learn import CONCEPT_FILE, LearnRunConfig, learn
 
     result = learn(_build(LearnRunConfig, args, overrides), args.workdir)
-    return report_end(f"the concepts are in {local_path(args.workdir) / CONCEPT_FILE}", result.stopped_by, result.step)
+    return report_end(f"the concepts are in {absolute(args.workdir) / CONCEPT_FILE}", result.stopped_by, result.step)
 
 
 def _concepts(args, _) -> None:
@@ -218,11 +219,11 @@ def _bench(args, overrides) -> None:
 
 
 def _train_base(args, overrides) -> int:
-    from runtime_jax.workdir import local_path
+    from runtime_jax.workdir import absolute
     from tokenverse_jax.base.run import FOLDER, BaseConfig, train
 
     result = train(_build(BaseConfig, args, overrides), args.workdir)
-    return report_end(f"the model is in {local_path(args.workdir) / FOLDER}", result.stopped_by, result.step)
+    return report_end(f"the model is in {absolute(args.workdir) / FOLDER}", result.stopped_by, result.step)
 
 
 if __name__ == "__main__":

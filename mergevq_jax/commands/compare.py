@@ -5,7 +5,6 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 from zipfile import BadZipFile
 
@@ -22,7 +21,7 @@ from mergevq_jax.tokenizer.tome import group_starts
 from mini_scenes import CLASSES, make_config
 from mini_scenes.judge import Judge
 from runtime_jax.cost import table
-from runtime_jax.files import write_text
+from runtime_jax.files import AnyPath, write_text
 from runtime_jax.messages import cut
 from runtime_jax.pictures import Points, image_grid, plot_lines, save_png
 from runtime_jax.workdir import only_writer
@@ -62,9 +61,9 @@ class Row(NamedTuple):
 
 
 def compare(
-    rows: Sequence[tuple[str, Sequence[Path]]],
+    rows: Sequence[tuple[str, Sequence[AnyPath]]],
     *,
-    out: Path,
+    out: AnyPath,
     data_dir: str,
     judge: Judge,
     tokenizer: str | None = None,
@@ -134,7 +133,7 @@ def compare(
         print(f"{', '.join(written)}: in {out}")
 
 
-def read_samples(path: Path) -> Folder:
+def read_samples(path: AnyPath) -> Folder:
     """A folder that `mergevq sample` wrote: samples.npz (arr_0 images, arr_1 labels) and protocol.json.
 
     Raises:
@@ -146,7 +145,7 @@ def read_samples(path: Path) -> Folder:
         protocol = json.loads((path / "protocol.json").read_text())
         if "merge_number" in protocol:  # the name of K in older protocols
             protocol["keep"] = protocol.pop("merge_number")
-        with np.load(path / "samples.npz") as arrays:
+        with (path / "samples.npz").open("rb") as file, np.load(file) as arrays:
             images, labels = arrays["arr_0"], arrays["arr_1"]
     except (OSError, KeyError, BadZipFile, json.JSONDecodeError) as error:
         raise ValueError(f"{path}: not a folder of mergevq sample ({error})") from error

@@ -1,14 +1,13 @@
 """`mergevq evaluate`: tokenizers measured on held-out scenes and photographs, as a table and pictures."""
 
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 
 from mergevq_jax.evaluate.held_out import BATCH_SIZE, held_out_photographs, held_out_scenes
 from mergevq_jax.tokenizer import report
 from mergevq_jax.tokenizer.model import load_tokenizer, read_tokenizer_config
-from runtime_jax.files import write_text
+from runtime_jax.files import AnyPath, is_file, path_of, write_text
 from runtime_jax.pictures import image_grid, loss_curve, save_png
 from runtime_jax.workdir import only_writer
 
@@ -16,7 +15,7 @@ from runtime_jax.workdir import only_writer
 def evaluate(
     tokenizers: Sequence[str],
     *,
-    out: Path,
+    out: AnyPath,
     data_dir: str,
     keeps: Sequence[int],
     num_images: int,
@@ -31,7 +30,7 @@ def evaluate(
     """
     if num_images < 1:
         raise ValueError(f"--num-images {num_images}: at least 1")
-    if metrics and not Path(metrics).is_file():
+    if metrics and not is_file(path_of(metrics)):
         raise ValueError(f"--metrics {metrics}: no such file")
     with only_writer(out):
         configs = {name: read_tokenizer_config(name) for name in tokenizers}

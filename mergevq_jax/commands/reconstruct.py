@@ -16,6 +16,7 @@ from mergevq_jax.tokenizer.config import TokenizerConfig, ratio_keep
 from mergevq_jax.tokenizer.model import load_tokenizer, read_tokenizer_config
 from runtime_jax.config import naming
 from runtime_jax.data import decode_image, image_files, image_size
+from runtime_jax.files import AnyPath, local
 from runtime_jax.pictures import save_png
 from runtime_jax.workdir import check_output
 
@@ -29,14 +30,14 @@ class Picture(NamedTuple):
     name: str  # of its results, without suffix
 
 
-def find_pictures(paths: Sequence[Path]) -> list[Picture]:
-    """The pictures among paths and in folders; results of a folder keep its sub-folders.
+def find_pictures(paths: Sequence[AnyPath]) -> list[Picture]:
+    """The pictures among paths and in folders; results of a folder keep its sub-folders. Copies those of a bucket.
 
     Raises:
       ValueError: no such file, a folder without pictures, or two results with the same name.
     """
     pictures = []
-    for path in paths:
+    for path in map(local, paths):
         if path.is_dir():
             found = image_files(path)
             if not found:
@@ -99,7 +100,12 @@ def read_picture(path: Path, multiple: int, size: int) -> UInt8[np.ndarray, "H W
 
 
 def reconstruct(
-    paths: Sequence[Path], tokenizer: str, *, keeps: Sequence[int] | None = None, size: int | None = None, out: Path
+    paths: Sequence[AnyPath],
+    tokenizer: str,
+    *,
+    keeps: Sequence[int] | None = None,
+    size: int | None = None,
+    out: AnyPath,
 ) -> None:
     """Writes `out/NAME_kK.png` for each picture and K, and `out/NAME_comparison.png`; prints a line for each.
 

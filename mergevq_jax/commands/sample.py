@@ -6,11 +6,9 @@ Axes: B batch, N images, H W image, L raster tokens.
 """
 
 import json
-import shutil
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -24,7 +22,7 @@ from mergevq_jax.generator.model import GeneratorInfo, GeneratorModel, load_gene
 from mergevq_jax.generator.sampling.plan import DrawPlan, SamplingConfig
 from mergevq_jax.tokenizer.model import Tokenizer, read_tokenizer_config
 from runtime_jax import config as config_lib
-from runtime_jax.files import replacing, write_json
+from runtime_jax.files import AnyPath, remove_tree, replacing, write_json
 from runtime_jax.nn.compute import Compute
 from runtime_jax.pictures import dim_tokens, image_grid, loss_curve, save_png
 from runtime_jax.sharding import MeshConfig, make_mesh
@@ -68,7 +66,7 @@ def sample(
     source: str,
     request: Request,
     *,
-    out: Path,
+    out: AnyPath,
     tokenizer: str | None = None,
     compute: Compute = Compute(),
     mesh: MeshConfig = MeshConfig(),
@@ -109,7 +107,7 @@ def sample(
                 drawn = draw(model.place(devices), loaded, request, labels, parts)
         except BaseException:
             if not any(parts.glob("[0-9]*.npz")):  # nothing to resume from
-                shutil.rmtree(parts)
+                remove_tree(parts)
             raise
         names = [info.classes[label] if info.classes else str(label) for label in drawn.labels.tolist()]
 
@@ -142,7 +140,7 @@ def sample(
             title = f"{plan.slots} slots for {info.architecture.prefix + info.architecture.length} tokens"
             loss_curve(curves, out / "occupancy.png", title=title)
         (parts / CLAIM_NAME).unlink()  # first: parts without it are deleted by the next run
-        shutil.rmtree(parts)
+        remove_tree(parts)
         if drawn.cache is None:
             return f"{request.num} images are in {out}"
         evicted, length = drawn.cache.overflows.mean(), info.architecture.length
@@ -159,11 +157,11 @@ def _plan(info: GeneratorInfo, request: Request, compute: Compute, *, show_cache
     return plan
 
 
-def _claim(parts: Path, wanted: Mapping[str, Any]) -> None:
+def _claim(parts: AnyPath, wanted: Mapping[str, Any]) -> None:
     """Checks that existing parts belong to these samples, or starts new ones; parts without a claim are deleted."""
     path, wanted = parts / CLAIM_NAME, config_lib.to_dict(wanted)
     if not path.exists():
-        shutil.rmtree(parts, ignore_errors=True)
+        remove_tree(parts)
         write_json(path, wanted)
     elif differing := [name for name, value in wanted.items() if json.loads(path.read_text()).get(name) != value]:
         raise ValueError(
@@ -178,7 +176,7 @@ def _labels(info: GeneratorInfo, request: Request) -> Int[np.ndarray, "N"]:
 
 
 def draw(
-    model: GeneratorModel, tokenizer: Tokenizer, request: Request, labels: Int[np.ndarray, "N"], parts: Path
+    model: GeneratorModel, tokenizer: Tokenizer, request: Request, labels: Int[np.ndarray, "N"], parts: AnyPath
 ) -> Drawn:
     """Draws all batches that are not in `parts`; they have one size, so there is one program."""
     size = request.batch_size
@@ -196,11 +194,11 @@ def draw(
     return _joined(paths, labels, size)
 
 
-def _joined(paths: Sequence[Path], labels: Int[np.ndarray, "N"], size: int) -> Drawn:
+def _joined(paths: Sequence[AnyPath], labels: Int[np.ndarray, "N"], size: int) -> Drawn:
     whole: dict[str, np.ndarray] = {}
     timed = []
     for start, path in zip(range(0, len(labels), size), paths, strict=True):
-        with np.load(path) as arrays:
+        with path.open("rb") as file, np.load(file) as arrays:
             timed.append((float(arrays["seconds"]), bool(arrays["compiled"])))
             for name in ("images", *(CacheUse._fields if "kept" in arrays else ())):
                 part = arrays[name]

@@ -7,7 +7,6 @@ stopped run resumes at the first missing one.
 import contextlib
 import json
 from collections.abc import Iterator
-from pathlib import Path
 
 import jax
 import numpy as np
@@ -20,13 +19,19 @@ from mergevq_jax.tokens_folder import INFO_NAME, read_tokens
 from runtime_jax import config as config_lib
 from runtime_jax import hosts
 from runtime_jax.data import SourceConfig, center_crop, open_source
-from runtime_jax.files import replacing, write_json
+from runtime_jax.files import AnyPath, replacing, write_json
 from runtime_jax.messages import cut
 from runtime_jax.workdir import only_writer
 
 
 def tokenize(
-    source: SourceConfig, tokenizer: str, out: Path, *, keep: int | None, batch_size: int = 32, shard_size: int = 4096
+    source: SourceConfig,
+    tokenizer: str,
+    out: AnyPath,
+    *,
+    keep: int | None,
+    batch_size: int = 32,
+    shard_size: int = 4096,
 ) -> str:
     """Tokenizes every image of a source, resized and centre-cropped to the training size; returns a summary line.
 
@@ -81,7 +86,7 @@ def tokenize(
         return f"{count} images in {shards} shards under {out} ({unreadable} unreadable ones left out)"
 
 
-def _claim(out: Path, info: dict) -> None:
+def _claim(out: AnyPath, info: dict) -> None:
     """Writes tokens.json, or checks that the existing one says the same."""
     path = out / INFO_NAME
     if path.exists():
@@ -92,7 +97,7 @@ def _claim(out: Path, info: dict) -> None:
     write_json(path, info)
 
 
-def _write_shard(path: Path, tokenizer: Tokenizer, images, indices: range, keep: int, batch_size: int) -> None:
+def _write_shard(path: AnyPath, tokenizer: Tokenizer, images, indices: range, keep: int, batch_size: int) -> None:
     with replacing(path) as new, contextlib.closing(ArrayRecordWriter(str(new), "group_size:1")) as writer:
         for start in range(indices.start, indices.stop, batch_size):
             chosen = list(indices[start - indices.start : start - indices.start + batch_size])

@@ -8,7 +8,6 @@ Axes: B batch, L raster tokens, K kept tokens.
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import grain
@@ -21,6 +20,7 @@ from mergevq_jax.tokens_folder import TokensFolder, open_tokens
 from runtime_jax import data as image_data
 from runtime_jax.config import config_changes
 from runtime_jax.data import DataConfig, check_same_classes, classes_of, read_batches
+from runtime_jax.files import path_of
 from runtime_jax.prng import Stream, host_rng
 
 
@@ -82,7 +82,7 @@ class _Tokens:
     """Random access to images tokenized at several K."""
 
     def __init__(self, paths: Sequence[str]):
-        opened = {path: open_tokens(Path(path)) for path in paths}
+        opened = {path: open_tokens(path_of(path)) for path in paths}
         self.infos = {path: folder.info for path, folder in opened.items()}
         _require_one_source(self.infos)
         self.folders = {folder.info["keep"]: _records(folder) for folder in opened.values()}

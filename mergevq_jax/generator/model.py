@@ -6,7 +6,6 @@ Axes: B batch, H W image, L raster tokens, K codes; M choices of K, C classes.
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -26,6 +25,7 @@ from mergevq_jax.generator.sampling.plan import SamplingConfig
 from mergevq_jax.generator.sampling.raster import Samples
 from mergevq_jax.generator.transformer import SHARDING_RULES, Params, param_shapes
 from mergevq_jax.tokenizer.model import Tokenizer, load_tokenizer
+from runtime_jax.files import path_of
 from runtime_jax.messages import cut
 from runtime_jax.nn.compute import Compute
 from runtime_jax.sharding import param_shardings, place
@@ -109,7 +109,7 @@ class GeneratorModel:
     def save_pretrained(self, path: str | os.PathLike) -> None:
         """Writes config.json and model.safetensors (released state-dict names); each file atomically."""
         table = convert.generator_table(self.config)
-        model_folder.write_folder(Path(path), MODEL_TYPE, self.info, table, self._saved)
+        model_folder.write_folder(path_of(path), MODEL_TYPE, self.info, table, self._saved)
 
     def fingerprint(self) -> str:
         """SHA-256 over config and parameters."""

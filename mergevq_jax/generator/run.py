@@ -4,8 +4,8 @@ import contextlib
 import dataclasses
 import functools
 import itertools
+import os
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import jax
@@ -124,7 +124,7 @@ class TrainConfig:
         )
 
 
-def train(config: TrainConfig, workdir: str | Path) -> loop.Result:
+def train(config: TrainConfig, workdir: str | os.PathLike) -> loop.Result:
     """Starts or resumes training in `workdir`; the averaged model is in its folder MODEL_FOLDER.
 
     Raises:

@@ -7,7 +7,6 @@ import functools
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import flax.linen as nn
@@ -24,6 +23,7 @@ from mergevq_jax.tokenizer.decoder import Decoder
 from mergevq_jax.tokenizer.encoder import Encoded, Encoder
 from mergevq_jax.tokenizer.quantizers.quantizer import QUANTIZERS, Quantizer
 from mergevq_jax.tokenizer.recovery import SourceRecovery, recovered_source_map
+from runtime_jax.files import path_of
 from runtime_jax.finite import all_finite, check_finite
 from runtime_jax.nn.compute import Compute
 from runtime_jax.sharding import constrain
@@ -158,7 +158,7 @@ class Tokenizer:
     def save_pretrained(self, path: str | os.PathLike) -> None:
         """Writes config.json and model.safetensors (with the released state-dict names), each atomically."""
         table = convert.tokenizer_table(self.config)
-        model_folder.write_folder(Path(path), MODEL_TYPE, self.config, table, self.params)
+        model_folder.write_folder(path_of(path), MODEL_TYPE, self.config, table, self.params)
 
     def fingerprint(self) -> str:
         """SHA-256 of config and parameters: one tokenizer's codes mean nothing to another."""

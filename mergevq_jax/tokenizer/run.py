@@ -2,9 +2,9 @@
 
 import functools
 import itertools
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import jax
@@ -96,7 +96,7 @@ class TrainConfig:
         )
 
 
-def train(config: TrainConfig, workdir: str | Path) -> loop.Result:
+def train(config: TrainConfig, workdir: str | os.PathLike) -> loop.Result:
     """Starts or resumes training in `workdir`, and saves the averaged model in its folder MODEL_FOLDER.
 
     Raises:

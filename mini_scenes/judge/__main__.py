@@ -21,10 +21,10 @@ def main(argv: list[str] | None = None) -> int:
 def _train(args: argparse.Namespace, overrides: list[str]) -> int:
     from mini_scenes.judge.run import WEIGHTS, TrainConfig, train
     from runtime_jax import config
-    from runtime_jax.workdir import local_path
+    from runtime_jax.workdir import absolute
 
     result = train(config.build(TrainConfig, config.load(args.config, overrides, new_keys=True)), args.workdir)
-    return report_end(f"the judge is in {local_path(args.workdir) / WEIGHTS}", result.stopped_by, result.step)
+    return report_end(f"the judge is in {absolute(args.workdir) / WEIGHTS}", result.stopped_by, result.step)
 
 
 def _evaluate(args: argparse.Namespace, _: list[str]) -> None:

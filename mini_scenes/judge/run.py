@@ -1,8 +1,8 @@
 """Training runs of the judge."""
 
 import functools
+import os
 from dataclasses import dataclass
-from pathlib import Path
 
 import jax
 
@@ -37,7 +37,7 @@ class TrainConfig:
             raise ValueError(f"image_size={self.image_size} must be a multiple of 8, batch_size={self.batch_size} >= 1")
 
 
-def train(config: TrainConfig, workdir: str | Path) -> Result:
+def train(config: TrainConfig, workdir: str | os.PathLike) -> Result:
     """Starts or resumes training in `workdir`; the averaged weights are in its file WEIGHTS.
 
     Raises:

@@ -5,12 +5,13 @@ import logging
 import os
 from collections import Counter
 from collections.abc import Sequence
-from pathlib import Path
+from pathlib import Path, PurePath, PurePosixPath
 from typing import Any, NamedTuple
 
 from PIL import Image
 
 from runtime_jax.data.picture import decode_image
+from runtime_jax.files import AnyPath, BucketError, is_dir, is_remote, path_of, read_bytes
 from runtime_jax.messages import cut
 
 _LOG = logging.getLogger(__name__)
@@ -28,7 +29,7 @@ def suffixes() -> frozenset[str]:
     return frozenset(suffix for suffix, kind in Image.registered_extensions().items() if kind in read)
 
 
-def image_files(root: Path) -> list[Path]:
+def image_files(root: AnyPath) -> list[PurePath]:
     """The pictures in a folder and its sub-folders, as relative paths in order of their names."""
     return _scan(root).files
 
@@ -36,12 +37,14 @@ def image_files(root: Path) -> list[Path]:
 class _Found(NamedTuple):
     """The contents of a folder, as relative paths."""
 
-    files: list[Path]
+    files: list[PurePath]
     folders: list[str]  # directly in it
     passed_over: Counter[str]  # other files, by the reason
 
 
-def _scan(root: Path) -> _Found:
+def _scan(root: AnyPath) -> _Found:
+    if is_remote(root):
+        return _scan_bucket(root)
     found = _Found([], [], Counter())
 
     def visit(folder: Path, ancestors: tuple[tuple[int, int], ...]) -> None:
@@ -73,6 +76,25 @@ def _scan(root: Path) -> _Found:
     return found
 
 
+def _scan_bucket(root: AnyPath) -> _Found:
+    """The same for a folder of a bucket, where a folder exists by the objects below it."""
+    from runtime_jax.files import buckets
+
+    found, folders = _Found([], [], Counter()), set()
+    for path in sorted(map(PurePosixPath, buckets.objects(root)), key=lambda path: path.parts):
+        suffix = path.suffix.lower()
+        if any(part.startswith(".") or part.lower() in LITTER for part in path.parts):
+            found.passed_over["hidden"] += 1
+            continue
+        folders |= set(path.parts[:-1][:1])
+        if suffix in suffixes():
+            found.files.append(path)
+        else:
+            found.passed_over[suffix or "without suffix"] += 1
+    found.folders.extend(sorted(folders))
+    return found
+
+
 def _natural(names: Sequence[str]) -> list[str]:
     """Sorted names; numerically if all are numbers."""
     numbers = all(name.isdecimal() for name in names)
@@ -92,8 +114,8 @@ class FolderSource:
         Raises:
             ValueError: no folder, nothing readable in it, or images outside of `classes`.
         """
-        root = Path(os.path.expanduser(path))
-        if not path or not root.is_dir():
+        root = path_of(os.path.expanduser(path))
+        if not path or not is_dir(root):
             raise ValueError(f"image folder {path!r} does not exist or is not a folder")
         found = _scan(root)
         if not found.files:
@@ -119,7 +141,9 @@ class FolderSource:
         for offset in range(len(self)):
             file = self._files[(index + offset) % len(self)]
             try:
-                image = decode_image((self._root / file).read_bytes())
+                image = decode_image(read_bytes(self._root / file))
+            except BucketError:
+                raise  # a bucket that cannot be reached is no reason to train on other images
             except (OSError, ValueError):
                 skipped.append(str(self._root / file))
                 continue

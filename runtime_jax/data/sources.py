@@ -15,6 +15,7 @@ from jaxtyping import UInt8
 
 from runtime_jax.data.folder import FolderSource
 from runtime_jax.data.picture import decode_image
+from runtime_jax.files import is_dir, is_remote, local, path_of
 
 # Pixels (left, top, right, bottom) of the 640 x 427 photographs: what training may see, and what it never sees.
 PHOTO_REGIONS = {
@@ -64,7 +65,8 @@ class MissingDatasetError(ValueError):
 
     def __init__(self, *, name: str, data_dir: str):
         self.name, self.data_dir, self.recipe = name, data_dir, _recipe(name, data_dir)
-        super().__init__(f"dataset {name!r} is not in {str(Path(data_dir).absolute())!r}; run: {self.recipe}")
+        absolute = data_dir if is_remote(data_dir) else Path(data_dir).absolute()
+        super().__init__(f"dataset {name!r} is not in {str(absolute)!r}; run: {self.recipe}")
 
 
 @runtime_checkable
@@ -124,6 +126,8 @@ class TfdsSource:
 
         if not name:
             raise ValueError("source tfds: name is empty, it must be a dataset such as 'mini_scenes/64'")
+        if is_remote(data_dir) and not is_dir(path_of(data_dir)):
+            raise MissingDatasetError(name=name, data_dir=data_dir)
         try:
             builder = tfds.core.read_only_builder.builder_from_files(name, data_dir=data_dir)
         except tfds.core.DatasetNotFoundError as error:
@@ -131,6 +135,9 @@ class TfdsSource:
         parts = [part.split("[")[0] for part in split.split("+")]
         if not set(parts) <= set(builder.info.splits):
             raise ValueError(f"dataset {name!r} in {data_dir!r} has no split {split!r}: {sorted(builder.info.splits)}")
+        if is_remote(data_dir):  # array_record reads files of a disk only
+            patterns = ("*.json", "*.txt", *(f"*-{part}.*" for part in parts))
+            builder = tfds.builder_from_directory(local(builder.data_dir, patterns))
         features = builder.info.features
         if "image" not in features:
             raise ValueError(f"dataset {name!r} has no feature 'image', only {sorted(features)}")

@@ -2,6 +2,9 @@
 
 Layout: `workdir/checkpoints/<step>/` holds three items or does not exist: `state` (the train state), `loop` (what the
 train loop carries between steps) and `config` (the resolved config).
+
+On a disk a checkpoint gets its name when it is complete. A bucket cannot rename: there the last object that is written,
+`commit_success.txt`, marks a complete checkpoint.
 """
 
 import contextlib
@@ -9,20 +12,22 @@ import errno
 import functools
 import json
 import logging
+import os
 import shutil
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
+from runtime_jax.files import AnyPath, is_dir, is_remote, remove_tree, size_of
 from runtime_jax.messages import cut
-from runtime_jax.workdir import WorkdirError, check_free, local_path
+from runtime_jax.workdir import WorkdirError, absolute, check_free
 
 _LOG = logging.getLogger(__name__)
 _TEMPORARY = ".orbax-checkpoint-tmp"
+_COMMITTED = "commit_success.txt"
 # TensorStore's codes for files that are missing, cut short or overwritten; no memory or no permission has others.
 _DAMAGE = ("NOT_FOUND", "DATA_LOSS", "OUT_OF_RANGE", "FAILED_PRECONDITION")
 
@@ -43,11 +48,19 @@ class Checkpointer(contextlib.AbstractContextManager):
 
     Raises:
         FileNotFoundError: `read_only`, and there is no directory of checkpoints.
+        CheckpointError: a URL other than gs://.
+        BucketError: the permission to delete old checkpoints is missing.
     """
 
-    def __init__(self, workdir: str | Path, *, keep: int = 3, read_only: bool = False):
-        self.directory = local_path(workdir) / "checkpoints"
-        if read_only and not self.directory.is_dir():
+    def __init__(self, workdir: str | os.PathLike, *, keep: int = 3, read_only: bool = False):
+        self.directory = absolute(workdir) / "checkpoints"
+        if is_remote(self.directory) and not str(self.directory).startswith("gs://"):
+            raise CheckpointError(f"{self.directory}: checkpoints can be on a disk or under gs://")
+        if is_remote(self.directory) and not read_only:
+            from runtime_jax.files import buckets
+
+            buckets.check_checkpoints(self.directory)
+        if read_only and not is_dir(self.directory):
             raise FileNotFoundError(f"{self.directory}: no such directory")
         self._pass_over_unfinished(read_only)
         options = ocp.CheckpointManagerOptions(
@@ -63,10 +76,10 @@ class Checkpointer(contextlib.AbstractContextManager):
     def _pass_over_unfinished(self, read_only: bool) -> None:
         """Warns of directories that a killed save left behind; unless read_only, makes room for a save at that step."""
         for path in sorted(self.directory.glob("*")):
-            if _TEMPORARY in path.name:
+            if _TEMPORARY in path.name or (path.name.isdecimal() and not _is_committed(path)):
                 _LOG.warning("passing over half-written checkpoint %s", path)
                 if not read_only and jax.process_index() == 0:
-                    shutil.rmtree(path)
+                    remove_tree(path)
             elif path.name.isdecimal() and not _is_complete(path):
                 if read_only:
                     _LOG.warning("passing over half-written checkpoint %s", path)
@@ -84,7 +97,7 @@ class Checkpointer(contextlib.AbstractContextManager):
         """Newest complete step, or None."""
         return max(self.steps(), default=None)
 
-    def path(self, step: int) -> Path:
+    def path(self, step: int) -> AnyPath:
         """Directory of one checkpoint."""
         return self.directory / str(step)
 
@@ -179,7 +192,7 @@ class Checkpointer(contextlib.AbstractContextManager):
 
 
 @contextlib.contextmanager
-def _explained(where: Path) -> Iterator[None]:
+def _explained(where: AnyPath) -> Iterator[None]:
     """Turns errors of writing into a WorkdirError if the disk is full, else into a CheckpointError."""
     try:
         yield
@@ -194,19 +207,30 @@ def _explained(where: Path) -> Iterator[None]:
         raise CheckpointError(f"{where}: a checkpoint could not be written: {what}") from error
 
 
-def _is_complete(path: Path) -> bool:
+def _is_committed(path: AnyPath) -> bool:
+    """Whether the save of a step's directory ended; on a disk, its name says so."""
+    return not is_remote(path) or size_of(path / _COMMITTED) > 0
+
+
+def _is_complete(path: AnyPath) -> bool:
     """Whether a step's directory has the marks of a finished save."""
     marks = ("_CHECKPOINT_METADATA", "state/_METADATA", "loop/metadata", "config/metadata")
-    return all((path / mark).is_file() and (path / mark).stat().st_size for mark in marks)
+    return _is_committed(path) and all(size_of(path / mark) for mark in marks)
 
 
-def set_aside(path: Path) -> None:
+def set_aside(path: AnyPath) -> None:
     """Renames a damaged checkpoint, so that its step can be saved again and nothing is lost."""
     aside = path.with_name(f"{path.name}.damaged")
     _LOG.warning("passing over half-written checkpoint %s (set aside as %s)", path, aside.name)
-    if jax.process_index() == 0:
-        shutil.rmtree(aside, ignore_errors=True)
-        path.rename(aside)
+    if jax.process_index() != 0:
+        return
+    if is_remote(path):
+        from runtime_jax.files import buckets
+
+        buckets.move(path, aside)
+        return
+    shutil.rmtree(aside, ignore_errors=True)
+    path.rename(aside)
 
 
 def _leaves(tree: Any) -> dict[str, str]:

@@ -1,7 +1,7 @@
 """A whole training run: initial state, then the loop."""
 
+import os
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -9,6 +9,7 @@ import numpy as np
 
 from runtime_jax import hosts
 from runtime_jax.cost import peak_flops
+from runtime_jax.files import AnyPath
 from runtime_jax.training import loop
 from runtime_jax.training.initial_state import initial_state
 from runtime_jax.training.program import Program
@@ -17,7 +18,7 @@ from runtime_jax.training.program import Program
 def fit(
     program: Program,
     *,
-    workdir: Path,
+    workdir: AnyPath,
     config: loop.LoopConfig,
     resolved_config: Mapping[str, Any],
     config_class: type | None = None,
@@ -30,7 +31,7 @@ def fit(
     evaluate: Callable[[Any, int], Mapping[str, float] | None] | None = None,
     init: Callable[[], Any] | None = None,
     init_from: Callable[[Any], Any] | None = None,
-    resume_from: str | Path | None = None,
+    resume_from: str | os.PathLike | None = None,
     must_match: Sequence[str] = (),
     may_differ: Sequence[str] = (),
     notes: Sequence[str] = (),

@@ -3,14 +3,15 @@
 import fnmatch
 import functools
 import logging
+import os
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from runtime_jax.config import config_changes, with_new_names
+from runtime_jax.files import AnyPath
 from runtime_jax.messages import cut
 from runtime_jax.training.checkpoint import Checkpointer, DamagedCheckpointError, set_aside
-from runtime_jax.workdir import local_path, output_folder
+from runtime_jax.workdir import absolute, output_folder
 
 _LOG = logging.getLogger(__name__)
 
@@ -24,14 +25,14 @@ class InitialState(NamedTuple):
 
 
 def initial_state(
-    workdir: str | Path,
+    workdir: str | os.PathLike,
     abstract_state: Any,
     *,
     config: Mapping[str, Any],
     config_class: type | None = None,
     init: Callable[[], Any],
     init_from: Callable[[Any], Any] | None = None,
-    resume_from: str | Path | None = None,
+    resume_from: str | os.PathLike | None = None,
     must_match: Sequence[str] = (),
     may_differ: Sequence[str] = (),
 ) -> InitialState:
@@ -118,9 +119,9 @@ def _is_under(key: str, prefixes: Sequence[str]) -> bool:
     return any(fnmatch.fnmatchcase(f"{key}.", f"{prefix}.*") for prefix in prefixes)
 
 
-def _locate(path: str | Path) -> tuple[Path, int | None]:
+def _locate(path: str | os.PathLike) -> tuple[AnyPath, int | None]:
     """The workdir, and the step if one is named, of `workdir`, `workdir/checkpoints` or `workdir/checkpoints/300`."""
-    path = local_path(path)
+    path = absolute(path)
     if path.parent.name == "checkpoints" and path.name.isdecimal():
         return path.parents[1], int(path.name)
     if path.name == "checkpoints":

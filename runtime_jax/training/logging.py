@@ -6,7 +6,9 @@ Only process 0 writes.
 import contextlib
 import json
 import math
+import os
 import sys
+import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from datetime import timedelta
@@ -18,7 +20,10 @@ import numpy as np
 from jaxtyping import UInt8
 from tqdm import tqdm
 
-from runtime_jax.files import write_text
+from runtime_jax.files import BucketError, is_remote, path_of, read_bytes, replacing, write_text
+
+_METRICS = "metrics.jsonl"
+_UPLOAD_EVERY = 60.0  # seconds between two uploads to a bucket, unless checkpoints are more frequent
 
 
 class MetricWriter(contextlib.AbstractContextManager):
@@ -26,23 +31,32 @@ class MetricWriter(contextlib.AbstractContextManager):
 
     A run that resumes after step n drops what an earlier attempt wrote about later steps: the file then reads as if the
     run had never been interrupted. Errors of writing are OSErrors that name the file, also when the disk is full.
+
+    Nothing can be appended in a bucket. There the files of this attempt grow on the local disk, and are uploaded as a
+    whole: by `sync`, and about once a minute.
     """
 
-    def __init__(self, workdir: str | Path, start_step: int = 0, redo: str | None = None):
+    def __init__(self, workdir: str | os.PathLike, start_step: int = 0, redo: str | None = None):
         """Opens the files and drops the lines about steps after `start_step`.
 
         With a prefix `redo`, lines about `start_step` whose names all begin with it are dropped too: they come again.
         """
-        self._workdir = Path(workdir)
+        self._workdir = path_of(workdir)
         self._file = None
         if jax.process_index() != 0:
             return
         from tensorboardX import SummaryWriter  # here, because importing it takes half a second
 
-        path = self._workdir / "metrics.jsonl"
-        _drop_later(path, start_step, redo)
-        self._file = path.open("a", encoding="utf-8")
-        self._board = SummaryWriter(str(self._workdir / "tensorboard"), purge_step=start_step + 1)
+        folder = self._workdir
+        if is_remote(self._workdir):
+            self._local = tempfile.TemporaryDirectory()
+            folder = Path(self._local.name)
+            with contextlib.suppress(FileNotFoundError):
+                (folder / _METRICS).write_bytes(read_bytes(self._workdir / _METRICS))
+        _drop_later(folder / _METRICS, start_step, redo)
+        self._file = (folder / _METRICS).open("a", encoding="utf-8")
+        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=start_step + 1)
+        self._due = time.monotonic() + _UPLOAD_EVERY
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         """Writes one line {"step": step, name: value, ...}, with null for NaN and infinities, which JSON lacks."""
@@ -54,6 +68,8 @@ class MetricWriter(contextlib.AbstractContextManager):
             self._file.flush()
         for key, value in values.items():
             self._board.add_scalar(key, value, step)
+        if time.monotonic() > self._due:
+            self.sync()
 
     def images(self, step: int, name: str, image: UInt8[np.ndarray, "H W 3"]) -> None:
         """Writes an image as `images/<name>_<step>.png` and to TensorBoard."""
@@ -62,10 +78,26 @@ class MetricWriter(contextlib.AbstractContextManager):
         from PIL import Image
 
         path = self._workdir / "images" / f"{name}_{step:08d}.png"
-        with _naming(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(image).save(path)
+        with _naming(path), replacing(path) as new:
+            Image.fromarray(image).save(new)
         self._board.add_image(name, image, step, dataformats="HWC")
+
+    def sync(self) -> None:
+        """Uploads the lines and events so far, if the workdir is in a bucket."""
+        if self._file is None or not is_remote(self._workdir):
+            return
+        begin = time.monotonic()
+        self._board.flush()
+        self._upload()
+        end = time.monotonic()
+        self._due = end + max(_UPLOAD_EVERY, 50 * (end - begin))  # at most 2% of the time
+
+    def _upload(self) -> None:
+        from runtime_jax.files import buckets
+
+        folder = Path(self._local.name)
+        for file in (folder / _METRICS, *(folder / "tensorboard").iterdir()):
+            buckets.upload(file, self._workdir / file.relative_to(folder))
 
     def close(self) -> None:
         """Flushes and closes the files."""
@@ -74,16 +106,21 @@ class MetricWriter(contextlib.AbstractContextManager):
             with _naming(self._file.name):
                 self._file.close()
             self._file = None
+            if is_remote(self._workdir):
+                self._upload()
+                self._local.cleanup()
 
     def __exit__(self, *exc_info: object) -> None:
         self.close()
 
 
 @contextlib.contextmanager
-def _naming(path: str | Path) -> Iterator[None]:
+def _naming(path: str | os.PathLike) -> Iterator[None]:
     """Adds the file's name to OSErrors; those of a full disk lack it."""
     try:
         yield
+    except BucketError:
+        raise
     except OSError as error:
         raise OSError(error.errno, error.strerror, str(path)) from error
 

@@ -5,12 +5,12 @@ never waits for the host, which still sees the metrics of every step.
 """
 
 import contextlib
+import os
 import signal
 import threading
 import time
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from types import FrameType
 from typing import Any, NamedTuple
 
@@ -96,7 +96,7 @@ class Loop:
     """
 
     config: LoopConfig
-    workdir: str | Path
+    workdir: str | os.PathLike
     resolved_config: Mapping[str, Any]
     total_steps: int
     program: Program
@@ -257,7 +257,8 @@ class Loop:
             return {}
 
     def save(self, state: Any, number: int, looked: bool) -> None:
-        """Starts to write a checkpoint; the metrics of the steps up to it are already on disk."""
+        """Starts to write a checkpoint; the metrics of the steps up to it are already there."""
+        self.writer.sync()
         carried = {"means": self.means.carried(), "skipped_in_a_row": self.skipped_in_a_row, "looked": looked}
         self.checkpointer.save(number, state, self.resolved_config, carried)
 

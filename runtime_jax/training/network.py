@@ -3,7 +3,6 @@
 import functools
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import flax.struct
@@ -14,6 +13,7 @@ import optax
 from jaxtyping import Array
 
 from runtime_jax import sharding
+from runtime_jax.files import AnyPath
 from runtime_jax.training import loop
 from runtime_jax.training.fit import fit
 from runtime_jax.training.optimizer import OptimizerConfig, ema_update
@@ -86,7 +86,7 @@ def train_step(
 
 def train_network(
     config: TrainingConfig,
-    workdir: Path,
+    workdir: AnyPath,
     *,
     resolved_config: Mapping[str, Any],
     must_match: tuple[str, ...],

@@ -1,4 +1,4 @@
-"""Where weights come from: a local file, a local folder or a Hugging Face hub id, all as local files."""
+"""Where weights come from: a file or folder on a disk or in a bucket, or a Hugging Face hub id; all as local files."""
 
 import os
 import re
@@ -7,17 +7,24 @@ from pathlib import Path
 
 import numpy as np
 
+from runtime_jax.files import is_remote, local
 from runtime_jax.weights import WeightError, read_safetensors
 
 PICKLED = (".pth", ".pt", ".bin", ".ckpt")
 
 
 def local_path(source: str | os.PathLike, patterns: Sequence[str]) -> Path:
-    """The local file or folder of `source`; fetches the files of `patterns` of a hub id "owner/name".
+    """The local file or folder of `source`; fetches the files of `patterns` of a hub id "owner/name" or from a bucket.
 
     Raises:
+      BucketError: the bucket cannot be read.
       WeightError: neither a local path nor a hub id, or the hub cannot be reached or has no such repository.
     """
+    if is_remote(source):
+        try:
+            return local(source, tuple(patterns))
+        except FileNotFoundError as error:
+            raise WeightError(str(error)) from error
     path = Path(source).expanduser()
     if path.exists():
         return path

@@ -6,6 +6,7 @@ import os
 import jax.numpy as jnp
 import numpy as np
 
+from runtime_jax.files import local
 from runtime_jax.weights.table import WeightError, opened
 
 _DTYPES = {
@@ -31,7 +32,9 @@ def map_safetensors(path: str | os.PathLike) -> dict[str, np.ndarray]:
       WeightError: the file is missing, damaged or cut short, or has a dtype without an array type here.
     """
     # The layout: the header's size as 8 bytes, little end first, the header as JSON, the tensors' bytes.
-    with opened(path), open(path, "rb") as file:
+    with opened(path):
+        path = local(path)
+    with open(path, "rb") as file:
         start = 8 + int.from_bytes(file.read(8), "little")
         header = json.loads(file.read(start - 8))
     header.pop("__metadata__", None)

@@ -24,7 +24,7 @@ from flax import traverse_util
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from runtime_jax.files import replacing
+from runtime_jax.files import local, replacing
 from runtime_jax.messages import cut
 from runtime_jax.weights.published import recognized, unreadable, unwrapped
 
@@ -307,6 +307,10 @@ def read_safetensors(path: str | os.PathLike) -> tuple[dict[str, np.ndarray], di
 @contextlib.contextmanager
 def opened(path: str | os.PathLike) -> Iterator[safe_open]:
     """A safetensors file whose header is valid and covers the file exactly; raises as `read_safetensors`."""
+    try:
+        path = local(path)
+    except FileNotFoundError as error:
+        raise WeightError(f"{path}: no such file") from error
     if not os.path.isfile(path):
         raise WeightError(f"{path}: no such file")
     try:

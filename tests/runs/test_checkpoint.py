@@ -12,6 +12,7 @@ import pytest
 import toy_run
 
 from runtime_jax import workdir
+from runtime_jax.files.buckets import BucketError
 from runtime_jax.sharding import MeshConfig, make_mesh, param_shardings
 from runtime_jax.training import checkpoint
 from runtime_jax.training.checkpoint import Checkpointer, CheckpointError, DamagedCheckpointError
@@ -254,10 +255,10 @@ def test_resuming_changes_nothing_in_the_other_run(saved, tmp_path_factory, capl
 
 
 def test_workdir_that_is_a_url(tmp_path):
-    with pytest.raises(WorkdirError, match="gs://bucket/run: not a path of a file system"):
-        start("gs://bucket/run")
-    with pytest.raises(WorkdirError, match="gs://bucket/run: not a path of a file system"):
-        start(tmp_path, resume_from="gs://bucket/run")
+    with pytest.raises(BucketError, match="ftp://host/run: ftp:// is not supported"):
+        start("ftp://host/run")
+    with pytest.raises(CheckpointError, match="s3://bucket/run/checkpoints: checkpoints can be on a disk or"):
+        start(tmp_path, resume_from="s3://bucket/run")
 
 
 def full_disk(monkeypatch, free: int) -> None:

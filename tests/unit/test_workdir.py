@@ -14,6 +14,8 @@ from pathlib import Path
 import pytest
 
 from runtime_jax import workdir
+from runtime_jax.files import owner as owner_lib
+from runtime_jax.files.buckets import BucketError
 from runtime_jax.workdir import (
     LOCK_NAME,
     WorkdirError,
@@ -89,7 +91,7 @@ def test_a_run_on_another_machine_counts_as_dead_when_it_is_silent(tmp_path):
 
 
 def test_a_run_gives_signs_of_life(tmp_path, monkeypatch):
-    monkeypatch.setattr(workdir, "BEAT", 0.01)
+    monkeypatch.setattr(owner_lib, "BEAT", 0.01)
     with only_writer(tmp_path):
         os.utime(tmp_path / LOCK_NAME, (0, 0))
         end = time.monotonic() + 10
@@ -103,12 +105,12 @@ def test_without_locks_of_the_file_system_a_living_process_counts(tmp_path, monk
         raise OSError(errno.ENOTSUP, "not supported")
 
     monkeypatch.setattr(workdir.fcntl, "flock", flock)
-    leave_lock(tmp_path, machine=workdir._machine(), process=os.getpid(), silent=999)
+    leave_lock(tmp_path, machine=owner_lib.machine(), process=os.getpid(), silent=999)
     with pytest.raises(WorkdirError, match=f"process {os.getpid()}"), only_writer(tmp_path):
         pass
     ended = subprocess.Popen(["true"])
     ended.wait()
-    leave_lock(tmp_path, machine=workdir._machine(), process=ended.pid, silent=0)
+    leave_lock(tmp_path, machine=owner_lib.machine(), process=ended.pid, silent=0)
     with only_writer(tmp_path):
         pass
 
@@ -154,8 +156,10 @@ def test_what_cannot_be_written(tmp_path, check):
     for bad in ("file", "file/below", "file/further/below"):
         with pytest.raises(WorkdirError, match=rf"{tmp_path / bad}: cannot be written: (File exists|Not a directory)"):
             check(tmp_path / bad)
-    with pytest.raises(WorkdirError, match="gs://bucket/run: not a path of a file system"):
-        check("gs://bucket/run")
+    with pytest.raises(BucketError, match=r"ftp://host/run: ftp:// is not supported; allowed are gs://"):
+        check("ftp://host/run")
+    with pytest.raises(BucketError, match=r"gs:/bucket/run: a URL begins with gs://"):
+        check(Path("gs://bucket/run"))
 
 
 def test_a_check_creates_nothing(tmp_path):

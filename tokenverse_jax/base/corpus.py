@@ -8,7 +8,6 @@ import functools
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 from einops import rearrange
@@ -16,7 +15,7 @@ from jaxtyping import Float, Float16, UInt8
 
 from mini_scenes import SPLITS, Scene, caption, example_scene, full_caption, in_a_row, render_scene
 from mini_scenes.scene import MAX_IN_A_ROW
-from runtime_jax.files import replacing
+from runtime_jax.files import AnyPath, replacing
 from runtime_jax.prng import Stream, host_rng
 from tokenverse_jax.base.tokenizers import Tokenizers
 from tokenverse_jax.base.words import words
@@ -58,7 +57,7 @@ def picture_batches(seed: int, size: int, batch_size: int, start_step: int) -> I
 
 
 def cached(
-    path: Path, scenes: Scenes, compute: Callable[[Scenes], Float[np.ndarray, "B ..."]]
+    path: AnyPath, scenes: Scenes, compute: Callable[[Scenes], Float[np.ndarray, "B ..."]]
 ) -> Float16[np.ndarray, "N ..."]:
     """Results of `compute`, which takes some scenes at a time; from the file `path` if it exists."""
     if not path.is_file():
@@ -66,7 +65,8 @@ def cached(
         found = np.concatenate([np.asarray(compute(part), np.float16) for part in parts])
         with replacing(path) as new:
             np.save(new, found)
-    return np.load(path)
+    with path.open("rb") as file:
+        return np.load(file)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,9 +1,9 @@
 """`tokenverse train-base`: autoencoder, T5's reading, latents of the corpus, transformer with text encoders, folder."""
 
 import functools
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, Literal
 
 import jax
@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from runtime_jax import config as config_lib
+from runtime_jax.files import AnyPath
 from runtime_jax.nn.compute import Compute
 from runtime_jax.pictures import image_grid
 from runtime_jax.training import loop
@@ -60,7 +61,7 @@ class BaseConfig:
             )
 
 
-def train(config: BaseConfig, workdir: str | Path) -> loop.Result:
+def train(config: BaseConfig, workdir: str | os.PathLike) -> loop.Result:
     """Trains all stages, or resumes, in `workdir`, and writes the pipeline's folder FOLDER there.
 
     Returns the result of the last stage, or of the stage that a signal stopped.
@@ -115,7 +116,7 @@ def train(config: BaseConfig, workdir: str | Path) -> loop.Result:
         return result
 
 
-def _train_vae(config: BaseConfig, workdir: Path) -> loop.Result:
+def _train_vae(config: BaseConfig, workdir: AnyPath) -> loop.Result:
     batch_size = config.vae.training.batch_size
     images = corpus.draw(corpus.scenes(config.seed, "validation", range(HELD_OUT)), config.image_size)
 
@@ -142,7 +143,7 @@ def _train_vae(config: BaseConfig, workdir: Path) -> loop.Result:
 
 
 def _train_reading(
-    config: BaseConfig, workdir: Path, networks: Networks, scenes: corpus.Scenes, tokenizers: Tokenizers
+    config: BaseConfig, workdir: AnyPath, networks: Networks, scenes: corpus.Scenes, tokenizers: Tokenizers
 ) -> loop.Result:
     stage = config.text_to_image
 
@@ -164,7 +165,7 @@ def _train_reading(
     )
 
 
-def _encode(config: BaseConfig, params: Params, scenes: corpus.Scenes, workdir: Path) -> tuple[Part, np.ndarray]:
+def _encode(config: BaseConfig, params: Params, scenes: corpus.Scenes, workdir: AnyPath) -> tuple[Part, np.ndarray]:
     """The autoencoder, which now scales latents to mean 0 and variance 1, and the scenes' latents [N, h, w, C]."""
     encode = functools.partial(vae.encode, params, model=config.vae.model, compute=config.compute)
     path = workdir / f"latents_{len(scenes)}_{fingerprint(params)[:12]}.npy"
@@ -174,7 +175,7 @@ def _encode(config: BaseConfig, params: Params, scenes: corpus.Scenes, workdir: 
     return Part(model, params), np.asarray(autoencoder.to_latents(jnp.asarray(latents, jnp.float32), model))
 
 
-def _layouts(config: BaseConfig, scenes: corpus.Scenes, workdir: Path) -> np.ndarray:
+def _layouts(config: BaseConfig, scenes: corpus.Scenes, workdir: AnyPath) -> np.ndarray:
     """Layouts of the scenes [N, rows, columns, F]."""
     size = config.image_size
     grid = config.vae.model.token_grid(size, size)
@@ -184,7 +185,7 @@ def _layouts(config: BaseConfig, scenes: corpus.Scenes, workdir: Path) -> np.nda
 
 def _train_text_to_image(
     config: BaseConfig,
-    workdir: Path,
+    workdir: AnyPath,
     networks: Networks,
     reads: Params,
     data: Corpus,

@@ -1,6 +1,7 @@
 """`tokenverse bench`: learn, draw, measure, tabulate. The same command resumes a run that was stopped."""
 
 import functools
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -14,7 +15,7 @@ from tqdm import tqdm
 from mini_scenes import render_scene
 from mini_scenes.judge import Judge
 from runtime_jax import config as config_lib
-from runtime_jax.files import write_text
+from runtime_jax.files import is_remote, write_text
 from runtime_jax.workdir import only_writer
 from tokenverse_jax.bench.cases import Case, ConceptImage, make_cases, make_images
 from tokenverse_jax.bench.metrics import View, measure
@@ -78,6 +79,8 @@ def bench(config: BenchConfig, workdir: str | Path) -> Path:
       ValueError: config, model or workdir that do not fit.
       WorkdirError: the workdir cannot be written, or another run is writing it.
     """
+    if is_remote(workdir):
+        raise ValueError(f"{os.fspath(workdir)}: a benchmark appends to its files, and needs a folder on a disk")
     with only_writer(workdir) as folder:
         this = Bench.open(config, folder)
         this.draw([case for case in this.cases if not case.images])

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from runtime_jax.cost import table
+from runtime_jax.files import AnyPath
 from runtime_jax.finite import check_finite
 from tokenverse_jax.concepts import bank
 from tokenverse_jax.concepts.bank import Concept, ConceptFile
@@ -38,7 +39,7 @@ class Pair(NamedTuple):
     with_concepts: float
 
 
-def inspect_bank(paths: Sequence[Path], loader: Callable[[str], Loader], model: str | None) -> str:
+def inspect_bank(paths: Sequence[AnyPath], loader: Callable[[str], Loader], model: str | None) -> str:
     """Tables of files and words; with several files also of the similarity of their words' attention keys.
 
     Args:
@@ -77,7 +78,7 @@ def inspect_bank(paths: Sequence[Path], loader: Callable[[str], Loader], model: 
     return "\n".join(lines)
 
 
-def shortest_names(paths: Collection[Path]) -> dict[Path, Path]:
+def shortest_names(paths: Collection[AnyPath]) -> dict[AnyPath, Path]:
     """Each path's last parts, as few as tell it from the others."""
     tails = {path: [Path(*path.parts[-count:]) for count in range(1, len(path.parts) + 1)] for path in paths}
     shared = Counter(itertools.chain.from_iterable(tails.values()))
@@ -91,7 +92,7 @@ def _word_row(file: str, concept: Concept) -> tuple[str, ...]:
     return (*map(str, cells), norm(concept.offset), per_block)
 
 
-def key_similarities(load: Loader, files: dict[Path, ConceptFile], base_hash: str) -> list[Pair]:
+def key_similarities(load: Loader, files: dict[AnyPath, ConceptFile], base_hash: str) -> list[Pair]:
     """The similarity of every two words of different files, each pair in its own prompt, on pure noise.
 
     The text encoders are freed before the transformer is loaded.

@@ -4,13 +4,13 @@ Axes: S strengths, H W image.
 """
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, UInt8
 
+from runtime_jax.files import AnyPath
 from runtime_jax.finite import all_finite, check_finite
 from runtime_jax.pictures import heat_map, image_grid, save_png
 from tokenverse_jax.commands.generate import SHOWN_SIDE, encode
@@ -101,7 +101,7 @@ def figure(result: Study, word: str, strengths: Sequence[float]) -> UInt8[np.nda
     return image_grid(rows, row_labels=labels, column_labels=columns, scale=scale)
 
 
-def write(result: Study, word: str, strengths: Sequence[float], out: Path) -> list[str]:
+def write(result: Study, word: str, strengths: Sequence[float], out: AnyPath) -> list[str]:
     """Writes the images and `out/directions.png`; returns a line on each strength."""
     save_png(out / "base.png", result.base)
     lines = []

@@ -10,6 +10,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 from jaxtyping import Array
 
+from runtime_jax.files import AnyPath
 from runtime_jax.pictures import image_grid, save_png
 from tokenverse_jax.concepts.bank import Concept, load_concepts
 from tokenverse_jax.concepts.compose import ConceptRequest, compose, place_recomputed, place_stored
@@ -75,7 +76,7 @@ def generate(
     num: int,
     mode: Mode = "stored",
     compare: Compare | None = None,
-    out: Path,
+    out: AnyPath,
 ) -> None:
     """Writes `out/0000.png` and so on, and `out/overview.png`: the concepts' own images above the drawn ones.
 

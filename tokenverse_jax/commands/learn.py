@@ -2,9 +2,9 @@
 
 import functools
 import hashlib
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Literal
 
 import jax
@@ -16,6 +16,7 @@ from runtime_jax import config as config_lib
 from runtime_jax import sharding
 from runtime_jax.config import Duration
 from runtime_jax.data import center_crop
+from runtime_jax.files import path_of
 from runtime_jax.nn.compute import Compute
 from runtime_jax.pictures import image_grid
 from runtime_jax.training import loop
@@ -85,7 +86,7 @@ class LearnRunConfig:
             )
 
 
-def learn(config: LearnRunConfig, workdir: str | Path) -> loop.Result:
+def learn(config: LearnRunConfig, workdir: str | os.PathLike) -> loop.Result:
     """Learns, or resumes, in `workdir`, and writes CONCEPT_FILE there unless a signal ends the run early.
 
     Errors in the config, the images, the words and the model's folder are found before anything is loaded onto a
@@ -230,7 +231,7 @@ def _prepare(config: LearnRunConfig, load: Loader, images: np.ndarray, captions:
             isolation,
             size=config.size,
             sampling=config.sampling,
-            cache=Path(config.cache).expanduser(),
+            cache=path_of(config.cache).expanduser(),
             weights=weights,
             negative=negative,
         )

@@ -20,7 +20,6 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, get_args
 
 import jax
@@ -30,6 +29,7 @@ from flax import traverse_util
 from jaxtyping import Array, Float
 
 from runtime_jax.config import build
+from runtime_jax.files import path_of
 from runtime_jax.weights import read_safetensors, write_safetensors
 from tokenverse_jax.concepts.concept_mod import Params
 from tokenverse_jax.flux.layers import QKNorm
@@ -146,7 +146,7 @@ class ConceptFile:
 
     def save(self, path: str | os.PathLike) -> None:
         """Writes the file atomically, in the layout above; ValueError where the path does not end in .safetensors."""
-        if Path(path).suffix != ".safetensors":
+        if path_of(path).suffix != ".safetensors":
             raise ValueError(f"{os.fspath(path)}: the name of a concept file ends in .safetensors")
         params = {} if self.params is None else {"params": jax.device_get(self.params)}
         tensors = traverse_util.flatten_dict(params, sep="/")

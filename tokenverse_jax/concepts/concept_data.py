@@ -6,9 +6,9 @@ of a caption and M of a merged one, J and P widths of the text encoders.
 """
 
 import math
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +16,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int, UInt8
 
 from runtime_jax.data import center_crop, decode_image
+from runtime_jax.files import is_file, path_of, read_bytes
 from runtime_jax.prng import Stream, host_rng
 from tokenverse_jax.concepts.bank import Concept
 from tokenverse_jax.concepts.concept_mod import Params, word_directions
@@ -117,17 +118,17 @@ def _moved_by(tokenizer: Tokenizer, caption: str, positions: Positions, both: st
     return moved[0] - positions[0]
 
 
-def read_image(path: str | Path, size: int) -> UInt8[np.ndarray, "{size} {size} 3"]:
+def read_image(path: str | os.PathLike, size: int) -> UInt8[np.ndarray, "{size} {size} 3"]:
     """The centre of an image file, resized to a square.
 
     Raises:
       ValueError: no such file, not an image, or one side more than twice the other.
     """
-    path = Path(path)
-    if not path.is_file():
+    path = path_of(path)
+    if not is_file(path):
         raise ValueError(f"{path}: no such file")
     try:
-        image = decode_image(path.read_bytes())
+        image = decode_image(read_bytes(path))
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
     height, width = image.shape[:2]

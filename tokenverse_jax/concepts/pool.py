@@ -3,14 +3,13 @@
 import hashlib
 import json
 from collections.abc import Mapping
-from pathlib import Path
 
 import numpy as np
 from jaxtyping import UInt8
 
 from runtime_jax.config import to_dict
 from runtime_jax.data import decode_image
-from runtime_jax.files import write_text
+from runtime_jax.files import AnyPath, write_text
 from runtime_jax.pictures import save_png
 from tokenverse_jax.concepts.isolation import IsolationConfig
 from tokenverse_jax.flux.pipeline import Pipeline, PromptEncoding
@@ -24,7 +23,7 @@ def make_pool(
     *,
     size: int,
     sampling: SamplingConfig,
-    cache: Path,
+    cache: AnyPath,
     weights: Mapping[str, str],
     negative: PromptEncoding | None = None,
 ) -> UInt8[np.ndarray, "K H W 3"]:

@@ -6,6 +6,7 @@ The parts are the four networks: transformer, vae, clip (in text_encoder/) and t
 import functools
 import json
 import os
+import shutil
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -21,7 +22,7 @@ from jax.sharding import Mesh
 
 from runtime_jax import sharding
 from runtime_jax.config import build, to_dict
-from runtime_jax.files import write_json
+from runtime_jax.files import AnyPath, replacing, write_json
 from runtime_jax.messages import cut
 from runtime_jax.weights import WeightError, export_weights, write_safetensors
 from runtime_jax.weights.hub import local_path
@@ -248,7 +249,7 @@ def read_usual(folder: Path, *, distilled: bool) -> UsualSampling:
 
 
 def write_folder(
-    folder: Path,
+    folder: AnyPath,
     parts: Mapping[str, Part],
     tokenizers: Mapping[str, Any],
     schedule: dict[str, Any],
@@ -273,9 +274,9 @@ def write_folder(
     write_json(folder / INDEX, index)
 
 
-def _write_tokenizer(folder: Path, tokenizer: Any) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".", suffix=".partial", dir=folder) as partial:
+def _write_tokenizer(folder: AnyPath, tokenizer: Any) -> None:
+    with tempfile.TemporaryDirectory() as partial:
         tokenizer.save_pretrained(partial)
         for path in Path(partial).iterdir():
-            os.replace(path, folder / path.name)
+            with replacing(folder / path.name) as new:
+                shutil.copyfile(path, new)

@@ -17,6 +17,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, Key, UInt8
 
+from runtime_jax.files import local, path_of
 from runtime_jax.finite import all_finite, check_finite
 from runtime_jax.nn.compute import Compute
 from runtime_jax.prng import Stream, stream_key
@@ -133,7 +134,7 @@ class Pipeline:
         """
         parts = {name: self._part(name) for name in PARTS}
         tokenizers = {name: getattr(self, name) for name in model_folder.TOKENIZERS}
-        model_folder.write_folder(Path(path), parts, tokenizers, schedule.config_fields(self.schedule), self.usual)
+        model_folder.write_folder(path_of(path), parts, tokenizers, schedule.config_fields(self.schedule), self.usual)
 
     def encode_prompts(self, prompts: Sequence[str]) -> PromptEncoding:
         """Prompts as T5's outputs and CLIP's pooled output. CLIP sees only their first tokens (77), as in FLUX.
@@ -268,7 +269,7 @@ load_pipeline = Pipeline.from_pretrained
 
 
 def _single_files(transformer: str | os.PathLike | None, vae: str | os.PathLike | None) -> dict[str, Path]:
-    return {name: Path(path) for name, path in (("transformer", transformer), ("vae", vae)) if path is not None}
+    return {name: local(path) for name, path in (("transformer", transformer), ("vae", vae)) if path is not None}
 
 
 class Loader:
