@@ -2,13 +2,16 @@
 
 from runtime_jax.data.folder import image_files
 from runtime_jax.data.picture import decode_image, image_size
-from runtime_jax.data.pipeline import DataConfig, center_crop, make_batches, num_examples, read_batches
+from runtime_jax.data.pipeline import DataConfig, make_batches, num_examples, read_batches
 from runtime_jax.data.sources import MissingDatasetError, SourceConfig, check_same_classes, classes_of, open_source
+from runtime_jax.data.views import ResizedCropConfig, ViewConfig, center_crop
 
 __all__ = [
     "DataConfig",
     "MissingDatasetError",
+    "ResizedCropConfig",
     "SourceConfig",
+    "ViewConfig",
     "center_crop",
     "check_same_classes",
     "classes_of",

@@ -23,8 +23,9 @@ from runtime_jax.data import (
     num_examples,
     open_source,
 )
-from runtime_jax.data.pipeline import Batches, random_crop
+from runtime_jax.data.pipeline import Batches
 from runtime_jax.data.sources import CROPS_PER_PHOTO, PHOTO_REGIONS, photo_region
+from runtime_jax.data.views import ViewConfig, take_view
 
 PHOTOS = SourceConfig(kind="photos", crop_scale=(0.3, 1.0))
 SIZE = 32
@@ -218,10 +219,10 @@ def test_a_damaged_exif_block_is_an_unreadable_image():
 
 @pytest.mark.parametrize("error", [struct.error("short"), SyntaxError("broken"), TypeError("a tuple"), KeyError(6)])
 def test_whatever_pillow_raises_is_one_error_and_skipped(folder, monkeypatch, error):
-    def transpose(image):
+    def transpose(image, *, in_place):
+        assert in_place
         if image.format == "WEBP":
             raise error
-        return image
 
     monkeypatch.setattr(ImageOps, "exif_transpose", transpose)
     damaged = folder / "a" / "deep" / "three.webp"
@@ -234,7 +235,7 @@ def test_whatever_pillow_raises_is_one_error_and_skipped(folder, monkeypatch, er
 def test_a_want_of_memory_is_not_a_bad_picture(folder, monkeypatch):
     source = open_source(SourceConfig(kind="folder", path=str(folder)))
 
-    def no_memory(*args):
+    def no_memory(*args, **options):
         raise MemoryError
 
     monkeypatch.setattr(Image, "open", no_memory)
@@ -274,9 +275,10 @@ def test_crops_look_at_the_picture():
         centre.shape == (50, 50, 3) and abs(int(centre[25, 0, 0]) - 51) <= 1 and abs(int(centre[0, -1, 0]) - 149) <= 1
     )
     rng = np.random.default_rng(0)
-    spans = [np.ptp(random_crop(ramp, 20, (0.2, 1.0), rng)[..., 0].astype(int)) for _ in range(200)]
+    small, large = (ViewConfig(name="image", image_size=size) for size in (20, 100))
+    spans = [np.ptp(take_view(ramp, small, rng, crop_scale=(0.2, 1.0))[..., 0].astype(int)) for _ in range(200)]
     assert min(spans) < 25 and max(spans) > 85
-    starts = [int(random_crop(ramp, 100, (1.0, 1.0), rng)[0, 0, 0]) for _ in range(100)]
+    starts = [int(take_view(ramp, large, rng)[0, 0, 0]) for _ in range(100)]
     assert min(starts) < 10 and max(starts) > 90
 
 
