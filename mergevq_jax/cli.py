@@ -70,6 +70,12 @@ def _command_line() -> CommandLine:
     sub.add_argument("--keep", type=int, help="kept tokens K")
     sub.add_argument("--batch-size", type=int, default=32)
     sub.add_argument("--shard-size", type=int, default=4096, help="images per file")
+    sub.add_argument(
+        "--views",
+        default="one",
+        choices=["one", "flip", "ten-crop"],
+        help="write codes of the centre crop, also of its mirror image, or of ten crops",
+    )
     sub.add_argument("--out", type=Path, required=True)
 
     _sample_command(line)
@@ -203,7 +209,13 @@ def _tokenize(args, _) -> None:
         source = SourceConfig(kind="tfds", name=args.tfds, split=args.split, data_dir=args.data_dir)
     print(
         tokenize(
-            source, args.tokenizer, args.out, keep=args.keep, batch_size=args.batch_size, shard_size=args.shard_size
+            source,
+            args.tokenizer,
+            args.out,
+            keep=args.keep,
+            batch_size=args.batch_size,
+            shard_size=args.shard_size,
+            views=args.views,
         )
     )
 
