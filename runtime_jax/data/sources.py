@@ -148,8 +148,10 @@ class TfdsSource:
         try:
             self._records = builder.as_data_source(split=split, deserialize_method=raw)
         except NotImplementedError as error:
-            message = f"dataset {name!r} in {data_dir!r} has no random access; run: {_recipe(name, data_dir)}"
-            raise ValueError(message) from error
+            prepared = builder.info.file_format.value
+            command = f"tfds convert_format --dataset_version_dir={builder.data_path} --out_file_format=array_record"
+            message = f"dataset {name!r} in {data_dir!r} was prepared as {prepared}, which has no random access"
+            raise ValueError(f"{message}; run: {command}") from error
 
     def __len__(self) -> int:
         return len(self._records)

@@ -3,6 +3,7 @@
 import dataclasses
 import io
 import itertools
+import json
 import multiprocessing
 import struct
 import warnings
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tensorflow_datasets as tfds
 from PIL import Image, ImageOps
 
 from mini_scenes import CLASSES, prepare
@@ -351,6 +353,51 @@ def test_missing_dataset(tmp_path, name, recipe):
         open_source(SourceConfig(kind="tfds", name=name, data_dir=str(tmp_path)))
     assert str(tmp_path) in str(error.value) and repr(name) in str(error.value)
     assert (error.value.name, error.value.data_dir) == (name, str(tmp_path))
+
+
+class Imagenet2012(tfds.core.GeneratorBasedBuilder):
+    """The features of TFDS's imagenet2012, with two images."""
+
+    VERSION = tfds.core.Version("5.1.0")
+    url_infos = None
+
+    def _info(self):
+        image = tfds.features.Image(encoding_format="jpeg")
+        label = tfds.features.ClassLabel(names=["n01440764", "n01443537"])
+        features = {"image": image, "label": label, "file_name": tfds.features.Text()}
+        return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features))
+
+    def _split_generators(self, dl_manager):
+        return {"train": self._generate_examples()}
+
+    def _generate_examples(self):
+        for number in range(2):
+            image = io.BytesIO(encoded(Image.new("RGB", (50, 40), (90 * number,) * 3), "JPEG"))
+            name = f"n0144{number}.JPEG"
+            yield name, {"image": image, "label": number, "file_name": name}
+
+
+def test_a_prepared_imagenet_and_one_without_random_access(tmp_path):
+    builder = Imagenet2012(data_dir=str(tmp_path), file_format="array_record")
+    builder.download_and_prepare()
+    config = SourceConfig(kind="tfds", name="imagenet2012", data_dir=str(tmp_path))
+    source = open_source(config)
+    assert source.classes == ["n01440764", "n01443537"] and len(source) == 2
+    for example in (source[0], source[1]):
+        assert example["image"].shape == (40, 50, 3)
+        assert abs(int(example["image"][0, 0, 0]) - 90 * example["label"]) <= 1
+
+    # TFDS writes tfrecord only with TensorFlow: the folder says that it did.
+    path = Path(builder.data_path) / "dataset_info.json"
+    info = json.loads(path.read_text())
+    path.write_text(json.dumps(info | {"fileFormat": "tfrecord"}))
+    with pytest.raises(ValueError, match="was prepared as tfrecord, which has no random access; run: ") as error:
+        open_source(config)
+    flags = f"--dataset_version_dir={builder.data_path} --out_file_format=array_record"
+    assert str(error.value).endswith(f"; run: tfds convert_format {flags}") and "\n" not in str(error.value)
+    # What that command adds, beside files of both formats.
+    path.write_text(json.dumps(info | {"fileFormat": "tfrecord", "alternativeFileFormats": ["array_record"]}))
+    assert np.array_equal(open_source(config)[1]["image"], source[1]["image"])
 
 
 def test_missing_split(scenes):
