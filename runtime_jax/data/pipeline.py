@@ -13,7 +13,7 @@ from absl import flags
 
 from runtime_jax.config import added
 from runtime_jax.data.picture import open_image
-from runtime_jax.data.sources import Source, SourceConfig, open_source
+from runtime_jax.data.sources import SourceConfig, open_source
 from runtime_jax.data.views import ResizedCropConfig, Resizer, ViewConfig, check_resizer, take_view
 from runtime_jax.messages import cut
 from runtime_jax.prng import Stream, host_rng
@@ -92,11 +92,9 @@ def make_batches(config: DataConfig, start_step: int, *, process_index: int = 0,
     Raises:
         ValueError: a bad config, a missing source, or a batch that the hosts do not divide.
     """
-    check_resizer(config.resize)
-    sources = tuple(open_source(source, open_image) for source in config.sources)
     return read_batches(
-        _stream(config, sources),
-        _Load(config, sources),
+        picture_sequence(config),
+        _Load(config),
         config.batch_size,
         start_step,
         process_index=process_index,
@@ -167,34 +165,41 @@ class Batches(Iterator[Batch]):
         self._batches.close()
 
 
-def _stream(config: DataConfig, sources: Sequence[Source]) -> grain.MapDataset:
-    """The endless sequence of `_Picture`; element i depends on the config and i alone."""
+def batch_sequence(config: DataConfig) -> grain.MapDataset:
+    """All batches as an endless sequence, whose element i is read when it is asked for; raises as `make_batches`."""
+    return picture_sequence(config).batch(config.batch_size, batch_fn=_Load(config))
+
+
+def picture_sequence(config: DataConfig) -> grain.MapDataset:
+    """The endless sequence of `Picture`; element i depends on the config and i alone."""
     parts = []
-    for number, source in enumerate(sources):
-        part = grain.MapDataset.range(len(source))
+    for number, source in enumerate(config.sources):
+        part = grain.MapDataset.range(len(open_source(source)))
         if config.shuffle:
             part = part.shuffle(int(host_rng(config.seed, Stream.DATA, number).integers(2**32)))
-        parts.append(part.repeat().map(functools.partial(_Picture, number)))
+        parts.append(part.repeat().map(functools.partial(Picture, number)))
     mixed = parts[0] if len(parts) == 1 else grain.MapDataset.mix(parts, [s.weight for s in config.sources])
     return mixed.map_with_index(lambda example, picture: picture._replace(example=example))
 
 
-class _Picture(NamedTuple):
-    """What an example is made of."""
+class Picture(NamedTuple):
+    """The picture that an example shows."""
 
-    source: int  # its number
-    index: int  # of the picture in its source
-    example: int = -1
+    source: int  # the source's number
+    index: int  # the picture's in its source
+    example: int = -1  # the example's in the endless stream
 
 
 class _Load:
     """Reads the pictures of a batch."""
 
-    def __init__(self, config: DataConfig, sources: Sequence[Source]):
-        self._config, self._sources = config, sources
+    def __init__(self, config: DataConfig):
+        check_resizer(config.resize)
+        self._config = config
+        self._sources = [open_source(source, open_image) for source in config.sources]
         self._views = (config.main_view(), *config.views)
 
-    def __call__(self, pictures: Sequence[_Picture]) -> dict[str, Any]:
+    def __call__(self, pictures: Sequence[Picture]) -> dict[str, Any]:
         batch = {view.name: np.empty((len(pictures), *view.shape), np.uint8) for view in self._views}
         labels, skipped = [], []
         for row, picture in enumerate(pictures):
