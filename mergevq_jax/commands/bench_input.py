@@ -8,19 +8,20 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import PIL
 from PIL import Image, features
 
+from mergevq_jax.generator.data import TokensConfig
 from runtime_jax.data import DataConfig, SourceConfig, batch_sequence, open_source, picture_sequence
+from runtime_jax.data.picture import JPEG
 
 ROUND = 64  # images that are read in turn by either side
 MOST_ROUNDS = 200
 SYNTHETIC = 64  # different pictures
 NAMES = 4096  # of the synthetic pictures: grain takes long to shuffle fewer
-JPEG = "JPEG"
 
 
 class Rates(NamedTuple):
@@ -37,7 +38,7 @@ class Rates(NamedTuple):
 
 
 def bench_input(
-    config: Any,
+    config: DataConfig | TokensConfig | None,
     source: SourceConfig | None = None,
     *,
     synthetic: bool = False,
@@ -48,7 +49,7 @@ def bench_input(
     """Measures the input pipeline of a training on one core; returns a report.
 
     Args:
-      config: the training's DataConfig; None: random 256 px crops in batches of 256.
+      config: the training's data; None: random 256 px crops in batches of 256.
       source: read instead of the config's sources; None: those, or synthetic JPEGs if there is no config.
       synthetic: read synthetic JPEGs.
       seconds: how long to measure.
@@ -60,7 +61,7 @@ def bench_input(
     """
     if seconds <= 0 or hosts < 1 or (steps_per_second is not None and steps_per_second <= 0):
         raise ValueError(f"--seconds {seconds}, --steps-per-second {steps_per_second}, --hosts {hosts}: more than 0")
-    if config is not None and not isinstance(config, DataConfig):
+    if isinstance(config, TokensConfig):
         raise ValueError("the config's data are codes: there are no images to decode")
     if synthetic and source:
         raise ValueError("give either --synthetic or a source")
@@ -105,8 +106,8 @@ def measure(config: DataConfig, seconds: float) -> Rates:
     if any(source.kind == "photos" for source in config.sources):
         raise ValueError("source photos: its pictures are decoded once, so there is no decoding to compare with")
     config = dataclasses.replace(config, batch_size=ROUND, num_workers=0)
-    batches, pictures = batch_sequence(config), picture_sequence(config).batch(ROUND, batch_fn=list)
     encoded = [open_source(source, bytes) for source in config.sources]
+    batches, pictures = batch_sequence(config), picture_sequence(config, encoded).batch(ROUND, batch_fn=list)
     decoding, pipeline, kinds = [], [], []
     stop = time.monotonic() + seconds
     for step in range(MOST_ROUNDS):
@@ -127,7 +128,7 @@ def _processor_time(call) -> float:
 
 def _decode(file: bytes) -> np.ndarray:
     # Without its other formats, of which Pillow would ask each.
-    formats = [JPEG] if file.startswith(b"\xff\xd8\xff") else None
+    formats = ["JPEG"] if file.startswith(JPEG) else None
     return np.asarray(Image.open(io.BytesIO(file), formats=formats))
 
 
@@ -151,5 +152,5 @@ def synthetic_source(width: int = 500, height: int = 375) -> Iterator[SourceConf
             coarse = Image.fromarray(rng.integers(0, 256, (height // 8, width // 8, 3), np.uint8))
             pixels = np.asarray(coarse.resize((width, height), Image.Resampling.BICUBIC))
             noise = rng.normal(0, 6, pixels.shape)
-            Image.fromarray(np.clip(pixels + noise, 0, 255).astype(np.uint8)).save(path, JPEG, quality=90)
+            Image.fromarray(np.clip(pixels + noise, 0, 255).astype(np.uint8)).save(path, quality=90)
         yield SourceConfig(kind="folder", path=folder)

@@ -13,7 +13,7 @@ from absl import flags
 
 from runtime_jax.config import added
 from runtime_jax.data.picture import open_image
-from runtime_jax.data.sources import SourceConfig, open_source
+from runtime_jax.data.sources import Source, SourceConfig, open_source
 from runtime_jax.data.views import ResizedCropConfig, Resizer, ViewConfig, check_resizer, take_view
 from runtime_jax.messages import cut
 from runtime_jax.prng import Stream, host_rng
@@ -92,9 +92,10 @@ def make_batches(config: DataConfig, start_step: int, *, process_index: int = 0,
     Raises:
         ValueError: a bad config, a missing source, or a batch that the hosts do not divide.
     """
+    load = _Load(config)
     return read_batches(
-        picture_sequence(config),
-        _Load(config),
+        picture_sequence(config, load.sources),
+        load,
         config.batch_size,
         start_step,
         process_index=process_index,
@@ -167,14 +168,15 @@ class Batches(Iterator[Batch]):
 
 def batch_sequence(config: DataConfig) -> grain.MapDataset:
     """All batches as an endless sequence, whose element i is read when it is asked for; raises as `make_batches`."""
-    return picture_sequence(config).batch(config.batch_size, batch_fn=_Load(config))
+    load = _Load(config)
+    return picture_sequence(config, load.sources).batch(config.batch_size, batch_fn=load)
 
 
-def picture_sequence(config: DataConfig) -> grain.MapDataset:
-    """The endless sequence of `Picture`; element i depends on the config and i alone."""
+def picture_sequence(config: DataConfig, sources: Sequence[Source]) -> grain.MapDataset:
+    """The endless sequence of `Picture` of a config's opened sources; element i depends on the config and i alone."""
     parts = []
-    for number, source in enumerate(config.sources):
-        part = grain.MapDataset.range(len(open_source(source)))
+    for number, source in enumerate(sources):
+        part = grain.MapDataset.range(len(source))
         if config.shuffle:
             part = part.shuffle(int(host_rng(config.seed, Stream.DATA, number).integers(2**32)))
         parts.append(part.repeat().map(functools.partial(Picture, number)))
@@ -196,7 +198,7 @@ class _Load:
     def __init__(self, config: DataConfig):
         check_resizer(config.resize)
         self._config = config
-        self._sources = [open_source(source, open_image) for source in config.sources]
+        self.sources = [open_source(source, open_image) for source in config.sources]
         self._views = (config.main_view(), *config.views)
 
     def __call__(self, pictures: Sequence[Picture]) -> dict[str, Any]:
@@ -205,7 +207,7 @@ class _Load:
         # Made together, before pictures fill the caches: one at a time, a generator takes seven times as long.
         generators = [self._generators(picture.example) for picture in pictures]
         for row, picture in enumerate(pictures):
-            example = self._sources[picture.source][int(picture.index)]
+            example = self.sources[picture.source][int(picture.index)]
             labels.append(example["label"])
             skipped.extend(example.get("skipped", ()))
             options = {"crop_scale": self._config.sources[picture.source].scale, "resizer": self._config.resize}
