@@ -4,7 +4,7 @@
         --config.tokenizer=runs/gr-d64/tokenizer
 
 The argument is a size: B, L or XL. ImageNet is read through TFDS (`imagenet2012`, prepared as array_record) and
-tokenized in each step. To train on codes that `mergevq tokenize` wrote for each K instead, without flips:
+tokenized in each step. To train on codes that `mergevq tokenize --views flip` (or ten-crop) wrote for each K instead:
 
     --config.data="{'folders': ['codes/144', 'codes/169', 'codes/196', 'codes/225', 'codes/256'], 'batch_size': 768}"
 """

@@ -5,6 +5,10 @@
 
 The argument is a preset: g-d32, g-d64, gr-d32, gr-d64, gr-d96 or r-d64. ImageNet is read through TFDS (`imagenet2012`,
 prepared as array_record), or from a folder: --config.data.sources="[{'kind': 'folder', 'path': ...}]".
+
+Augmentation is the released one. An image is a square as large as the shorter side, at a random position, and never
+mirrored. In the alignment loss, the teacher sees another such square. The student sees a random resized crop, mirrored
+in half of the examples.
 """
 
 from ml_collections import ConfigDict
@@ -54,8 +58,11 @@ def get_config(arg: str = "gr-d64") -> ConfigDict:
                 "image_size": 256,
                 "batch_size": batch_size,
                 "sources": [{**data, "split": "train"}],
-                "flip": True,
                 "num_workers": 8,
+                "views": [
+                    {"name": "teacher", "image_size": 224},
+                    {"name": "student", "image_size": 224, "resized_crop": {"area": [0.08, 1.0]}, "flip": True},
+                ],
             },
             "evaluation": {
                 "data": {

@@ -1,6 +1,7 @@
-"""The command line: scenes | train | evaluate | compare | reconstruct | tokenize | sample | inspect | convert."""
+"""The command line: scenes, train, evaluate, compare, reconstruct, tokenize, sample, bench-input, inspect, convert."""
 
 import sys
+from argparse import ArgumentParser
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -63,16 +64,20 @@ def _command_line() -> CommandLine:
         "tokenize", _tokenize, "Write codes and source maps of a dataset or folder to disk; resumable.", several=True
     )
     sub.add_argument("--tokenizer", default=TINY)
-    sub.add_argument("--folder", help="image folder; sub-folders are classes")
-    sub.add_argument("--tfds", help="a prepared TFDS dataset, such as mini_scenes/64")
-    sub.add_argument("--split", default="train")
-    sub.add_argument("--data-dir", default="data")
+    _source_arguments(sub)
     sub.add_argument("--keep", type=int, help="kept tokens K")
     sub.add_argument("--batch-size", type=int, default=32)
     sub.add_argument("--shard-size", type=int, default=4096, help="images per file")
+    sub.add_argument(
+        "--views",
+        default="one",
+        choices=["one", "flip", "ten-crop"],
+        help="write codes of the centre crop, also of its mirror image, or of ten crops",
+    )
     sub.add_argument("--out", type=path, required=True)
 
     _sample_command(line)
+    _bench_input_command(line)
 
     sub = line.command("inspect", _inspect, "Parameters, FLOPs and memory of a config or preset, without weights.")
     sub.add_argument("--config", help="NAME:ARGUMENT of a shipped config, or a path FILE.py:ARGUMENT")
@@ -129,6 +134,24 @@ def _sample_command(line: CommandLine) -> None:
     )
     sub.add_argument("--show-cache", action="store_true", help="also draw what the KV cache kept and how full it was")
     sub.add_argument("--out", type=path, default=Path("runs/sample"))
+
+
+def _bench_input_command(line: CommandLine) -> None:
+    help = "Images per second that a core reads, beside decoding alone, and the cores that a training needs."
+    sub = line.command("bench-input", _bench_input, help)
+    sub.add_argument("--config", help="a training, whose data are read (default: 256 px crops of synthetic JPEGs)")
+    _source_arguments(sub)
+    sub.add_argument("--synthetic", action="store_true", help="with --config: synthetic JPEGs instead of its sources")
+    sub.add_argument("--steps-per-second", type=float, help="rate of the training, to say how many cores feed it")
+    sub.add_argument("--hosts", type=int, default=1, help="hosts that share each batch")
+    sub.add_argument("--seconds", type=float, default=20.0, help="how long to measure")
+
+
+def _source_arguments(parser: ArgumentParser) -> None:
+    parser.add_argument("--folder", help="image folder; sub-folders are classes")
+    parser.add_argument("--tfds", help="a prepared TFDS dataset, such as mini_scenes/64")
+    parser.add_argument("--split", default="train")
+    parser.add_argument("--data-dir", default="data")
 
 
 def training(path: str, overrides: Sequence[str]):
@@ -191,21 +214,47 @@ def _reconstruct(args, _) -> None:
     reconstruct(args.images, args.tokenizer, keeps=args.keep, size=args.size, out=args.out)
 
 
-def _tokenize(args, _) -> None:
-    from mergevq_jax.commands.tokenize import tokenize
+def _source(args):
+    """The SourceConfig of --folder or --tfds; None without either."""
     from runtime_jax.data import SourceConfig
 
-    if bool(args.folder) == bool(args.tfds):
+    if args.folder and args.tfds:
         raise ValueError("give exactly one of --folder and --tfds")
     if args.folder:
-        source = SourceConfig(kind="folder", path=args.folder)
-    else:
-        source = SourceConfig(kind="tfds", name=args.tfds, split=args.split, data_dir=args.data_dir)
+        return SourceConfig(kind="folder", path=args.folder)
+    if args.tfds:
+        return SourceConfig(kind="tfds", name=args.tfds, split=args.split, data_dir=args.data_dir)
+    return None
+
+
+def _tokenize(args, _) -> None:
+    from mergevq_jax.commands.tokenize import tokenize
+
+    source = _source(args)
+    if source is None:
+        raise ValueError("give exactly one of --folder and --tfds")
     print(
         tokenize(
-            source, args.tokenizer, args.out, keep=args.keep, batch_size=args.batch_size, shard_size=args.shard_size
+            source,
+            args.tokenizer,
+            args.out,
+            keep=args.keep,
+            batch_size=args.batch_size,
+            shard_size=args.shard_size,
+            views=args.views,
         )
     )
+
+
+def _bench_input(args, overrides) -> None:
+    from mergevq_jax.commands.bench_input import bench_input
+
+    data = None
+    if args.config:
+        config, task = training(args.config, overrides)
+        data = config.batches() if task == "tokenizer" else config.data
+    rate = {"steps_per_second": args.steps_per_second, "hosts": args.hosts}
+    print(bench_input(data, _source(args), synthetic=args.synthetic, seconds=args.seconds, **rate))
 
 
 def _sample(args, _) -> None:

@@ -1,13 +1,14 @@
 """Folders of indices and source maps from `mergevq tokenize`: shards in the array_record format.
 
 A record is one image as a small safetensors blob: `indices` int32 [K], `source_map` int32 [L], `label` and `index`
-int64 []. `tokens.json` beside the shards describes them and, once all are written, counts `unreadable` images.
+int64 []. `tokens.json` beside the shards describes them and, once all are written, counts `unreadable` images. If it
+names `views`, a record has `indices` [V, K] and `source_map` [V, L] of the V views of its image.
 """
 
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from array_record.python.array_record_module import ArrayRecordReader
@@ -17,6 +18,7 @@ from runtime_jax.files import AnyPath, is_file, local
 
 INFO_NAME = "tokens.json"
 SHARDS = "tokens-*.array_record"
+Views = Literal["one", "flip", "ten-crop"]  # what of an image has codes, see commands.tokenize.views_of
 
 
 def read_tokens(folder: AnyPath) -> Iterator[dict[str, np.ndarray]]:

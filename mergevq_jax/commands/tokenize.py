@@ -11,17 +11,20 @@ from collections.abc import Iterator
 import jax
 import numpy as np
 from array_record.python.array_record_module import ArrayRecordWriter
+from jaxtyping import UInt8
 from safetensors.numpy import save as to_bytes
 from tqdm import tqdm
 
 from mergevq_jax.tokenizer.model import Tokenizer, load_tokenizer, read_tokenizer_config
-from mergevq_jax.tokens_folder import INFO_NAME, read_tokens
+from mergevq_jax.tokens_folder import INFO_NAME, Views, read_tokens
 from runtime_jax import config as config_lib
 from runtime_jax import hosts
 from runtime_jax.data import SourceConfig, center_crop, open_source
 from runtime_jax.files import AnyPath, replacing, write_json
 from runtime_jax.messages import cut
 from runtime_jax.workdir import only_writer
+
+TEN_CROP_SCALE = 1.1  # side of the picture that is cropped, in sides of a crop
 
 
 def tokenize(
@@ -32,11 +35,13 @@ def tokenize(
     keep: int | None,
     batch_size: int = 32,
     shard_size: int = 4096,
+    views: Views = "one",
 ) -> str:
     """Tokenizes every image of a source, resized and centre-cropped to the training size; returns a summary line.
 
-    Unreadable images of a folder are left out and counted, in the summary and finally in tokens.json. Of several
-    processes, which must share `out`, process i of n writes the shards i, i + n, ...
+    With several `views`, each image has codes for each of them, see `views_of`. Unreadable images of a folder are left
+    out and counted, in the summary and finally in tokens.json. Of several processes, which must share `out`, process i
+    of n writes the shards i, i + n, ...
 
     Raises:
       ValueError: no such source, an impossible K, or `out` holds codes of another tokenizer, source or K.
@@ -61,6 +66,7 @@ def tokenize(
             "source": config_lib.to_dict(source),
             "images": len(images),
             "shard_size": shard_size,
+            **({} if views == "one" else {"views": views}),  # the folder of one view is as it always was
         }
         if jax.process_index() == 0:
             _claim(out, info)
@@ -76,6 +82,7 @@ def tokenize(
                     range(shard * shard_size, min(len(images), (shard + 1) * shard_size)),
                     keep,
                     batch_size,
+                    views,
                 )
         hosts.barrier("tokenized")
         # Counted from the shards, so that a resumed run gives the same number.
@@ -86,40 +93,63 @@ def tokenize(
         return f"{count} images in {shards} shards under {out} ({unreadable} unreadable ones left out)"
 
 
+def views_of(image: UInt8[np.ndarray, "H W 3"], size: int, views: Views) -> list[UInt8[np.ndarray, "{size} {size} 3"]]:
+    """The views of an image that get codes.
+
+    "one": the centre crop. "flip": also its mirror image. "ten-crop": corners and centre of a centre crop that is a
+    tenth larger, in the order top left, top right, bottom left, bottom right, centre; then the mirror images of these.
+    """
+    if views == "ten-crop":
+        large = center_crop(image, round(TEN_CROP_SCALE * size))
+        end = len(large) - size
+        starts = [(0, 0), (0, end), (end, 0), (end, end), (end // 2, end // 2)]
+        crops = [large[top : top + size, left : left + size] for top, left in starts]
+    else:
+        crops = [center_crop(image, size)]
+    return crops if views == "one" else crops + [crop[:, ::-1] for crop in crops]
+
+
 def _claim(out: AnyPath, info: dict) -> None:
     """Writes tokens.json, or checks that the existing one says the same."""
     path = out / INFO_NAME
     if path.exists():
-        old = json.loads(path.read_text())
-        if changes := config_lib.config_changes({key: old.get(key) for key in info}, info):
+        old, new = ({"views": "one"} | fields for fields in (json.loads(path.read_text()), info))
+        if changes := config_lib.config_changes({key: old.get(key) for key in new}, new):
             raise ValueError(f"{out} holds other tokens; choose another folder\n  " + cut(changes.values(), "\n  "))
         return
     write_json(path, info)
 
 
-def _write_shard(path: AnyPath, tokenizer: Tokenizer, images, indices: range, keep: int, batch_size: int) -> None:
+def _write_shard(
+    path: AnyPath, tokenizer: Tokenizer, images, indices: range, keep: int, batch_size: int, views: Views
+) -> None:
     with replacing(path) as new, contextlib.closing(ArrayRecordWriter(str(new), "group_size:1")) as writer:
         for start in range(indices.start, indices.stop, batch_size):
             chosen = list(indices[start - indices.start : start - indices.start + batch_size])
-            for record in _records(tokenizer, images, chosen, keep, batch_size):
+            for record in _records(tokenizer, images, chosen, keep, batch_size, views):
                 writer.write(record)
 
 
-def _records(tokenizer: Tokenizer, images, indices: list[int], keep: int, batch_size: int) -> Iterator[bytes]:
+def _records(
+    tokenizer: Tokenizer, images, indices: list[int], keep: int, batch_size: int, views: Views
+) -> Iterator[bytes]:
     # A source replaces a broken image by the next readable one; here the broken one is left out.
     examples = [(index, example) for index in indices if not (example := images[index]).get("skipped")]
     if not examples:
         return
     size = tokenizer.config.resolution
-    pixels = np.stack([center_crop(example["image"], size) for _, example in examples])
-    padded = np.concatenate([pixels, np.repeat(pixels[-1:], batch_size - len(pixels), axis=0)])
-    tokens = tokenizer.encode(padded, keep=keep)
-    codes, maps = np.asarray(tokens.indices), np.asarray(tokens.source_map)
+    codes, maps = [], []
+    for pixels in zip(*(views_of(example["image"], size, views) for _, example in examples), strict=True):
+        padded = np.stack([*pixels, *[pixels[-1]] * (batch_size - len(pixels))])
+        tokens = tokenizer.encode(padded, keep=keep)
+        codes.append(np.asarray(tokens.indices))
+        maps.append(np.asarray(tokens.source_map))
+    codes, maps = (np.stack(x, axis=1) if views != "one" else x[0] for x in (codes, maps))
     for row, (index, example) in enumerate(examples):
         yield to_bytes(
             {
-                "indices": codes[row],
-                "source_map": maps[row],
+                "indices": np.ascontiguousarray(codes[row]),
+                "source_map": np.ascontiguousarray(maps[row]),
                 "label": np.asarray(example["label"], np.int64),
                 "index": np.asarray(index, np.int64),
             }

@@ -28,7 +28,8 @@ from runtime_jax.prng import Stream, host_rng
 class TokensConfig:
     """Codes on disk: the folders that `mergevq tokenize` wrote from one source, one for each K.
 
-    Codes cannot be flipped or cropped: an image is always as it was tokenized.
+    Codes cannot be flipped or cropped: an image is always as it was tokenized. If it has several views (`mergevq
+    tokenize --views`), an example is one of them, drawn from the seed and the example's number.
     """
 
     folders: tuple[str, ...]
@@ -74,7 +75,7 @@ def make_batches(
     numbers = grain.MapDataset.range(len(tokens))
     if config.shuffle:
         numbers = numbers.shuffle(int(host_rng(config.seed, Stream.DATA, 0).integers(2**32)))
-    stream = numbers.repeat().map_with_index(_Read(tokens, draw, config.batch_size))
+    stream = numbers.repeat().map_with_index(_Read(tokens, draw, config.batch_size, config.seed))
     return read_batches(stream, _stack, config.batch_size, start_step, num_workers=config.num_workers, **hosts)
 
 
@@ -107,8 +108,8 @@ def _require_one_source(infos: dict[str, dict[str, Any]]) -> None:
         raise ValueError("data.folders is empty: name the folders that mergevq tokenize wrote")
     (first, info), *others = infos.items()
     for path, other in others:
-        keys = ("source", "images", "tokenizer")
-        if differing := config_changes(*({key: one[key] for key in keys} for one in (info, other))):
+        keys = ("source", "images", "tokenizer", "views")
+        if differing := config_changes(*({key: one.get(key) for key in keys} for one in (info, other))):
             raise ValueError(f"{path} and {first} do not belong together: they differ in {', '.join(differing)}")
     keeps = [info["keep"] for info in infos.values()]
     if len(set(keeps)) < len(keeps):
@@ -122,12 +123,16 @@ class _Read:
     tokens: _Tokens
     draw: Callable[[int], int]
     batch_size: int
+    seed: int
 
     def __call__(self, example: int, number: int) -> dict[str, Any]:
         record = self.tokens.read(self.draw(example // self.batch_size), int(number))
-        source_map = record["source_map"]
+        indices, source_map = record["indices"], record["source_map"]
+        if source_map.ndim == 2:
+            view = host_rng(self.seed, Stream.AUGMENT, example).integers(len(source_map))
+            indices, source_map = indices[view], source_map[view]
         return {
-            "indices": record["indices"][source_map],
+            "indices": indices[source_map],
             "source_map": source_map,
             "label": record["label"],
             "example": example,

@@ -86,6 +86,9 @@ class TrainConfig:
         if self.model.merge_instruction and (unknown := sorted(set(self.all_keeps) - set(known))):
             raise ValueError(f"K = {unknown} in merge_ratio or evaluation.keeps: model.keeps has only {known}")
         KINDS[self.kind].check_keeps(self.model, self.all_keeps)
+        for name, data in (("data", self.data), ("evaluation.data", self.evaluation.data)):
+            if isinstance(data, DataConfig) and data.views:
+                raise ValueError(f"{name}.views is set, but a generator reads only images")
         if self.accumulate < 1 or self.data.batch_size % self.accumulate:
             raise ValueError(
                 f"data.batch_size={self.data.batch_size} must be a multiple of accumulate={self.accumulate}, at least 1"

@@ -4,7 +4,7 @@ import functools
 import itertools
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import jax
@@ -77,10 +77,25 @@ class TrainConfig:
             )
         for keep in (*self.merge_ratio.keeps, *self.evaluation.keeps):
             model.merge_counts(model.raw_tokens, keep)
+        if self.evaluation.data.views:
+            raise ValueError("evaluation.data.views is set, but an evaluation reads only images")
+        for view in self.data.views:
+            if view.name not in stage1.VIEWS or view.image_size != self.losses.alignment_size:
+                raise ValueError(
+                    f"data.views: {view.name!r} of {view.image_size} pixels; the alignment loss reads "
+                    f"{' and '.join(map(repr, stage1.VIEWS))} of losses.alignment_size={self.losses.alignment_size}"
+                )
         if self.accumulate < 1 or self.data.batch_size % self.accumulate:
             raise ValueError(
                 f"data.batch_size={self.data.batch_size} must be a multiple of accumulate={self.accumulate}, at least 1"
             )
+
+    def batches(self) -> DataConfig:
+        """The data with the views that the losses read."""
+        needed = stage1.VIEWS if self.losses.alignment_weight else ()
+        if self.losses.alignment == "label":
+            needed = tuple(name for name in needed if name == stage1.STUDENT)
+        return replace(self.data, views=tuple(view for view in self.data.views if view.name in needed))
 
     def step_config(self, teacher: DINOv2Config | None = None) -> stage1.StepConfig:
         """The static part of the train step; raises as `StepConfig`."""
@@ -137,7 +152,7 @@ def train(config: TrainConfig, workdir: str | os.PathLike) -> loop.Result:
                 total_steps=total_steps,
                 batch_size=batch_size,
                 batches=lambda step: make_batches(
-                    config.data, step, process_index=jax.process_index(), process_count=jax.process_count()
+                    config.batches(), step, process_index=jax.process_index(), process_count=jax.process_count()
                 ),
                 dtype=config.compute.dtype,
                 variant=functools.partial(draw_keep, config.merge_ratio, config.seed),

@@ -30,6 +30,7 @@ from runtime_jax.training.optimizer import ema_update
 from runtime_jax.training.update import Metrics, Optimizer, guarded
 
 Params = Any
+VIEWS = STUDENT, TEACHER = "student", "teacher"  # views in a batch that the alignment loss reads
 
 DISCRIMINATOR_LOSSES = {
     "hinge": adversarial.hinge_d_loss,
@@ -193,7 +194,8 @@ def train_step(
     Args:
       state: donated by the caller's jit.
       frozen: perceptual network and alignment teacher.
-      batch: "image" uint8 [B, H, W, 3]; "label" int32 [B] and "example" int [B] if the alignment loss needs them.
+      batch: "image" uint8 [B, H, W, 3]; "label" int32 [B] and "example" int [B] if the alignment loss needs them;
+        it reads the views "student" and "teacher" uint8 [B, S, S, 3] if they are there.
       config, optimizers, keep: static.
 
     Returns:
@@ -301,17 +303,23 @@ def _adversarial_losses(disc_params, disc_stats, lecam, images, rebuilt, config:
 
 
 def _alignment_loss(params, teacher, images, batch, step, config: StepConfig, fraction: float) -> Float[Array, ""]:
-    """Of the whole image with this fraction of tokens kept, to the label or the teacher's output for a random crop."""
+    """Of one view with this fraction of tokens kept, to the label or the teacher's output for another view.
+
+    Views that the batch lacks are made of its images: the student's is the whole image, the teacher's a random crop.
+    """
     size = config.losses.alignment_size
-    student_view = alignment.resized(images, size)
+    student_view = model.to_float(batch[STUDENT]) if STUDENT in batch else alignment.resized(images, size)
     raw = (size // config.model.downsampling) ** 2
     student = model.encode(
         params, config.model, student_view, keep=max(1, round(fraction * raw)), with_head=True, compute=config.compute
     ).head
     if config.losses.alignment == "label":
         return alignment.smoothed_cross_entropy(student, batch["label"])
-    keys = example_keys(stream_key(config.seed, Stream.AUGMENT, step), batch["example"])
-    teacher_view = dinov2.standardize(alignment.random_resized_crops(images, keys, size))
-    features = dinov2.DINOv2(config.teacher).apply({"params": teacher}, teacher_view).pooled
+    if TEACHER in batch:
+        teacher_view = model.to_float(batch[TEACHER])
+    else:
+        keys = example_keys(stream_key(config.seed, Stream.AUGMENT, step), batch["example"])
+        teacher_view = alignment.random_resized_crops(images, keys, size)
+    features = dinov2.DINOv2(config.teacher).apply({"params": teacher}, dinov2.standardize(teacher_view)).pooled
     loss = alignment.kl_alignment_loss if config.losses.alignment == "kl" else alignment.cosine_alignment_loss
     return loss(student, jax.lax.stop_gradient(features))

@@ -2,13 +2,24 @@
 
 from runtime_jax.data.folder import image_files
 from runtime_jax.data.picture import decode_image, image_size
-from runtime_jax.data.pipeline import DataConfig, center_crop, make_batches, num_examples, read_batches
+from runtime_jax.data.pipeline import (
+    DataConfig,
+    batch_sequence,
+    make_batches,
+    num_examples,
+    picture_sequence,
+    read_batches,
+)
 from runtime_jax.data.sources import MissingDatasetError, SourceConfig, check_same_classes, classes_of, open_source
+from runtime_jax.data.views import ResizedCropConfig, ViewConfig, center_crop
 
 __all__ = [
     "DataConfig",
     "MissingDatasetError",
+    "ResizedCropConfig",
     "SourceConfig",
+    "ViewConfig",
+    "batch_sequence",
     "center_crop",
     "check_same_classes",
     "classes_of",
@@ -18,5 +29,6 @@ __all__ = [
     "make_batches",
     "num_examples",
     "open_source",
+    "picture_sequence",
     "read_batches",
 ]

@@ -13,11 +13,17 @@ ORIENTATION = 0x0112  # EXIF tag; from 5 on, the sides are exchanged
 BITS, PHOTOMETRIC = 258, 262  # TIFF tags: bits of a sample; 0 where white is zero
 PLANES = 284  # TIFF tag: 2 where each channel has a plane of its own
 PNG_BITS = 24  # where a PNG has the bits of a sample
+JPEG = b"\xff\xd8\xff"  # the first bytes of a file
 SIXTEEN_BITS = ("PNG", "PPM")  # formats whose integers beyond 8 bits, of mode "I", are of 0 to 65535
 
 
 def decode_image(data: bytes) -> UInt8[np.ndarray, "H W 3"]:
-    """A picture as uint8 [H, W, 3]: upright by its EXIF tag, transparency over white, of several frames the first.
+    """`open_image` as uint8 [H, W, 3]."""
+    return np.asarray(open_image(data))
+
+
+def open_image(data: bytes) -> Image.Image:
+    """A picture as 8-bit RGB: upright by its EXIF tag, transparency over white, of several frames the first.
 
     Samples of more than 8 bits are scaled so that white is 255. Files of 16 bits (and TIFFs of 12) define white; for 32
     bits the values do: integers up to 255 count as 8 bits, up to 65535 as 16; floats up to 1 as 0..1, whole floats as
@@ -26,17 +32,20 @@ def decode_image(data: bytes) -> UInt8[np.ndarray, "H W 3"]:
     Raises:
         ValueError: not a picture, a damaged one, one of unknown range, or one that Pillow reads wrongly.
     """
-    with _readable(), Image.open(io.BytesIO(data)) as image:
+    formats = ["JPEG"] if data.startswith(JPEG) else None  # None: Pillow asks each of its forty formats
+    with _readable(), Image.open(io.BytesIO(data), formats=formats) as image:
         if reason := _misread(image, data):
             raise ValueError(reason)
         if image.format == "PNG" and image.mode == "L" and "transparency" in image.info:
             # Pillow scales samples of 2 and 4 bits to 8, but not the transparent one.
             image.info["transparency"] *= 255 // (2 ** data[PNG_BITS] - 1)
         white, negative = _white(image), _is_negative(image)
-        upright = ImageOps.exif_transpose(image)
-        if upright.mode == "F" or upright.mode.startswith("I"):
-            return _from_samples(np.asarray(upright), white, negative, upright.info.get("transparency"))
-        return _from_eight_bits(upright)
+        image.load()
+        ImageOps.exif_transpose(image, in_place=True)
+        if image.mode == "F" or image.mode.startswith("I"):
+            gray = _from_samples(np.asarray(image), white, negative, image.info.get("transparency"))
+            return Image.fromarray(gray).convert("RGB")
+        return _from_eight_bits(image)
 
 
 def image_size(path: Path) -> tuple[int, int]:
@@ -102,13 +111,13 @@ def _is_negative(image: Image.Image) -> bool:
 
 def _from_samples(
     samples: Num[np.ndarray, "H W"], white: int | None, negative: bool, transparent: int | None
-) -> UInt8[np.ndarray, "H W 3"]:
+) -> UInt8[np.ndarray, "H W"]:
     white = _largest(samples) if white is None else white
     gray = np.round(samples.astype(np.float64) * (255 / white)).astype(np.uint8)
     gray = 255 - gray if negative else gray
     if transparent is not None:
         gray[samples == transparent] = 255
-    return np.repeat(gray[..., None], 3, axis=-1)
+    return gray
 
 
 def _largest(samples: Num[np.ndarray, "H W"]) -> int:
@@ -124,7 +133,7 @@ def _largest(samples: Num[np.ndarray, "H W"]) -> int:
     raise ValueError(f"samples of {low} to {high}: {kind} from 0 to 255 or 65535 are needed")
 
 
-def _from_eight_bits(image: Image.Image) -> UInt8[np.ndarray, "H W 3"]:
+def _from_eight_bits(image: Image.Image) -> Image.Image:
     if image.mode == "LAB":
         profiles = ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB")
         flags = ImageCms.Flags.NOOPTIMIZE  # the optimized table of colours errs by up to 5 of 255
@@ -134,4 +143,4 @@ def _from_eight_bits(image: Image.Image) -> UInt8[np.ndarray, "H W 3"]:
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return np.asarray(image.convert("RGB"))
+    return image if image.mode == "RGB" else image.convert("RGB")

@@ -6,7 +6,7 @@ the dataset has one, and "skipped" with the unreadable files that the example re
 
 import dataclasses
 import importlib.util
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal, Protocol, runtime_checkable
 
@@ -84,8 +84,11 @@ class Source(Protocol):
     def __getitem__(self, index: int) -> dict[str, Any]: ...
 
 
-def open_source(config: SourceConfig) -> Source:
+def open_source(config: SourceConfig, decode: Callable[[bytes], Any] = decode_image) -> Source:
     """Opens a source and checks that it can be read.
+
+    Args:
+        decode: turns an encoded picture into what "image" holds; photos are always arrays.
 
     Raises:
         MissingDatasetError: the dataset is not there.
@@ -97,9 +100,9 @@ def open_source(config: SourceConfig) -> Source:
     if not (config.weight > 0 and np.isfinite(config.weight)):
         raise ValueError(f"source {config.kind}: weight is {config.weight}, it must be positive and finite")
     if config.kind == "tfds":
-        return TfdsSource(config.name, config.split, config.data_dir)
+        return TfdsSource(config.name, config.split, config.data_dir, decode)
     if config.kind == "folder":
-        return FolderSource(config.path, config.classes)
+        return FolderSource(config.path, config.classes, decode)
     if config.kind == "photos":
         return PhotoSource(config.split)
     raise ValueError(f"source: kind is {config.kind!r}, allowed are 'tfds', 'folder', 'photos'")
@@ -121,7 +124,7 @@ def check_same_classes(classes: Sequence[tuple[str, list[str] | None]]) -> None:
 class TfdsSource:
     """A split of a dataset already prepared in a random-access format."""
 
-    def __init__(self, name: str, split: str, data_dir: str):
+    def __init__(self, name: str, split: str, data_dir: str, decode: Callable[[bytes], Any] = decode_image):
         import tensorflow_datasets as tfds
 
         if not name:
@@ -146,20 +149,23 @@ class TfdsSource:
         label = wanted.get("label")
         self.classes = list(label.names) if isinstance(label, tfds.features.ClassLabel) else None
         self._features = tfds.features.FeaturesDict(wanted)
+        self._decode = decode
         self._decoders = {"image": tfds.decode.SkipDecoding()}
         raw = tfds.decode.DeserializeMethod.RAW_BYTES
         try:
             self._records = builder.as_data_source(split=split, deserialize_method=raw)
         except NotImplementedError as error:
-            message = f"dataset {name!r} in {data_dir!r} has no random access; run: {_recipe(name, data_dir)}"
-            raise ValueError(message) from error
+            prepared = builder.info.file_format.value
+            command = f"tfds convert_format --dataset_version_dir={builder.data_path} --out_file_format=array_record"
+            message = f"dataset {name!r} in {data_dir!r} was prepared as {prepared}, which has no random access"
+            raise ValueError(f"{message}; run: {command}") from error
 
     def __len__(self) -> int:
         return len(self._records)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         record = self._features.deserialize_example_np(self._records[index], decoders=self._decoders)
-        example = {"image": decode_image(record["image"]), "label": int(record.get("label", -1))}
+        example = {"image": self._decode(record["image"]), "label": int(record.get("label", -1))}
         if "caption" in record:
             example["caption"] = record["caption"].decode()
         return example

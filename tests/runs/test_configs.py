@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from mergevq_jax.generator.run import TrainConfig as GeneratorConfig
 from mergevq_jax.tokenizer import inspect, train
 from mergevq_jax.tokenizer.config import PRESETS
 from mergevq_jax.tokenizer.losses.dinov2 import DINOv2, DINOv2Config
@@ -89,14 +90,41 @@ def test_a_published_step_traces():
     state = jax.eval_shape(functools.partial(train.init_state, step_config, optimizers))
     pixels = jax.ShapeDtypeStruct((1, 224, 224, 3), jnp.float32)
     teacher = jax.eval_shape(DINOv2(step_config.teacher).init, jax.random.key(0), pixels)["params"]
-    batch = {
-        "image": jax.ShapeDtypeStruct((4, 256, 256, 3), jnp.uint8),
-        "example": jax.ShapeDtypeStruct((4,), jnp.int32),
-    }
+    batch = {"image": jax.ShapeDtypeStruct((4, 256, 256, 3), jnp.uint8)}
+    batch |= {view.name: jax.ShapeDtypeStruct((4, *view.shape), jnp.uint8) for view in config.batches().views}
+    assert batch.keys() == {"image", "student", "teacher"}
     step = functools.partial(train.train_step, config=step_config, optimizers=optimizers, keep=config.model.keep)
     new, metrics = jax.eval_shape(step, state, train.Frozen(lpips=lpips_shapes(), teacher=teacher), batch)
     assert jax.tree.map(lambda x: (x.shape, x.dtype), new) == jax.tree.map(lambda x: (x.shape, x.dtype), state)
     assert {"loss", "perceptual", "entropy", "source", "alignment", "disc/loss"} <= set(metrics)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "views"),
+    [([], 2), (["losses.alignment_weight=0.0"], 0), (["losses.alignment=label"], 1)],
+)
+def test_only_views_that_a_loss_reads_are_made(overrides, views):
+    config = build(TrainConfig, load("configs/mergevq_imagenet.py", overrides, new_keys=True))
+    assert len(config.batches().views) == views
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["losses.alignment_size=192"], "'teacher' of 224 pixels; the alignment loss reads 'student' and 'teacher' of"),
+        (["data.views=({'name': 'other', 'image_size': 224},)"], "'other' of 224 pixels; the alignment loss reads"),
+        (["evaluation.data.views=({'name': 'student', 'image_size': 224},)"], "an evaluation reads only images"),
+    ],
+)
+def test_views_that_nothing_reads(overrides, message):
+    with pytest.raises(ValueError, match=message):
+        build(TrainConfig, load("configs/mergevq_imagenet.py", overrides, new_keys=True))
+
+
+def test_a_generator_reads_no_further_views():
+    views = "data.views=({'name': 'student', 'image_size': 224},)"
+    with pytest.raises(ValueError, match=r"data.views is set, but a generator reads only images"):
+        build(GeneratorConfig, load("configs/mergear_imagenet.py", [views], new_keys=True))
 
 
 @pytest.mark.parametrize("arg", ["full", "demo"])

@@ -88,6 +88,28 @@ def test_a_batch_is_a_function_of_its_number(root):
     assert np.bincount(epoch).tolist() == [5, 5]  # every image once
 
 
+def test_one_view_of_an_image_each_time(root, tmp_path):
+    source = SourceConfig(kind="folder", path=str(root / "pictures"))
+    tokenize(source, str(root / "tokenizer"), tmp_path, keep=10, batch_size=5, shard_size=4, views="flip")
+    config = TokensConfig(folders=(str(tmp_path),), batch_size=IMAGES, shuffle=False)
+    records, drawn = list(read_tokens(tmp_path)), []
+    for batch in first(make_batches(config, lambda _: 10, 0), 6):
+        for number, record in enumerate(records):
+            views = [indices[source_map] for indices, source_map in zip(record["indices"], record["source_map"])]  # noqa: B905
+            assert not np.array_equal(*views)
+            drawn.append([np.array_equal(batch["indices"][number], view) for view in views].index(True))
+    drawn = np.reshape(drawn, (6, IMAGES))
+    assert 0.2 < drawn.mean() < 0.8 and len({tuple(epoch) for epoch in drawn}) == 6
+    whole = first(make_batches(config, lambda _: 10, 0), 4)
+    hosts = [first(make_batches(config, lambda _: 10, 3, process_index=i, process_count=2), 1)[0] for i in (0, 1)]
+    np.testing.assert_array_equal(np.concatenate([host["indices"] for host in hosts]), whole[3]["indices"])
+    other = make_batches(dataclasses.replace(config, seed=1), lambda _: 10, 0)
+    assert any(not np.array_equal(a["indices"], b["indices"]) for a, b in zip(whole, other, strict=False))
+    folders = (str(root / "16"), str(tmp_path))
+    with pytest.raises(ValueError, match="do not belong together: they differ in views"):
+        num_examples(dataclasses.replace(config, folders=folders))
+
+
 def test_a_run_from_codes_on_disk(root, tmp_path):
     ratio = {"keeps": [10], "weights": [1.0]}
     config = run_config(root / "tokenizer", to_dict(tokens(root, 10, batch_size=8)), steps=2, merge_ratio=ratio)

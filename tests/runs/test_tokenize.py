@@ -10,11 +10,11 @@ import pytest
 from PIL import Image
 
 from mergevq_jax.commands import tokenize as tokenize_lib
-from mergevq_jax.commands.tokenize import tokenize
+from mergevq_jax.commands.tokenize import tokenize, views_of
 from mergevq_jax.tokenizer.config import TokenizerConfig
 from mergevq_jax.tokenizer.model import Tokenizer, param_shapes
 from mergevq_jax.tokens_folder import read_tokens
-from runtime_jax.data import SourceConfig
+from runtime_jax.data import SourceConfig, center_crop, open_source
 
 CONFIG = TokenizerConfig(
     resolution=16,
@@ -84,3 +84,31 @@ def test_an_interrupted_run_ends_with_the_same_tokens_and_count(tmp_path, tokeni
         tokenize(source, tokenizer, out, **sizes)
         assert content(out) == whole
     assert not list(out.glob(".*"))
+
+
+def test_views_of_an_image():
+    rows, columns = np.meshgrid(np.arange(44), np.arange(66), indexing="ij")
+    image = np.stack([rows, columns, rows], -1).astype(np.uint8)  # a pixel says where it is
+    one, flip, ten = (views_of(image, 40, views) for views in ("one", "flip", "ten-crop"))
+    np.testing.assert_array_equal(one, [center_crop(image, 40)])
+    np.testing.assert_array_equal(flip, [one[0], one[0][:, ::-1]])
+    starts = [(int(view[0, 0, 0]), int(view[0, 0, 1])) for view in ten[:5]]
+    assert starts == [(0, 11), (0, 15), (4, 11), (4, 15), (2, 13)]
+    np.testing.assert_array_equal(ten[5:], [view[:, ::-1] for view in ten[:5]])
+
+
+def test_every_view_has_the_codes_of_its_pixels(tmp_path, tokenizer, source):
+    sizes = {"keep": None, "batch_size": 2, "shard_size": 3}
+    tokenize(source, tokenizer, tmp_path, **sizes, views="flip")
+    assert json.loads((tmp_path / "tokens.json").read_text())["views"] == "flip"
+    records, images = list(read_tokens(tmp_path)), open_source(source)
+    assert [record["indices"].shape for record in records] == [(2, CONFIG.keep)] * 5
+    loaded = Tokenizer.from_pretrained(tokenizer)
+    for record in records:
+        image = images[int(record["index"])]["image"]
+        tokens = loaded.encode(np.stack([image, image[:, ::-1]]), keep=CONFIG.keep)
+        np.testing.assert_array_equal(record["indices"], tokens.indices)
+        np.testing.assert_array_equal(record["source_map"], tokens.source_map)
+    for views in ("one", "ten-crop"):
+        with pytest.raises(ValueError, match="holds other tokens"):
+            tokenize(source, tokenizer, tmp_path, **sizes, views=views)

@@ -253,6 +253,16 @@ def test_adam_steps_lower_the_loss(trajectory):
     assert pixel[-1] < 0.8 * pixel[0]
 
 
+def test_alignment_loss_reads_the_views_of_the_batch(late, batch):
+    rng = np.random.default_rng(5)
+    views = {name: rng.integers(0, 256, (len(batch["image"]), 28, 28, 3), np.uint8) for name in train.VIEWS}
+    alignment = [late.step(late.state(0), batch | views)[1]["alignment"][0]]
+    for name in train.VIEWS:
+        _, metrics = late.step(late.state(0), batch | views | {name: views[name][:, ::-1]})
+        alignment.append(metrics["alignment"][0])
+    assert len({round(float(value), 6) for value in alignment}) == 3
+
+
 def test_alignment_loss_moves_the_head_and_reads_the_teacher(late, batch, trajectory):
     state, metrics = trajectory[1]
     assert np.isfinite(metrics["alignment"][0]) and metrics["alignment"][0] > 0

@@ -3,6 +3,7 @@
 import dataclasses
 import io
 import itertools
+import json
 import multiprocessing
 import struct
 import warnings
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tensorflow_datasets as tfds
 from PIL import Image, ImageOps
 
 from mini_scenes import CLASSES, prepare
@@ -23,8 +25,9 @@ from runtime_jax.data import (
     num_examples,
     open_source,
 )
-from runtime_jax.data.pipeline import Batches, random_crop
+from runtime_jax.data.pipeline import Batches
 from runtime_jax.data.sources import CROPS_PER_PHOTO, PHOTO_REGIONS, photo_region
+from runtime_jax.data.views import ViewConfig, take_view
 
 PHOTOS = SourceConfig(kind="photos", crop_scale=(0.3, 1.0))
 SIZE = 32
@@ -218,10 +221,10 @@ def test_a_damaged_exif_block_is_an_unreadable_image():
 
 @pytest.mark.parametrize("error", [struct.error("short"), SyntaxError("broken"), TypeError("a tuple"), KeyError(6)])
 def test_whatever_pillow_raises_is_one_error_and_skipped(folder, monkeypatch, error):
-    def transpose(image):
+    def transpose(image, *, in_place):
+        assert in_place
         if image.format == "WEBP":
             raise error
-        return image
 
     monkeypatch.setattr(ImageOps, "exif_transpose", transpose)
     damaged = folder / "a" / "deep" / "three.webp"
@@ -234,7 +237,7 @@ def test_whatever_pillow_raises_is_one_error_and_skipped(folder, monkeypatch, er
 def test_a_want_of_memory_is_not_a_bad_picture(folder, monkeypatch):
     source = open_source(SourceConfig(kind="folder", path=str(folder)))
 
-    def no_memory(*args):
+    def no_memory(*args, **options):
         raise MemoryError
 
     monkeypatch.setattr(Image, "open", no_memory)
@@ -274,9 +277,10 @@ def test_crops_look_at_the_picture():
         centre.shape == (50, 50, 3) and abs(int(centre[25, 0, 0]) - 51) <= 1 and abs(int(centre[0, -1, 0]) - 149) <= 1
     )
     rng = np.random.default_rng(0)
-    spans = [np.ptp(random_crop(ramp, 20, (0.2, 1.0), rng)[..., 0].astype(int)) for _ in range(200)]
+    small, large = (ViewConfig(name="image", image_size=size) for size in (20, 100))
+    spans = [np.ptp(take_view(ramp, small, rng, crop_scale=(0.2, 1.0))[..., 0].astype(int)) for _ in range(200)]
     assert min(spans) < 25 and max(spans) > 85
-    starts = [int(random_crop(ramp, 100, (1.0, 1.0), rng)[0, 0, 0]) for _ in range(100)]
+    starts = [int(take_view(ramp, large, rng)[0, 0, 0]) for _ in range(100)]
     assert min(starts) < 10 and max(starts) > 90
 
 
@@ -349,6 +353,51 @@ def test_missing_dataset(tmp_path, name, recipe):
         open_source(SourceConfig(kind="tfds", name=name, data_dir=str(tmp_path)))
     assert str(tmp_path) in str(error.value) and repr(name) in str(error.value)
     assert (error.value.name, error.value.data_dir) == (name, str(tmp_path))
+
+
+class Imagenet2012(tfds.core.GeneratorBasedBuilder):
+    """The features of TFDS's imagenet2012, with two images."""
+
+    VERSION = tfds.core.Version("5.1.0")
+    url_infos = None
+
+    def _info(self):
+        image = tfds.features.Image(encoding_format="jpeg")
+        label = tfds.features.ClassLabel(names=["n01440764", "n01443537"])
+        features = {"image": image, "label": label, "file_name": tfds.features.Text()}
+        return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features))
+
+    def _split_generators(self, dl_manager):
+        return {"train": self._generate_examples()}
+
+    def _generate_examples(self):
+        for number in range(2):
+            image = io.BytesIO(encoded(Image.new("RGB", (50, 40), (90 * number,) * 3), "JPEG"))
+            name = f"n0144{number}.JPEG"
+            yield name, {"image": image, "label": number, "file_name": name}
+
+
+def test_a_prepared_imagenet_and_one_without_random_access(tmp_path):
+    builder = Imagenet2012(data_dir=str(tmp_path), file_format="array_record")
+    builder.download_and_prepare()
+    config = SourceConfig(kind="tfds", name="imagenet2012", data_dir=str(tmp_path))
+    source = open_source(config)
+    assert source.classes == ["n01440764", "n01443537"] and len(source) == 2
+    for example in (source[0], source[1]):
+        assert example["image"].shape == (40, 50, 3)
+        assert abs(int(example["image"][0, 0, 0]) - 90 * example["label"]) <= 1
+
+    # TFDS writes tfrecord only with TensorFlow: the folder says that it did.
+    path = Path(builder.data_path) / "dataset_info.json"
+    info = json.loads(path.read_text())
+    path.write_text(json.dumps(info | {"fileFormat": "tfrecord"}))
+    with pytest.raises(ValueError, match="was prepared as tfrecord, which has no random access; run: ") as error:
+        open_source(config)
+    flags = f"--dataset_version_dir={builder.data_path} --out_file_format=array_record"
+    assert str(error.value).endswith(f"; run: tfds convert_format {flags}") and "\n" not in str(error.value)
+    # What that command adds, beside files of both formats.
+    path.write_text(json.dumps(info | {"fileFormat": "tfrecord", "alternativeFileFormats": ["array_record"]}))
+    assert np.array_equal(open_source(config)[1]["image"], source[1]["image"])
 
 
 def test_missing_split(scenes):
