@@ -245,20 +245,16 @@ def test_two_hosts_and_one_that_is_lost():
     assert [run.wait(timeout=30) for run in runs] == [0, 0]
 
 
-def test_a_stopped_run_starts_again_on_no_host(tmp_path):
-    """SIGTERM reaches one supervisor; the process of the other ends as well, as JAX's processes do."""
-    stopped = tmp_path / "stopped"
-    script = f"trap 'touch {stopped}; exit 143' TERM; until [ -e {stopped} ]; do sleep 0.1; done; exit 143"
+def test_a_signal_to_one_host_stops_all_and_none_starts_again(tmp_path):
+    script = "trap 'exit 143' TERM; touch $0/$JAX_PROCESS_ID; while true; do sleep 0.1; done"
     address, runs = coordinator(), []
-    for number in (0, 1):
-        command = [sys.executable, "-m", "launch.run", "--hosts", "2", "--host", str(number), "--timeout", "30"]
-        command += ["--restarts", "2", "--coordinator", address, "--", "sh", "-c"]
-        command += [f"touch {tmp_path}/$JAX_PROCESS_ID; {script}"]
+    for number in (0, 1, 2):
+        command = [sys.executable, "-m", "launch.run", "--hosts", "3", "--host", str(number), "--timeout", "30"]
+        command += ["--restarts", "2", "--coordinator", address, "--", "sh", "-c", script, str(tmp_path)]
         runs.append(subprocess.Popen(command, cwd=ROOT, env=environment(), stderr=subprocess.PIPE, text=True))
-    while not all((tmp_path / str(number)).exists() for number in (0, 1)):
+    while not all((tmp_path / str(number)).exists() for number in (0, 1, 2)):
         time.sleep(0.1)
-    time.sleep(0.5)  # for the trap
-    runs[0].send_signal(signal.SIGTERM)
+    runs[1].send_signal(signal.SIGTERM)
     for run in runs:
         _, err = run.communicate(timeout=60)
         assert run.returncode == 143 and "starting again" not in err, err
