@@ -5,7 +5,7 @@
 
 When a process is lost (killed, crashed, its host gone), the supervisors end all others within the timeout and print one
 line that names it and the checkpoint to resume from. Each run of the command resumes where the last one stopped, so
-`--restarts` starts it again by itself.
+`--restarts` starts it again by itself. SIGTERM or SIGINT, sent to one supervisor, goes to the processes of all hosts.
 
 Exit status: 0 all processes succeeded; 75 a process was lost or did not come; 143 or 130 SIGTERM or SIGINT stopped the
 run, which is saved; otherwise that of a process which failed.

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import TextIO
 
 from runtime_jax import hosts
-from runtime_jax.stop import StoppedError
+from runtime_jax.training.stop import StoppedError
 
 # (arguments of a sub-command, overrides of its config) -> exit status, or None for success
 Run = Callable[[argparse.Namespace, list[str]], int | None]

@@ -1,53 +1,85 @@
-"""Runs a command line that is killed, or slowed down, on the way: hooked.py HOW STEP MODULE ARGUMENT ..."""
+"""Runs command lines in one process that is killed, or slowed down, on the way.
+
+    hooked.py HOW COMMAND:WHEN "MODULE ARGUMENT ..." "MODULE ARGUMENT ..." ...
+
+HOW is one of
+  whole    nothing happens;
+  in-step  the last process is killed before step WHEN of the training with number COMMAND;
+  in-save  process 0 is killed when its checkpoint of step WHEN is about to get its final name;
+  slowly   every step, or encoded batch, of that command takes WHEN seconds longer.
+"""
 
 import importlib
 import os
+import shlex
 import signal
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from runtime_jax import hosts
-from runtime_jax.training.program import Program
 
 
-def before_step(act: Any) -> None:
-    """Calls act(step) before each step."""
-    step = Program.step
-
-    def hooked(self: Program, state: Any, batch: Any, variant: Any) -> Any:
-        act(int(state.step))
-        return step(self, state, batch, variant)
-
-    Program.step = hooked
-
-
-def die() -> None:
-    """As by kill -9."""
+def kill() -> None:
+    """Ends this process as kill -9 does."""
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def die_while_saving(step: int) -> None:
-    """Makes the process die when the checkpoint of this step is all written and about to get its final name."""
+def kill_while_saving(step: int, now: Callable[[], bool] = lambda: True) -> None:
+    """Kills the process when the checkpoint of this step is all written and about to get its final name."""
     rename = os.rename
 
     def rename_or_die(source: Any, target: Any) -> None:
-        if Path(target).name == str(step):
-            die()
+        if Path(target).name == str(step) and now():
+            kill()
         rename(source, target)
 
     os.rename = rename_or_die
 
 
-if __name__ == "__main__":
-    how, when, module, *arguments = sys.argv[1:]
-    processes = hosts.find(os.environ)
+def before(owner: type, name: str, act: Callable[..., None]) -> None:
+    """Calls `act` with the same arguments before each call of a method."""
+    method = getattr(owner, name)
+
+    def hooked(*args: Any, **options: Any) -> Any:
+        act(*args)
+        return method(*args, **options)
+
+    setattr(owner, name, hooked)
+
+
+def main(how: str, at: str, *lines: str) -> int:
+    """Runs the command lines until one fails; returns its status."""
+    from mergevq_jax.tokenizer.model import Tokenizer
+    from runtime_jax.training.program import Program
+
+    processes, done = hosts.find(os.environ), []
+    command, when = at.split(":")
     index, last = (0, 0) if processes is None else (processes.index, processes.count - 1)
-    if how == "in-step" and index == last:
-        before_step(lambda step: die() if step == int(when) else None)
-    elif how == "in-save" and index == 0:  # which completes a checkpoint
-        die_while_saving(int(when))
-    elif how == "slowly":
-        before_step(lambda step: time.sleep(float(when)))
-    sys.exit(importlib.import_module(module).main(arguments))
+
+    def now() -> bool:
+        return len(done) == int(command)
+
+    def step(program: Program, state: Any, *_: Any) -> None:
+        if now() and how == "slowly":
+            time.sleep(float(when))
+        elif now() and how == "in-step" and index == last and int(state.step) == int(when):
+            kill()
+
+    before(Program, "step", step)
+    before(Tokenizer, "encode", lambda *_: time.sleep(float(when) if now() and how == "slowly" else 0))
+    if how == "in-save" and index == 0:  # which completes a checkpoint
+        kill_while_saving(int(when), now)
+    for line in lines:
+        module, *arguments = shlex.split(line)
+        if status := importlib.import_module(module).main(arguments):
+            return status
+        hosts.start = lambda *_: None  # once for all
+        done.append(line)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(*sys.argv[1:]))

@@ -13,7 +13,7 @@ from mergevq_jax.tokenizer.model import load_tokenizer, read_tokenizer_config
 from runtime_jax import hosts
 from runtime_jax.files import write_text
 from runtime_jax.pictures import image_grid, loss_curve, save_png
-from runtime_jax.stop import Stop
+from runtime_jax.training.stop import Stop
 from runtime_jax.workdir import only_writer
 
 

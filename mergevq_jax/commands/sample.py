@@ -30,7 +30,7 @@ from runtime_jax.files import replacing, write_json
 from runtime_jax.nn.compute import Compute
 from runtime_jax.pictures import dim_tokens, image_grid, loss_curve, save_png
 from runtime_jax.sharding import MeshConfig, make_mesh
-from runtime_jax.stop import Stop
+from runtime_jax.training.stop import Stop
 from runtime_jax.workdir import check_free, only_writer
 
 CLAIM_NAME = "samples.json"

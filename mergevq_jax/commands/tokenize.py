@@ -22,7 +22,7 @@ from runtime_jax import hosts
 from runtime_jax.data import SourceConfig, center_crop, open_source
 from runtime_jax.files import replacing, write_json
 from runtime_jax.messages import cut
-from runtime_jax.stop import Stop
+from runtime_jax.training.stop import Stop
 from runtime_jax.workdir import only_writer
 
 

@@ -14,7 +14,7 @@ from mergevq_jax.tokenizer.model import Tokenizer
 from runtime_jax import hosts
 from runtime_jax.estimate import Estimate, estimate
 from runtime_jax.pictures import image_grid, outline_groups
-from runtime_jax.stop import Stop
+from runtime_jax.training.stop import Stop
 
 Images = UInt8[np.ndarray, "N H W 3"]
 

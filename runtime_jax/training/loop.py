@@ -16,10 +16,10 @@ import numpy as np
 
 from runtime_jax.config import Duration
 from runtime_jax.sharding import shard_batch
-from runtime_jax.stop import Stop
 from runtime_jax.training.checkpoint import Checkpointer
 from runtime_jax.training.logging import IntervalMeans, MetricWriter, Progress, Stopwatch
 from runtime_jax.training.program import Program
+from runtime_jax.training.stop import Stop
 from runtime_jax.workdir import output_folder
 
 Batch = Mapping[str, Any]

@@ -1,0 +1,163 @@
+"""Tokenizer, generator and TokenVerse learning on one, two and four processes: equal, also after kills and SIGTERM.
+
+The three trainings run one after the other in the same processes, which saves most of the time.
+"""
+
+import dataclasses
+import json
+import re
+import shutil
+import signal
+import time
+
+import numpy as np
+import pytest
+from generator_run_tools import TOKENIZER, images_of, random_tokenizer, run_config, write_pictures
+from PIL import Image
+from safetensors.numpy import load_file
+from several_tools import ended, launched
+from tiny_pipeline import FLUX, SIDE, write_tiny_pipeline
+
+from runtime_jax.config import to_dict
+
+TRAIN = "mergevq_jax.cli train"
+TRAININGS = {"tokenizer": TRAIN, "generator": TRAIN, "learn": "tokenverse_jax.cli learn"}
+INTERVALS = {"log_every": 1, "checkpoint_every": 2, "preview_every": 3}
+LOOP = {"duration": {"steps": 6}, "eval_every": 3, "min_free_bytes": 0, **INTERVALS}
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    """Configs, and the models and pictures that they name."""
+    root = tmp_path_factory.mktemp("several")
+    pictures = images_of(write_pictures(root / "pictures"))
+    random_tokenizer().save_pretrained(root / "random")
+    _write_config(
+        root / "tokenizer.py",
+        {
+            "model": to_dict(TOKENIZER),
+            "losses": {"perceptual_weight": 0.0, "source_weight": 0.0},
+            "discriminator": {"ndf": 8, "num_layers": 1},
+            "merge_ratio": {"keeps": [10], "weights": [1.0]},
+            "optimizer": {"learning_rate": 1e-3},
+            "data": pictures,
+            "evaluation": {"data": {**pictures, "shuffle": False, "random_crop": False}, "batches": 1},
+            "loop": LOOP,
+        },
+    )
+    config = run_config(root / "random", pictures, mesh={"data": 2, "fsdp": 2})
+    _write_config(root / "generator.py", to_dict(config) | {"loop": LOOP})
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (12, 16, 3), np.uint8)).save(root / "ball.png")
+    _write_config(
+        root / "learn.py",
+        {
+            "model": str(write_tiny_pipeline(root / "flux", flux=dataclasses.replace(FLUX, num_single_layers=1))),
+            "mesh": {"data": 1, "tensor": 4},
+            "images": [{"path": str(root / "ball.png"), "captions": ["a ball on the beach"]}],
+            "words": ["ball", "beach"],
+            "size": 2 * SIDE,
+            "learn": {
+                "concept_mod": {"hidden": 8, "block_hidden": 8},
+                "stage_1": {"steps": 5, "high_share": 0.9},
+                "stage_2": {"steps": 1, "high_share": 0.1},
+                "batch_size": 2,
+                "optimizer": {"learning_rate": 1e-2},
+                "isolation": {"captions": ["a dog", "a cat"], "template": "{left} {right}", "probability": 1.0},
+            },
+            "prompts": ["a ball and a hat"],
+            "sampling": {"num_steps": 2},
+            **INTERVALS,
+        },
+    )
+    return root
+
+
+def _write_config(path, fields):
+    text = "import json\nfrom ml_collections import ConfigDict\n\n\ndef get_config():\n"
+    path.write_text(f"{text}    return ConfigDict(json.loads({json.dumps(fields)!r}))\n")
+
+
+def training(root, processes, folder, how="whole", at="0:0"):
+    """All trainings, in the folder."""
+    lines = []
+    for name, command in TRAININGS.items():
+        cache = f"--config.cache={folder / 'pool'}" if name == "learn" else ""
+        lines.append(f"{command} --config {root / name}.py --workdir {folder / name} {cache}")
+    return launched(processes, ["tests/hooked.py", how, at, *lines])
+
+
+@pytest.fixture(scope="module")
+def whole(root):
+    """Uninterrupted runs: a folder for each number of processes."""
+    for count in (1, 2, 4):
+        code, _, err = ended(training(root, count, root / str(count)))
+        assert code == 0, err
+    return {count: root / str(count) for count in (1, 2, 4)}
+
+
+def logged(folder):
+    """Numbers by training and step, without times."""
+    lines = {name: (folder / name / "metrics.jsonl").read_text().splitlines() for name in TRAININGS}
+    return {
+        f"{name} {number} {key}": value
+        for name in TRAININGS
+        for number, line in enumerate(lines[name])
+        for key, value in json.loads(line).items()
+        if not key.startswith("time/")
+    }
+
+
+def learned(folder):
+    """Tensors by file and name."""
+    files = ("tokenizer/tokenizer/model", "generator/generator/model", "learn/concept")
+    return {
+        f"{file} {name}": tensor for file in files for name, tensor in load_file(folder / f"{file}.safetensors").items()
+    }
+
+
+def assert_equal(folder, other, tolerance):
+    for read in (logged, learned):
+        ours, theirs = read(folder), read(other)
+        assert ours.keys() == theirs.keys()
+        for name, value in ours.items():
+            np.testing.assert_allclose(value, theirs[name], rtol=tolerance, atol=tolerance, err_msg=name)
+    pictures = {path.relative_to(folder) for path in folder.glob("**/*.png")}
+    assert pictures == {path.relative_to(other) for path in other.glob("**/*.png")} and len(pictures) == 2 + 3 * 2
+    for picture in pictures:
+        ours, theirs = (np.asarray(Image.open(path / picture), int) for path in (folder, other))
+        np.testing.assert_allclose(ours, theirs, atol=0 if tolerance == 0 else 1, err_msg=str(picture))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [2, 4])
+def test_several_processes_equal_one(whole, processes):
+    assert_equal(whole[processes], whole[1], 1e-6)
+
+
+@pytest.mark.slow
+def test_kills_and_sigterm_change_nothing(root, whole, tmp_path):
+    """Each attempt resumes the one before; on the same processes bit-equal, on others nearly so."""
+    folder = tmp_path / "2"
+    for how, at, lost in (("in-save", "0:4", 0), ("in-step", "1:5", 1)):
+        code, _, err = ended(training(root, 2, folder, how, at))
+        assert code == 75 and f"process {lost} of 2" in err and "was lost (SIGKILL)" in err, err
+        shutil.copytree(folder, tmp_path / how)
+    run = training(root, 2, folder, "slowly", "2:0.5")
+    while not (folder / "learn" / "checkpoints" / "2").is_dir():
+        assert run.poll() is None
+        time.sleep(0.1)
+    run.send_signal(signal.SIGTERM)
+    code, out, err = ended(run, timeout=30)
+    assert code == 143, err
+    step = re.search(r"stopped by SIGTERM after step (\d); the same command goes on from there", out)[1]
+    assert (folder / "learn" / "checkpoints" / step).is_dir() and not (
+        folder / "learn" / "concept.safetensors"
+    ).exists()
+    for again, count, resumes, tolerance in (
+        (folder, 2, ("learn", step), 0.0),
+        (tmp_path / "in-save", 4, ("tokenizer", 2), 1e-6),
+        (tmp_path / "in-step", 1, ("generator", 4), 1e-6),
+    ):
+        code, out, err = ended(training(root, count, again))
+        assert code == 0 and f"own checkpoint {again}/{resumes[0]}/checkpoints/{resumes[1]}" in out, err
+        assert_equal(again, whole[2], tolerance)
