@@ -131,6 +131,7 @@ def start(processes: Processes, program: Sequence[str], timeout: float = TIMEOUT
         initialization_timeout=int(timeout),
         heartbeat_timeout_seconds=max(10, int(timeout)),
     )
+    jax.devices()  # exchanges them now: later, processes that are apart by five minutes would fail
 
 
 def _versions() -> dict[str, str]:

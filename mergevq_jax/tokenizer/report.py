@@ -71,7 +71,7 @@ def measure(
     return results
 
 
-def _padded(images: Images, batch_size: int) -> Images:
+def _padded(images: Images, batch_size: int) -> UInt8[np.ndarray, "padded H W 3"]:
     """Fills the last batch with copies of the last image, so that one compiled program serves any number of images."""
     missing = -len(images) % batch_size
     return np.concatenate([images, np.repeat(images[-1:], missing, axis=0)])

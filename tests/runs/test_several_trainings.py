@@ -21,7 +21,7 @@ from tiny_pipeline import FLUX, SIDE, write_tiny_pipeline
 from runtime_jax.config import to_dict
 
 TRAIN = "mergevq_jax.cli train"
-TRAININGS = {"tokenizer": TRAIN, "generator": TRAIN, "learn": "tokenverse_jax.cli learn"}
+TRAININGS = {"learn": "tokenverse_jax.cli learn", "tokenizer": TRAIN, "generator": TRAIN}  # in this order
 INTERVALS = {"log_every": 1, "checkpoint_every": 2, "preview_every": 3}
 LOOP = {"duration": {"steps": 6}, "eval_every": 3, "min_free_bytes": 0, **INTERVALS}
 
@@ -45,7 +45,9 @@ def root(tmp_path_factory):
             "loop": LOOP,
         },
     )
-    config = run_config(root / "random", pictures, mesh={"data": 2, "fsdp": 2})
+    config = run_config(
+        root / "random", pictures, mesh={"data": 2, "fsdp": 2}, merge_ratio={"keeps": [10], "weights": [1.0]}
+    )
     _write_config(root / "generator.py", to_dict(config) | {"loop": LOOP})
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (12, 16, 3), np.uint8)).save(root / "ball.png")
     _write_config(
@@ -115,49 +117,59 @@ def learned(folder):
     }
 
 
-def assert_equal(folder, other, tolerance):
-    for read in (logged, learned):
-        ours, theirs = read(folder), read(other)
-        assert ours.keys() == theirs.keys()
-        for name, value in ours.items():
-            np.testing.assert_allclose(value, theirs[name], rtol=tolerance, atol=tolerance, err_msg=name)
+def assert_equal(folder, other, *, bits):
+    """Bit-equal, or losses within 1e-6 (measured: 2e-7), norms of gradients and parts of losses within 1e-4 (3e-5)."""
+    ours, theirs = logged(folder), logged(other)
+    assert ours.keys() == theirs.keys()
+    for name, value in ours.items():
+        tolerance = 0 if bits else 1e-6 if name.endswith("loss") else 1e-4
+        np.testing.assert_allclose(value, theirs[name], rtol=tolerance, atol=tolerance / 10, err_msg=name)
+    ours, theirs = learned(folder), learned(other)
+    assert ours.keys() == theirs.keys()
+    for name, value in ours.items():
+        np.testing.assert_allclose(value, theirs[name], rtol=0, atol=0 if bits else 1e-5, err_msg=name)  # 7e-7
     pictures = {path.relative_to(folder) for path in folder.glob("**/*.png")}
     assert pictures == {path.relative_to(other) for path in other.glob("**/*.png")} and len(pictures) == 2 + 3 * 2
     for picture in pictures:
         ours, theirs = (np.asarray(Image.open(path / picture), int) for path in (folder, other))
-        np.testing.assert_allclose(ours, theirs, atol=0 if tolerance == 0 else 1, err_msg=str(picture))
+        np.testing.assert_allclose(ours, theirs, rtol=0, atol=0 if bits else 1, err_msg=str(picture))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("processes", [2, 4])
 def test_several_processes_equal_one(whole, processes):
-    assert_equal(whole[processes], whole[1], 1e-6)
+    assert_equal(whole[processes], whole[1], bits=False)
 
 
 @pytest.mark.slow
 def test_kills_and_sigterm_change_nothing(root, whole, tmp_path):
-    """Each attempt resumes the one before; on the same processes bit-equal, on others nearly so."""
+    """Each attempt resumes the one before: bit-equal on as many processes, nearly so on others."""
     folder = tmp_path / "2"
-    for how, at, lost in (("in-save", "0:4", 0), ("in-step", "1:5", 1)):
-        code, _, err = ended(training(root, 2, folder, how, at))
-        assert code == 75 and f"process {lost} of 2" in err and "was lost (SIGKILL)" in err, err
-        shutil.copytree(folder, tmp_path / how)
-    run = training(root, 2, folder, "slowly", "2:0.5")
-    while not (folder / "learn" / "checkpoints" / "2").is_dir():
+    code, _, err = ended(training(root, 2, folder, "in-step", "0:5"))
+    assert code == 75 and "process 1 of 2" in err and "was lost (SIGKILL)" in err, err
+    run = training(root, 2, folder, "slowly", "1:0.5")
+    while not (folder / "tokenizer/checkpoints/2").is_dir():
         assert run.poll() is None
         time.sleep(0.1)
     run.send_signal(signal.SIGTERM)
     code, out, err = ended(run, timeout=30)
-    assert code == 143, err
-    step = re.search(r"stopped by SIGTERM after step (\d); the same command goes on from there", out)[1]
-    assert (folder / "learn" / "checkpoints" / step).is_dir() and not (
-        folder / "learn" / "concept.safetensors"
-    ).exists()
-    for again, count, resumes, tolerance in (
-        (folder, 2, ("learn", step), 0.0),
-        (tmp_path / "in-save", 4, ("tokenizer", 2), 1e-6),
-        (tmp_path / "in-step", 1, ("generator", 4), 1e-6),
-    ):
+    assert code == 143 and f"own checkpoint {folder}/learn/checkpoints/4" in out, err
+    step = re.search(r"stopped by SIGTERM after step ([2-5]); the same command goes on from there", out)[1]
+    code, out, err = ended(training(root, 2, folder, "in-save", "2:4"))
+    assert code == 75 and f"own checkpoint {folder}/tokenizer/checkpoints/{step}" in out, err
+    assert re.search(rf"process 0 of 2 .* was lost.*resumes from {folder}/generator/checkpoints/2\n", err), err
+    for count in (1, 2, 4):
+        again = tmp_path / f"again-{count}"
+        shutil.copytree(folder, again)
         code, out, err = ended(training(root, count, again))
-        assert code == 0 and f"own checkpoint {again}/{resumes[0]}/checkpoints/{resumes[1]}" in out, err
-        assert_equal(again, whole[2], tolerance)
+        assert code == 0 and f"own checkpoint {again}/generator/checkpoints/2" in out, err
+        assert_equal(again, whole[2], bits=count == 2)
+
+
+def test_processes_with_different_configs_are_told(root, tmp_path):
+    text = (root / "generator.py").read_text().removesuffix("))\n")
+    seed = "int(os.environ['JAX_PROCESS_ID'])"
+    (tmp_path / "config.py").write_text(f"import os\n{text}) | {{'seed': {seed}}})\n")
+    command = ["-m", "mergevq_jax.cli", "train", "--config", str(tmp_path / "config.py"), "--workdir"]
+    code, _, err = ended(launched(2, [*command, str(tmp_path / "run")]), timeout=60)
+    assert code == 1 and "mergevq train: the config of process 1 is not that of process 0" in err, err
