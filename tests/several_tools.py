@@ -1,12 +1,14 @@
 """Runs of several processes on this machine, under launch.run."""
 
 import contextlib
+import json
 import os
 import socket
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).parents[1]
 DEVICES = 4  # of a run, over all its processes
@@ -54,3 +56,9 @@ def ended(process: subprocess.Popen, timeout: float = 300) -> tuple[int, str, st
     """Exit status, output and errors of a run that ends by itself."""
     out, err = process.communicate(timeout=timeout)
     return process.returncode, out, err
+
+
+def write_config(path: Path, fields: Mapping[str, Any]) -> None:
+    """A config file with these values."""
+    text = "import json\nfrom ml_collections import ConfigDict\n\n\ndef get_config():\n"
+    path.write_text(f"{text}    return ConfigDict(json.loads({json.dumps(fields)!r}))\n")

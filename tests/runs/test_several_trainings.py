@@ -15,7 +15,7 @@ import pytest
 from generator_run_tools import TOKENIZER, images_of, random_tokenizer, run_config, write_pictures
 from PIL import Image
 from safetensors.numpy import load_file
-from several_tools import ended, launched
+from several_tools import ended, launched, write_config
 from tiny_pipeline import FLUX, SIDE, write_tiny_pipeline
 
 from runtime_jax.config import to_dict
@@ -32,7 +32,7 @@ def root(tmp_path_factory):
     root = tmp_path_factory.mktemp("several")
     pictures = images_of(write_pictures(root / "pictures"))
     random_tokenizer().save_pretrained(root / "random")
-    _write_config(
+    write_config(
         root / "tokenizer.py",
         {
             "model": to_dict(TOKENIZER),
@@ -48,9 +48,9 @@ def root(tmp_path_factory):
     config = run_config(
         root / "random", pictures, mesh={"data": 2, "fsdp": 2}, merge_ratio={"keeps": [10], "weights": [1.0]}
     )
-    _write_config(root / "generator.py", to_dict(config) | {"loop": LOOP})
+    write_config(root / "generator.py", to_dict(config) | {"loop": LOOP})
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (12, 16, 3), np.uint8)).save(root / "ball.png")
-    _write_config(
+    write_config(
         root / "learn.py",
         {
             "model": str(write_tiny_pipeline(root / "flux", flux=dataclasses.replace(FLUX, num_single_layers=1))),
@@ -72,11 +72,6 @@ def root(tmp_path_factory):
         },
     )
     return root
-
-
-def _write_config(path, fields):
-    text = "import json\nfrom ml_collections import ConfigDict\n\n\ndef get_config():\n"
-    path.write_text(f"{text}    return ConfigDict(json.loads({json.dumps(fields)!r}))\n")
 
 
 def training(root, processes, folder, how="whole", at="0:0"):
