@@ -354,10 +354,10 @@ def trained(tmp_path_factory):
     workdir = tmp_path_factory.mktemp("base")
 
     def train() -> loop.Result:
-        # Programs for one device compile faster; the test above has eight.
-        one_device = functools.partial(sharding.make_mesh, devices=jax.devices()[:1])
+        # Programs for few devices compile faster; the test above has eight.
+        two_devices = functools.partial(sharding.make_mesh, devices=jax.devices()[:2])
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(sharding, "make_mesh", one_device)
+            patch.setattr(sharding, "make_mesh", two_devices)
             return run.train(_config(), workdir)
 
     result = train()
