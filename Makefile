@@ -10,7 +10,7 @@ KEEP_PAGES := glibc.malloc.hugetlb=1:glibc.malloc.mmap_max=0:glibc.malloc.trim_t
 FAST := GLIBC_TUNABLES=$(KEEP_PAGES) JAX_COMPILATION_CACHE_DIR=$(RUN)/compiled \
 	XLA_FLAGS="$(XLA_FLAGS) --xla_backend_optimization_level=1"
 
-.PHONY: demo test test-fast parity lint format clean
+.PHONY: demo test test-fast parity gpu-check lint format clean
 
 demo: $(VENV)/.installed
 	$(BIN)/mergevq scenes --data-dir data
@@ -40,6 +40,10 @@ test-fast: $(VENV)/.installed
 # Against diffusers and transformers, which need PyTorch: here its build for CPUs, where that can be had.
 parity: $(VENV)-parity/.installed
 	$(VENV)-parity/bin/python -m pytest tests/parity
+
+# The benchmarks on a GPU (pip install -e '.[gpu]' in VENV), at most eight minutes; PyTorch with CUDA adds its peer.
+gpu-check: $(VENV)/.installed
+	XLA_PYTHON_CLIENT_PREALLOCATE=false $(BIN)/python benchmarks/gpu_check.py --out gpu_check.json
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

@@ -6,7 +6,7 @@ python benchmarks/merged_attention.py
 import argparse
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -31,11 +31,16 @@ class Measured(NamedTuple):
     temporary: int  # bytes
 
 
-def measure(attend: Callable, inputs: list[jax.Array], repeats: int) -> Measured:
-    """Compiles and times the gradients of the output's sum of squares; the time is the best of `repeats` runs."""
-    gradients = jax.grad(lambda *x: jnp.square(attend(*x)).sum(), argnums=(0, 1, 2))
+def compile_gradients(attend: Callable, inputs: list[Any]) -> tuple[Any, Any]:
+    """Traced and compiled gradients of the output's sum of squares; of the inputs, shapes are enough."""
+    gradients = jax.grad(lambda *x: jnp.square(attend(*x).astype(jnp.float32)).sum(), argnums=(0, 1, 2))
     traced = jax.jit(gradients).trace(*inputs)
-    compiled = traced.lower().compile()
+    return traced, traced.lower().compile()
+
+
+def measure(attend: Callable, inputs: list[jax.Array], repeats: int) -> Measured:
+    """Compiles and times gradients; the time is the best of `repeats` runs."""
+    traced, compiled = compile_gradients(attend, inputs)
     seconds = best(lambda: jax.block_until_ready(compiled(*inputs)), repeats)
     found = [np.asarray(part) for part in compiled(*inputs)]
     temporary = compiled.memory_analysis().temp_size_in_bytes

@@ -58,7 +58,13 @@ class Measured(NamedTuple):
     cpu: float  # processor seconds per call, over all threads
 
 
-def programs(config: TokenizerConfig, batch_size: int, compute: Compute, lpips: list[str]) -> Iterator[Program]:
+def programs(
+    config: TokenizerConfig,
+    batch_size: int,
+    compute: Compute,
+    lpips: list[str],
+    discriminator: stage1.DiscriminatorConfig,
+) -> Iterator[Program]:
     """Encode, decode and train step at the training resolution, with random parameters."""
     rng = np.random.default_rng(0)
     params = random_like(rng, model.param_shapes(config))
@@ -75,7 +81,7 @@ def programs(config: TokenizerConfig, batch_size: int, compute: Compute, lpips: 
         (params, jnp.asarray(codes), jnp.asarray(sources)),
     )
     losses = stage1.LossConfig(perceptual_weight=1.0 if lpips else 0.0)
-    step_config = stage1.StepConfig(model=config, compute=compute, losses=losses)
+    step_config = stage1.StepConfig(model=config, compute=compute, losses=losses, discriminator=discriminator)
     optimizer = Optimizer.make(OptimizerConfig(b1=0.5, b2=0.9), total_steps=1000, batch_size=1)
     optimizers = stage1.Optimizers(optimizer, optimizer)
     shapes = jax.eval_shape(functools.partial(stage1.init_state, step_config, optimizers))
@@ -162,7 +168,7 @@ def main() -> None:
     parser.add_argument("--preset", choices=sorted(PRESETS), default="gr-d64")
     parser.add_argument("--batch-size", type=int, default=1)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
-    parser.add_argument("--attention", choices=("xla", "cudnn", "tpu_flash"), default="xla")
+    parser.add_argument("--attention", choices=("auto", "xla", "cudnn", "tpu_flash"), default="xla")
     parser.add_argument("--parts", default="encode,decode,train", help="which parts to time, separated by commas")
     parser.add_argument("--steps", type=int, default=1, help="calls per timed run; use 10 or more on accelerators")
     parser.add_argument("--repeats", type=int, default=5, help="timed runs; rates use the best, the median is shown")
@@ -175,7 +181,7 @@ def main() -> None:
     peak = peak_flops(device.device_kind, args.dtype)
     compute = Compute(dtype=args.dtype, attention=args.attention)
     rows, rates = [], [matmul_rates(args.dtype, args.repeats)]
-    for program in programs(PRESETS[args.preset], args.batch_size, compute, args.lpips):
+    for program in programs(PRESETS[args.preset], args.batch_size, compute, args.lpips, stage1.DiscriminatorConfig()):
         if program.name in parts:
             rows.append(measure(program, args.steps, args.repeats))
             rates.append(matmul_rates(args.dtype, args.repeats))  # again, because the load on the machine may change

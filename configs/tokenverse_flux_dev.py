@@ -46,7 +46,7 @@ def get_config() -> ConfigDict:
         {
             "model": "black-forest-labs/FLUX.1-dev",
             "dtype": "bfloat16",
-            "compute": {"dtype": "bfloat16", "remat": True},
+            "compute": {"dtype": "bfloat16", "attention": "auto", "remat": True},
             "images": [],
             "words": [],
             "size": 512,

@@ -1,4 +1,4 @@
-"""Compiles a training's step for a slice of TPUs that is not there, on any machine, and prints what it will cost.
+"""Compiles the programs of a training for a slice of TPUs that is not there, on any machine, and prints their costs.
 
     python -m launch.compile_ahead --config mergear_imagenet:L --topology v5e:4x4 --config.mesh.fsdp=16
 
@@ -7,13 +7,11 @@ status 3: the program does not fit into a chip's memory.
 """
 
 import argparse
-import json
 import math
 import os
 import re
 import sys
 import time
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,18 +19,19 @@ from typing import Any, NamedTuple
 import jax
 from jax.experimental import topologies
 
-from launch import slices
-from mergevq_jax.cli import training
-from mergevq_jax.generator import inspect as generator
-from mergevq_jax.tokenizer import inspect as tokenizer
-from runtime_jax import sharding
+from launch import hlo, programs, slices
 from runtime_jax.cli import overrides_of
 from runtime_jax.cost import count, count_flops, peak_flops, size_of, table
-from runtime_jax.training.program import Program
+from runtime_jax.files import write_json
 
 DOES_NOT_FIT = 3
-# Otherwise libtpu looks for the TPU that this machine has not.
-ABSENT = {"TPU_SKIP_MDS_QUERY": "1", "TPU_ACCELERATOR_TYPE": "v5litepod-1", "TPU_WORKER_HOSTNAMES": "localhost"}
+# Otherwise libtpu looks for the TPU that this machine has not, and only one process at a time may load it.
+ABSENT = {
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-1",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+}
 LARGE = 2**20  # bytes of a leaf that is worth splitting
 
 
@@ -50,45 +49,53 @@ CHIPS = {
     "v5p": Chip(95 * 2**30, 2.765e12, 600e9),
     "v6e": Chip(32 * 2**30, 1.64e12, 448e9),
 }
-COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
-_BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2, "f32": 4, "s32": 4, "u32": 4, "f64": 8}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Prints the table; returns the exit status."""
     parser = argparse.ArgumentParser(prog="launch.compile_ahead", description=__doc__.splitlines()[0])
-    parser.add_argument("--config", required=True, help="of mergevq train: a name or a path")
+    parser.add_argument("--config", required=True, help="of mergevq train or tokenverse learn: a name or a path")
     parser.add_argument("--topology", required=True, help="such as v5e:4x4, v5p:2x2x2 or v6e:4x4")
-    parser.add_argument("--keep", type=int, help="K of the step (default: the largest that is drawn)")
-    parser.add_argument("--codes", action="store_true", help="a generator on codes, without its tokenizer")
+    parser.add_argument("--slices", type=int, default=1, help="slices of that topology (default: 1)")
+    parser.add_argument("--sample", action="store_true", help="the sampler instead of the train step")
+    parser.add_argument("--batch-size", type=int, help="images of the sampler (default: one for each part of the mesh)")
+    parser.add_argument("--keep", type=int, help="K (default: the largest of training, the usual one of sampling)")
+    parser.add_argument("--codes", action="store_true", help="a generator's step on codes, without its tokenizer")
     parser.add_argument("--json", type=Path, help="also write the numbers here")
     args, rest = parser.parse_known_args(argv)
     jax.config.update("jax_platforms", "cpu")
     try:
-        kind, devices = topology(args.topology)
+        kind, devices = topology(args.topology, args.slices)
         overrides = overrides_of(args, rest, "launch.compile_ahead")
-        report = compile_step(*training(args.config, overrides), kind, devices, keep=args.keep, codes=args.codes)
+        request = programs.Request(args.sample, args.keep, args.codes, args.batch_size)
+        report = compile_program(*programs.read(args.config, overrides), kind, devices, request)
     except ValueError as error:
         print(f"launch.compile_ahead: {error}", file=sys.stderr)
         return 1
-    report = {"config": args.config, "overrides": overrides, "topology": args.topology, **report}
+    shown = args.topology if args.slices == 1 else f"{args.slices} x {args.topology}"
+    report = {"config": args.config, "overrides": overrides, "topology": shown, **report}
     print(render(report))
     if args.json:
-        args.json.write_text(json.dumps(report, indent=2) + "\n")
+        write_json(args.json, report)
     return 0 if report["fits"] else DOES_NOT_FIT
 
 
-def topology(name: str) -> tuple[str, list[jax.Device]]:
-    """The kind of chip, and the devices of a slice that need not be there.
+def topology(name: str, count: int = 1) -> tuple[str, list[jax.Device]]:
+    """The kind of chip, and the devices of `count` such slices that need not be there.
 
     Raises:
-      ValueError: a name that libtpu does not know, or no libtpu.
+      ValueError: a name that libtpu does not know, no slices, or no libtpu.
     """
     found = slices.find(name)
+    if count < 1:
+        raise ValueError(f"--slices {count}: at least 1")
+    options = {"num_slices": count} if count > 1 else {}
+    if found.name == "v4":  # otherwise every core is a device
+        options["chip_config_name"] = "megacore"
     before = dict(os.environ)
     try:
         os.environ |= ABSENT
-        description = topologies.get_topology_desc(f"{found.name}:{found.topology}", "tpu")
+        description = topologies.get_topology_desc(f"{found.name}:{found.topology}", "tpu", **options)
         return found.name, list(description.devices)
     except Exception as error:
         missing = "libtpu" in str(error) or "not found" in str(error)
@@ -100,122 +107,151 @@ def topology(name: str) -> tuple[str, list[jax.Device]]:
         os.environ |= before
 
 
-def compile_step(
-    config: Any, task: str, kind: str, devices: Sequence[jax.Device], *, keep: int | None, codes: bool
+def compile_program(
+    config: Any,
+    task: str,
+    kind: str,
+    devices: Sequence[jax.Device],
+    request: programs.Request = programs.STEP,
 ) -> dict[str, Any]:
-    """Compiles the step that a config of `mergevq_jax.cli.training` trains, and measures the program."""
-    program, batch, variant = abstract_program(config, task, devices, keep=keep, codes=codes)
-    with jax.set_mesh(program.mesh):
-        begin = time.perf_counter()
-        traced = program.trace(batch, variant)
-        lowered = traced.lower()
+    """Compiles a program of a config for these chips, and measures it."""
+    begin = time.perf_counter()
+    subject = programs.trace(config, task, devices, request)
+    with jax.set_mesh(subject.mesh):
+        lowered = subject.traced.lower()
         compiling = time.perf_counter()
-        compiled = lowered.compile()
+        try:
+            compiled = lowered.compile()
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            return _too_large(subject, kind, devices, error)
         end = time.perf_counter()
-    memory, chip, chips = compiled.memory_analysis(), CHIPS[kind], len(devices)
+    memory, text, cost = compiled.memory_analysis(), compiled.as_text(), compiled.cost_analysis() or {}
     total = memory.argument_size_in_bytes + memory.temp_size_in_bytes + memory.generated_code_size_in_bytes
-    flops = count_flops(traced.jaxpr.jaxpr)
-    cost = compiled.cost_analysis() or {}
-    collectives = count_collectives(compiled.as_text())
-    moved = sum(entry["bytes"] for entry in collectives.values())
-    seconds = {
-        "matmuls": flops / chips / peak_flops(f"TPU {kind}", "bfloat16"),
-        "memory": cost.get("bytes accessed", 0.0) / chip.bandwidth,
-        "links": moved / chip.links,
-    }
+    total += memory.output_size_in_bytes - memory.alias_size_in_bytes
+    collectives = hlo.count_collectives(text)
     return {
-        "chips": chips,
-        "mesh": dict(program.mesh.shape),
-        "variant": variant,
-        "parameters": count(program.abstract_state.params),
+        **_known(subject, kind, devices),
         "bytes": {
             "arguments": memory.argument_size_in_bytes,
             "temporaries": memory.temp_size_in_bytes,
+            "results": memory.output_size_in_bytes - memory.alias_size_in_bytes,
             "code": memory.generated_code_size_in_bytes,
             "total": total,
-            "chip": chip.memory,
+            "chip": CHIPS[kind].memory,
         },
-        "flops": {"jaxpr": flops, "xla of one device": cost.get("flops", 0.0)},
-        "bytes accessed of one device": cost.get("bytes accessed", 0.0),
+        "largest": hlo.largest_arrays(text),
+        "flops of one device by XLA, loops once": cost.get("flops", 0.0),
+        "bytes accessed of one device, loops once": cost.get("bytes accessed", 0.0),
         "collectives": collectives,
-        "replicated": replicated_leaves(program),
-        "seconds at least": seconds,
-        "steps per second at most": 1 / max(seconds.values()),
+        "seconds at least": (seconds := _bounds(subject, kind, devices, cost, collectives)),
+        "runs per second at most": 1 / max(seconds.values()),
         "seconds of tracing": compiling - begin,
         "seconds of compiling": end - compiling,
-        "fits": total <= chip.memory,
+        "fits": total <= CHIPS[kind].memory,
     }
 
 
-def abstract_program(
-    config: Any, task: str, devices: Sequence[jax.Device], *, keep: int | None, codes: bool
-) -> tuple[Program, dict[str, jax.ShapeDtypeStruct], int]:
-    """The program of a config's training on these devices, a batch's shapes, and the largest K that is drawn."""
-    mesh = sharding.make_mesh(config.mesh, devices)
-    parts = mesh.shape["data"] * mesh.shape["fsdp"] * config.accumulate
-    if config.data.batch_size % parts:
-        raise ValueError(f"data.batch_size={config.data.batch_size}: data x fsdp x accumulate = {parts} must divide it")
-    with jax.set_mesh(mesh):
-        if task == "generator":
-            program, batch = generator.abstract_step(config, mesh, codes=codes)
-        else:
-            program, batch = tokenizer.abstract_step(config, mesh)
-    split = sharding.batch_sharding(mesh)
-    batch = {name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=split) for name, leaf in batch.items()}
-    return program, batch, keep or max(config.merge_ratio.keeps)
+def _known(subject: programs.Subject, kind: str, devices: Sequence[jax.Device]) -> dict[str, Any]:
+    """What is known before compiling."""
+    return {
+        "program": subject.name,
+        "chips": len(devices),
+        "mesh": dict(subject.mesh.shape),
+        "numbers": {name: count(tree) for name, tree in subject.held.items()},
+        "bytes held on one device": {name: bytes_of_one(tree) for name, tree in subject.held.items()},
+        "replicated": replicated_leaves(subject),
+        "flops": count_flops(subject.traced.jaxpr.jaxpr),
+    }
 
 
-def count_collectives(text: str) -> dict[str, dict[str, float]]:
-    """Number and bytes (of the results on one device) of each kind of collective in an optimised program.
-
-    One inside of a loop, such as that over stacked blocks, counts once.
-    """
-    found: dict[str, Counter] = {}
-    for line in text.splitlines():
-        match = re.search(rf"= (.*?) ({'|'.join(COLLECTIVES)})(-start)?\(", line)
-        if match:
-            shapes = re.findall(r"(\w+)\[([\d,]*)\]", match[1])
-            numbers = [(kind, math.prod(int(n) for n in dims.split(",") if n)) for kind, dims in shapes]
-            size = sum(_BYTES.get(kind, 4) * count for kind, count in numbers)
-            entry = found.setdefault(match[2], Counter())
-            entry["count"] += 1
-            entry["bytes"] += size / (2 if match[3] else 1)  # a start's result holds its operand too
-    return {kind: dict(entry) for kind, entry in found.items()}
+def _too_large(subject: programs.Subject, kind: str, devices: Sequence[jax.Device], error: Exception) -> dict[str, Any]:
+    """The report of a program for which XLA finds no room; its message lists the largest allocations."""
+    found = re.search(r"Used ([\d.]+)([KMG]) of", str(error))
+    used = float(found[1]) * 1024 ** (1 + "KMG".index(found[2])) if found else float("nan")
+    sizes = {"total": used, "chip": CHIPS[kind].memory}
+    return {**_known(subject, kind, devices), "bytes": sizes, "message": str(error), "fits": False}
 
 
-def replicated_leaves(program: Program) -> list[tuple[str, int]]:
-    """Leaves of the state above 1 MiB that every device holds whole, and their bytes, the largest first."""
-    leaves = jax.tree_util.tree_leaves_with_path(program.abstract_state)
+def _bounds(
+    subject: programs.Subject,
+    kind: str,
+    devices: Sequence[jax.Device],
+    cost: Mapping[str, float],
+    collectives: Mapping[str, Mapping[str, float]],
+) -> dict[str, float]:
+    """Seconds that each resource of a chip needs at least, if nothing else kept it waiting."""
+    flops = count_flops(subject.traced.jaxpr.jaxpr) / len(devices)
+    moved = sum(entry["bytes"] for kind, entry in collectives.items() if not kind.startswith(hlo.BETWEEN_SLICES))
+    return {
+        "matmuls": flops / peak_flops(f"TPU {kind}", "bfloat16"),
+        "memory": cost.get("bytes accessed", 0.0) / CHIPS[kind].bandwidth,
+        "links": moved / CHIPS[kind].links,
+    }
+
+
+def bytes_of_one(tree: Any) -> int:
+    """Bytes of a tree of sharded shapes on one device."""
+    leaves = jax.tree.leaves(tree)
+    return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves)
+
+
+def replicated_leaves(subject: programs.Subject) -> list[tuple[str, int]]:
+    """Leaves above 1 MiB that every device holds whole, and their bytes, the largest first."""
+    if len(subject.mesh.devices.flat) == 1:
+        return []
     sizes = [
-        (jax.tree_util.keystr(path, simple=True, separator="/"), size_of(leaf))
-        for path, leaf in leaves
-        if leaf.sharding.is_fully_replicated and len(program.mesh.devices.flat) > 1
+        (f"{name}/{jax.tree_util.keystr(path, simple=True, separator='/')}", size_of(leaf))
+        for name, tree in subject.held.items()
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+        if leaf.sharding.is_fully_replicated
     ]
     return sorted((entry for entry in sizes if entry[1] > LARGE), key=lambda entry: -entry[1])
 
 
 def render(report: Mapping[str, Any]) -> str:
     """The numbers as a Markdown table."""
-    size, gib = report["bytes"], 2**30
-    whole = sum(size for _, size in report["replicated"])
+    size, replicated = report["bytes"], report["replicated"]
     rows = [
-        ("slice, mesh", f"{report['topology']}, {report['mesh']}"),
-        ("parameters", f"{report['parameters']:,}"),
-        ("arguments, GiB a chip", f"{size['arguments'] / gib:.2f}"),
-        ("temporaries, GiB a chip", f"{size['temporaries'] / gib:.2f}"),
-        ("total, GiB a chip", f"{size['total'] / gib:.2f} of {size['chip'] / gib:.0f}"),
-        ("TFLOP of a step", f"{report['flops']['jaxpr'] / 1e12:.1f}"),
+        ("slice, mesh", f"{report['topology']}, {shown(report['mesh'])}"),
+        *((f"{name}, numbers", f"{number:,}") for name, number in report["numbers"].items()),
+        *((f"{name}, GiB a chip", _gib(held)) for name, held in report["bytes held on one device"].items()),
         *(
-            (f"{kind} (in loops: once)", f"{entry['count']} of {entry['bytes'] / 2**20:.1f} MiB in all")
+            (f"{name}, GiB a chip", _gib(size[name]))
+            for name in ("arguments", "temporaries", "results")
+            if name in size
+        ),
+        ("total, GiB a chip", f"{_gib(size['total'])} of {size['chip'] / 2**30:.0f}"),
+        ("TFLOP", f"{report['flops'] / 1e12:.1f}"),
+        ("replicated leaves above 1 MiB", f"{len(replicated)}, {_gib(sum(size for _, size in replicated))} GiB"),
+        *((f"replicated: {name}", f"{size / 2**20:.0f} MiB") for name, size in replicated[:3]),
+    ]
+    if "message" in report:
+        return "\n".join(
+            [*table((f"{report['config']}, {report['program']}", "DOES NOT FIT"), rows), report["message"]]
+        )
+    rows += [
+        *((f"large: {where}", f"{shape}, {bytes / 2**20:.0f} MiB") for bytes, shape, where in report["largest"]),
+        *(
+            (kind, f"{entry['count']:.0f} of {entry['bytes'] / 2**20:.0f} MiB in all")
             for kind, entry in sorted(report["collectives"].items())
         ),
-        ("replicated leaves above 1 MiB", f"{len(report['replicated'])}, {whole / gib:.2f} GiB"),
         *((f"seconds at least, {name}", f"{value:.4f}") for name, value in report["seconds at least"].items()),
-        ("steps per second at most", f"{report['steps per second at most']:.2f}"),
+        ("runs per second at most", f"{report['runs per second at most']:.3g}"),
         ("seconds of tracing, compiling", f"{report['seconds of tracing']:.0f}, {report['seconds of compiling']:.0f}"),
     ]
-    lines = table((f"{report['config']}, K = {report['variant']}", "fits" if report["fits"] else "DOES NOT FIT"), rows)
-    return "\n".join(lines)
+    verdict = "fits" if report["fits"] else "DOES NOT FIT"
+    return "\n".join(table((f"{report['config']}, {report['program']}", verdict), rows))
+
+
+def shown(mesh: Mapping[str, int]) -> str:
+    """The axes that split something, such as "data=4 tensor=2"."""
+    return " ".join(f"{axis}={size}" for axis, size in mesh.items() if size > 1) or "one chip"
+
+
+def _gib(size: float) -> str:
+    return f"{size / 2**30:.2f}"
 
 
 if __name__ == "__main__":

@@ -46,9 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--host", type=int, default=0, help="number of this host, from 0")
     parser.add_argument("--coordinator", default=f"localhost:{PORT}", help="HOST:PORT on host 0; PORT + 1 is used too")
     parser.add_argument("--timeout", type=float, default=TIMEOUT, help="seconds until a silent host counts as lost")
-    parser.add_argument(
-        "--restarts", type=int, default=0, help="times to start again, unless this is sent a signal"
-    )
+    parser.add_argument("--restarts", type=int, default=0, help="times to start again, unless this is sent a signal")
     parser.add_argument("--dry-run", action="store_true", help="print what would be started")
     parser.add_argument("command", nargs=argparse.REMAINDER, metavar="-- COMMAND")
     args = parser.parse_args(argv)

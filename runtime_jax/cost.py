@@ -30,8 +30,15 @@ def peak_flops(device_kind: str, dtype: str) -> float | None:
     return next((peak for name, peak in PEAKS if name in device_kind and dtype == "bfloat16"), None)
 
 
+# Matmuls of queries [T, D] with keys or values [S, D] for each head in cuDNN's attention, which has no jaxpr.
+_CUDNN_MATMULS = {"dot_product_attention_fwd_wrapper": 2, "dot_product_attention_bwd_wrapper": 5}
+
+
 def count_flops(jaxpr: jex.core.Jaxpr) -> float:
-    """FLOPs of a program's matmuls and convolutions; the body of a scan counts once for every turn."""
+    """FLOPs of a program's matmuls and convolutions, over all devices.
+
+    The body of a scan counts once for every turn, that of a Pallas kernel for every cell of its grid.
+    """
     total = 0.0
     for equation in jaxpr.eqns:
         if equation.primitive.name == "dot_general":
@@ -44,9 +51,23 @@ def count_flops(jaxpr: jex.core.Jaxpr) -> float:
             holes = math.prod(equation.params["lhs_dilation"])  # zeros between inputs: a strided one's gradient
             groups = equation.params["batch_group_count"]
             total += 2 * math.prod(equation.outvars[0].aval.shape) * taps / holes / groups
-        turns = equation.params["length"] if equation.primitive.name == "scan" else 1
-        total += turns * sum(map(count_flops, jex.core.jaxprs_in_params(equation.params)))
+        elif matmuls := _CUDNN_MATMULS.get(equation.primitive.name):
+            query, key = (operand.aval.shape for operand in equation.invars[:2])  # [B, T, H, D], [B, S, H, D]
+            total += matmuls * 2 * math.prod(query) * key[1]
+        total += _turns(equation) * sum(map(count_flops, jex.core.jaxprs_in_params(equation.params)))
     return total
+
+
+def _turns(equation: jex.core.JaxprEqn) -> int:
+    """How often the programs inside an equation run."""
+    match equation.primitive.name:
+        case "scan":
+            return equation.params["length"]
+        case "pallas_call":
+            return math.prod(equation.params["grid_mapping"].grid)
+        case "shard_map":  # on every device
+            return equation.params["mesh"].size
+    return 1
 
 
 def count(tree: Any) -> int:

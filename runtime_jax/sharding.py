@@ -1,6 +1,7 @@
 """One device mesh of three axes, logical axis names for arrays, and the rules that place parameters and batches.
 
 Axes of the mesh: `data` (replicas), `fsdp` (splits batch and parameters), `tensor` (splits heads and hidden widths).
+Of several TPU slices, each holds whole replicas: only `data` crosses the network between them.
 The program that runs (train loop, command line) makes the mesh and enters it once with `jax.set_mesh`; models only call
 `constrain`, which does nothing when no mesh is set.
 """
@@ -11,14 +12,16 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
+from types import EllipsisType
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
+from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Shaped
 
+from runtime_jax.config import added
 from runtime_jax.messages import cut
 
 MESH_AXES = ("data", "fsdp", "tensor")
@@ -44,25 +47,34 @@ _SPLIT_OVER: dict[Axis, tuple[str, ...]] = {
 }
 
 # A rule: regular expression of the leaf's path within the parameters, and one logical axis (or None) for each of its
-# dimensions. An empty tuple of axes replicates a leaf of any rank.
-Rule = tuple[str, tuple[Axis | None, ...]]
+# dimensions. Two tuples fit a leaf of any rank: () replicates it, and IF_LARGE splits its last dimension over fsdp if
+# it has more than LARGE numbers; a smaller one is not worth gathering.
+Rule = tuple[str, tuple[Axis | EllipsisType | None, ...]]
+IF_LARGE = (..., Axis.EMBED)
+LARGE = 2**18  # numbers: 1 MiB in float32
 EVERYWHERE: tuple[Rule, ...] = ((".*", ()),)  # small networks: a whole copy on every device
 
 
 @dataclass(frozen=True, kw_only=True)
 class MeshConfig:
-    """Sizes of the mesh axes; one of them may be -1: as many as fill the devices."""
+    """Sizes of the mesh axes over all devices; one of them may be -1: as many as fill the devices.
+
+    `slices` follows from TPU devices: another number than theirs is an error, as is a `data` that it does not divide.
+    Other devices are one slice, unless a number is given; then they stand for that many.
+    """
 
     data: int = -1
     fsdp: int = 1
     tensor: int = 1
+    slices: int = added(-1)
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """Mesh (data, fsdp, tensor) over the given devices, by default all of them.
+    """Mesh (data, fsdp, tensor) over the given devices, by default all of them, laid out for their links.
 
     Raises:
-        ValueError: the sizes are not positive (or one -1), or their product is not the number of devices.
+        ValueError: the sizes are not positive (or one -1), their product is not the number of devices, or slices do not
+            hold whole replicas.
     """
     devices = jax.devices() if devices is None else list(devices)
     sizes = [getattr(config, name) for name in MESH_AXES]
@@ -75,8 +87,42 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     if math.prod(sizes) != len(devices):
         need = f"a multiple of {known}" if -1 in sizes else str(known)
         raise ValueError(f"mesh ({shown}) needs {need} devices, but there are {len(devices)}")
+    slices = _count_slices(config.slices, devices)
+    if sizes[0] % slices:
+        size = len(devices) // slices
+        raise ValueError(
+            f"mesh ({shown}) makes data={sizes[0]}, but {slices} slices of {size} devices need a multiple of {slices}: "
+            f"fsdp and tensor stay within a slice, and their product divides {size}"
+        )
     # The default axis type of current JAX is Explicit, which the constraints below and Linen's reject.
-    return jax.make_mesh(tuple(sizes), MESH_AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+    return Mesh(_grid(sizes, devices), MESH_AXES, axis_types=(AxisType.Auto,) * 3)
+
+
+def _count_slices(given: int, devices: Sequence[jax.Device]) -> int:
+    """Number of slices that the devices belong to or, where no TPUs are, stand for."""
+    if given < 1 and given != -1:
+        raise ValueError(f"mesh: slices={given} must be at least 1, or -1: as many as there are")
+    found = _tpu_slices(devices)
+    if devices[0].platform == "tpu" and given not in (-1, found):
+        raise ValueError(
+            f"mesh: slices={given}, but the devices belong to {found}; leave slices out, or start on {given}"
+        )
+    if len(devices) % max(given, found):
+        raise ValueError(f"mesh: {len(devices)} devices cannot be {max(given, found)} slices of one size")
+    return max(given, found)
+
+
+def _tpu_slices(devices: Sequence[jax.Device]) -> int:
+    # GPUs have a slice_index too, that of their node, which fsdp may cross.
+    return len({getattr(device, "slice_index", 0) for device in devices}) if devices[0].platform == "tpu" else 1
+
+
+def _grid(sizes: Sequence[int], devices: Sequence[jax.Device]) -> np.ndarray:
+    """The devices in the shape of the mesh, neighbours along `tensor` and `fsdp` nearest to each other."""
+    if (slices := _tpu_slices(devices)) == 1:
+        return mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
+    within = (sizes[0] // slices, *sizes[1:])
+    return mesh_utils.create_hybrid_device_mesh(within, (slices, 1, 1), devices, allow_split_physical_axes=True)
 
 
 def partition_spec(shape: Sequence[int], axes: Sequence[Axis | None], mesh_shape: Mapping[str, int]) -> PartitionSpec:
@@ -117,20 +163,33 @@ def constrain(x: Shaped[Array, "..."], *axes: Axis | None) -> Shaped[Array, "...
     return x if mesh.empty else jax.lax.with_sharding_constraint(x, spec)
 
 
+def gathered(x: Shaped[Array, "..."]) -> Shaped[Array, "..."]:
+    """A parameter that fsdp splits, whole on every device where it is used; `x` itself without fsdp."""
+    mesh = jax.sharding.get_abstract_mesh()
+    split = not mesh.empty and mesh.shape["fsdp"] > 1
+    return jax.lax.with_sharding_constraint(x, PartitionSpec()) if split else x
+
+
 def _leaf_spec(path: str, shape: Sequence[int], rules: Sequence[Rule], mesh: Mesh) -> PartitionSpec:
     """Spec of one leaf. The pattern must match the path or a suffix of it that starts after a '/'."""
     if math.prod(shape) == 1:
         return PartitionSpec()
+    pattern, axes = _rule(path, shape, rules)
+    try:
+        return partition_spec(shape, axes, mesh.shape) if axes else PartitionSpec()
+    except ValueError as error:
+        raise ValueError(f"{path}: rule {pattern!r}: {error}") from None
+
+
+def _rule(path: str, shape: Sequence[int], rules: Sequence[Rule]) -> tuple[str, tuple[Axis | None, ...]]:
+    """The pattern that decides, and an axis or None for each dimension, or () for a leaf that is replicated."""
     for pattern, axes in rules:
         if re.search(rf"(?:^|/)(?:{pattern})$", path):
-            if axes == ():
-                return PartitionSpec()
-            if len(axes) != len(shape):
+            if axes == IF_LARGE:
+                axes = (*(None,) * (len(shape) - 1), Axis.EMBED) if math.prod(shape) > LARGE else ()
+            if axes and len(axes) != len(shape):
                 raise ValueError(f"{path}: rule {pattern!r} names {len(axes)} axes, the shape is {tuple(shape)}")
-            try:
-                return partition_spec(shape, axes, mesh.shape)
-            except ValueError as error:
-                raise ValueError(f"{path}: rule {pattern!r}: {error}") from None
+            return pattern, axes
     raise ValueError(f"{path}: no sharding rule matches (shape {tuple(shape)})")
 
 
@@ -155,6 +214,40 @@ def param_shardings(tree: Any, rules: Sequence[Rule], mesh: Mesh) -> Any:
     if problems:
         raise ValueError("cannot shard:\n  " + cut(problems, "\n  "))
     return treedef.unflatten(shardings)
+
+
+def sharded_shapes(tree: Any, rules: Sequence[Rule], mesh: Mesh) -> Any:
+    """Shapes of a tree of arrays or shapes, with the shardings of `param_shardings`."""
+    return jax.tree.map(
+        lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
+        tree,
+        param_shardings(tree, rules, mesh),
+    )
+
+
+def undivided(tree: Any, rules: Sequence[Rule], mesh: Mesh) -> list[str]:
+    """Lines that name leaves whose rule would split them over a mesh axis, but the axis does not divide a dimension.
+
+    Leaves count that have more than LARGE numbers on each device; the lines also say what would divide.
+    """
+    found: dict[tuple[str, int], list[str]] = {}
+    for key_path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        path = jax.tree_util.keystr(key_path, simple=True, separator="/")
+        spec = _leaf_spec(path, leaf.shape, rules, mesh)
+        if math.prod(NamedSharding(mesh, spec).shard_shape(leaf.shape)) <= LARGE:
+            continue
+        for dimension, (size, axis) in enumerate(zip(leaf.shape, _rule(path, leaf.shape, rules)[1], strict=False)):
+            for name in () if axis is None else _SPLIT_OVER[axis]:
+                if size % mesh.shape[name]:
+                    found.setdefault((name, size), []).append(f"{path} (dimension {dimension})")
+    lines = []
+    for (name, size), leaves in found.items():
+        would = cut(f"{name}={n}" for n in range(2, mesh.devices.size + 1) if size % n == 0)
+        lines.append(
+            f"mesh.{name}={mesh.shape[name]} does not divide {size} and leaves whole: {cut(leaves, most=2)}"
+            + (f"; {would} would divide it" if would else "")
+        )
+    return lines
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -188,6 +281,19 @@ def replicated_shapes(tree: Any, mesh: Mesh) -> Any:
     return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where), tree)
 
 
+def check_batch(name: str, size: int, mesh: Mesh, accumulate: int = 1) -> None:
+    """Checks that a global batch divides over the batch axes and into `accumulate` parts.
+
+    Raises:
+        ValueError: it does not; the message has the batch's `name`.
+    """
+    parts = math.prod(mesh.shape[axis] for axis in _SPLIT_OVER[Axis.BATCH]) * accumulate
+    if size % parts:
+        factors = {axis: mesh.shape[axis] for axis in _SPLIT_OVER[Axis.BATCH]} | {"accumulate": accumulate}
+        shown = " x ".join(f"{factor}={n}" for factor, n in factors.items())
+        raise ValueError(f"{name}={size} is not a multiple of {shown}: {parts}")
+
+
 class Part(NamedTuple):
     """A process's part of every batch."""
 
@@ -203,17 +309,14 @@ def batch_part(mesh: Mesh) -> Part:
         ValueError: the rows of two processes overlap, or differ in number.
     """
     rows: dict[int, list[int]] = {}
-    for device, (row,) in batch_sharding(mesh).devices_indices_map((_batch_splits(mesh),)).items():
+    splits = math.prod(mesh.shape[axis] for axis in _SPLIT_OVER[Axis.BATCH])
+    for device, (row,) in batch_sharding(mesh).devices_indices_map((splits,)).items():
         rows.setdefault(device.process_index, []).append(row.start or 0)
     parts = {process: tuple(sorted(set(own))) for process, own in rows.items()}
     distinct = sorted(set(parts.values()))
-    if len({len(part) for part in distinct}) > 1 or sum(map(len, distinct)) != _batch_splits(mesh):
+    if len({len(part) for part in distinct}) > 1 or sum(map(len, distinct)) != splits:
         raise ValueError(f"mesh {dict(mesh.shape)}: batches do not split evenly over {len(rows)} processes")
     return Part(distinct.index(parts[jax.process_index()]), len(distinct))
-
-
-def _batch_splits(mesh: Mesh) -> int:
-    return math.prod(mesh.shape[name] for name in _SPLIT_OVER[Axis.BATCH])
 
 
 def own_rows(
@@ -227,13 +330,8 @@ def own_rows(
     index, count = batch_part(mesh)
     for batch in batches:
         for name, value in batch.items():
-            _check_splits(name, len(value), mesh)
+            check_batch(f"len(batch[{name!r}])", len(value), mesh)
         yield {name: np.split(value, count)[index] for name, value in batch.items()}
-
-
-def _check_splits(name: str, size: int, mesh: Mesh) -> None:
-    if size % (parts := _batch_splits(mesh)):
-        raise ValueError(f"batch[{name!r}]: {size} examples do not divide over data x fsdp = {parts} parts of the mesh")
 
 
 def shard_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, Array]:
@@ -242,9 +340,10 @@ def shard_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, Array]
     Raises:
         ValueError: the batch axes do not divide the global batch.
     """
+    sharding = batch_sharding(mesh)
     for name, value in batch.items():
-        _check_splits(name, len(value) * batch_part(mesh).count, mesh)
-    return {name: jax.make_array_from_process_local_data(batch_sharding(mesh), value) for name, value in batch.items()}
+        check_batch(f"len(batch[{name!r}])", len(value) * batch_part(mesh).count, mesh)
+    return {name: jax.make_array_from_process_local_data(sharding, value) for name, value in batch.items()}
 
 
 def to_host(tree: Any) -> Any:

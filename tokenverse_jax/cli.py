@@ -104,7 +104,12 @@ def _model_arguments(parser: argparse.ArgumentParser, *, default: str | None, he
     parser.add_argument(
         "--dtype", choices=("float32", "bfloat16"), help="default: float32 on CPUs, bfloat16 on accelerators"
     )
-    parser.add_argument("--attention", choices=("xla", "cudnn", "tpu_flash"), default="xla", help="default: xla")
+    parser.add_argument(
+        "--attention",
+        choices=("auto", "xla", "cudnn", "tpu_flash"),
+        default="auto",
+        help="default: auto, the platform's kernel for long sequences",
+    )
 
 
 def _sampling_arguments(parser: argparse.ArgumentParser) -> None:

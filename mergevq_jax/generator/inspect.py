@@ -12,10 +12,11 @@ from mergevq_jax.generator import train as stage2
 from mergevq_jax.generator.kinds.table import KINDS
 from mergevq_jax.generator.run import TrainConfig, make_program
 from mergevq_jax.generator.sampling.decode import new_kv_cache
+from mergevq_jax.generator.transformer import SHARDING_RULES, Params, param_shapes
 from mergevq_jax.tokenizer.model import param_shapes as tokenizer_shapes
 from mergevq_jax.tokenizer.model import read_tokenizer_config
 from runtime_jax.cost import program_row, size_of, size_rows, table
-from runtime_jax.sharding import MeshConfig, make_mesh, replicated_shapes
+from runtime_jax.sharding import MeshConfig, make_mesh, replicated_shapes, sharded_shapes
 from runtime_jax.training.optimizer import make_optimizer
 from runtime_jax.training.program import Program
 from runtime_jax.training.update import Optimizer
@@ -76,6 +77,16 @@ def abstract_step(
     rate = optax.constant_schedule(1.0)
     optimizer = Optimizer(make_optimizer(config.optimizer, rate), rate)
     return make_program(config.step_config(tokenizer), optimizer, mesh, frozen), batch
+
+
+def trace_sampling(config: TrainConfig, mesh: Mesh, batch_size: int, keep: int | None = None) -> tuple[Params, Any]:
+    """Shapes of a generator's parameters on a mesh, and the traced sampler with the settings of its evaluation."""
+    model, kind, evaluation = config.model, KINDS[config.kind], config.evaluation
+    params = sharded_shapes(param_shapes(model), SHARDING_RULES, mesh)
+    sampling = kind.settings(evaluation.sampling, model, kind.window(model, config.window))
+    number = (keep or config.preview_keep) if model.merge_instruction else None
+    steps = evaluation.sampling_steps
+    return params, kind.trace(params, batch_size, model, sampling, number, steps=steps, compute=config.compute)
 
 
 def _cache_row(config: TrainConfig, keep: int) -> tuple[str, ...]:

@@ -148,7 +148,8 @@ def train(config: TrainConfig, workdir: str | Path) -> loop.Result:
             config.optimizer, total_steps=total_steps, batch_size=batch_size, num_examples=examples
         )
         mesh = sharding.make_mesh(config.mesh)
-        _check_mesh(config, mesh)
+        sharding.check_batch("data.batch_size", batch_size, mesh, config.accumulate)
+        sharding.check_batch("evaluation.data.batch_size", config.evaluation.data.batch_size, mesh)
         # A resumed run may find the tokenizer elsewhere, but it must be the same one.
         resolved = config_lib.to_dict(config) | {"codes_of": info.tokenizer.fingerprint}
         draw = functools.partial(draw_keep, config.merge_ratio, config.seed)
@@ -207,16 +208,6 @@ def check(config: TrainConfig, tokenizer: Tokenizer) -> GeneratorInfo:
     with naming("evaluation.sampling, evaluation.sampling_steps"):
         kind.plan(config.model, sampling, config.preview_keep, steps=steps, compute=config.compute)
     return info
-
-
-def _check_mesh(config: TrainConfig, mesh: jax.sharding.Mesh) -> None:
-    parts = mesh.shape["data"] * mesh.shape["fsdp"]
-    for name, batch_size, divisor in (
-        ("data", config.data.batch_size, parts * config.accumulate),
-        ("evaluation.data", config.evaluation.data.batch_size, parts),
-    ):
-        if batch_size % divisor:
-            raise ValueError(f"{name}.batch_size={batch_size} does not divide by data x fsdp x accumulate = {divisor}")
 
 
 def _part(mesh: jax.sharding.Mesh) -> dict[str, int]:

@@ -297,7 +297,7 @@ def init_params(config: GeneratorConfig, key: Array) -> Params:
 @functools.cache
 def param_shapes(config: GeneratorConfig) -> Params:
     """Shapes and dtypes of the parameters, without computing anything."""
-    return jax.eval_shape(functools.partial(init_params, config), jax.random.key(0))
+    return jax.eval_shape(functools.partial(init_params, config), jax.eval_shape(jax.random.key, 0))
 
 
 SHARDING_RULES: tuple[Rule, ...] = (

@@ -10,8 +10,9 @@ from einops import rearrange
 from jaxtyping import Array, Float, Int
 
 from mergevq_jax.tokenizer.config import TokenizerConfig
-from mergevq_jax.tokenizer.layers import Block, ResBlock, conv, conv_uniform, dense, gelu, layer_norm
+from mergevq_jax.tokenizer.layers import Block, ResBlock, conv, conv_uniform, convolve, dense, layer_norm
 from runtime_jax.nn.compute import Compute
+from runtime_jax.nn.gelu import gelu
 from runtime_jax.nn.group_norm import GroupNorm
 from runtime_jax.sharding import Axis, constrain
 
@@ -69,7 +70,15 @@ class _Stem(nn.Module):
         config, compute = self.config, self.compute
         if config.isotropic is not None:
             patch, width = config.downsampling, config.isotropic
-            x = nn.Conv(width, (patch, patch), (patch, patch), "VALID", dtype=compute.jax_dtype, name="conv_in")(x)
+            x = nn.Conv(
+                width,
+                (patch, patch),
+                (patch, patch),
+                "VALID",
+                dtype=compute.jax_dtype,
+                conv_general_dilated=convolve,
+                name="conv_in",
+            )(x)
             return GroupNorm(compute, groups=width, name="norm_in")(x)
         x = conv(config.ch, "conv_in", compute, bias=False)(x)
         res_block = nn.remat(ResBlock) if compute.remat else ResBlock

@@ -1,7 +1,6 @@
 """`mergevq inspect`: what a tokenizer costs, from its config alone."""
 
 import functools
-from dataclasses import replace
 from typing import Any
 
 import jax
@@ -12,6 +11,7 @@ from jax.sharding import Mesh
 from mergevq_jax.tokenizer import model
 from mergevq_jax.tokenizer import train as stage1
 from mergevq_jax.tokenizer.config import TokenizerConfig
+from mergevq_jax.tokenizer.losses import dinov2
 from mergevq_jax.tokenizer.losses.perceptual import lpips_shapes
 from mergevq_jax.tokenizer.run import TrainConfig, make_program
 from runtime_jax.cost import program_row, size_rows, table
@@ -67,33 +67,39 @@ def inspect_config(config: TrainConfig, *, compile: bool = False) -> str:
         "discriminator and its optimizer": (state.disc_params, state.disc_stats, state.disc_opt_state),
         "whole train state": state,
     }
-    name = "train step" + (", without the alignment loss" if config.losses.alignment_weight else "")
     return "\n".join(
         [
             inspect_model(config.model, batch_size, params=state.params, compute=config.compute, compile=compile),
             "",
             *table(("train state", "numbers", "MB"), size_rows(parts)),
             "",
-            *table((f"batch of {batch_size}", "GFLOP", "temporary MB"), [program_row(name, step, compile)]),
+            *table((f"batch of {batch_size}", "GFLOP", "temporary MB"), [program_row("train step", step, compile)]),
         ]
     )
 
 
 def trace_train_step(config: TrainConfig, batch_size: int) -> tuple[stage1.TrainState, Any]:
-    """Shapes of the train state, and the traced step without the alignment loss, whose teacher is unknown here."""
+    """Shapes of the train state, and the traced step."""
     program, batch = abstract_step(config, make_mesh(MeshConfig(), jax.devices()[:1]), batch_size)
     return program.abstract_state, program.trace(batch, config.model.keep)
 
 
 def abstract_step(config: TrainConfig, mesh: Mesh, batch_size: int | None = None) -> tuple[Program, dict[str, Any]]:
-    """The program of a training, without weights or the alignment loss, and the shapes of a batch."""
-    config = replace(config, losses=replace(config.losses, alignment_weight=0.0))
-    frozen = stage1.Frozen(lpips=lpips_shapes() if config.losses.perceptual_weight else None)
+    """The program of a training, without weights, and the shapes of a batch."""
+    losses, teacher = config.losses, None
+    if losses.alignment_weight and losses.alignment != "label" and config.teacher is not None:
+        teacher = dinov2.read_dinov2_config(config.teacher)
+    frozen = stage1.Frozen(
+        lpips=lpips_shapes() if losses.perceptual_weight else None,
+        teacher=None if teacher is None else dinov2.param_shapes(teacher),
+    )
     rate = optax.constant_schedule(1.0)
     optimizers = stage1.Optimizers(
         Optimizer(make_optimizer(config.optimizer, rate), rate),
         Optimizer(make_optimizer(config.discriminator_optimizer, rate), rate),
     )
     side, count = config.model.resolution, batch_size or config.data.batch_size
-    batch = {"image": jax.ShapeDtypeStruct((count, side, side, config.model.in_channels), jnp.uint8)}
-    return make_program(config.step_config(), optimizers, mesh, replicated_shapes(frozen, mesh)), batch
+    numbers = jax.ShapeDtypeStruct((count,), jnp.int32)
+    images = jax.ShapeDtypeStruct((count, side, side, config.model.in_channels), jnp.uint8)
+    batch = {"image": images, "label": numbers, "example": numbers}
+    return make_program(config.step_config(teacher), optimizers, mesh, replicated_shapes(frozen, mesh)), batch

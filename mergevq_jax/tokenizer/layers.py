@@ -4,6 +4,7 @@ Axes: B batch, H W image, N tokens, D width.
 """
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 from einops import rearrange
 from jaxtyping import Array, Float, Int
@@ -11,8 +12,9 @@ from jaxtyping import Array, Float, Int
 from mergevq_jax.tokenizer import tome
 from runtime_jax.nn.attention import attention
 from runtime_jax.nn.compute import Compute
+from runtime_jax.nn.gelu import gelu
 from runtime_jax.nn.group_norm import GroupNorm
-from runtime_jax.sharding import Axis, constrain
+from runtime_jax.sharding import Axis, constrain, gathered
 
 LAYER_NORM_EPSILON = 1e-5
 linear_normal = nn.initializers.normal(0.02)  # the released one is truncated at +-2, a hundred standard deviations
@@ -25,6 +27,14 @@ def dense(features: int, name: str, compute: Compute) -> nn.Dense:
     return nn.Dense(features, dtype=compute.jax_dtype, kernel_init=linear_normal, name=name)
 
 
+def convolve(x, kernel, *args, **kwargs):
+    """`jax.lax.conv_general_dilated` with a whole kernel.
+
+    With a split one, XLA convolves once for each part, with too few channels to fill a matrix unit.
+    """
+    return jax.lax.conv_general_dilated(x, gathered(kernel), *args, **kwargs)
+
+
 def conv(features: int, name: str, compute: Compute, *, size: int = 3, stride: int = 1, bias: bool = True) -> nn.Conv:
     """A convolution with the padding of the released code: size // 2 on every side."""
     return nn.Conv(
@@ -35,6 +45,7 @@ def conv(features: int, name: str, compute: Compute, *, size: int = 3, stride: i
         use_bias=bias,
         dtype=compute.jax_dtype,
         kernel_init=conv_uniform,
+        conv_general_dilated=convolve,
         name=name,
     )
 
@@ -65,11 +76,6 @@ class DepthwiseConv(nn.Module):
 def layer_norm(name: str, compute: Compute) -> nn.LayerNorm:
     """LayerNorm over the width, statistics in float32."""
     return nn.LayerNorm(epsilon=LAYER_NORM_EPSILON, use_fast_variance=False, dtype=compute.jax_dtype, name=name)
-
-
-def gelu(x):
-    """The exact GELU."""
-    return nn.gelu(x, approximate=False)
 
 
 class ResBlock(nn.Module):

@@ -55,7 +55,7 @@ def init_params(config: TokenizerConfig, key: Array) -> Params:
 
 def param_shapes(config: TokenizerConfig) -> Params:
     """Shapes and dtypes of the parameters, without computing anything."""
-    return jax.eval_shape(functools.partial(init_params, config), jax.random.key(0))
+    return jax.eval_shape(functools.partial(init_params, config), jax.eval_shape(jax.random.key, 0))
 
 
 def encode(

@@ -121,9 +121,7 @@ def train(config: TrainConfig, workdir: str | Path) -> loop.Result:
             raise ValueError(f"init_from {config.init_from}: its architecture is {start.config}, not {config.model}")
         images = evaluation_images(config.evaluation)
         mesh = sharding.make_mesh(config.mesh)
-        parts = mesh.shape["data"] * mesh.shape["fsdp"] * config.accumulate
-        if batch_size % parts:
-            raise ValueError(f"data.batch_size={batch_size} is not a multiple of data x fsdp x accumulate = {parts}")
+        sharding.check_batch("data.batch_size", batch_size, mesh, config.accumulate)
         notes = []
         if config.accumulate > 1 and (terms := step_config.taken_by_part()):
             part = batch_size // config.accumulate

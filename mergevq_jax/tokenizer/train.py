@@ -24,7 +24,7 @@ from mergevq_jax.tokenizer.losses.perceptual import LPIPS
 from mergevq_jax.tokenizer.quantizers.quantizer import QUANTIZERS
 from runtime_jax.nn.compute import Compute
 from runtime_jax.prng import Stream, example_keys, stream_key
-from runtime_jax.sharding import Axis, Rule, constrain
+from runtime_jax.sharding import IF_LARGE, Axis, Rule, constrain
 from runtime_jax.training.accumulate import accumulate
 from runtime_jax.training.optimizer import ema_update
 from runtime_jax.training.update import Metrics, Optimizer, guarded
@@ -154,7 +154,8 @@ SHARDING_RULES: tuple[Rule, ...] = (
     (r"(attn|blocks_\d+)/proj/kernel", (Axis.HEADS, Axis.EMBED)),
     (r"(mlp|head)/fc1/kernel", (Axis.EMBED, Axis.MLP)),
     (r"(mlp|head)/fc2/kernel", (Axis.MLP, Axis.EMBED)),
-    (r".*", ()),  # convolutions, norms, biases and the discriminator are replicated
+    (r"head/out/kernel", (Axis.EMBED, None)),
+    (r".*", IF_LARGE),  # convolutions, the discriminator's too; norms, biases and statistics are small
 )
 
 

@@ -1,15 +1,17 @@
 """The attention function of both packages. The config chooses its backend; the result is the same."""
 
+import dataclasses
 from typing import Literal, get_args
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from runtime_jax.sharding import Axis, partition_spec
+from runtime_jax.sharding import Axis, partition_spec, platform
 
-AttentionBackend = Literal["xla", "cudnn", "tpu_flash"]
-FLASH_BLOCK = 128  # tokens
+AttentionBackend = Literal["auto", "xla", "cudnn", "tpu_flash"]
+LONG = 2048  # tokens: from here on "auto" does without a matrix of scores (85 MB a head at 4608 tokens)
+FLASH_BLOCKS = (128, 512)  # tokens of short and of long sequences
 HIDDEN = -3e4  # the logit of a masked key: finite in float16, yet 0 after the softmax
 
 
@@ -28,12 +30,18 @@ def attention(
       key_bias: added to a key's logits for every query and head (ToMe's log(size)); "cudnn" gives it no gradient.
       mask: True where a query sees a key, at least one a query; None: all of them.
       backend: "xla" runs anywhere; "cudnn" on NVIDIA GPUs in bfloat16, float16; "tpu_flash" is Pallas' kernel for TPUs.
+        "auto" takes the platform's kernel for LONG sequences without bias and mask, and otherwise "xla".
 
     Raises:
-      ValueError: unknown backend.
+      ValueError: unknown backend, or one that the platform, the dtype or the heads' width rules out.
     """
     if backend not in get_args(AttentionBackend):
         raise ValueError(f"attention backend {backend!r}: allowed are {', '.join(get_args(AttentionBackend))}")
+    if backend == "auto":
+        plain = key_bias is None and mask is None
+        backend = _fastest(query) if plain and min(query.shape[1], key.shape[1]) >= LONG else "xla"
+    elif obstacle := _obstacle(backend, query):
+        raise ValueError(f"attention backend {backend!r} {obstacle}; 'auto' and 'xla' run here")
     bias = None if key_bias is None else key_bias[:, None, None, :]
     if backend == "xla":
         mask = None if mask is None else mask[:, None]
@@ -46,6 +54,32 @@ def attention(
     if bias is not None:
         return _cudnn_with_bias(query, key, value, bias)
     return jax.nn.dot_product_attention(query, key, value, implementation="cudnn")
+
+
+def _fastest(query) -> AttentionBackend:
+    """The platform's own kernel, if it can be used."""
+    kernel = {"gpu": "cudnn", "tpu": "tpu_flash"}.get(platform(), "xla")
+    return "xla" if _obstacle(kernel, query) else kernel
+
+
+def _obstacle(backend: AttentionBackend, query) -> str | None:
+    """Why a backend cannot be used, or None."""
+    if backend == "xla":
+        return None
+    needs, dtypes = {
+        "cudnn": ("gpu", (jnp.bfloat16, jnp.float16)),
+        "tpu_flash": ("tpu", (jnp.bfloat16, jnp.float32)),
+    }[backend]
+    width = query.shape[-1]
+    if platform() != needs:
+        return f"runs on {needs.upper()}s, not on this platform ({platform()})"
+    if query.dtype not in dtypes:
+        return f"takes {' or '.join(jnp.dtype(dtype).name for dtype in dtypes)}, not {query.dtype.name}"
+    if backend == "cudnn" and (width % 8 or width > 128):
+        return f"takes head sizes up to 128 that are multiples of 8, not {width}"
+    if backend == "tpu_flash" and width > 128 and width % 128:
+        return f"takes head sizes up to 128, or multiples of 128, not {width}"
+    return None
 
 
 def _cudnn_with_bias(query, key, value, bias):
@@ -71,19 +105,25 @@ def _tpu_flash(query, key, value, bias):
 
 def _flash_kernel(query, key, value, bias):
     # Imported here: it loads Pallas' TPU lowering, which other platforms do not need.
-    from jax.experimental.pallas.ops.tpu.flash_attention import SegmentIds, flash_attention
+    from jax.experimental.pallas.ops.tpu.flash_attention import BlockSizes, SegmentIds, flash_attention
 
     batch, queries, _, width = query.shape
     keys = key.shape[1]
-    query, key, value = (jnp.swapaxes(_pad_tokens(x, FLASH_BLOCK), 1, 2) for x in (query, key, value))
+    rows, columns = (FLASH_BLOCKS[tokens >= LONG] for tokens in (queries, keys))
+    query = jnp.swapaxes(_pad_tokens(query, rows), 1, 2)
+    key, value = (jnp.swapaxes(_pad_tokens(x, columns), 1, 2) for x in (key, value))
     if bias is not None:
         # The kernel adds the bias before it scales the logits.
-        bias = _pad_tokens(bias.astype(jnp.float32) * width**0.5, FLASH_BLOCK, axis=3)
-        bias = bias if bias.shape[2] == 1 else _pad_tokens(bias, FLASH_BLOCK, axis=2)
+        bias = _pad_tokens(bias.astype(jnp.float32) * width**0.5, columns, axis=3)
+        bias = bias if bias.shape[2] == 1 else _pad_tokens(bias, rows, axis=2)
         bias = jnp.broadcast_to(bias, (*query.shape[:3], key.shape[2]))
-    real = jnp.broadcast_to(jnp.arange(key.shape[2]) < keys, (batch, key.shape[2])).astype(jnp.int32)
-    segments = SegmentIds(q=jnp.ones((batch, query.shape[2]), jnp.int32), kv=real)  # padding is read by no query
-    result = flash_attention(query, key, value, ab=bias, segment_ids=segments, sm_scale=width**-0.5)
+    segments = None
+    if key.shape[2] > keys:  # padding is read by no query
+        real = jnp.broadcast_to(jnp.arange(key.shape[2]) < keys, (batch, key.shape[2])).astype(jnp.int32)
+        segments = SegmentIds(q=jnp.ones((batch, query.shape[2]), jnp.int32), kv=real)
+    names = [field.name for field in dataclasses.fields(BlockSizes)]
+    blocks = BlockSizes(**{name: columns if "_k" in name else rows for name in names} | {"block_b": 1})
+    result = flash_attention(query, key, value, ab=bias, segment_ids=segments, sm_scale=width**-0.5, block_sizes=blocks)
     return jnp.swapaxes(result, 1, 2)[:, :queries]
 
 

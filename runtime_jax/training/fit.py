@@ -47,9 +47,10 @@ def fit(
       notes: lines to print before the first step.
 
     Raises:
-      as `initial_state` and `loop.Loop.run`.
+      as `Program.check_memory`, `initial_state` and `loop.Loop.run`.
     """
     hosts.check_same("the config", resolved_config)
+    program.check_memory()
     found = initial_state(
         workdir,
         program.abstract_state,
@@ -64,7 +65,7 @@ def fit(
     if jax.process_index() == 0:
         start = f"{workdir}: {total_steps} steps of {batch_size} images, from step {found.step} ({found.origin})"
         compiling = ["compiling the train step"] * (found.step < total_steps)  # silent for minutes on a CPU
-        print("\n".join([start, *notes, *compiling]), flush=True)
+        print("\n".join([start, *notes, *program.undivided, *compiling]), flush=True)
     return loop.Loop(
         config=config,
         workdir=workdir,

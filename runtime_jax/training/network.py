@@ -110,6 +110,7 @@ def train_network(
     optimizer = Optimizer.make(config.optimizer, total_steps=total_steps, batch_size=config.batch_size)
     step = functools.partial(train_step, loss=loss, optimizer=optimizer, ema_decay=config.ema_decay)
     mesh = sharding.make_mesh(sharding.MeshConfig())
+    sharding.check_batch("batch_size", config.batch_size, mesh)
     with jax.set_mesh(mesh):
         return fit(
             Program(

@@ -6,14 +6,16 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from mergevq_jax.tokenizer import train
+from mergevq_jax.tokenizer import inspect, train
 from mergevq_jax.tokenizer.config import PRESETS
 from mergevq_jax.tokenizer.losses.dinov2 import DINOv2, DINOv2Config
 from mergevq_jax.tokenizer.losses.perceptual import lpips_shapes
 from mergevq_jax.tokenizer.model import read_tokenizer_config
 from mergevq_jax.tokenizer.run import TrainConfig, load_frozen
 from runtime_jax.config import build, load, to_dict
+from runtime_jax.sharding import LARGE, MeshConfig, make_mesh, param_shardings
 from runtime_jax.training.update import Optimizer
+from tokenverse_jax.flux import model as flux
 
 LPIPS = "lpips=('vgg16.safetensors',)"
 
@@ -38,6 +40,34 @@ def test_imagenet_configs_build(preset):
 def test_variants_that_do_not_exist(spec, message):
     with pytest.raises(ValueError, match=message):
         load(f"configs/{spec}")
+
+
+@pytest.fixture(scope="module")
+def fsdp():
+    return make_mesh(MeshConfig(data=1, fsdp=8))
+
+
+@pytest.mark.parametrize("preset", ["g-d32", "gr-d64", "r-d64"])
+def test_fsdp_splits_all_that_is_large_in_a_tokenizer(preset, fsdp):
+    config = build(TrainConfig, load(f"configs/mergevq_imagenet.py:{preset}"))
+    assert whole(inspect.abstract_step(config, fsdp)[0].abstract_state) == []
+
+
+def test_fsdp_splits_all_that_is_large_in_flux(fsdp):
+    shapes = flux.param_shapes(flux.PRESETS["dev"])
+    shardings = param_shardings(shapes, flux.SHARDING_RULES, fsdp)
+    assert (
+        whole(jax.tree.map(lambda x, own: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=own), shapes, shardings))
+        == []
+    )
+
+
+def whole(tree):
+    """Paths of large leaves that each device has a copy of."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    large = [(jax.tree_util.keystr(path), leaf.sharding) for path, leaf in leaves if leaf.size > LARGE]
+    assert len(large) > 20
+    return [path for path, sharding in large if sharding.is_fully_replicated]
 
 
 def test_a_published_step_traces():

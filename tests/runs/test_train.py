@@ -12,6 +12,7 @@ from mergevq_jax.tokenizer import model, train
 from mergevq_jax.tokenizer.config import PRESETS, RecoveryConfig, TokenizerConfig
 from mergevq_jax.tokenizer.losses.dinov2 import DINOv2, DINOv2Config
 from mergevq_jax.tokenizer.run import make_program
+from runtime_jax import sharding
 from runtime_jax.sharding import MeshConfig, make_mesh, shard_batch
 from runtime_jax.training.optimizer import OptimizerConfig
 from runtime_jax.training.update import Optimizer
@@ -73,10 +74,13 @@ def assert_close(got, expected, tolerance):
 
 
 @pytest.mark.parametrize("shape", [(8, 1, 1), (1, 8, 1), (1, 1, 8), (2, 2, 2)])
-def test_a_step_on_any_mesh_is_the_step_of_one_device(shape, state, batch, reference):
+def test_a_step_on_any_mesh_is_the_step_of_one_device(shape, state, batch, reference, monkeypatch):
+    monkeypatch.setattr(sharding, "LARGE", 1000)  # convolutions of this size are split too
     mesh = make_mesh(MeshConfig(data=shape[0], fsdp=shape[1], tensor=shape[2]))
     with jax.set_mesh(mesh):
         program = make_program(CONFIG, PLAIN, mesh, train.Frozen())
+        convolution = program.shardings.params["decoder"]["up_1_upsample"]["kernel"]
+        assert convolution.shard_shape((3, 3, 64, 256)) == (3, 3, 64, 256 // shape[1])
         placed = jax.tree.map(lambda x, spec: jax.device_put(x, spec.sharding), state, program.abstract_state)
         new, metrics = jax.device_get(program.step(placed, shard_batch(batch, mesh), 36))
     assert program.flops(36) > 1e8 and program.flops(40) == 0

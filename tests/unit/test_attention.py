@@ -1,13 +1,19 @@
 """The attention function and its backends against a plain softmax."""
 
+import contextlib
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from golden_tools import jit
 from jax import export
+from jax._src.cudnn import fused_attention_stablehlo as cudnn
 from jax.experimental.pallas import tpu as pallas_tpu
 
+from runtime_jax.cost import count_flops
+from runtime_jax.nn import attention as attention_module
 from runtime_jax.nn.attention import attention
 from runtime_jax.sharding import MeshConfig, make_mesh
 
@@ -88,12 +94,21 @@ def test_softmax_is_in_float32_for_bfloat16_inputs():
 def test_an_unknown_backend():
     query, key, value, _ = inputs()
     unchecked = attention.__wrapped__  # without the type check that only tests have
-    with pytest.raises(ValueError, match="attention backend 'flash3': allowed are xla, cudnn, tpu_flash"):
+    with pytest.raises(ValueError, match="attention backend 'flash3': allowed are auto, xla, cudnn, tpu_flash"):
         unchecked(query, key, value, backend="flash3")
 
 
-def test_tpu_flash_equals_xla():
-    """Pallas' kernel in its interpreter: 9 and 137 tokens are padded to its blocks of 128."""
+@pytest.fixture
+def traced_for(monkeypatch):
+    """Chooses the platform that attention takes the program to be for."""
+    return lambda name: monkeypatch.setattr(attention_module, "platform", lambda: name)
+
+
+@pytest.mark.parametrize("long", [2048, 128], ids=["blocks of 128", "blocks of 512 keys"])
+def test_tpu_flash_equals_xla(long, traced_for, monkeypatch):
+    """Pallas' kernel in its interpreter: 9 and 137 tokens are padded to its blocks."""
+    traced_for("tpu")
+    monkeypatch.setattr(attention_module, "LONG", long)
     arguments = inputs(1, 9, 137, 1, 8)
 
     mask = random_mask(1, 9, 137)
@@ -111,8 +126,9 @@ def test_tpu_flash_equals_xla():
 
 
 @pytest.mark.parametrize("with_bias", [False, True])
-def test_tpu_flash_lowers_for_tpus_on_a_mesh(with_bias):
+def test_tpu_flash_lowers_for_tpus_on_a_mesh(with_bias, traced_for):
     """The compiler refuses to partition the kernel, so each device must have its own."""
+    traced_for("tpu")
     shapes = [jax.ShapeDtypeStruct(x.shape, jnp.bfloat16) for x in inputs(8, 130, 130, 2, 64)]
     lower = export.export(run("tpu_flash"), platforms=["tpu"])
     arguments = shapes if with_bias else shapes[:3]
@@ -123,8 +139,9 @@ def test_tpu_flash_lowers_for_tpus_on_a_mesh(with_bias):
 
 
 @pytest.mark.parametrize(("queries", "keys", "masked"), [(5, 7, False), (4, 7, True), (6, 6, False)])
-def test_cudnn_gets_even_lengths_and_a_whole_bias(queries, keys, masked, monkeypatch):
+def test_cudnn_gets_even_lengths_and_a_whole_bias(queries, keys, masked, monkeypatch, traced_for):
     """Its kernels run on NVIDIA GPUs only: here XLA computes what they are given."""
+    traced_for("gpu")
     given = []
 
     def xla(query, key, value, *, bias, implementation):
@@ -141,3 +158,87 @@ def test_cudnn_gets_even_lengths_and_a_whole_bias(queries, keys, masked, monkeyp
     np.testing.assert_allclose(np.asarray(result, np.float32), expected, rtol=0, atol=0.02)
     even = [queries + queries % 2, keys + keys % 2]
     assert given == [("cudnn", *even, (B, 1, *even), jnp.bfloat16)]
+
+
+def text_of(backend, tokens, *, dtype=jnp.bfloat16, width=64, key_bias=False, mask=False):
+    """What is traced for a sequence; Pallas' kernel is there as pallas_call."""
+    x = jax.ShapeDtypeStruct((1, tokens, 2, width), dtype)
+    extra = {"key_bias": jax.ShapeDtypeStruct((1, tokens), jnp.float32)} if key_bias else {}
+    extra |= {"mask": jax.ShapeDtypeStruct((1, tokens, tokens), jnp.bool_)} if mask else {}
+    return str(run(backend).trace(x, x, x, **extra).jaxpr)
+
+
+def test_auto_without_a_kernel_is_xla():
+    assert text_of("auto", 4608) == text_of("xla", 4608)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "options", "flash"),
+    [
+        (4608, {}, True),  # FLUX at 1024 px
+        (4608, {"width": 128, "dtype": jnp.float32}, True),
+        (1024, {}, False),
+        (4608, {"key_bias": True}, False),
+        (4608, {"mask": True}, False),
+        (4608, {"width": 192}, False),
+        (4608, {"dtype": jnp.float16}, False),
+    ],
+    ids=str,
+)
+def test_auto_takes_flash_on_tpus_where_it_pays(tokens, options, flash, traced_for):
+    traced_for("tpu")
+    assert ("pallas_call" in text_of("auto", tokens, **options)) == flash
+
+
+@pytest.mark.parametrize(
+    ("tokens", "options", "cudnn"),
+    [(4608, {}, True), (1024, {}, False), (4608, {"dtype": jnp.float32}, False), (4608, {"mask": True}, False)],
+    ids=str,
+)
+def test_auto_takes_cudnn_on_gpus_where_it_pays(tokens, options, cudnn, traced_for, monkeypatch):
+    taken = []
+
+    def spy(query, key, value, *, implementation, **kwargs):
+        taken.append(implementation)
+        return query
+
+    monkeypatch.setattr(jax.nn, "dot_product_attention", spy)
+    traced_for("gpu")
+    text_of("auto", tokens, **options)
+    assert taken == ["cudnn" if cudnn else "xla"]
+
+
+def test_the_flops_of_kernels_are_counted(traced_for, monkeypatch):
+    """As those of xla; backwards, kernels compute the scores again."""
+
+    def flops(backend, mesh_sizes=None):
+        x = jax.ShapeDtypeStruct((8, 512, 2, 64), jnp.bfloat16)
+        forward = functools.partial(attention, backend=backend)
+        gradient = jax.grad(lambda *x: attention(*x, backend=backend).astype(jnp.float32).sum(), argnums=(0, 1, 2))
+        with jax.set_mesh(make_mesh(MeshConfig(**mesh_sizes))) if mesh_sizes else contextlib.nullcontext():
+            return [count_flops(jax.jit(function).trace(x, x, x).jaxpr.jaxpr) for function in (forward, gradient)]
+
+    matmul = 8 * 2 * 2 * 512**2 * 64
+    assert flops("xla") == [2 * matmul, 6 * matmul]
+    traced_for("tpu")
+    assert flops("tpu_flash") == flops("tpu_flash", {"data": 2, "fsdp": 2, "tensor": 2}) == [2 * matmul, 9 * matmul]
+    monkeypatch.setattr(cudnn, "check_cudnn_version", lambda: 91000)
+    traced_for("gpu")
+    assert flops("cudnn") == [2 * matmul, 7 * matmul]
+
+
+@pytest.mark.parametrize(
+    ("backend", "platform", "options", "message"),
+    [
+        ("cudnn", "cpu", {}, r"'cudnn' runs on GPUs, not on this platform \(cpu\); 'auto' and 'xla' run here"),
+        ("tpu_flash", "gpu", {}, r"'tpu_flash' runs on TPUs, not on this platform \(gpu\)"),
+        ("cudnn", "gpu", {"dtype": jnp.float32}, "'cudnn' takes bfloat16 or float16, not float32"),
+        ("cudnn", "gpu", {"width": 136}, "'cudnn' takes head sizes up to 128 that are multiples of 8, not 136"),
+        ("tpu_flash", "tpu", {"dtype": jnp.float16}, "'tpu_flash' takes bfloat16 or float32, not float16"),
+        ("tpu_flash", "tpu", {"width": 192}, "'tpu_flash' takes head sizes up to 128, or multiples of 128, not 192"),
+    ],
+)
+def test_a_backend_that_cannot_run(backend, platform, options, message, traced_for):
+    traced_for(platform)
+    with pytest.raises(ValueError, match=message):
+        text_of(backend, 16, **options)

@@ -88,8 +88,7 @@ def test_something_else_is_named_in_one_line():
     with pytest.raises(WeightError) as caught:
         import_weights(TABLE, dict.fromkeys(LORA, np.ones(2)), SHAPES)
     assert str(caught.value) == (
-        "the weights do not fit the model: they are a LoRA, which modifies a network: merge it into its "
-        "model first"
+        "the weights do not fit the model: they are a LoRA, which modifies a network: merge it into its model first"
     )
 
 

@@ -1,5 +1,8 @@
 """Meshes, constraints that constrain, rules by suffix, and equal values on every mesh."""
 
+import itertools
+from dataclasses import dataclass
+
 import jax
 import jax.numpy as jnp
 import jaxtyping
@@ -8,17 +11,21 @@ import pytest
 import toy_run
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from runtime_jax import config
 from runtime_jax.sharding import (
+    IF_LARGE,
     MESH_AXES,
     Axis,
     MeshConfig,
     batch_part,
+    check_batch,
     constrain,
     make_mesh,
     own_rows,
     param_shardings,
     replicated,
     shard_batch,
+    undivided,
 )
 
 MESHES = [(8, 1, 1), (1, 8, 1), (1, 1, 8), (2, 2, 2)]
@@ -45,6 +52,76 @@ def test_mesh_fills_the_devices():
 def test_mesh_that_does_not_fit(sizes, message):
     with pytest.raises(ValueError, match=message):
         mesh_of(*sizes)
+
+
+@pytest.fixture
+def no_type_hook():
+    """What a user has: the types are not checked, so the function itself must, and chips may be stand-ins."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
+
+
+@dataclass(frozen=True)
+class Chip:
+    """A TPU that is not there."""
+
+    slice_index: int
+    coords: tuple[int, int, int]
+    platform: str = "tpu"
+    device_kind: str = "TPU v6 lite"
+    core_on_chip: int = 0
+
+
+def slices_of_chips(count):
+    """Slices of 2 x 4 chips, in an order that is not theirs."""
+    chips = [Chip(index, (x, y, 0)) for y in range(4) for x in range(2) for index in range(count)]
+    return chips[::-1]
+
+
+@pytest.mark.parametrize("given", [{}, {"slices": 2}], ids=str)
+def test_each_slice_holds_whole_replicas(given, no_type_hook):
+    mesh = make_mesh(MeshConfig(fsdp=2, tensor=2, **given), slices_of_chips(2))
+    assert dict(mesh.shape) == {"data": 4, "fsdp": 2, "tensor": 2}
+    assert [{chip.slice_index for chip in replica.flat} for replica in mesh.devices] == [{0}, {0}, {1}, {1}]
+    assert len(set(mesh.devices.flat)) == 16
+
+
+def test_sizes_that_split_a_side_of_the_torus(no_type_hook):
+    """jax.make_mesh has no layout for a pair along a side of 4."""
+    mesh = make_mesh(MeshConfig(fsdp=4), [Chip(0, (x, y, 0)) for x, y in itertools.product(range(4), repeat=2)])
+    assert dict(mesh.shape) == {"data": 4, "fsdp": 4, "tensor": 1}
+    mesh = make_mesh(MeshConfig(fsdp=2), slices_of_chips(1)[:4])
+    assert dict(mesh.shape) == {"data": 2, "fsdp": 2, "tensor": 1}
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        ({"slices": 4}, "slices=4, but the devices belong to 2"),
+        ({"fsdp": 16}, r"\(data=-1, fsdp=16, tensor=1\) makes data=1, but 2 slices of 8 devices need a multiple of 2"),
+        ({"slices": 0}, "slices=0 must be at least 1, or -1"),
+    ],
+)
+def test_slices_that_do_not_fit(sizes, message, no_type_hook):
+    with pytest.raises(ValueError, match=message):
+        make_mesh(MeshConfig(**sizes), slices_of_chips(2))
+
+
+def test_slices_of_different_sizes(no_type_hook):
+    with pytest.raises(ValueError, match="15 devices cannot be 2 slices of one size"):
+        make_mesh(MeshConfig(), slices_of_chips(2)[1:])
+
+
+def test_other_devices_stand_for_slices():
+    assert dict(make_mesh(MeshConfig(fsdp=2, slices=4)).shape) == {"data": 4, "fsdp": 2, "tensor": 1}
+    with pytest.raises(ValueError, match="makes data=2, but 4 slices of 2 devices need a multiple of 4"):
+        make_mesh(MeshConfig(fsdp=4, slices=4))
+
+
+def test_configs_of_before_have_no_slices():
+    saved = {"data": -1, "fsdp": 2, "tensor": 1}
+    assert config.build(MeshConfig, saved) == MeshConfig(fsdp=2) and config.to_dict(MeshConfig(fsdp=2)) == saved
 
 
 def test_constrain_constrains_inside_jit():
@@ -77,14 +154,6 @@ def test_constrain_refuses():
         constrain(x, Axis.MLP, Axis.HEADS)
 
 
-@pytest.fixture
-def no_type_hook():
-    """What a user has: the types are not checked, so the function itself must."""
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", False)
-
-
 def test_unknown_axis_raises(no_type_hook):
     with pytest.raises(ValueError, match=r"unknown logical axis 'mlp'; known: Axis\.BATCH, .*, or None"):
         constrain(jnp.ones((4, 4)), None, "mlp")
@@ -110,6 +179,32 @@ def test_dimension_that_does_not_divide_is_replicated():
     assert sharding.spec == PartitionSpec("fsdp", None)
 
 
+def test_only_large_leaves_are_split():
+    tree = {"large": jax.ShapeDtypeStruct((3, 3, 256, 256), jnp.bfloat16), "small": jax.ShapeDtypeStruct((3, 8), "f4")}
+    placed = param_shardings(tree, ((".*", IF_LARGE),), mesh_of(2, 2, 2))
+    assert placed["large"].spec == PartitionSpec(None, None, None, "fsdp")
+    assert placed["small"].spec == PartitionSpec()
+
+
+def test_large_leaves_that_do_not_divide_are_named():
+    mesh, rules = mesh_of(1, 4, 2), (("kernel|mu", (Axis.EMBED, Axis.MLP)), (".*", ()))
+    wide = jax.ShapeDtypeStruct((1000, 2001), jnp.float32)
+    tree = {
+        "divided": {"kernel": jax.ShapeDtypeStruct((1000, 2000), jnp.float32)},
+        "odd": {"kernel": wide, "mu": wide},
+        "replicated": wide,
+        "small": {"kernel": jax.ShapeDtypeStruct((10, 21), jnp.float32)},
+        "tall": {"kernel": jax.ShapeDtypeStruct((1002, 2000), jnp.float32)},
+    }
+    assert undivided(tree, rules, mesh) == [
+        "mesh.tensor=2 does not divide 2001 and leaves whole: odd/kernel (dimension 1), odd/mu (dimension 1); "
+        "tensor=3 would divide it",
+        "mesh.fsdp=4 does not divide 1002 and leaves whole: tall/kernel (dimension 0); "
+        "fsdp=2, fsdp=3, fsdp=6 would divide it",
+    ]
+    assert undivided(tree, rules, mesh_of(8, 1, 1)) == []
+
+
 def test_bad_rules_are_all_listed():
     leaf = jax.ShapeDtypeStruct((4, 4), jnp.float32)
     tree = {"a": {"kernel": leaf}, "b": {"kernel": leaf, "skernel": leaf}}
@@ -126,10 +221,15 @@ def test_batch_is_split_and_must_divide():
     mesh = mesh_of(2, 2, 2)
     batch = shard_batch({"image": np.arange(8 * 3, dtype=np.uint8).reshape(8, 3)}, mesh)
     assert batch["image"].sharding.shard_shape((8, 3)) == (2, 3)
-    with pytest.raises(ValueError, match=r"batch\['x'\]: 6 examples do not divide over data x fsdp = 4 parts"):
+    with pytest.raises(
+        ValueError, match=r"len\(batch\['x'\]\)=6 is not a multiple of data=2 x fsdp=2 x accumulate=1: 4"
+    ):
         shard_batch({"x": np.zeros((6, 1))}, mesh)
-    with pytest.raises(ValueError, match="6 examples do not divide"):
+    with pytest.raises(ValueError, match=r"len\(batch\['x'\]\)=6 is not a multiple"):
         next(own_rows([{"x": np.zeros((6, 1))}], mesh))
+    check_batch("data.batch_size", 24, mesh, accumulate=3)
+    with pytest.raises(ValueError, match=r"data\.batch_size=16 is not a multiple of .* x accumulate=3: 12"):
+        check_batch("data.batch_size", 16, mesh, accumulate=3)
 
 
 class Device:

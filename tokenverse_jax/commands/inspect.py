@@ -8,17 +8,23 @@ from typing import Any
 import jax
 import jax.extend as jex
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from runtime_jax.cost import count_flops, size_rows, table
 from runtime_jax.nn.compute import Compute
+from runtime_jax.sharding import sharded_shapes
+from runtime_jax.training.program import Program
+from tokenverse_jax.commands.learn import LearnRunConfig
 from tokenverse_jax.concepts.concept_data import ROWS
 from tokenverse_jax.concepts.learn import LearnConfig, LearnState, init_state, learn_step, make_optimizers
+from tokenverse_jax.concepts.learner import make_program
 from tokenverse_jax.flux import model_folder
 from tokenverse_jax.flux.autoencoder import Autoencoder, AutoencoderConfig
 from tokenverse_jax.flux.convert import init_shapes
 from tokenverse_jax.flux.model import PRESETS, Flux, FluxConfig, param_shapes
+from tokenverse_jax.flux.model_folder import KINDS, Params
 from tokenverse_jax.flux.offsets import Offsets
-from tokenverse_jax.flux.pipeline import PARTS, TEXT_LENGTH
+from tokenverse_jax.flux.pipeline import PARTS, TEXT_LENGTH, PromptEncoding, run
 from tokenverse_jax.flux.text_encoders.clip import CLIP_L, CLIPTextEncoder
 from tokenverse_jax.flux.text_encoders.t5 import T5_XXL, T5Encoder
 
@@ -74,12 +80,12 @@ def inspect(model: str, sizes: Sequence[int], learn: LearnConfig) -> str:
 
 def _weight_shapes(configs: dict[str, Any]) -> dict[str, Any]:
     """Shapes of every part's parameters, by name."""
-    ids, side = jax.ShapeDtypeStruct((1, 1), jnp.int32), configs["vae"].downsampling
+    ids = jax.ShapeDtypeStruct((1, 1), jnp.int32)
     trees = {
         "clip": init_shapes(CLIPTextEncoder(configs["clip"]), ids),
         "t5": init_shapes(T5Encoder(configs["t5"]), ids),
         "transformer": param_shapes(configs["transformer"]),
-        "vae": init_shapes(Autoencoder(configs["vae"]), jax.ShapeDtypeStruct((1, side, side, 3), jnp.float32)),
+        "vae": _vae_shapes(configs["vae"]),
     }
     return _in_bfloat16(trees)
 
@@ -140,6 +146,11 @@ def _offsets(flux: FluxConfig, batch_size: int) -> Offsets:
     return Offsets(*(jax.ShapeDtypeStruct(shape, jnp.float32) for shape in (shared, per_block)))
 
 
+def batch_shapes(grid: Grid, flux: FluxConfig, learn: LearnConfig) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes of `learn_step`'s batch without the isolation loss."""
+    return _batch([_inputs(grid, flux, learn.batch_size)], learn)
+
+
 def _batch(images: Sequence[dict[str, Any]], learn: LearnConfig) -> dict[str, jax.ShapeDtypeStruct]:
     """Shapes of `learn_step`'s batch, from those of an image and maybe a pair."""
     own = {"latents": "img", "noise": "img", "times": "timesteps", "txt": "txt", "vec": "vec"}
@@ -153,6 +164,58 @@ def _batch(images: Sequence[dict[str, Any]], learn: LearnConfig) -> dict[str, ja
         "on_right": jax.ShapeDtypeStruct((learn.batch_size,), jnp.bool_),
         "pair_rows": jax.ShapeDtypeStruct((learn.batch_size, PAIR_TOKENS), jnp.int32),
     }
+
+
+def abstract_step(config: LearnRunConfig, mesh: Mesh) -> tuple[Program, dict[str, Any], tuple[int, bool, Grid]]:
+    """The program of a run without weights, the shapes of a batch, and the variant of its costliest step."""
+    configs, learn = read_configs(config.model), config.learn
+    flux, grid = configs["transformer"], configs["vae"].token_grid(config.size, config.size)
+    frozen = _placed("transformer", param_shapes(flux), config.dtype, mesh)
+    images = [_inputs(grid, flux, learn.batch_size)]
+    if learn.isolation:
+        images.append(_inputs((grid[0], 2 * grid[1]), flux, learn.batch_size))
+    program = make_program(Flux(flux, config.compute), learn, mesh, frozen)
+    return program, _batch(images, learn), (2 if learn.stage_2.steps else 1, len(images) == 2, grid)
+
+
+def trace_generate(config: LearnRunConfig, mesh: Mesh, batch_size: int) -> tuple[tuple[Params, Params], Any]:
+    """Shapes of transformer and autoencoder on a mesh, and the traced program that draws a run's prompts."""
+    configs, sampling = read_configs(config.model), config.sampling
+    flux, vae = configs["transformer"], configs["vae"]
+    grid = vae.token_grid(config.size, config.size)
+    params = (
+        _placed("transformer", param_shapes(flux), config.dtype, mesh),
+        _placed("vae", _vae_shapes(vae), config.dtype, mesh),
+    )
+    inputs = _inputs(grid, flux, batch_size)
+    prompts, negative = PromptEncoding(inputs["txt"], inputs["vec"]), None
+    if sampling.cfg_scale != 1.0:
+        negative = PromptEncoding(*(leaf.update(shape=(1, *leaf.shape[1:])) for leaf in prompts))
+    scalar = jax.ShapeDtypeStruct((), jnp.float32)
+    traced = run.trace(
+        params,
+        prompts,
+        negative,
+        jax.eval_shape(jax.random.key, 0),
+        jax.ShapeDtypeStruct((batch_size,), jnp.int32),
+        jax.ShapeDtypeStruct((sampling.num_steps + 1,), jnp.float32),
+        scalar if flux.guidance_embeds else None,
+        scalar,
+        inputs["offsets"],
+        modules=(Flux(flux, config.compute), Autoencoder(vae, config.compute)),
+        grid=grid,
+    )
+    return params, traced
+
+
+def _placed(part: str, shapes: Params, dtype: str, mesh: Mesh) -> Params:
+    shapes = jax.tree.map(lambda leaf: leaf.update(dtype=jnp.dtype(dtype)), shapes)
+    return sharded_shapes(shapes, KINDS[part].rules, mesh)
+
+
+def _vae_shapes(config: AutoencoderConfig) -> Params:
+    side = config.downsampling
+    return init_shapes(Autoencoder(config), jax.ShapeDtypeStruct((1, side, side, 3), jnp.float32))
 
 
 def _kept_bytes(flux: FluxConfig, inputs: dict[str, Any], *, remat: bool) -> int:

@@ -106,6 +106,7 @@ def learn(config: LearnRunConfig, workdir: str | Path) -> loop.Result:
     with only_writer(workdir, loop_config.min_free_bytes) as folder:
         images = [read_image(image.path, config.size) for image in config.images]
         mesh = sharding.make_mesh(config.mesh)
+        sharding.check_batch("learn.batch_size", how.batch_size, mesh)
         files = {"transformer": config.transformer, "vae": config.vae}
         load = Loader(config.model, **files, dtype=config.dtype, mesh=mesh, compute=config.compute)
         load.check_size(config.size, config.size)

@@ -30,6 +30,24 @@ from tokenverse_jax.flux.model import Flux
 from tokenverse_jax.flux.pipeline import Pipeline
 
 
+def make_program(flux: Flux, config: LearnConfig, mesh: Mesh, frozen: Params) -> Program:
+    """The program of learning, with the parameters of `flux` as its frozen ones.
+
+    Its variants are (stage, whether the step has an isolation loss, grid of image tokens).
+    """
+    optimizers = make_optimizers(config)
+
+    def train_step(state, frozen, batch, variant):
+        stage, _, grid = variant
+        static = {"config": config, "flux": flux, "optimizer": optimizers[stage - 1], "stage": stage, "grid": grid}
+        return learn_step(state, frozen, batch, **static)
+
+    def init():
+        return init_state(config, flux.config, jax.random.key(0))
+
+    return Program(init, train_step, SHARDING_RULES, mesh, frozen)
+
+
 class Learner:
     """Learning, compiled. Concepts whose data have the same shapes share the programs.
 
@@ -41,23 +59,11 @@ class Learner:
 
     def __init__(self, pipeline: Pipeline, config: LearnConfig, mesh: Mesh | None = None):
         """`pipeline` needs only its transformer, which lies on the mesh, or without one on the default device."""
+        flux, devices = pipeline.transformer, jax.devices()[:1]
+        mesh = make_mesh(MeshConfig(), devices) if mesh is None else mesh
         self._config = config
-        flux = Flux(pipeline.transformer.config, pipeline.compute)
-        optimizers = make_optimizers(config)
-
-        def train_step(state, frozen, batch, variant):
-            stage, _, grid = variant
-            static = {"config": config, "flux": flux, "optimizer": optimizers[stage - 1], "stage": stage, "grid": grid}
-            return learn_step(state, frozen, batch, **static)
-
         self._init = functools.partial(init_state, config, flux.config)
-        self.program = Program(
-            lambda: self._init(jax.random.key(0)),
-            train_step,
-            SHARDING_RULES,
-            make_mesh(MeshConfig(), jax.devices()[:1]) if mesh is None else mesh,
-            pipeline.transformer.params,
-        )
+        self.program = make_program(Flux(flux.config, pipeline.compute), config, mesh, flux.params)
 
     def init(self, seed: int) -> LearnState:
         """A new state, made where it belongs."""

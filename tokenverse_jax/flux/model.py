@@ -17,7 +17,7 @@ from jaxtyping import Array, Float
 
 from runtime_jax import config as config_lib
 from runtime_jax.nn.compute import Compute
-from runtime_jax.sharding import Axis, Rule, constrain
+from runtime_jax.sharding import IF_LARGE, Axis, Rule, constrain
 from tokenverse_jax.flux.layers import DoubleBlock, LastLayer, MLPEmbedder, SingleBlock, dense, stacked
 from tokenverse_jax.flux.math import rope, timestep_embedding
 from tokenverse_jax.flux.offsets import NO_OFFSETS, Offsets
@@ -222,7 +222,7 @@ def init_params(config: FluxConfig, key: Array) -> Params:
 @functools.cache
 def param_shapes(config: FluxConfig) -> Params:
     """Shapes and dtypes of the parameters, without computing anything."""
-    return jax.eval_shape(functools.partial(init_params, config), jax.random.key(0))
+    return jax.eval_shape(functools.partial(init_params, config), jax.eval_shape(jax.random.key, 0))
 
 
 SHARDING_RULES: tuple[Rule, ...] = (
@@ -233,5 +233,5 @@ SHARDING_RULES: tuple[Rule, ...] = (
     (r"((time|vector|guidance)_in/(in|out)_layer|adaLN_modulation)/kernel", (Axis.EMBED, Axis.MLP)),
     (r"(img|txt)_in/kernel", (None, Axis.EMBED)),
     (r"final_layer/linear/kernel", (Axis.EMBED, None)),
-    (r".*/(bias|scale)", ()),  # small
+    (r".*/(bias|scale)", IF_LARGE),
 )

@@ -236,7 +236,7 @@ class Pipeline:
         examples = np.arange(batch) if examples is None else np.asarray(examples)
         if examples.shape != (batch,):
             raise ValueError(f"examples: one for each of the {batch} prompts is needed, got shape {examples.shape}")
-        images, finite = _generate(
+        images, finite = run(
             (flux.params, vae.params),
             encoded,
             negative,
@@ -328,7 +328,7 @@ def _decode(params: Params, tokens: Array, *, vae: Autoencoder, grid: tuple[int,
 
 
 @functools.partial(jax.jit, static_argnames=("modules", "grid"))
-def _generate(
+def run(
     params: tuple[Params, Params],
     prompts: PromptEncoding,
     negative: PromptEncoding | None,
@@ -342,6 +342,7 @@ def _generate(
     modules: tuple[Flux, Autoencoder],
     grid: tuple[int, int],
 ) -> tuple[Array, tuple[Array, Array, Array]]:
+    """The compiled program of `Pipeline.generate`: images, and whether prompts, steps and images were finite."""
     flux, vae = modules
     batch, length = prompts.txt.shape[:2]
     strengths = None if guidance is None else jnp.full(batch, guidance)

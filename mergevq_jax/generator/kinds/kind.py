@@ -8,14 +8,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
+import jax
 import numpy as np
 from jaxtyping import Array, Bool, Int, Key, UInt8
 
 from mergevq_jax.generator.config import GeneratorConfig
 from mergevq_jax.generator.images import codes_to_images
 from mergevq_jax.generator.losses import Means
-from mergevq_jax.generator.sampling.plan import DrawPlan, SamplingConfig, make_plan
-from mergevq_jax.generator.sampling.raster import Samples, sample
+from mergevq_jax.generator.sampling.plan import DrawPlan, SamplingConfig, abstract_request, make_plan
+from mergevq_jax.generator.sampling.raster import Samples, run, sample
 from mergevq_jax.generator.transformer import Params
 from mergevq_jax.tokenizer.model import Tokenizer
 from runtime_jax.nn.compute import Compute
@@ -122,6 +123,23 @@ class Kind(abc.ABC):
         if positions is not None:
             raise ValueError("positions: this generator draws all codes, in raster order")
         return sample(params, labels, keep, **settings)
+
+    def trace(
+        self,
+        params: Params,
+        batch_size: int,
+        model: GeneratorConfig,
+        sampling: SamplingConfig,
+        keep: int | None,
+        *,
+        steps: int | None,
+        compute: Compute,
+    ) -> jax.stages.Traced:
+        """The traced program of `draw`, for parameters of these shapes."""
+        _check_steps(steps)
+        plan, knobs = make_plan(model, sampling, keep, compute)
+        labels, merge, key = abstract_request(batch_size, model)
+        return run.trace(params, labels, merge, key, labels, jax.eval_shape(lambda: knobs), plan=plan)
 
     def images(self, tokenizer: Tokenizer, drawn: Samples) -> UInt8[Array, "B H W 3"]:
         """The images of what `draw` returned."""

@@ -21,7 +21,7 @@ class MergeAR(Kind):
         groups = batch["source_map"] if config.groups == "source_map" else batch["indices"]
         first, model = first_of_group(groups), config.model
         near = {"window": config.window, "prefix": model.prefix}
-        if config.compute.attention == "xla" and keep + config.window < model.length:
+        if config.compute.attention in ("auto", "xla") and keep + config.window < model.length:
             seen = merged_keys(first, keep, **near)
         else:
             seen = merge_mask(first, **near)

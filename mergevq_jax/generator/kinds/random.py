@@ -3,6 +3,8 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int, Key, UInt8
 
@@ -12,8 +14,8 @@ from mergevq_jax.generator.kinds.kind import CacheUse, Counts, Kind, LossConfig
 from mergevq_jax.generator.kinds.positions import count_starts, new_counts
 from mergevq_jax.generator.kinds.randar import Codes, randar_loss
 from mergevq_jax.generator.losses import Means
-from mergevq_jax.generator.sampling.plan import DrawPlan, SamplingConfig
-from mergevq_jax.generator.sampling.random_order import make_randar_plan, randar_sample
+from mergevq_jax.generator.sampling.plan import DrawPlan, SamplingConfig, abstract_request
+from mergevq_jax.generator.sampling.random_order import make_randar_plan, randar_sample, run
 from mergevq_jax.generator.transformer import Params
 from mergevq_jax.tokenizer.model import Tokenizer
 from runtime_jax.nn.compute import Compute
@@ -77,6 +79,23 @@ class RandAR(Kind):
     ) -> Any:
         """As of `Kind`."""
         return randar_sample(params, labels, keep, start_counts=counts.get(GROUP_STARTS), **settings)
+
+    def trace(
+        self,
+        params: Params,
+        batch_size: int,
+        model: GeneratorConfig,
+        sampling: SamplingConfig,
+        keep: int | None,
+        *,
+        steps: int | None,
+        compute: Compute,
+    ) -> jax.stages.Traced:
+        """As of `Kind`."""
+        plan, knobs = make_randar_plan(model, sampling, keep, steps, compute)
+        labels, merge, key = abstract_request(batch_size, model)
+        positions = jax.ShapeDtypeStruct((batch_size, sum(plan.counts)), jnp.int32)
+        return run.trace(params, labels, merge, positions, key, labels, jax.eval_shape(lambda: knobs), plan=plan)
 
     def images(self, tokenizer: Tokenizer, drawn: Codes) -> UInt8[Array, "B H W 3"]:
         """As of `Kind`."""

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, get_args
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
@@ -152,6 +153,12 @@ def checked_request(
         raise ValueError(f"{len(examples)} example numbers for {len(labels)} labels")
     merge = config.merge_index(keep)
     return labels, examples, None if merge is None else np.full(labels.shape, merge, np.int32)
+
+
+def abstract_request(batch_size: int, config: GeneratorConfig) -> tuple[Any, Any, Any]:
+    """Shapes of labels (or examples), merge instructions and the key of a request."""
+    numbers = jax.ShapeDtypeStruct((batch_size,), jnp.int32)
+    return numbers, numbers if config.merge_instruction else None, jax.eval_shape(jax.random.key, 0)
 
 
 def _settings(config: GeneratorConfig, sampling: SamplingConfig) -> tuple[dict[str, tuple], list[str]]:

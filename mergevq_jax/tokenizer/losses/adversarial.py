@@ -11,6 +11,7 @@ from flax import struct
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Float32
 
+from mergevq_jax.tokenizer.layers import convolve
 from runtime_jax.sharding import Axis, constrain
 
 Logits = Float32[Array, "batch h w 1"]
@@ -86,7 +87,13 @@ class PatchDiscriminator(nn.Module):
                 f"PatchDiscriminator with num_layers={self.num_layers} needs images of at least "
                 f"{smallest}x{smallest} pixels, got {images.shape[1]}x{images.shape[2]}"
             )
-        conv = functools.partial(nn.Conv, kernel_size=(4, 4), padding=1, kernel_init=nn.initializers.normal(0.02))
+        conv = functools.partial(
+            nn.Conv,
+            kernel_size=(4, 4),
+            padding=1,
+            kernel_init=nn.initializers.normal(0.02),
+            conv_general_dilated=convolve,
+        )
         x = conv(self.ndf, strides=2, dtype=self.dtype, name="conv_0")(images.astype(self.dtype))
         x = constrain(nn.leaky_relu(x, 0.2), Axis.BATCH, None, None, None)
         for n in range(1, self.num_layers + 1):

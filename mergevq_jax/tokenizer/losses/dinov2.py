@@ -4,6 +4,7 @@ import json
 import os
 import re
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -15,6 +16,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from runtime_jax.nn.attention import AttentionBackend, attention
+from runtime_jax.nn.gelu import gelu
 from runtime_jax.sharding import Axis, constrain
 from runtime_jax.weights import CONV, Rule, Transform, WeightError, import_weights, layer, norm
 from runtime_jax.weights.hub import local_path, read_tensors
@@ -38,6 +40,14 @@ class DINOv2Config:
     mlp_ratio: int = 4
     patch_size: int = 14
     image_size: int = 518
+
+
+# By hub id; giant has another MLP (SwiGLU), which is not supported.
+PUBLISHED = {
+    "facebook/dinov2-small": DINOv2Config(width=384, num_heads=6),
+    "facebook/dinov2-base": DINOv2Config(),
+    "facebook/dinov2-large": DINOv2Config(width=1024, num_layers=24, num_heads=16),
+}
 
 
 class DINOv2Output(NamedTuple):
@@ -104,7 +114,7 @@ class Block(nn.Module):
         y = rearrange(attention(query, key, value, backend=self.backend), "b l h d -> b l (h d)")
         x = x + dense(config.width, "out")(y) * layer_scale("scale1")
         y = _layer_norm(x, "norm2").astype(self.dtype)
-        y = nn.gelu(dense(config.mlp_ratio * config.width, "fc1")(y), approximate=False)
+        y = gelu(dense(config.mlp_ratio * config.width, "fc1")(y))
         x = x + dense(config.width, "fc2")(y) * layer_scale("scale2")
         return constrain(x, Axis.BATCH, None, None), None
 
@@ -198,9 +208,13 @@ def convert_dinov2(source: dict[str, np.ndarray], config: DINOv2Config) -> dict[
         for pattern, replacement in _RENAMES:
             name = re.sub(pattern, replacement, name)
         renamed[name] = array.astype(np.float32)
+    return import_weights(TABLE, renamed, param_shapes(config), ignore=_IGNORED)
+
+
+def param_shapes(config: DINOv2Config) -> dict[str, Any]:
+    """Shapes and dtypes of the parameters of `DINOv2(config)`."""
     images = jax.ShapeDtypeStruct((1, config.patch_size, config.patch_size, 3), jnp.float32)
-    shapes = jax.eval_shape(DINOv2(config).init, jax.random.key(0), images)["params"]
-    return import_weights(TABLE, renamed, shapes, ignore=_IGNORED)
+    return jax.eval_shape(DINOv2(config).init, jax.eval_shape(jax.random.key, 0), images)["params"]
 
 
 def parse_config(fields: dict[str, Any]) -> DINOv2Config:
@@ -241,9 +255,22 @@ def load_dinov2(source: str | os.PathLike) -> tuple[DINOv2Config, dict[str, Any]
       WeightError: the source is missing, unreadable or does not fit.
     """
     folder = local_path(source, ("*.safetensors", "config.json"))
-    path = folder / "config.json"
+    config = _read_config(folder / "config.json")
+    return config, convert_dinov2(read_tensors(folder), config)
+
+
+def read_dinov2_config(source: str | os.PathLike) -> DINOv2Config:
+    """The config of what `load_dinov2` loads; those of published hub ids are known here.
+
+    Raises:
+      WeightError: as `load_dinov2`.
+    """
+    known = PUBLISHED.get(str(source))
+    return _read_config(local_path(source, ("config.json",)) / "config.json") if known is None else known
+
+
+def _read_config(path: Path) -> DINOv2Config:
     try:
-        config = parse_config(json.loads(path.read_text()))
+        return parse_config(json.loads(path.read_text()))
     except (OSError, json.JSONDecodeError) as error:
         raise WeightError(f"{path}: not a readable config.json ({error})") from error
-    return config, convert_dinov2(read_tensors(folder), config)

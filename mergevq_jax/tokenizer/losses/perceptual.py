@@ -108,7 +108,7 @@ _RENAMES = ((r"^net\.slice\d\.", "features."), (r"^lins\.(\d)\.", r"lin\1."), (r
 def lpips_shapes(widths: tuple[int, ...] = VGG16_WIDTHS) -> dict[str, Any]:
     """Shapes and dtypes of the parameters of `LPIPS(widths)`."""
     images = jax.ShapeDtypeStruct((1, 16, 16, 3), jnp.float32)
-    return jax.eval_shape(LPIPS(widths).init, jax.random.key(0), images, images)["params"]
+    return jax.eval_shape(LPIPS(widths).init, jax.eval_shape(jax.random.key, 0), images, images)["params"]
 
 
 def load_lpips(*sources: str | os.PathLike, widths: tuple[int, ...] = VGG16_WIDTHS) -> dict[str, Any]:

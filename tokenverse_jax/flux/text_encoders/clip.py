@@ -13,6 +13,7 @@ from einops import rearrange
 from jaxtyping import Array, Float, Int
 
 from runtime_jax.nn.compute import Compute
+from runtime_jax.nn.gelu import gelu
 from runtime_jax.sharding import Axis, Rule, constrain
 from tokenverse_jax.flux.layers import stacked
 
@@ -135,7 +136,7 @@ class Block(nn.Module):
 
 
 def _activation(config: CLIPTextConfig, x: Array) -> Array:
-    return x * nn.sigmoid(1.702 * x) if config.hidden_act == "quick_gelu" else nn.gelu(x, approximate=False)
+    return x * nn.sigmoid(1.702 * x) if config.hidden_act == "quick_gelu" else gelu(x)
 
 
 def _layer_norm(config: CLIPTextConfig, name: str) -> nn.LayerNorm:
