@@ -101,7 +101,7 @@ def logged(folder, name):
 
 
 def assert_equal(folder, other, *, bits, names=tuple(TRAININGS)):
-    """Bit-equal, or losses within 1e-6 (measured: 2e-7), norms of gradients and parts of losses within 1e-4 (3e-5)."""
+    """Bit-equal, or losses within 1e-6 (measured: 2.1e-7), norms of gradients and parts of losses within 1e-4 (3e-5)."""
     for name in names:
         ours, theirs = logged(folder, name), logged(other, name)
         assert ours.keys() == theirs.keys() and f"{name} 6 loss" in ours
@@ -112,9 +112,10 @@ def assert_equal(folder, other, *, bits, names=tuple(TRAININGS)):
         ours, theirs = load_file(ours), load_file(theirs)
         assert ours.keys() == theirs.keys()
         for key, value in ours.items():
-            rounding = 2**-7 if value.dtype == jnp.bfloat16 else 0.0
+            # Of the second stage's only step, Adam makes 0.01 of any gradient, however small; stored in bfloat16.
+            tolerance = 0 if bits else 3e-4 if value.dtype == jnp.bfloat16 else 1e-5  # measured: 1.2e-4 and 1.1e-6
             one, two = (tensor.astype(np.float32) for tensor in (value, theirs[key]))
-            np.testing.assert_allclose(one, two, rtol=0 if bits else rounding, atol=0 if bits else 1e-5, err_msg=key)
+            np.testing.assert_allclose(one, two, rtol=0, atol=tolerance, err_msg=key)
         pictures = sorted(path.name for path in (folder / name / "images").iterdir())
         assert pictures == sorted(path.name for path in (other / name / "images").iterdir()) and len(pictures) == 2
         for picture in pictures:
