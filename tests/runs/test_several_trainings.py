@@ -142,7 +142,8 @@ def test_several_processes_equal_one_also_after_kills_and_sigterm(root):
         time.sleep(0.1)
     run.send_signal(signal.SIGTERM)
     code, out, err = ended(run, timeout=30)
-    assert code == 143 and f"own checkpoint {folder}/learn/checkpoints/4" in out, err
+    # A checkpoint is written while training goes on, so that of step 4 may be missing.
+    assert code == 143 and re.search(rf"own checkpoint {folder}/learn/checkpoints/[24]\)", out), err
     step = re.search(r"stopped by SIGTERM after step ([2-5]); the same command goes on from there", out)[1]
 
     code, out, err = ended(training(root, 2, folder, ["tokenizer", "generator"], "in-save", "1:4"))
