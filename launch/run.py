@@ -5,7 +5,7 @@
 
 When a process is lost (killed, crashed, its host gone), the supervisors end all others within the timeout and print one
 line that names it and the checkpoint to resume from. Each run of the command resumes where the last one stopped, so
-`--restarts` starts it again by itself.
+`--restarts` starts it again by itself. SIGTERM or SIGINT, sent to one supervisor, goes to the processes of all hosts.
 
 Exit status: 0 all processes succeeded; 75 a process was lost or did not come; 143 or 130 SIGTERM or SIGINT stopped the
 run, which is saved; otherwise that of a process which failed.
@@ -126,7 +126,7 @@ class Supervisor:
     @property
     def asked_to_stop(self) -> bool:
         """Whether a supervisor, here or on another host, was sent a signal."""
-        return self.signal is not None or self.peers.stopped
+        return self.peers.signal is not None
 
     def _start(self, process: Processes) -> subprocess.Popen:
         alone = process.count == 1
@@ -139,7 +139,7 @@ class Supervisor:
         return child
 
     def _forward(self, number: int, frame: Any) -> None:
-        self.signal = number
+        self.signal = self.peers.signal = number
         for child in self.children:
             if child.poll() is None:
                 child.send_signal(number)
@@ -158,9 +158,11 @@ class Supervisor:
                     return Ended(code, f"process {process.index} of {process.count} failed with status {code}")
             if (told := self.peers.told()) is not None:
                 return told
+            if self.signal is None and self.peers.signal is not None:
+                self._forward(self.peers.signal, None)
             if None not in codes:
                 status = max(-code + 128 if code < 0 else code for code in codes)
-                return self.peers.agree(status, stop=self.signal is not None)
+                return self.peers.agree(status)
             if self.signal is not None:
                 stopped_at = stopped_at or time.monotonic()
                 if time.monotonic() - stopped_at > GRACE:
@@ -197,7 +199,7 @@ class Peers:
         self._connections: dict[int, socket.socket] = {}
         self._done: dict[int, int] = {}  # hosts that have ended as they should, and their status
         self._told: Ended | None = None
-        self.stopped = False  # whether a supervisor of another host was sent a signal
+        self.signal: int | None = None  # that one of the supervisors was sent: all pass it on to their processes
         self._lock, self._writing = threading.Lock(), threading.Lock()
         self._closed = threading.Event()
 
@@ -217,6 +219,7 @@ class Peers:
             self._send({})
 
     def _send(self, message: dict[str, Any]) -> None:
+        message = {**message, "signal": self.signal}
         for connection in self._connections.values():
             with self._writing, contextlib.suppress(OSError):
                 connection.sendall(json.dumps(message).encode() + b"\n")
@@ -226,6 +229,7 @@ class Peers:
         try:
             for line in stream:
                 message = json.loads(line)
+                self.signal = self.signal or message["signal"]
                 with self._lock:
                     if "ended" in message:
                         self._told = self._told or Ended(*message["ended"])
@@ -233,7 +237,6 @@ class Peers:
                             self._send(message)
                     if "done" in message:
                         self._done |= {int(host): status for host, status in message["done"].items()}
-                        self.stopped |= message["stop"]
         except (OSError, ValueError):
             pass
         if not self._closed.is_set():
@@ -254,11 +257,8 @@ class Peers:
             self._send({"ended": ended})
             time.sleep(_POLL)  # for the message to leave
 
-    def agree(self, status: int, *, stop: bool) -> Ended:
-        """Waits for the processes of the other hosts to end as well; the largest status of all.
-
-        `stop`: this supervisor was sent a signal, so no host is to start again.
-        """
+    def agree(self, status: int) -> Ended:
+        """Waits for the processes of the other hosts to end as well; the largest status of all."""
         with self._lock:
             self._done[self.hosts.index] = status
         while self._connections:
@@ -266,7 +266,7 @@ class Peers:
                 if self._told is not None:
                     return self._told
                 done = dict(self._done)
-            self._send({"done": done, "stop": stop or self.stopped})
+            self._send({"done": done})
             if len(done) == self.hosts.count:
                 return Ended(max(done.values()), None)
             time.sleep(_POLL)

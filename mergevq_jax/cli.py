@@ -25,7 +25,9 @@ def _command_line() -> CommandLine:
     )
     config_arguments(sub)
 
-    sub = line.command("evaluate", _evaluate, "Measure tokenizers on held-out scenes and photographs, with pictures.")
+    sub = line.command(
+        "evaluate", _evaluate, "Measure tokenizers on held-out scenes and photographs, with pictures.", several=True
+    )
     sub.add_argument(
         "--tokenizer", action="append", help="folder or hub id; several may be given (default: the shipped one)"
     )
@@ -98,7 +100,7 @@ def _command_line() -> CommandLine:
 
 
 def _sample_command(line: CommandLine) -> None:
-    sub = line.command("sample", _sample, "Draw images of classes with a trained generator.")
+    sub = line.command("sample", _sample, "Draw images of classes with a trained generator.", several=True)
     sub.add_argument("--model", default=TINY_GENERATOR, help="shipped name, folder or hub id of a generator")
     sub.add_argument("--tokenizer", help="its tokenizer, if that has moved since training")
     sub.add_argument("--num", type=int, default=64)
@@ -169,7 +171,7 @@ def training(path: str, overrides: Sequence[str]):
     return config_lib.build(TrainConfig, fields, what=f"mergevq train (task={task!r})"), task
 
 
-def _train(args, overrides) -> int:
+def _train(args, overrides) -> None:
     from runtime_jax.workdir import absolute
 
     config, task = training(args.config, overrides)
@@ -178,7 +180,7 @@ def _train(args, overrides) -> int:
     else:
         from mergevq_jax.generator.run import train
     result = train(config, args.workdir)
-    return report_end(f"the {task} is in {absolute(args.workdir) / task}", result.stopped_by, result.step)
+    report_end(f"the {task} is in {absolute(args.workdir) / task}", result.stopped_by, result.step)
 
 
 def _evaluate(args, _) -> None:

@@ -11,6 +11,7 @@ from typing import TextIO
 
 from runtime_jax import hosts
 from runtime_jax.files import AnyPath, path_of
+from runtime_jax.training.stop import StoppedError
 
 # (arguments of a sub-command, overrides of its config) -> exit status, or None for success
 Run = Callable[[argparse.Namespace, list[str]], int | None]
@@ -60,8 +61,14 @@ class CommandLine:
         args, rest = self._parser.parse_known_args(argv)
         command = f"{self.prog} {args.command}"
         try:
-            _meet(args, command, argv)
-            return args.run(args, overrides_of(args, rest, command)) or 0
+            several = _meet(args, command, argv)
+            status = args.run(args, overrides_of(args, rest, command)) or 0
+            if several:
+                hosts.barrier("end")  # at exit JAX waits only five minutes for a process that is still writing
+            return status
+        except StoppedError as stopped:
+            print(stopped)
+            return stopped.status
         except KeyboardInterrupt:
             return 128 + signal.SIGINT
         except BrokenPipeError:
@@ -75,13 +82,16 @@ class CommandLine:
             return 1
 
 
-def _meet(args: argparse.Namespace, command: str, argv: Sequence[str] | None) -> None:
-    """Joins the other processes of the run, if there are any."""
+def _meet(args: argparse.Namespace, command: str, argv: Sequence[str] | None) -> bool:
+    """Joins the other processes of the run, if there are any, and says whether; process 0 prints for all of them."""
     if (processes := hosts.find(os.environ)) is None:
-        return
+        return False
     if not args.several:
         raise ValueError(f"this command runs as one process, but the environment describes {processes.count}")
     hosts.start(processes, [command, *(sys.argv[1:] if argv is None else argv)])
+    if processes.index > 0:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+    return True
 
 
 def _is_closed_pipe(stream: TextIO) -> bool:
@@ -105,13 +115,11 @@ def path(text: str) -> AnyPath:
         raise argparse.ArgumentTypeError(str(error)) from error
 
 
-def report_end(done: str, stopped_by: str | None, step: int) -> int:
-    """Prints `done`, or which signal stopped the run; returns the exit status."""
-    if stopped_by is None:
-        print(done)
-        return 0
-    print(f"stopped by {stopped_by} after step {step}; the same command goes on from there")
-    return 128 + signal.Signals[stopped_by]
+def report_end(done: str, stopped_by: str | None, step: int) -> None:
+    """Prints `done`; raises StoppedError if a signal stopped the run."""
+    if stopped_by is not None:
+        raise StoppedError(stopped_by, f" after step {step}; the same command goes on from there")
+    print(done)
 
 
 def overrides_of(args: argparse.Namespace, rest: Sequence[str], command: str) -> list[str]:

@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Array, Bool
 
 from runtime_jax.messages import cut
-from runtime_jax.sharding import constrain
+from runtime_jax.sharding import constrain, to_host
 
 Flags = Bool[Array, "..."] | Bool[np.ndarray, "..."]
 
@@ -41,7 +41,7 @@ def check_finite(stages: Mapping[str, Flags], params: Mapping[str, Any]) -> None
     if any(isinstance(flags, jax.core.Tracer) for flags in stages.values()):
         return  # traced inside another program, which has no results yet
     for name, flags in stages.items():
-        flags = np.asarray(flags)
+        flags = np.asarray(to_host(flags))
         if not flags.all():
             number = f" {1 + int(np.argmin(flags))} of {flags.size}" if flags.ndim else ""
             raise NotFiniteError(f"not finite from {name}{number} on; {_cause(params)}")

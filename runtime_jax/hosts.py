@@ -13,6 +13,8 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
+
 OWN = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 PORT = 12421  # of the coordinator, where the environment names a host alone
 TIMEOUT = 120.0  # seconds to wait for the other processes
@@ -129,6 +131,8 @@ def start(processes: Processes, program: Sequence[str], timeout: float = TIMEOUT
         initialization_timeout=int(timeout),
         heartbeat_timeout_seconds=max(10, int(timeout)),
     )
+    # Connects them while all are here. Later ones wait as long as it takes, but a first one on CPUs only 30 seconds.
+    barrier("started")
 
 
 def _versions() -> dict[str, str]:
@@ -247,6 +251,23 @@ def barrier(name: str) -> None:
         multihost_utils.sync_global_devices(name)
 
 
+def gather(value: np.ndarray) -> np.ndarray:
+    """The arrays of all processes, of one shape and dtype, stacked in a new first dimension; bit-equal."""
+    from jax.experimental import multihost_utils
+
+    # As bytes: JAX would round float64 to float32.
+    rows = multihost_utils.process_allgather(np.frombuffer(value.tobytes(), np.uint8))
+    return np.frombuffer(rows.tobytes(), value.dtype).reshape(-1, *value.shape)
+
+
+def from_first(value: np.ndarray) -> np.ndarray:
+    """The array of process 0, on all processes; the others' have the same shape and dtype."""
+    from jax.experimental import multihost_utils
+
+    whole = multihost_utils.broadcast_one_to_all(np.frombuffer(value.tobytes(), np.uint8))
+    return np.frombuffer(whole.tobytes(), value.dtype).reshape(value.shape)
+
+
 def check_same(what: str, value: Any) -> None:
     """Checks that a JSON-able value is the same on all processes.
 
@@ -254,13 +275,11 @@ def check_same(what: str, value: Any) -> None:
       HostsError: on every process; names the processes whose value is not that of process 0.
     """
     import jax
-    import numpy as np
-    from jax.experimental import multihost_utils
 
     if jax.process_count() == 1:
         return
     digest = hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).digest()
-    gathered = multihost_utils.process_allgather(np.frombuffer(digest, np.uint8).astype(np.int32))
+    gathered = gather(np.frombuffer(digest, np.uint8))
     if others := [index for index, row in enumerate(gathered) if (row != gathered[0]).any()]:
         raise HostsError(f"{what} of process {', '.join(map(str, others))} is not that of process 0")
 

@@ -6,17 +6,18 @@ The program that runs (train loop, command line) makes the mesh and enters it on
 `constrain`, which does nothing when no mesh is set.
 """
 
+import functools
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from types import EllipsisType
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jax.experimental import mesh_utils
+from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Shaped
 
@@ -293,13 +294,66 @@ def check_batch(name: str, size: int, mesh: Mesh, accumulate: int = 1) -> None:
         raise ValueError(f"{name}={size} is not a multiple of {shown}: {parts}")
 
 
+class Part(NamedTuple):
+    """A process's part of every batch."""
+
+    index: int
+    count: int  # of parts
+
+
+@functools.lru_cache
+def batch_part(mesh: Mesh) -> Part:
+    """Which part of a batch this process feeds: processes that share weights over `tensor` feed the same rows.
+
+    Raises:
+        ValueError: the rows of two processes overlap, or differ in number.
+    """
+    rows: dict[int, list[int]] = {}
+    splits = math.prod(mesh.shape[axis] for axis in _SPLIT_OVER[Axis.BATCH])
+    for device, (row,) in batch_sharding(mesh).devices_indices_map((splits,)).items():
+        rows.setdefault(device.process_index, []).append(row.start or 0)
+    parts = {process: tuple(sorted(set(own))) for process, own in rows.items()}
+    distinct = sorted(set(parts.values()))
+    if len({len(part) for part in distinct}) > 1 or sum(map(len, distinct)) != splits:
+        raise ValueError(f"mesh {dict(mesh.shape)}: batches do not split evenly over {len(rows)} processes")
+    return Part(distinct.index(parts[jax.process_index()]), len(distinct))
+
+
+def own_rows(
+    batches: Iterable[Mapping[str, Shaped[np.ndarray, "B ..."]]], mesh: Mesh
+) -> Iterator[dict[str, Shaped[np.ndarray, "rows ..."]]]:
+    """This process's rows of batches that every process makes as a whole.
+
+    Raises:
+        ValueError: the batch axes do not divide a batch.
+    """
+    index, count = batch_part(mesh)
+    for batch in batches:
+        for name, value in batch.items():
+            check_batch(f"len(batch[{name!r}])", len(value), mesh)
+        yield {name: np.split(value, count)[index] for name, value in batch.items()}
+
+
 def shard_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, Array]:
-    """Global device arrays [B, ...], split over the batch axes, from this process's rows [B / processes, ...].
+    """Global device arrays [B, ...], split over the batch axes, from this process's part of the rows (`batch_part`).
 
     Raises:
         ValueError: the batch axes do not divide the global batch.
     """
     sharding = batch_sharding(mesh)
     for name, value in batch.items():
-        check_batch(f"len(batch[{name!r}])", len(value) * jax.process_count(), mesh)
+        check_batch(f"len(batch[{name!r}])", len(value) * batch_part(mesh).count, mesh)
     return {name: jax.make_array_from_process_local_data(sharding, value) for name, value in batch.items()}
+
+
+def to_host(tree: Any) -> Any:
+    """Device arrays, also those that lie on several processes, as host arrays, whole on every process.
+
+    All processes call it together.
+    """
+
+    def whole(leaf: Any) -> Any:
+        apart = isinstance(leaf, jax.Array) and not (leaf.is_fully_addressable or leaf.is_fully_replicated)
+        return multihost_utils.process_allgather(leaf, tiled=True) if apart else leaf
+
+    return jax.device_get(jax.tree.map(whole, tree))

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from orbax.checkpoint._src.path.atomicity import CommitFileTemporaryPath
+from hooked import kill_while_saving
 
 from runtime_jax import hosts
 from runtime_jax.config import Duration
@@ -151,23 +151,6 @@ def slowed(seconds: float) -> Callable[[int], Iterator]:
     return stream
 
 
-def die_while_saving(step: int) -> None:
-    """Makes the process die when the checkpoint of this step is all written and about to get its final name or mark."""
-    rename, finalize = os.rename, CommitFileTemporaryPath.finalize
-
-    def rename_or_die(source: Any, target: Any) -> None:
-        if Path(target).name == str(step):
-            os.kill(os.getpid(), signal.SIGKILL)
-        rename(source, target)
-
-    async def finalize_or_die(temporary: CommitFileTemporaryPath) -> None:
-        if temporary.get_final().name == str(step):
-            os.kill(os.getpid(), signal.SIGKILL)
-        await finalize(temporary)
-
-    os.rename, CommitFileTemporaryPath.finalize = rename_or_die, finalize_or_die
-
-
 if __name__ == "__main__":
     folder, how, when = sys.argv[1:]
     processes = hosts.find(os.environ)
@@ -175,11 +158,10 @@ if __name__ == "__main__":
         hosts.start(processes, sys.argv[1:], timeout=60.0)
     if how == "in-save-once":
         how = "whole" if (path_of(folder) / "checkpoints").exists() else "in-save"
-    if processes is not None and how in ("in-step", "in-save"):  # one of several dies; process 0 completes a checkpoint
-        victim = 0 if how == "in-save" else processes.count - 1
-        how = how if processes.index == victim else "whole"
+    if processes is not None and processes.index > 0 and how == "in-save":  # process 0 completes a checkpoint
+        how = "whole"
     if how == "in-save":
-        die_while_saving(int(when))
+        kill_while_saving(int(when))
     stream = signalled(signal.SIGKILL, int(when)) if how == "in-step" else batches
     if how == "slowly":
         stream = slowed(float(when))

@@ -69,7 +69,9 @@ def _command_line() -> CommandLine:
     _sampling_arguments(sub)
     sub.add_argument("--out", type=path, default=Path("runs/direction"))
 
-    sub = line.command("learn", _learn, "Learn an image's concepts, or resume; any config value: --config.a.b=value.")
+    sub = line.command(
+        "learn", _learn, "Learn an image's concepts, or resume; any config value: --config.a.b=value.", several=True
+    )
     config_arguments(sub)
 
     sub = line.command("concepts", _concepts, "List concept files.")
@@ -87,7 +89,9 @@ def _command_line() -> CommandLine:
     sub = line.command("bench", _bench, "Learn, draw and measure concepts on mini_scenes, or resume.")
     config_arguments(sub)
 
-    sub = line.command("train-base", _train_base, "Train the tiny FLUX pipeline on mini_scenes, or resume.")
+    sub = line.command(
+        "train-base", _train_base, "Train the tiny FLUX pipeline on mini_scenes, or resume.", several=True
+    )
     config_arguments(sub)
     return line
 
@@ -189,12 +193,12 @@ def _build(cls: type, args, overrides: list[str]):
     return config_lib.build(cls, fields, what=f"tokenverse {args.command}")
 
 
-def _learn(args, overrides) -> int:
+def _learn(args, overrides) -> None:
     from runtime_jax.workdir import absolute
     from tokenverse_jax.commands.learn import CONCEPT_FILE, LearnRunConfig, learn
 
     result = learn(_build(LearnRunConfig, args, overrides), args.workdir)
-    return report_end(f"the concepts are in {absolute(args.workdir) / CONCEPT_FILE}", result.stopped_by, result.step)
+    report_end(f"the concepts are in {absolute(args.workdir) / CONCEPT_FILE}", result.stopped_by, result.step)
 
 
 def _concepts(args, _) -> None:
@@ -218,12 +222,12 @@ def _bench(args, overrides) -> None:
     print(f"the report is in {bench(_build(BenchConfig, args, overrides), args.workdir)}")
 
 
-def _train_base(args, overrides) -> int:
+def _train_base(args, overrides) -> None:
     from runtime_jax.workdir import absolute
     from tokenverse_jax.base.run import FOLDER, BaseConfig, train
 
     result = train(_build(BaseConfig, args, overrides), args.workdir)
-    return report_end(f"the model is in {absolute(args.workdir) / FOLDER}", result.stopped_by, result.step)
+    report_end(f"the model is in {absolute(args.workdir) / FOLDER}", result.stopped_by, result.step)
 
 
 if __name__ == "__main__":

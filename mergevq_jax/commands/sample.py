@@ -1,6 +1,7 @@
 """`mergevq sample`: images of classes by a trained generator, with a protocol to draw them again.
 
-Each batch is a file in `parts` until all are there; a stopped run resumes at the first missing one.
+Each batch is a file in `parts` until all are there; a stopped run resumes at the first missing one. Of n processes,
+which share the folder, process i draws the batches i, i + n, ... on its own devices.
 
 Axes: B batch, N images, H W image, L raster tokens.
 """
@@ -22,10 +23,12 @@ from mergevq_jax.generator.model import GeneratorInfo, GeneratorModel, load_gene
 from mergevq_jax.generator.sampling.plan import DrawPlan, SamplingConfig
 from mergevq_jax.tokenizer.model import Tokenizer, read_tokenizer_config
 from runtime_jax import config as config_lib
+from runtime_jax import hosts
 from runtime_jax.files import AnyPath, remove_tree, replacing, write_json
 from runtime_jax.nn.compute import Compute
 from runtime_jax.pictures import dim_tokens, image_grid, loss_curve, save_png
 from runtime_jax.sharding import MeshConfig, make_mesh
+from runtime_jax.training.stop import Stop
 from runtime_jax.workdir import check_free, only_writer
 
 CLAIM_NAME = "samples.json"
@@ -77,16 +80,17 @@ def sample(
     samples.npz is in ADM's layout: arr_0 uint8 [N, H, W, 3], and arr_1 int [N], the labels.
 
     Args:
-      mesh: over all devices; a batch is split over as many of its data axis as divide it.
+      mesh: over the devices of each process; a batch is split over as many of its data axis as divide it.
 
     Raises:
       ValueError: no such generator, tokenizer or class, impossible settings, or `out` holds parts of other samples;
         before any compilation.
       WorkdirError: `out` cannot be written, or another run is writing it.
       NotFiniteError: logits or pixels that are not finite.
+      StoppedError: by a signal; drawn batches are kept.
     """
-    with only_writer(out):
-        devices = make_mesh(mesh)
+    with only_writer(out), Stop() as stop:
+        devices = make_mesh(mesh, jax.local_devices())
         info = read_info(source)  # what is impossible is found before the weights are read
         labels, parts = _labels(info, request), out / "parts"
         plan = _plan(info, request, compute, show_cache=show_cache)
@@ -101,14 +105,22 @@ def sample(
         model = load_generator(source, compute=compute)
         loaded = model.load_tokenizer(tokenizer)
         made_by = {"device": jax.devices()[0].device_kind, "mesh": dict(devices.shape), "jax": jax.__version__}
-        _claim(parts, {"fingerprint": model.fingerprint(), "compute": compute, "request": request, **made_by})
+        wanted = {"fingerprint": model.fingerprint(), "compute": compute, "request": request, **made_by}
+        hosts.check_same("what is to be drawn", config_lib.to_dict(wanted))
+        if jax.process_index() == 0:
+            _claim(parts, wanted)
+        hosts.barrier("claimed")
         try:
-            with jax.set_mesh(devices):
-                drawn = draw(model.place(devices), loaded, request, labels, parts)
+            with jax.set_mesh(devices), stop.parts("; the same command draws the batches that are missing"):
+                draw(model.place(devices), loaded, request, labels, parts, stop)
         except BaseException:
-            if not any(parts.glob("[0-9]*.npz")):  # nothing to resume from
+            if jax.process_index() == 0 and not any(parts.glob("[0-9]*.npz")):  # nothing to resume from
                 remove_tree(parts)
             raise
+        done = f"{request.num} images are in {out}"
+        if jax.process_index() > 0:
+            return done
+        drawn = _joined(parts, labels, request.batch_size)
         names = [info.classes[label] if info.classes else str(label) for label in drawn.labels.tolist()]
 
         (out / "protocol.json").unlink(missing_ok=True)  # it describes the images beside it
@@ -142,10 +154,10 @@ def sample(
         (parts / CLAIM_NAME).unlink()  # first: parts without it are deleted by the next run
         remove_tree(parts)
         if drawn.cache is None:
-            return f"{request.num} images are in {out}"
+            return done
         evicted, length = drawn.cache.overflows.mean(), info.architecture.length
         evictions = f"on average {evicted:.3g} of an image's {length} tokens were evicted from the KV cache"
-        return f"{request.num} images are in {out}; {evictions}"
+        return f"{done}; {evictions}"
 
 
 def _plan(info: GeneratorInfo, request: Request, compute: Compute, *, show_cache: bool) -> DrawPlan:
@@ -176,28 +188,38 @@ def _labels(info: GeneratorInfo, request: Request) -> Int[np.ndarray, "N"]:
 
 
 def draw(
-    model: GeneratorModel, tokenizer: Tokenizer, request: Request, labels: Int[np.ndarray, "N"], parts: AnyPath
-) -> Drawn:
-    """Draws all batches that are not in `parts`; they have one size, so there is one program."""
+    model: GeneratorModel,
+    tokenizer: Tokenizer,
+    request: Request,
+    labels: Int[np.ndarray, "N"],
+    parts: AnyPath,
+    stop: Stop,
+) -> None:
+    """Draws this process's batches that are not in `parts`; they have one size, so there is one program."""
     size = request.batch_size
-    batches = -(-request.num // size)
-    padded = np.resize(labels, batches * size)
-    paths = [parts / f"{number:06d}.npz" for number in range(batches)]
-    missing = [number for number, path in enumerate(paths) if not path.exists()]
-    for number in tqdm(missing, initial=batches - len(missing), total=batches, desc="batches", disable=None):
+    paths = _paths(parts, request.num, size)
+    padded = np.resize(labels, len(paths) * size)
+    mine = range(jax.process_index(), len(paths), jax.process_count())
+    missing = [number for number in mine if not paths[number].exists()]
+    shown = {"desc": "batches", "disable": None if jax.process_index() == 0 else True}
+    for number in tqdm(missing, initial=len(mine) - len(missing), total=len(mine), **shown):
+        stop.check()
         examples = np.arange(number * size, (number + 1) * size, dtype=np.int32)
         begin = time.perf_counter()
         images, cache = jax.device_get(_draw_batch(model, tokenizer, request, padded[examples], examples))
         seconds = {"seconds": time.perf_counter() - begin, "compiled": number == missing[0]}
         with replacing(paths[number]) as new:
             np.savez(new, images=images, **({} if cache is None else cache._asdict()), **seconds)
-    return _joined(paths, labels, size)
 
 
-def _joined(paths: Sequence[AnyPath], labels: Int[np.ndarray, "N"], size: int) -> Drawn:
+def _paths(parts: AnyPath, num: int, size: int) -> list[AnyPath]:
+    return [parts / f"{number:06d}.npz" for number in range(-(-num // size))]
+
+
+def _joined(parts: AnyPath, labels: Int[np.ndarray, "N"], size: int) -> Drawn:
     whole: dict[str, np.ndarray] = {}
     timed = []
-    for start, path in zip(range(0, len(labels), size), paths, strict=True):
+    for start, path in zip(range(0, len(labels), size), _paths(parts, len(labels), size), strict=True):
         with path.open("rb") as file, np.load(file) as arrays:
             timed.append((float(arrays["seconds"]), bool(arrays["compiled"])))
             for name in ("images", *(CacheUse._fields if "kept" in arrays else ())):

@@ -22,6 +22,7 @@ from runtime_jax import hosts
 from runtime_jax.data import SourceConfig, center_crop, open_source
 from runtime_jax.files import AnyPath, replacing, write_json
 from runtime_jax.messages import cut
+from runtime_jax.training.stop import Stop
 from runtime_jax.workdir import only_writer
 
 TEN_CROP_SCALE = 1.1  # side of the picture that is cropped, in sides of a crop
@@ -41,16 +42,17 @@ def tokenize(
 
     With several `views`, each image has codes for each of them, see `views_of`. Unreadable images of a folder are left
     out and counted, in the summary and finally in tokens.json. Of several processes, which must share `out`, process i
-    of n writes the shards i, i + n, ...
+    of n writes the shards i, i + n, ... SIGTERM and SIGINT end the work after the current batch.
 
     Raises:
       ValueError: no such source, an impossible K, or `out` holds codes of another tokenizer, source or K.
       WorkdirError: `out` cannot be written, or another run is writing it.
       NotFiniteError: features that are not finite, which have no codes.
+      StoppedError: by a signal; complete shards are kept.
     """
     if batch_size < 1 or shard_size < 1:
         raise ValueError(f"--batch-size {batch_size} and --shard-size {shard_size}: at least 1")
-    with only_writer(out):
+    with only_writer(out), Stop() as stop:
         config = read_tokenizer_config(tokenizer)
         keep = config.keep if keep is None else keep
         config.merge_counts(config.raw_tokens, keep)
@@ -68,23 +70,25 @@ def tokenize(
             "shard_size": shard_size,
             **({} if views == "one" else {"views": views}),  # the folder of one view is as it always was
         }
+        hosts.check_same("what is to be tokenized", info)
         if jax.process_index() == 0:
             _claim(out, info)
         hosts.barrier("claimed")
         mine = range(jax.process_index(), shards, jax.process_count())
-        for shard in tqdm(mine, desc="shards", disable=None if jax.process_index() == 0 else True):
-            path = out / f"tokens-{shard:05d}-of-{shards:05d}.array_record"
-            if not path.exists():
-                _write_shard(
-                    path,
-                    loaded,
-                    images,
-                    range(shard * shard_size, min(len(images), (shard + 1) * shard_size)),
-                    keep,
-                    batch_size,
-                    views,
-                )
-        hosts.barrier("tokenized")
+        with stop.parts(f"; complete shards are in {out}, and the same command writes the others"):
+            for shard in tqdm(mine, desc="shards", disable=None if jax.process_index() == 0 else True):
+                path = out / f"tokens-{shard:05d}-of-{shards:05d}.array_record"
+                if not path.exists():
+                    _write_shard(
+                        path,
+                        loaded,
+                        images,
+                        range(shard * shard_size, min(len(images), (shard + 1) * shard_size)),
+                        keep,
+                        batch_size,
+                        views,
+                        stop,
+                    )
         # Counted from the shards, so that a resumed run gives the same number.
         count = sum(1 for _ in read_tokens(out))
         unreadable = len(images) - count
@@ -121,10 +125,18 @@ def _claim(out: AnyPath, info: dict) -> None:
 
 
 def _write_shard(
-    path: AnyPath, tokenizer: Tokenizer, images, indices: range, keep: int, batch_size: int, views: Views
+    path: AnyPath,
+    tokenizer: Tokenizer,
+    images,
+    indices: range,
+    keep: int,
+    batch_size: int,
+    views: Views,
+    stop: Stop,
 ) -> None:
     with replacing(path) as new, contextlib.closing(ArrayRecordWriter(str(new), "group_size:1")) as writer:
         for start in range(indices.start, indices.stop, batch_size):
+            stop.check()
             chosen = list(indices[start - indices.start : start - indices.start + batch_size])
             for record in _records(tokenizer, images, chosen, keep, batch_size, views):
                 writer.write(record)

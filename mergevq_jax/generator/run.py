@@ -166,7 +166,7 @@ def train(config: TrainConfig, workdir: str | os.PathLike) -> loop.Result:
                 config_class=TrainConfig,
                 total_steps=total_steps,
                 batch_size=batch_size,
-                batches=lambda step: generator_data.make_batches(config.data, draw, step, **_hosts()),
+                batches=lambda step: generator_data.make_batches(config.data, draw, step, **_part(mesh)),
                 dtype=config.compute.dtype,
                 variant=draw,
                 preview=run.preview,
@@ -213,8 +213,9 @@ def check(config: TrainConfig, tokenizer: Tokenizer) -> GeneratorInfo:
     return info
 
 
-def _hosts() -> dict[str, int]:
-    return {"process_index": jax.process_index(), "process_count": jax.process_count()}
+def _part(mesh: jax.sharding.Mesh) -> dict[str, int]:
+    index, count = sharding.batch_part(mesh)
+    return {"process_index": index, "process_count": count}
 
 
 def make_program(config: stage2.StepConfig, optimizer: Optimizer, mesh: jax.sharding.Mesh, tokenizer: Any) -> Program:
@@ -266,23 +267,21 @@ class Run:
     def averaged(self, state: stage2.TrainState) -> GeneratorModel:
         """The generator with the averaged parameters, on the host."""
         model = self._model(state)
-        params, starts = jax.device_get(self._on_every_device((model.params, model.start_counts)))
+        params, starts = sharding.to_host((model.params, model.start_counts))
         return dataclasses.replace(model, params=params, start_counts=starts)
 
     def _model(self, state: stage2.TrainState) -> GeneratorModel:
         starts = state.group_starts if isinstance(state, stage2.CountingState) else None
         return GeneratorModel(self._info, state.ema, starts, self._config.compute)
 
-    def _on_every_device(self, tree: Any) -> Any:
-        """Replicates arrays, so that each host can read them."""
-        return jax.jit(lambda tree: tree, out_shardings=sharding.replicated(self._mesh))(tree)
-
     def evaluate(self, state: stage2.TrainState, step: int) -> dict[str, float]:
         """Held-out losses and accuracies at each K, always on the same images."""
         config = self._config.evaluation
         results = {}
         for keep in self._config.evaluated_keeps:
-            batches = generator_data.make_batches(config.data, functools.partial(_constant, keep), 0, **_hosts())
+            batches = generator_data.make_batches(
+                config.data, functools.partial(_constant, keep), 0, **_part(self._mesh)
+            )
             with contextlib.closing(batches):
                 means = [
                     self._losses(state.ema, self.program.frozen, sharding.shard_batch(batch, self._mesh), keep=keep)
@@ -299,8 +298,7 @@ class Run:
         labels = np.repeat(np.arange(rows), columns)
         number, seed = self._config.preview_keep, self._config.seed
         drawn = model.sample(labels, number, sampling=config.sampling, seed=seed, steps=config.sampling_steps)
-        images = KINDS[self._config.kind].images(self._tokenizer, drawn)
-        images = np.asarray(self._on_every_device(images))
+        images = sharding.to_host(KINDS[self._config.kind].images(self._tokenizer, drawn))
         grid = [list(row) for row in np.split(images, rows)]
         return {"samples": image_grid(grid, row_labels=self._info.classes[:rows])}
 

@@ -1,17 +1,20 @@
 """Reconstructions at several K, as numbers and as a picture with the merged groups outlined."""
 
-import functools
+import contextlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import jax
 import numpy as np
 from jaxtyping import UInt8
 from tqdm import tqdm
 
 from mergevq_jax.evaluate.reconstruction import CodeUsage, psnr
 from mergevq_jax.tokenizer.model import Tokenizer
+from runtime_jax import hosts
 from runtime_jax.estimate import Estimate, estimate
 from runtime_jax.pictures import image_grid, outline_groups
+from runtime_jax.training.stop import Stop
 
 Images = UInt8[np.ndarray, "N H W 3"]
 
@@ -27,28 +30,48 @@ class Reconstruction:
 
 
 def measure(
-    tokenizer: Tokenizer, images: Images, keeps: Sequence[int], *, batch_size: int, independent: bool = True
+    tokenizer: Tokenizer,
+    images: Images,
+    keeps: Sequence[int],
+    *,
+    batch_size: int,
+    independent: bool = True,
+    stop: Stop | None = None,
 ) -> list[Reconstruction]:
-    """PSNR and code usage at every K; with confidence intervals if the images are `independent`."""
+    """PSNR and code usage at every K; with confidence intervals if the images are `independent`.
+
+    With `stop`, each of several processes measures its own share of the batches, and a signal ends the work.
+
+    Raises:
+      StoppedError: by a signal.
+    """
     config, results = tokenizer.config, []
     recovers = config.recovery is not None and images.shape[1:3] == (config.resolution, config.resolution)
+    starts, quiet = range(0, len(images), batch_size), True if jax.process_index() > 0 else None
+    if stop is not None:
+        starts = starts[jax.process_index() :: jax.process_count()]
     for keep in keeps:
-        usage, values, recovered = CodeUsage(config.vocab_size), [], []
-        for start in tqdm(range(0, len(images), batch_size), desc=f"K={keep}", leave=False, disable=None):
-            batch = images[start : start + batch_size]
-            tokens = tokenizer.encode(_padded(batch, batch_size), keep=keep)
-            usage.update(np.asarray(tokens.indices)[: len(batch)])
-            values.append(psnr(np.asarray(tokenizer.decode(tokens))[: len(batch)], batch))
-            if recovers:
-                guessed = tokens.replace(source_map=tokenizer.recover(tokens.indices))
-                recovered.append(psnr(np.asarray(tokenizer.decode(guessed))[: len(batch)], batch))
-        mean = functools.partial(estimate, independent=independent)
-        recovered_psnr = mean(np.concatenate(recovered)) if recovers else None
-        results.append(Reconstruction(keep, mean(np.concatenate(values)), recovered_psnr, usage))
+        usage, values = CodeUsage(config.vocab_size), np.zeros((2, len(images)))
+        with contextlib.nullcontext() if stop is None else stop.parts("; the same command starts anew"):
+            for start in tqdm(starts, desc=f"K={keep}", leave=False, disable=quiet):
+                if stop is not None:
+                    stop.check()
+                batch = images[start : start + batch_size]
+                tokens = tokenizer.encode(_padded(batch, batch_size), keep=keep)
+                usage.update(np.asarray(tokens.indices)[: len(batch)])
+                rows = slice(start, start + batch_size)
+                values[0, rows] = psnr(np.asarray(tokenizer.decode(tokens))[: len(batch)], batch)
+                if recovers:
+                    guessed = tokens.replace(source_map=tokenizer.recover(tokens.indices))
+                    values[1, rows] = psnr(np.asarray(tokenizer.decode(guessed))[: len(batch)], batch)
+        if stop is not None:  # what other processes measured is zero here
+            values, usage.counts = (hosts.gather(part).sum(axis=0) for part in (values, usage.counts))
+        direct, recovered = (estimate(row, independent=independent) for row in values)
+        results.append(Reconstruction(keep, direct, recovered if recovers else None, usage))
     return results
 
 
-def _padded(images: Images, batch_size: int) -> Images:
+def _padded(images: Images, batch_size: int) -> UInt8[np.ndarray, "padded H W 3"]:
     """Fills the last batch with copies of the last image, so that one compiled program serves any number of images."""
     missing = -len(images) % batch_size
     return np.concatenate([images, np.repeat(images[-1:], missing, axis=0)])

@@ -142,6 +142,7 @@ def train(config: TrainConfig, workdir: str | os.PathLike) -> loop.Result:
             part = batch_size // config.accumulate
             notes.append(f"accumulate={config.accumulate}: each part of {part} images has its own {', '.join(terms)}")
         evaluation = _Evaluation(config, images)
+        index, count = sharding.batch_part(mesh)
         with jax.set_mesh(mesh):
             program = make_program(step_config, optimizers, mesh, sharding.replicate(frozen, mesh))
             result = fit(
@@ -151,9 +152,7 @@ def train(config: TrainConfig, workdir: str | os.PathLike) -> loop.Result:
                 resolved_config=config_lib.to_dict(config),
                 total_steps=total_steps,
                 batch_size=batch_size,
-                batches=lambda step: make_batches(
-                    config.batches(), step, process_index=jax.process_index(), process_count=jax.process_count()
-                ),
+                batches=lambda step: make_batches(config.batches(), step, process_index=index, process_count=count),
                 dtype=config.compute.dtype,
                 variant=functools.partial(draw_keep, config.merge_ratio, config.seed),
                 preview=evaluation.preview,
@@ -165,7 +164,7 @@ def train(config: TrainConfig, workdir: str | os.PathLike) -> loop.Result:
                 may_differ=("data.num_workers", "data.sources.*.data_dir", "data.sources.*.path"),
                 notes=notes,
             )
-            ema = jax.device_get(jax.jit(lambda ema: ema, out_shardings=sharding.replicated(mesh))(result.state.ema))
+            ema = sharding.to_host(result.state.ema)
             if jax.process_index() == 0:
                 Tokenizer(config.model, ema).save_pretrained(workdir / MODEL_FOLDER)
         return result

@@ -18,13 +18,13 @@ def main(argv: list[str] | None = None) -> int:
     return line.main(argv)
 
 
-def _train(args: argparse.Namespace, overrides: list[str]) -> int:
+def _train(args: argparse.Namespace, overrides: list[str]) -> None:
     from mini_scenes.judge.run import WEIGHTS, TrainConfig, train
     from runtime_jax import config
     from runtime_jax.workdir import absolute
 
     result = train(config.build(TrainConfig, config.load(args.config, overrides, new_keys=True)), args.workdir)
-    return report_end(f"the judge is in {absolute(args.workdir) / WEIGHTS}", result.stopped_by, result.step)
+    report_end(f"the judge is in {absolute(args.workdir) / WEIGHTS}", result.stopped_by, result.step)
 
 
 def _evaluate(args: argparse.Namespace, _: list[str]) -> None:

@@ -132,7 +132,9 @@ def read_batches(
     local_size, rest = divmod(batch_size, process_count)
     if rest:
         raise ValueError(f"data.batch_size is {batch_size}, {process_count} hosts do not divide it")
-    mine = stream.batch(local_size, batch_fn=stack)[start_step * process_count + process_index :: process_count]
+    # Without drop_remainder, Grain's length of an endless stream of batches of 1 overflows.
+    whole = stream.batch(local_size, drop_remainder=True, batch_fn=stack)
+    mine = whole[start_step * process_count + process_index :: process_count]
     threads = 0 if num_workers else 2
     batches = mine.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads))
     if num_workers:

@@ -6,23 +6,20 @@ never waits for the host, which still sees the metrics of every step.
 
 import contextlib
 import os
-import signal
-import threading
 import time
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from dataclasses import dataclass
-from types import FrameType
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 
 from runtime_jax.config import Duration
 from runtime_jax.sharding import shard_batch
 from runtime_jax.training.checkpoint import Checkpointer
 from runtime_jax.training.logging import IntervalMeans, MetricWriter, Progress, Stopwatch
 from runtime_jax.training.program import Program
+from runtime_jax.training.stop import Stop
 from runtime_jax.workdir import output_folder
 
 Batch = Mapping[str, Any]
@@ -133,7 +130,7 @@ class Loop:
             self.stream = self.batches(start_step)
             if hasattr(self.stream, "close"):
                 stack.callback(self.stream.close)
-            self.stop = stack.enter_context(_Stop())
+            self.stop = stack.enter_context(Stop(by_step=True))
             if carried:  # the interval that was open when this run's own checkpoint was saved
                 self.means.restore(carried["means"])
                 self.skipped_in_a_row = carried["skipped_in_a_row"]
@@ -261,42 +258,3 @@ class Loop:
         self.writer.sync()
         carried = {"means": self.means.carried(), "skipped_in_a_row": self.skipped_in_a_row, "looked": looked}
         self.checkpointer.save(number, state, self.resolved_config, carried)
-
-
-class _Stop(contextlib.AbstractContextManager):
-    """Turns the first SIGTERM or SIGINT into a request to stop; a later one has its usual effect.
-
-    Within a second it has none: launchers and clusters may both send the same signal.
-    """
-
-    def __init__(self) -> None:
-        self.name: str | None = None
-        self._at = 0.0
-        self._before: dict[int, Any] = {}
-
-    def __enter__(self) -> "_Stop":
-        # With several processes JAX's own handler makes them agree on the step. Only the main thread may set handlers.
-        if jax.process_count() == 1 and threading.current_thread() is threading.main_thread():
-            self._before = {number: signal.signal(number, self._handle) for number in (signal.SIGTERM, signal.SIGINT)}
-        return self
-
-    def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self.name is None:
-            self.name, self._at = signal.Signals(number).name, time.monotonic()
-        elif time.monotonic() - self._at > 1.0:
-            self._restore()
-            signal.raise_signal(number)
-
-    def _restore(self) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-        self._before = {}
-
-    def requested(self, number: int) -> bool:
-        """Whether to stop after this step; the same answer on every process."""
-        if jax.process_count() > 1 and multihost_utils.reached_preemption_sync_point(number):
-            self.name = "SIGTERM"
-        return self.name is not None
-
-    def __exit__(self, *exc_info: object) -> None:
-        self._restore()

@@ -102,6 +102,7 @@ def train_network(
 
     Args:
       init: makes new parameters; traced here.
+      batches: as in `loop.Loop`, but of whole batches on every process.
       preview, evaluate: as in `loop.Loop`, of the averaged parameters.
       variant: step -> key; steps of one key have batches of the same shapes.
     """
@@ -123,7 +124,7 @@ def train_network(
             resolved_config=resolved_config,
             total_steps=total_steps,
             batch_size=config.batch_size,
-            batches=batches,
+            batches=lambda step: sharding.own_rows(batches(step), mesh),
             dtype=dtype,
             variant=variant,
             preview=preview and (lambda state, number: preview(state.ema, number)),

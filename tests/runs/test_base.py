@@ -11,12 +11,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from several_tools import ended, launched, write_config
 from tiny_pipeline import random_params
 
 from mini_scenes import CLASSES, COLORS, TEXTURES, SceneObject, caption, example_scene, full_caption
 from runtime_jax import config as config_lib
 from runtime_jax import sharding
 from runtime_jax.nn.compute import Compute
+from runtime_jax.training import loop
 from runtime_jax.training.network import train_network
 from tokenverse_jax.base import corpus, run, text_to_image, vae
 from tokenverse_jax.base.corpus import CaptionConfig, Corpus, describe
@@ -346,14 +348,27 @@ def test_a_training_spreads_its_batches_over_all_devices(tmp_path):
     np.testing.assert_allclose(result.state.params["w"], np.full((3, 1), 2e-3), rtol=1e-2)  # Adam's two steps
 
 
-def test_a_run_leaves_a_pipeline_and_goes_on_where_it_was(tmp_path, monkeypatch):
-    # Programs for one device compile faster; the test above has eight.
-    one_device = functools.partial(sharding.make_mesh, devices=jax.devices()[:1])
-    monkeypatch.setattr(sharding, "make_mesh", one_device)
-    config = _config()
-    result = run.train(config, tmp_path)
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """The workdir of a whole run, and how to run it again."""
+    workdir = tmp_path_factory.mktemp("base")
+
+    def train() -> loop.Result:
+        # Programs for few devices compile faster; the test above has eight.
+        two_devices = functools.partial(sharding.make_mesh, devices=jax.devices()[:2])
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sharding, "make_mesh", two_devices)
+            return run.train(_config(), workdir)
+
+    result = train()
     assert (result.step, result.stopped_by) == (2, None)
-    pipeline = Pipeline.from_pretrained(tmp_path / "pipeline")
+    return workdir, train
+
+
+def test_a_run_leaves_a_pipeline_and_goes_on_where_it_was(trained):
+    workdir, train = trained
+    config = _config()
+    pipeline = Pipeline.from_pretrained(workdir / "pipeline")
     assert pipeline.text_length == 40
     tokens = pipeline.encode_images(corpus.draw(corpus.rows(0, "train", range(8)), SIZE))
     np.testing.assert_allclose([tokens.mean(), tokens.std()], [0, 1], atol=2e-2)  # what scaling and shift are for
@@ -361,7 +376,22 @@ def test_a_run_leaves_a_pipeline_and_goes_on_where_it_was(tmp_path, monkeypatch)
     before = text_to_image.init_params(networks, 0)["t5"]["shared"]["embedding"]
     after = np.asarray(pipeline.t5.params["shared"]["embedding"], np.float32)
     assert np.abs(after - before).max() > 0.3  # T5 has read, at the higher learning rate
-    written = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*.npy")}
-    assert len(written) == 2 and list(tmp_path.glob("text_to_image/**/*.png"))
-    again = run.train(config, tmp_path)
-    assert again.step == 2 and {path: path.stat().st_mtime_ns for path in tmp_path.glob("*.npy")} == written
+    written = {path: path.stat().st_mtime_ns for path in workdir.glob("*.npy")}
+    assert len(written) == 2 and list(workdir.glob("text_to_image/**/*.png"))
+    again = train()
+    assert again.step == 2 and {path: path.stat().st_mtime_ns for path in workdir.glob("*.npy")} == written
+
+
+@pytest.mark.slow
+def test_two_processes_train_the_same(trained, tmp_path):
+    write_config(tmp_path / "config.py", config_lib.to_dict(_config()))
+    options = ["--config", str(tmp_path / "config.py"), "--workdir", str(tmp_path / "run")]
+    code, _, err = ended(launched(2, ["-m", "tokenverse_jax.cli", "train-base", *options], devices=1))
+    assert code == 0, err
+    for stage in ("vae", "reading", "text_to_image"):
+        ours, theirs = (
+            [json.loads(line)["loss"] for line in (path / stage / "metrics.jsonl").read_text().splitlines()]
+            for path in (tmp_path / "run", trained[0])
+        )
+        np.testing.assert_allclose(ours, theirs, rtol=1e-5)
+    assert Pipeline.from_pretrained(tmp_path / "run" / "pipeline").text_length == 40

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import re
+import signal
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from tiny_pipeline import write_tiny_pipeline
 from mini_scenes import BACKGROUNDS, TEXTURES, Scene, accent_of, render_scene
 from mini_scenes.judge import Judge, Seen, parse_caption
 from runtime_jax.training.optimizer import OptimizerConfig
+from runtime_jax.training.stop import StoppedError
 from tokenverse_jax.bench.appearance import Appearance, light_likeness, object_likeness
 from tokenverse_jax.bench.cases import Case, make_cases, make_images
 from tokenverse_jax.bench.metrics import View, measure
@@ -305,6 +307,19 @@ def test_a_whole_run_resumes_and_refuses_another_config(tmp_path, monkeypatch):
     file = folder / "tokenizer_2" / "tokenizer_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"model_max_length": 200}))
     config = dataclasses.replace(CONFIG, model=str(folder), cache=str(tmp_path / "pool"))
+    learn, calls = Learner.learn, []
+
+    def signalled(*args):
+        calls.append(args)
+        if len(calls) == 3:
+            signal.raise_signal(signal.SIGTERM)
+        return learn(*args)
+
+    stopped = pytest.raises(StoppedError, match=r"^stopped by SIGTERM; the same command goes on from there$")
+    with stopped, monkeypatch.context() as patch:
+        patch.setattr(Learner, "learn", signalled)
+        bench(config, tmp_path / "bench")
+    assert len(list(tmp_path.glob("bench/concepts/*/*.safetensors"))) == 3
     workdir = bench(config, tmp_path / "bench")
     lines = [json.loads(line) for line in (workdir / "measurements.jsonl").read_text().splitlines()]
     learned = {"M", "text embeddings", "M+", "M+, per block", FULL}

@@ -76,12 +76,16 @@ def test_a_batch_is_a_function_of_its_number(root):
     config = tokens(root, 10, 16)
     whole = first(make_batches(config, DRAW, 0), 6)
     later = first(make_batches(config, DRAW, 3), 3)
-    hosts = [first(make_batches(config, DRAW, 3, process_index=host, process_count=2), 3) for host in (0, 1)]
     for name in whole[0]:
         for step in range(3):
             np.testing.assert_array_equal(later[step][name], whole[3 + step][name])
-            split = np.concatenate([host[step][name] for host in hosts])
-            np.testing.assert_array_equal(split, whole[3 + step][name])
+    for count in (2, 4):
+        parts = [{"process_index": host, "process_count": count} for host in range(count)]
+        hosts = [first(make_batches(config, DRAW, 3, **part), 3) for part in parts]
+        for name in whole[0]:
+            for step in range(3):
+                split = np.concatenate([host[step][name] for host in hosts])
+                np.testing.assert_array_equal(split, whole[3 + step][name])
     epoch = np.concatenate(
         [batch["label"] for batch in first(make_batches(tokens(root, 10, batch_size=5), lambda _: 10, 0), 2)]
     )

@@ -1,54 +1,24 @@
-"""Runs of several real processes: equal to one process, resumed after kills and signals, mismatches found."""
+"""Processes that find each other, supervisors that restart and stop them, and mismatches that are found."""
 
-import contextlib
 import json
-import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from several_tools import ROOT, coordinator, ended, environment, launched
 
-from mergevq_jax.tokens_folder import read_tokens
-from runtime_jax.hosts import HostsError, find
+from runtime_jax.hosts import HostsError, Processes, find, start
 
-ROOT = Path(__file__).parents[2]
-TOY = [sys.executable, str(ROOT / "tests" / "toy_run.py")]
+TOY = str(ROOT / "tests" / "toy_run.py")
 
 
-def environment(devices=2):
-    """Of this test, with so many devices for each process."""
-    flags = f"--xla_force_host_platform_device_count={devices}"
-    return os.environ | {"XLA_FLAGS": flags, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
-
-
-def coordinator():
-    """An address with a free port and a free one after it: tests run side by side."""
-    while True:
-        with socket.create_server(("localhost", 0)) as first:
-            port = first.getsockname()[1]
-            with contextlib.suppress(OSError, OverflowError), socket.create_server(("localhost", port + 1)):
-                return f"localhost:{port}"
-
-
-def launched(processes, folder, how="whole", when="0", options=()):
-    """A run under launch.run."""
-    command = [sys.executable, "-m", "launch.run", "--processes", str(processes), "--timeout", "60"]
-    command += ["--coordinator", coordinator(), *options, "--", *TOY, str(folder), how, when]
-    return subprocess.Popen(
-        command, cwd=ROOT, env=environment(4 // processes), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-
-
-def ended(process, timeout=120):
-    out, err = process.communicate(timeout=timeout)
-    return process.returncode, out, err
+def toy(processes, folder, how="whole", when="0", options=()):
+    """A run of the toy."""
+    return launched(processes, [TOY, str(folder), how, when], options)
 
 
 def metrics(folder):
@@ -62,86 +32,19 @@ def final(folder):
         return dict(arrays)
 
 
-def assert_close(folder, other, tolerance):
-    for mine, theirs in zip(metrics(folder), metrics(other), strict=True):
-        assert mine.keys() == theirs.keys()
-        assert all(np.isclose(mine[name], theirs[name], rtol=tolerance, atol=tolerance) for name in mine)
-    arrays, others = final(folder), final(other)
-    for name in arrays:
-        np.testing.assert_allclose(arrays[name], others[name], rtol=tolerance, atol=tolerance, err_msg=name)
-
-
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory):
-    """The run by one process, and by two."""
-    root = tmp_path_factory.mktemp("several")
-    for count in (1, 2):
-        code, _, err = ended(launched(count, root / str(count)))
-        assert code == 0, err
-    return root
-
-
-def test_two_processes_equal_one(whole):
-    assert_close(whole / "2", whole / "1", 1e-6)  # 1e-7
-
-
-@pytest.mark.parametrize(("how", "when"), [("in-step", "15"), ("in-save", "12")])
-def test_a_killed_process_ends_the_run_which_resumes(whole, tmp_path, how, when):
-    folder = tmp_path / "killed"
-    code, _, err = ended(launched(2, folder, how, when))
-    victim = 1 if how == "in-step" else 0
-    lines = [line for line in err.splitlines() if line.startswith("launch.run")]
-    lost = rf"launch.run: process {victim} of 2 on \S+ \(pid \d+\) was lost \(SIGKILL\)"
-    assert code == 75 and len(lines) == 1 and re.match(lost, lines[0])
-    # A checkpoint is written while training goes on, so that of step 12 may be missing at step 15.
-    saved = re.search(rf"; the same command resumes from {folder}/checkpoints/(6|12)$", lines[0])[1]
-    assert saved == "6" or how == "in-step"
-    assert "Check failure stack trace" not in err
-    for count, tolerance in ((2, 0.0), (1, 1e-6)):
-        again = tmp_path / str(count)
-        subprocess.run(["cp", "-r", folder, again], check=True)
-        code, out, err = ended(launched(count, again))
-        assert code == 0 and f"origin: own checkpoint {again}/checkpoints/{saved}" in out, err
-        assert_close(again, whole / "2", tolerance)
-
-
-def test_restarts_finish_the_run(whole, tmp_path):
-    code, _, err = ended(launched(2, tmp_path, "in-save-once", "12", ["--restarts", "1"]))
-    assert "starting again (1 of 1)" in err and code == 0
-    assert_close(tmp_path, whole / "2", 0.0)
-
-
-def test_sigterm_saves_on_all_processes(whole, tmp_path):
-    run = launched(2, tmp_path, "slowly", "0.5", ["--restarts", "3"])
-    while not (tmp_path / "checkpoints" / "6").is_dir():
-        assert run.poll() is None
-        time.sleep(0.1)
-    run.send_signal(signal.SIGTERM)
-    code, out, err = ended(run)
-    assert code == 143 and "starting again" not in err, err
-    step = int(re.search(r"SIGTERM: stopped after step (\d+), saved", out)[1])
-    assert 6 <= step < 20
-    code, out, _ = ended(launched(2, tmp_path))
-    assert code == 0 and f"checkpoints/{step}" in out
-    assert_close(tmp_path, whole / "2", 0.0)
-
-
-def test_two_processes_tokenize_as_one(tmp_path):
-    for number in range(10):
-        pixels = np.random.default_rng(number).integers(0, 255, (64, 64, 3), np.uint8)
-        (tmp_path / "pictures").mkdir(exist_ok=True)
-        Image.fromarray(pixels).save(tmp_path / "pictures" / f"{number}.png")
-    records = []
-    for count in (1, 2):
-        out = tmp_path / str(count)
-        command = [sys.executable, "-m", "launch.run", "--processes", str(count), "--coordinator", coordinator()]
-        command += ["--", sys.executable, "-m", "mergevq_jax.cli", "tokenize", "--folder", str(tmp_path / "pictures")]
-        command += ["--out", str(out), "--shard-size", "3", "--batch-size", "3", "--keep", "144"]
-        done = subprocess.run(command, cwd=ROOT, env=environment(1), capture_output=True, text=True, timeout=300)
-        assert done.returncode == 0 and "10 images in 4 shards" in done.stdout, done.stderr
-        records.append(list(read_tokens(out)))
-    for one, two in zip(*records, strict=True):
-        assert one.keys() == two.keys() and all((one[name] == two[name]).all() for name in one)
+def test_restarts_finish_the_run(tmp_path):
+    code, _, err = ended(toy(2, tmp_path / "whole"))
+    assert code == 0, err
+    code, _, err = ended(toy(2, tmp_path / "killed", "in-save-once", "12", ["--restarts", "1"]))
+    assert code == 0, err
+    says = [line for line in err.splitlines() if line.startswith("launch.run")]
+    lost = r"launch.run: process 0 of 2 on \S+ \(pid \d+\) was lost \(SIGKILL\)"
+    resumes = f"; the same command resumes from {tmp_path}/killed/checkpoints/6"
+    assert re.fullmatch(lost + re.escape(resumes), says[0]) and says[1] == "launch.run: starting again (1 of 1)"
+    assert len(says) == 2 and "Check failure stack trace" not in err
+    assert metrics(tmp_path / "killed") == metrics(tmp_path / "whole")
+    ours, theirs = final(tmp_path / "killed"), final(tmp_path / "whole")
+    assert all((ours[name] == theirs[name]).all() for name in theirs)
 
 
 def test_commands_for_one_process_say_so():
@@ -156,7 +59,7 @@ def test_processes_of_different_programs_are_refused(tmp_path):
 
     def one(index, how):
         own = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": str(index)}
-        command = [*TOY, str(tmp_path), how, "0"]
+        command = [sys.executable, TOY, str(tmp_path), how, "0"]
         return subprocess.Popen(command, env=environment() | own, stderr=subprocess.PIPE, text=True)
 
     runs = [one(0, "whole"), one(1, "slowly")]
@@ -226,6 +129,16 @@ def test_bad_options_of_the_launcher(options, message, capsys):
     assert main(options) == 2 and message in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("index", "message"),
+    [(0, "process 1, 2 of 3 did not come within 1 s"), (1, "no coordinator at localhost:{port} within 1 s")],
+)
+def test_processes_that_do_not_come(index, message):
+    address = coordinator()
+    with pytest.raises(HostsError, match=message.format(port=address.split(":")[1])):
+        start(Processes(address, 3, index), ["program"], timeout=1.0)
+
+
 def test_two_hosts_and_one_that_is_lost():
     """Supervisors on two hosts, here the same one: the loss of a process on one ends the other."""
 
@@ -245,20 +158,16 @@ def test_two_hosts_and_one_that_is_lost():
     assert [run.wait(timeout=30) for run in runs] == [0, 0]
 
 
-def test_a_stopped_run_starts_again_on_no_host(tmp_path):
-    """SIGTERM reaches one supervisor; the process of the other ends as well, as JAX's processes do."""
-    stopped = tmp_path / "stopped"
-    script = f"trap 'touch {stopped}; exit 143' TERM; until [ -e {stopped} ]; do sleep 0.1; done; exit 143"
+def test_a_signal_to_one_host_stops_all_and_none_starts_again(tmp_path):
+    script = "trap 'exit 143' TERM; touch $0/$JAX_PROCESS_ID; while true; do sleep 0.1; done"
     address, runs = coordinator(), []
-    for number in (0, 1):
-        command = [sys.executable, "-m", "launch.run", "--hosts", "2", "--host", str(number), "--timeout", "30"]
-        command += ["--restarts", "2", "--coordinator", address, "--", "sh", "-c"]
-        command += [f"touch {tmp_path}/$JAX_PROCESS_ID; {script}"]
+    for number in (0, 1, 2):
+        command = [sys.executable, "-m", "launch.run", "--hosts", "3", "--host", str(number), "--timeout", "30"]
+        command += ["--restarts", "2", "--coordinator", address, "--", "sh", "-c", script, str(tmp_path)]
         runs.append(subprocess.Popen(command, cwd=ROOT, env=environment(), stderr=subprocess.PIPE, text=True))
-    while not all((tmp_path / str(number)).exists() for number in (0, 1)):
+    while not all((tmp_path / str(number)).exists() for number in (0, 1, 2)):
         time.sleep(0.1)
-    time.sleep(0.5)  # for the trap
-    runs[0].send_signal(signal.SIGTERM)
+    runs[1].send_signal(signal.SIGTERM)
     for run in runs:
         _, err = run.communicate(timeout=60)
         assert run.returncode == 143 and "starting again" not in err, err

@@ -1,8 +1,15 @@
-"""Options that all commands share."""
+"""What all commands share: options, and which of them run as several processes."""
+
+import re
+from pathlib import Path
 
 import pytest
 
+import mergevq_jax.cli
+import tokenverse_jax.cli
 from runtime_jax.cli import CommandLine
+
+PODS = Path(__file__).parents[2] / "docs" / "pods.md"
 
 
 def fail(args, overrides):
@@ -16,3 +23,29 @@ def test_a_traceback_is_asked_for_before_or_after_the_command(arguments):
     with pytest.raises(ValueError, match="no"):
         line.main(arguments)
     assert line.main(["run"]) == 1
+
+
+def test_docs_list_the_commands_that_run_as_several_processes():
+    lines = [module._command_line() for module in (mergevq_jax.cli, tokenverse_jax.cli)]
+    several = {
+        f"{line.prog} {name}"
+        for line in lines
+        for name, parser in line._commands.choices.items()
+        if parser.get_default("several")
+    }
+    rows = [
+        row.split("|")[1] for row in PODS.read_text().splitlines() if row.startswith(("| `mergevq ", "| `tokenverse "))
+    ]
+    assert several == set(re.findall(r"`(.+?)`", " ".join(rows)))
+
+
+@pytest.mark.parametrize("command", ["generate --prompt x", "bench --config x --workdir x", "scenes"])
+def test_other_commands_refuse_several_processes(command, monkeypatch, capsys):
+    names = {"JAX_COORDINATOR_ADDRESS": "localhost:1", "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "0"}
+    for name, value in names.items():
+        monkeypatch.setenv(name, value)
+    assert tokenverse_jax.cli.main(command.split()) == 1
+    error = capsys.readouterr().err
+    assert (
+        error == f"tokenverse {command.split()[0]}: this command runs as one process, but the environment describes 2\n"
+    )

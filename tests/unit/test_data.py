@@ -98,7 +98,7 @@ def test_a_far_step_costs_nothing(scenes):
     assert batch["example"][0] == 8 * step
 
 
-@pytest.mark.parametrize("hosts", [2, 4])
+@pytest.mark.parametrize("hosts", [2, 4, 8])
 def test_hosts_share_the_same_global_batch(scenes, hosts):
     mixed = config(scenes, PHOTOS)
     whole = take(mixed, 3, 2)

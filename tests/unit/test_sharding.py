@@ -9,7 +9,7 @@ import jaxtyping
 import numpy as np
 import pytest
 import toy_run
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from runtime_jax import config
 from runtime_jax.sharding import (
@@ -17,9 +17,11 @@ from runtime_jax.sharding import (
     MESH_AXES,
     Axis,
     MeshConfig,
+    batch_part,
     check_batch,
     constrain,
     make_mesh,
+    own_rows,
     param_shardings,
     replicated,
     shard_batch,
@@ -223,9 +225,51 @@ def test_batch_is_split_and_must_divide():
         ValueError, match=r"len\(batch\['x'\]\)=6 is not a multiple of data=2 x fsdp=2 x accumulate=1: 4"
     ):
         shard_batch({"x": np.zeros((6, 1))}, mesh)
+    with pytest.raises(ValueError, match=r"len\(batch\['x'\]\)=6 is not a multiple"):
+        next(own_rows([{"x": np.zeros((6, 1))}], mesh))
     check_batch("data.batch_size", 24, mesh, accumulate=3)
     with pytest.raises(ValueError, match=r"data\.batch_size=16 is not a multiple of .* x accumulate=3: 12"):
         check_batch("data.batch_size", 16, mesh, accumulate=3)
+
+
+class Device:
+    """A device of a process that is not there."""
+
+    def __init__(self, number, process):
+        self.id, self.process_index, self.platform = number, process, "cpu"
+
+
+@pytest.mark.parametrize("processes", [1, 2, 4])
+@pytest.mark.parametrize(
+    ("sizes", "parts"),  # of 4 devices, and parts of a batch on 1, 2 and 4 processes
+    [
+        ((4, 1, 1), (1, 2, 4)),
+        ((2, 2, 1), (1, 2, 4)),
+        ((2, 1, 2), (1, 2, 2)),
+        ((1, 2, 2), (1, 2, 2)),
+        ((1, 1, 4), (1, 1, 1)),
+    ],
+)
+def test_parts_are_the_whole_batch_and_common_to_processes_that_share_weights(sizes, parts, processes, monkeypatch):
+    devices = [Device(number, number * processes // 4) for number in range(4)]
+    mesh, batch = Mesh(np.asarray(devices, object).reshape(sizes), MESH_AXES), {"example": np.arange(24, 32)}
+    read: dict[int, list[int]] = {}
+    for process in range(processes):
+        monkeypatch.setattr(jax, "process_index", lambda process=process: process)
+        batch_part.cache_clear()
+        index, count = batch_part(mesh)
+        assert count == parts[(1, 2, 4).index(processes)]
+        (rows,) = own_rows([batch], mesh)
+        assert read.setdefault(index, rows["example"].tolist()) == rows["example"].tolist()
+    batch_part.cache_clear()
+    assert np.concatenate([read[index] for index in sorted(read)]).tolist() == batch["example"].tolist()
+
+
+def test_processes_whose_rows_overlap_are_refused():
+    devices = [Device(number, process) for number, process in enumerate((0, 0, 0, 1))]
+    batch_part.cache_clear()
+    with pytest.raises(ValueError, match="batches do not split evenly over 2 processes"):
+        batch_part(Mesh(np.asarray(devices, object).reshape(2, 1, 2), MESH_AXES))
 
 
 @pytest.fixture(scope="module")

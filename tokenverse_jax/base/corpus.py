@@ -9,12 +9,14 @@ import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
+import jax
 import numpy as np
 from einops import rearrange
 from jaxtyping import Float, Float16, UInt8
 
 from mini_scenes import SPLITS, Scene, caption, example_scene, full_caption, in_a_row, render_scene
 from mini_scenes.scene import MAX_IN_A_ROW
+from runtime_jax import hosts
 from runtime_jax.files import AnyPath, replacing
 from runtime_jax.prng import Stream, host_rng
 from tokenverse_jax.base.tokenizers import Tokenizers
@@ -59,12 +61,16 @@ def picture_batches(seed: int, size: int, batch_size: int, start_step: int) -> I
 def cached(
     path: AnyPath, scenes: Scenes, compute: Callable[[Scenes], Float[np.ndarray, "B ..."]]
 ) -> Float16[np.ndarray, "N ..."]:
-    """Results of `compute`, which takes some scenes at a time; from the file `path` if it exists."""
-    if not path.is_file():
+    """Results of `compute`, which takes some scenes at a time; from the file `path` if it exists.
+
+    Of several processes, process 0 computes for all of them.
+    """
+    if jax.process_index() == 0 and not path.is_file():
         parts = (scenes[start : start + AT_ONCE] for start in range(0, len(scenes), AT_ONCE))
         found = np.concatenate([np.asarray(compute(part), np.float16) for part in parts])
         with replacing(path) as new:
             np.save(new, found)
+    hosts.barrier(path.name)
     with path.open("rb") as file:
         return np.load(file)
 

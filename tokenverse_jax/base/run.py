@@ -14,6 +14,7 @@ from runtime_jax import config as config_lib
 from runtime_jax.files import AnyPath
 from runtime_jax.nn.compute import Compute
 from runtime_jax.pictures import image_grid
+from runtime_jax.sharding import to_host
 from runtime_jax.training import loop
 from runtime_jax.training.network import train_network
 from runtime_jax.workdir import only_writer
@@ -75,7 +76,7 @@ def train(config: BaseConfig, workdir: str | os.PathLike) -> loop.Result:
         result = _train_vae(config, path / "vae")
         if result.stopped_by is not None:
             return result
-        vae_params = jax.device_get(result.state.ema)
+        vae_params = to_host(result.state.ema)
         stage = config.text_to_image
         tokenizers = make_tokenizers(scene_words(), stage.captions.text_length)
         networks = text_to_image.make_networks(stage, tokenizers, config.compute)
@@ -83,7 +84,7 @@ def train(config: BaseConfig, workdir: str | os.PathLike) -> loop.Result:
         result = _train_reading(config, path / "reading", networks, scenes, tokenizers)
         if result.stopped_by is not None:
             return result
-        reads = jax.device_get(result.state.params)
+        reads = to_host(result.state.params)
         part, latents = _encode(config, vae_params, scenes, path)
         data = Corpus(
             latents=latents,
@@ -110,8 +111,9 @@ def train(config: BaseConfig, workdir: str | os.PathLike) -> loop.Result:
             )
 
         result = _train_text_to_image(config, path / "text_to_image", networks, reads, data, pipeline)
-        if result.stopped_by is None:
-            ema = jax.tree.map(lambda leaf: np.asarray(leaf, jnp.bfloat16), result.state.ema)
+        ema = to_host(result.state.ema)
+        if result.stopped_by is None and jax.process_index() == 0:
+            ema = jax.tree.map(lambda leaf: np.asarray(leaf, jnp.bfloat16), ema)
             pipeline(ema).save_pretrained(path / FOLDER)
         return result
 
@@ -121,7 +123,7 @@ def _train_vae(config: BaseConfig, workdir: AnyPath) -> loop.Result:
     images = corpus.draw(corpus.scenes(config.seed, "validation", range(HELD_OUT)), config.image_size)
 
     def rebuilt(params: Params) -> np.ndarray:
-        return np.asarray(vae.reconstruct(params, images, model=config.vae.model, compute=config.compute))
+        return to_host(vae.reconstruct(params, images, model=config.vae.model, compute=config.compute))
 
     def preview(params: Params, _: int) -> dict[str, np.ndarray]:
         both = images, rebuilt(params)
@@ -196,7 +198,7 @@ def _train_text_to_image(
     def preview(params: Params, _: int) -> dict[str, np.ndarray]:
         sides = {"height": config.image_size, "width": config.image_size}
         images = pipeline(params).generate(captions, **sides, **vars(config.sampling))
-        return {"samples": captioned_grid(np.asarray(images), captions)}
+        return {"samples": captioned_grid(to_host(images), captions)}
 
     stage = config.text_to_image
     return train_network(

@@ -16,6 +16,7 @@ from mini_scenes import render_scene
 from mini_scenes.judge import Judge
 from runtime_jax import config as config_lib
 from runtime_jax.files import is_remote, write_text
+from runtime_jax.training.stop import Stop
 from runtime_jax.workdir import only_writer
 from tokenverse_jax.bench.cases import Case, ConceptImage, make_cases, make_images
 from tokenverse_jax.bench.metrics import View, measure
@@ -78,18 +79,20 @@ def bench(config: BenchConfig, workdir: str | Path) -> Path:
     Raises:
       ValueError: config, model or workdir that do not fit.
       WorkdirError: the workdir cannot be written, or another run is writing it.
+      StoppedError: by a signal, after the concept or the images that were being made.
     """
     if is_remote(workdir):
         raise ValueError(f"{os.fspath(workdir)}: a benchmark appends to its files, and needs a folder on a disk")
     with only_writer(workdir) as folder:
         this = Bench.open(config, folder)
-        this.draw([case for case in this.cases if not case.images])
-        for stop in range(AT_ONCE, config.images + 1, AT_ONCE):
-            some = this.images[stop - AT_ONCE : stop]
-            for image in tqdm(some, desc=f"images to {stop} of {config.images}", disable=None):
-                this.learn(image)
-            this.draw([case for case in this.cases if case.images and max(case.images) < stop])
-            this.measure()
+        with this.stop, this.stop.parts("; the same command goes on from there"):
+            this.draw([case for case in this.cases if not case.images])
+            for end in range(AT_ONCE, config.images + 1, AT_ONCE):
+                some = this.images[end - AT_ONCE : end]
+                for image in tqdm(some, desc=f"images to {end} of {config.images}", disable=None):
+                    this.learn(image)
+                this.draw([case for case in this.cases if case.images and max(case.images) < end])
+                this.measure()
         return folder
 
 
@@ -106,6 +109,7 @@ class Bench:
     cases: Sequence[Case]
     rows: Sequence[Row]
     learners: dict[str, Learner] = field(default_factory=dict)  # by name of the row
+    stop: Stop = field(default_factory=Stop)  # checked before each piece of work
 
     @classmethod
     def open(cls, config: BenchConfig, workdir: str | Path) -> "Bench":
@@ -132,6 +136,7 @@ class Bench:
         for row in self.rows:
             if row.learn is None or (path := self.files.concept(row.name, image.number)).exists():
                 continue
+            self.stop.check()
             if row.name not in self.learners:
                 self.learners[row.name] = Learner(self.pipeline, row.learn)
             data = self._encode(row.learn, image)
@@ -177,6 +182,7 @@ class Bench:
         for row in self.rows:
             missing = [case for case in cases if row.takes(case.task) and not self.files.has_images(row.name, case)]
             for start in tqdm(range(0, len(missing), together), desc=row.name, leave=False, disable=None):
+                self.stop.check()
                 some = missing[start : start + together]
                 images = self._generate(row, some + some[-1:] * (together - len(some)))
                 for case, own in zip(some, images.reshape(together, seeds, *images.shape[1:]), strict=False):

@@ -97,8 +97,6 @@ def learn(config: LearnRunConfig, workdir: str | os.PathLike) -> loop.Result:
       WorkdirError: the workdir cannot be written, or another run is writing it.
       FloatingPointError: too many updates in a row were not finite.
     """
-    if jax.process_count() > 1:
-        raise ValueError("a concept is learned by one process, on all of its devices")
     how, total = config.learn, config.learn.total_steps
     loop_config = loop.LoopConfig(
         duration=Duration(steps=total),
@@ -135,7 +133,7 @@ def learn(config: LearnRunConfig, workdir: str | os.PathLike) -> loop.Result:
                 resolved_config=config_lib.to_dict(config) | {"weights": ready.weights, "pixels": pixels},
                 total_steps=total,
                 batch_size=how.batch_size,
-                batches=functools.partial(_batches, config, ready.data),
+                batches=lambda step: sharding.own_rows(_batches(config, ready.data, step), mesh),
                 dtype=config.compute.dtype,
                 variant=lambda step: learner.variant(step, config.seed, ready.data),
                 preview=functools.partial(ready.preview, shown) if config.prompts else None,
@@ -143,15 +141,17 @@ def learn(config: LearnRunConfig, workdir: str | os.PathLike) -> loop.Result:
                 must_match=must_match,
             )
             if result.stopped_by is None:
-                params = jax.device_get(result.state.params)
-                ConceptFile(
+                params = sharding.to_host(result.state.params)
+                file = ConceptFile(
                     concepts=make_concepts(params, ready.data, how),
                     caption=captions.texts[0],
                     base=config.model,
                     base_hash=ready.weights["transformer"],
                     image=center_crop(images[0], min(config.size, KEPT_SIDE)),
                     params=params if config.keep_params else None,
-                ).save(folder / CONCEPT_FILE)
+                )
+                if jax.process_index() == 0:
+                    file.save(folder / CONCEPT_FILE)
         return result
 
 
@@ -160,7 +160,8 @@ def _batches(config: LearnRunConfig, data: ConceptData, start: int) -> Iterator[
     for step in range(start, config.learn.total_steps):
         if step == config.learn.stage_1.steps:
             low = 1 - config.learn.stage_2.high_share
-            tqdm.write(f"stage 2 begins after step {step}, {low:.0%} at low noise: the loss jumps")
+            if jax.process_index() == 0:
+                tqdm.write(f"stage 2 begins after step {step}, {low:.0%} at low noise: the loss jumps")
         yield draw(data, config.learn, config.seed, step)
 
 
@@ -192,7 +193,7 @@ class _Prepared:
     def preview(self, shown: Sequence[Sequence[str]], state: LearnState, step: int) -> dict[str, np.ndarray]:
         """The base model's pictures of the prompts above those with the learned words; `shown`: each prompt's words."""
         prompts, tokenizer = self.config.prompts, self.pipeline.tokenizer_2
-        concepts = {c.word: c for c in make_concepts(state.params, self.data, self.config.learn)}
+        concepts = {c.word: c for c in make_concepts(sharding.to_host(state.params), self.data, self.config.learn)}
         placed = [
             [place_stored(concepts[word], tokenizer, prompt, word) for word in words]
             for prompt, words in zip(prompts, shown, strict=True)
@@ -210,7 +211,7 @@ class _Prepared:
         config = self.config
         settings = vars(config.sampling) | {"height": config.size, "width": config.size, "seed": config.seed}
         images = self.pipeline.generate(self.prompts, negative_prompt=self.negative, offsets=offsets, **settings)
-        return np.asarray(images)
+        return sharding.to_host(images)
 
 
 def _prepare(config: LearnRunConfig, load: Loader, images: np.ndarray, captions: Captions) -> _Prepared:

@@ -10,7 +10,6 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool, Float, Int, UInt8
@@ -18,6 +17,7 @@ from jaxtyping import Bool, Float, Int, UInt8
 from runtime_jax.data import center_crop, decode_image
 from runtime_jax.files import is_file, path_of, read_bytes
 from runtime_jax.prng import Stream, host_rng
+from runtime_jax.sharding import to_host
 from tokenverse_jax.concepts.bank import Concept
 from tokenverse_jax.concepts.concept_mod import Params, word_directions
 from tokenverse_jax.concepts.isolation import IsolationConfig
@@ -212,13 +212,13 @@ def encode_prompts(pipeline: Pipeline, prompts: Sequence[str]) -> PromptEncoding
         some = list(prompts[start : start + ENCODED_AT_ONCE])
         full = some + some[-1:] * (min(ENCODED_AT_ONCE, len(prompts)) - len(some))
         encoded = pipeline.encode_prompts(full)
-        parts.append([np.asarray(array)[: len(some)] for array in encoded])
+        parts.append([array[: len(some)] for array in to_host(encoded)])
     return PromptEncoding(*(np.concatenate(arrays) for arrays in zip(*parts, strict=True)))
 
 
 def encode_images(pipeline: Pipeline, images: UInt8[np.ndarray, "B H W 3"]) -> Float[np.ndarray, "B N C"]:
     """The means of images' latents, one image at a time; a host array."""
-    return np.concatenate([np.asarray(pipeline.encode_images(image[None])) for image in images])
+    return np.concatenate([to_host(pipeline.encode_images(image[None])) for image in images])
 
 
 # The random part of a step, a pure function of seed and step.
@@ -277,7 +277,7 @@ def make_concepts(params: Params, data: ConceptData, config: LearnConfig) -> tup
     txt, ids = jnp.asarray(data.txt), data.captions.word_ids
 
     def concept(word: str, positions: Sequence[Positions]) -> Concept:
-        own = jax.device_get(word_directions(params, txt, positions))
+        own = to_host(word_directions(params, txt, positions))
         offsets = {"offset": own.shared, "block_offset": own.per_block}
         return Concept(word=word, token_ids=ids[word], blocks=config.blocks, **offsets)
 

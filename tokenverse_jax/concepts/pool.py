@@ -4,13 +4,16 @@ import hashlib
 import json
 from collections.abc import Mapping
 
+import jax
 import numpy as np
 from jaxtyping import UInt8
 
+from runtime_jax import hosts
 from runtime_jax.config import to_dict
 from runtime_jax.data import decode_image
 from runtime_jax.files import AnyPath, write_text
 from runtime_jax.pictures import save_png
+from runtime_jax.sharding import to_host
 from tokenverse_jax.concepts.isolation import IsolationConfig
 from tokenverse_jax.flux.pipeline import Pipeline, PromptEncoding
 from tokenverse_jax.flux.sampling import SamplingConfig
@@ -30,7 +33,8 @@ def make_pool(
     """The images of the pool, drawn by the base model or read from disk.
 
     They are PNG files in a folder of `cache`, named by a hash of the model's weights and everything else that they
-    depend on, and written one by one, so that a program that is stopped loses none.
+    depend on, and written one by one, so that a program that is stopped loses none. Of several processes, process 0
+    reads and writes them.
 
     Args:
       pipeline: with transformer and autoencoder.
@@ -52,18 +56,25 @@ def make_pool(
     }
     text = json.dumps(settings, indent=2)
     folder = cache / hashlib.sha256(text.encode()).hexdigest()[:16]
-    write_text(folder / "pool.json", text + "\n")
-    images = []
-    for i in range(len(config.captions)):
-        path = folder / f"{i:03}.png"
-        if not path.is_file():
-            prompt = PromptEncoding(*(array[i : i + 1] for array in prompts))
-            image = pipeline.generate(
-                prompt, height=size, width=size, examples=np.array([i]), negative_prompt=negative, **vars(sampling)
-            )
-            save_png(path, np.asarray(image[0]))
-        try:
-            images.append(decode_image(path.read_bytes()))
-        except ValueError as error:
-            raise ValueError(f"{path}: {error}; delete it to have it drawn again") from error
-    return np.stack(images)
+    if jax.process_index() == 0:
+        write_text(folder / "pool.json", text + "\n")
+    paths = [folder / f"{i:03}.png" for i in range(len(config.captions))]
+    for i in np.flatnonzero(hosts.from_first(np.array([not path.is_file() for path in paths]))):
+        prompt = PromptEncoding(*(array[i : i + 1] for array in prompts))
+        image = pipeline.generate(
+            prompt, height=size, width=size, examples=np.array([i]), negative_prompt=negative, **vars(sampling)
+        )
+        image = to_host(image)[0]
+        if jax.process_index() == 0:
+            save_png(paths[i], image)
+    images = np.zeros((len(paths), size, size, 3), np.uint8)
+    if jax.process_index() == 0:
+        images = np.stack([_read(path) for path in paths])
+    return hosts.from_first(images)
+
+
+def _read(path: Path) -> UInt8[np.ndarray, "H W 3"]:
+    try:
+        return decode_image(path.read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}; delete it to have it drawn again") from error

@@ -10,6 +10,8 @@ import numpy as np
 from flax import traverse_util
 from jaxtyping import Array
 
+from runtime_jax.sharding import to_host
+
 SAMPLES = 4096  # values of each parameter
 
 
@@ -20,7 +22,7 @@ def fingerprint(params: Any) -> str:
     FLUX's own, on one device and sharded. It is no protection against forgery, and misses changes below bfloat16's.
     """
     leaves = traverse_util.flatten_dict(params, sep="/")
-    samples = _samples(leaves)
+    samples = to_host(_samples(leaves))
     digest = hashlib.sha256()
     for path in sorted(leaves):
         digest.update(f"{path} {tuple(leaves[path].shape)}\n".encode())
