@@ -21,6 +21,7 @@ from mergevq_jax.tokenizer.model import load_tokenizer
 from runtime_jax import config as config_lib
 from runtime_jax import sharding
 from runtime_jax.cost import table
+from runtime_jax.mesh import MeshConfig, make_mesh
 from runtime_jax.training import accumulate
 from runtime_jax.training.optimizer import OptimizerConfig
 from runtime_jax.training.program import Program
@@ -88,7 +89,7 @@ def measure(
     name: str, make: Callable[[int, jax.sharding.Mesh], tuple[Program, int]], cases: list[Case], repeats: int
 ) -> list[tuple[str, ...]]:
     """One row per case. The cases run in turn, so that other load on the machine affects all of them."""
-    mesh, timed, own = sharding.make_mesh(sharding.MeshConfig()), {}, accumulate.platform
+    mesh, timed, own = make_mesh(MeshConfig()), {}, accumulate.platform
     with jax.set_mesh(mesh):
         for case in cases:
             program, size = make(case.parts, mesh)

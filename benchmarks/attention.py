@@ -15,8 +15,8 @@ from merged_attention import compile_gradients, measure
 
 from launch.compile_ahead import topology
 from runtime_jax.cost import count_flops, table
+from runtime_jax.mesh import MeshConfig, make_mesh
 from runtime_jax.nn.attention import attention
-from runtime_jax.sharding import MeshConfig, make_mesh
 
 SHAPE = (1, 4608, 24, 128)
 HEAD = ("backend", "GFLOP", "temporary MB a device", "gradient, ms", "largest difference")

@@ -45,9 +45,10 @@ from mergevq_jax.generator.sampling.plan import Plan, SamplingConfig, make_plan
 from mergevq_jax.generator.sampling.raster import run
 from mergevq_jax.generator.transformer import SHARDING_RULES, Params, param_shapes
 from runtime_jax.cost import count_flops, table
+from runtime_jax.mesh import MeshConfig, make_mesh
 from runtime_jax.nn.compute import Compute
 from runtime_jax.prng import Stream, stream_key
-from runtime_jax.sharding import MeshConfig, make_mesh, param_shardings, place, replicated
+from runtime_jax.sharding import param_shardings, place, replicated
 
 SMALL = GeneratorConfig(num_layers=6, dim=384, num_heads=6, head_layers=1)  # small enough that overhead dominates
 COPY_BYTES = 2**28

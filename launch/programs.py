@@ -12,6 +12,7 @@ from mergevq_jax.generator import inspect as generator
 from mergevq_jax.tokenizer import inspect as tokenizer
 from runtime_jax import config as config_lib
 from runtime_jax import sharding
+from runtime_jax.mesh import make_mesh
 from runtime_jax.training.program import Program
 from tokenverse_jax.commands import inspect as tokenverse
 from tokenverse_jax.commands.learn import LearnRunConfig
@@ -55,7 +56,7 @@ def trace(config: Any, task: str, devices: Sequence[jax.Device], request: Reques
     Raises:
       ValueError: devices or batch that the mesh does not fit, or a K that is impossible.
     """
-    mesh = sharding.make_mesh(config.mesh, devices)
+    mesh = make_mesh(config.mesh, devices)
     with jax.set_mesh(mesh):
         if request.sample:
             return _sampler(config, task, mesh, request)

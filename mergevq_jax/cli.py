@@ -262,8 +262,8 @@ def _bench_input(args, overrides) -> None:
 def _sample(args, _) -> None:
     from mergevq_jax.commands.sample import Request, sample
     from mergevq_jax.generator.sampling.plan import SamplingConfig
+    from runtime_jax.mesh import MeshConfig
     from runtime_jax.nn.compute import Compute
-    from runtime_jax.sharding import MeshConfig
 
     names = ("cfg_scale", "temperature", "top_k", "top_p")
     parts = {name: values[0] if len(values := getattr(args, name)) == 1 else tuple(values) for name in names}

@@ -20,8 +20,9 @@ from hooked import kill_while_saving
 from runtime_jax import hosts
 from runtime_jax.config import Duration
 from runtime_jax.files import path_of, replacing
+from runtime_jax.mesh import MeshConfig, make_mesh
 from runtime_jax.prng import Stream, host_rng, stream_key
-from runtime_jax.sharding import Axis, MeshConfig, constrain, make_mesh, replicated
+from runtime_jax.sharding import Axis, constrain, replicated
 from runtime_jax.training import loop
 from runtime_jax.training.initial_state import initial_state
 from runtime_jax.training.program import Program

@@ -145,7 +145,7 @@ def _sampler(args) -> Iterator[tuple[Any, Any]]:
     """Loader and sampling, on a mesh of `--tensor` devices."""
     import jax
 
-    from runtime_jax.sharding import MeshConfig, make_mesh
+    from runtime_jax.mesh import MeshConfig, make_mesh
     from tokenverse_jax.concepts.draw import Sampling
 
     mesh = make_mesh(MeshConfig(data=1, tensor=args.tensor), devices=jax.devices()[: args.tensor])

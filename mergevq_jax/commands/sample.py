@@ -25,9 +25,9 @@ from mergevq_jax.tokenizer.model import Tokenizer, read_tokenizer_config
 from runtime_jax import config as config_lib
 from runtime_jax import hosts
 from runtime_jax.files import AnyPath, remove_tree, replacing, write_json
+from runtime_jax.mesh import MeshConfig, make_mesh
 from runtime_jax.nn.compute import Compute
 from runtime_jax.pictures import dim_tokens, image_grid, loss_curve, save_png
-from runtime_jax.sharding import MeshConfig, make_mesh
 from runtime_jax.training.stop import Stop
 from runtime_jax.workdir import check_free, only_writer
 

@@ -16,7 +16,8 @@ from mergevq_jax.generator.transformer import SHARDING_RULES, Params, param_shap
 from mergevq_jax.tokenizer.model import param_shapes as tokenizer_shapes
 from mergevq_jax.tokenizer.model import read_tokenizer_config
 from runtime_jax.cost import program_row, size_of, size_rows, table
-from runtime_jax.sharding import MeshConfig, make_mesh, replicated_shapes, sharded_shapes
+from runtime_jax.mesh import MeshConfig, make_mesh
+from runtime_jax.sharding import replicated_shapes, sharded_shapes
 from runtime_jax.training.optimizer import make_optimizer
 from runtime_jax.training.program import Program
 from runtime_jax.training.update import Optimizer

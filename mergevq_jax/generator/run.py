@@ -26,6 +26,7 @@ from runtime_jax import config as config_lib
 from runtime_jax import sharding
 from runtime_jax.config import naming
 from runtime_jax.data import DataConfig
+from runtime_jax.mesh import MeshConfig, make_mesh
 from runtime_jax.nn.compute import Compute
 from runtime_jax.pictures import image_grid
 from runtime_jax.training import loop
@@ -76,7 +77,7 @@ class TrainConfig:
     ema_decay: float = 0.9999
     data: DataConfig | TokensConfig
     evaluation: EvaluationConfig
-    mesh: sharding.MeshConfig = sharding.MeshConfig()
+    mesh: MeshConfig = MeshConfig()
     loop: loop.LoopConfig
     init_from: str | None = None  # a generator: shipped name, folder or hub id
     resume_from: str | None = None  # another run's workdir or checkpoint
@@ -150,7 +151,7 @@ def train(config: TrainConfig, workdir: str | os.PathLike) -> loop.Result:
         optimizer = Optimizer.make(
             config.optimizer, total_steps=total_steps, batch_size=batch_size, num_examples=examples
         )
-        mesh = sharding.make_mesh(config.mesh)
+        mesh = make_mesh(config.mesh)
         sharding.check_batch("data.batch_size", batch_size, mesh, config.accumulate)
         sharding.check_batch("evaluation.data.batch_size", config.evaluation.data.batch_size, mesh)
         # A resumed run may find the tokenizer elsewhere, but it must be the same one.

@@ -15,8 +15,9 @@ from mergevq_jax.tokenizer.losses import dinov2
 from mergevq_jax.tokenizer.losses.perceptual import lpips_shapes
 from mergevq_jax.tokenizer.run import TrainConfig, make_program
 from runtime_jax.cost import program_row, size_rows, table
+from runtime_jax.mesh import MeshConfig, make_mesh
 from runtime_jax.nn.compute import Compute
-from runtime_jax.sharding import MeshConfig, make_mesh, replicated_shapes
+from runtime_jax.sharding import replicated_shapes
 from runtime_jax.training.optimizer import make_optimizer
 from runtime_jax.training.program import Program
 from runtime_jax.training.update import Optimizer

@@ -22,6 +22,7 @@ from runtime_jax import config as config_lib
 from runtime_jax import sharding
 from runtime_jax.config import naming
 from runtime_jax.data import DataConfig, check_same_classes, classes_of, make_batches, num_examples
+from runtime_jax.mesh import MeshConfig, make_mesh
 from runtime_jax.nn.compute import Compute
 from runtime_jax.training import loop
 from runtime_jax.training.fit import fit
@@ -60,7 +61,7 @@ class TrainConfig:
     ema_decay: float = 0.999
     data: DataConfig
     evaluation: EvaluationConfig
-    mesh: sharding.MeshConfig = sharding.MeshConfig()
+    mesh: MeshConfig = MeshConfig()
     loop: loop.LoopConfig
     lpips: tuple[str, ...] = ()  # files, folders or hub ids with the weights of VGG16 and LPIPS
     teacher: str | None = None  # DINOv2 folder or hub id
@@ -135,7 +136,7 @@ def train(config: TrainConfig, workdir: str | os.PathLike) -> loop.Result:
         if start and start.config != config.model:
             raise ValueError(f"init_from {config.init_from}: its architecture is {start.config}, not {config.model}")
         images = evaluation_images(config.evaluation)
-        mesh = sharding.make_mesh(config.mesh)
+        mesh = make_mesh(config.mesh)
         sharding.check_batch("data.batch_size", batch_size, mesh, config.accumulate)
         notes = []
         if config.accumulate > 1 and (terms := step_config.taken_by_part()):

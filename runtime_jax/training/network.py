@@ -14,6 +14,7 @@ from jaxtyping import Array
 
 from runtime_jax import sharding
 from runtime_jax.files import AnyPath
+from runtime_jax.mesh import MeshConfig, make_mesh
 from runtime_jax.training import loop
 from runtime_jax.training.fit import fit
 from runtime_jax.training.optimizer import OptimizerConfig, ema_update
@@ -109,7 +110,7 @@ def train_network(
     total_steps = config.loop.duration.to_steps(config.batch_size, None)
     optimizer = Optimizer.make(config.optimizer, total_steps=total_steps, batch_size=config.batch_size)
     step = functools.partial(train_step, loss=loss, optimizer=optimizer, ema_decay=config.ema_decay)
-    mesh = sharding.make_mesh(sharding.MeshConfig())
+    mesh = make_mesh(MeshConfig())
     sharding.check_batch("batch_size", config.batch_size, mesh)
     with jax.set_mesh(mesh):
         return fit(

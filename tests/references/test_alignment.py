@@ -233,7 +233,7 @@ def test_a_new_run_starts_from_the_teachers_blocks(folder, teacher):
     from mergevq_jax.tokenizer import train
     from mergevq_jax.tokenizer.config import TokenizerConfig
     from mergevq_jax.tokenizer.run import make_program, new_state
-    from runtime_jax.sharding import MeshConfig, make_mesh
+    from runtime_jax.mesh import MeshConfig, make_mesh
 
     sizes = {"resolution": 32, "ch": 32, "ch_mult": (1, 1, 1), "num_res_blocks": (0, 0, 0), "num_att_blocks": 2}
     model = TokenizerConfig(**sizes, z_channels=6, keep=48, dist_head=None, recovery=None)

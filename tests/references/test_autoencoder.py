@@ -11,8 +11,9 @@ from flax import traverse_util
 from golden_tools import jit
 
 from runtime_jax.config import ConfigError
+from runtime_jax.mesh import MeshConfig, make_mesh
 from runtime_jax.nn.compute import Compute
-from runtime_jax.sharding import MeshConfig, make_mesh, param_shardings, shard_batch
+from runtime_jax.sharding import param_shardings, shard_batch
 from runtime_jax.weights import export_weights, import_weights
 from tokenverse_jax.flux import autoencoder
 from tokenverse_jax.flux.autoencoder import Autoencoder, AutoencoderConfig, Posterior

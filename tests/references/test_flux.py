@@ -14,9 +14,10 @@ from flax import traverse_util
 from golden_tools import jit
 
 from runtime_jax.config import ConfigError, to_dict
+from runtime_jax.mesh import MeshConfig, make_mesh
 from runtime_jax.nn.compute import Compute
 from runtime_jax.nn.rotary import apply_rope
-from runtime_jax.sharding import MeshConfig, make_mesh, param_shardings, shard_batch
+from runtime_jax.sharding import param_shardings, shard_batch
 from runtime_jax.weights import WeightError, export_weights
 from tokenverse_jax.flux import layers, model
 from tokenverse_jax.flux.convert import transformer

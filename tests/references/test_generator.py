@@ -33,8 +33,9 @@ from mergevq_jax.generator.transformer import (
     param_shapes,
     rope_table,
 )
+from runtime_jax.mesh import MeshConfig, make_mesh
 from runtime_jax.nn.compute import Compute
-from runtime_jax.sharding import MeshConfig, make_mesh, param_shardings, shard_batch
+from runtime_jax.sharding import param_shardings, shard_batch
 from runtime_jax.weights import WeightError, export_weights, import_weights, read_safetensors
 
 L = CONFIG.length

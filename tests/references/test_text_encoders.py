@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 
 from runtime_jax.config import ConfigError
+from runtime_jax.mesh import MESH_AXES, MeshConfig, make_mesh
 from runtime_jax.nn.compute import Compute
-from runtime_jax.sharding import MESH_AXES, MeshConfig, make_mesh, param_shardings
+from runtime_jax.sharding import param_shardings
 from runtime_jax.weights import WeightError, export_weights, read_safetensors
 from tokenverse_jax.flux.convert.text_encoders import (
     T5,

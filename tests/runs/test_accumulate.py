@@ -9,7 +9,8 @@ import pytest
 
 from mergevq_jax.tokenizer import run as tokenizer_run
 from runtime_jax.config import build, load
-from runtime_jax.sharding import MeshConfig, make_mesh, platform
+from runtime_jax.mesh import MeshConfig, make_mesh
+from runtime_jax.sharding import platform
 from runtime_jax.training import accumulate as accumulating
 from runtime_jax.training.accumulate import accumulate
 

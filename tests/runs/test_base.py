@@ -17,6 +17,7 @@ from tiny_pipeline import random_params
 from mini_scenes import CLASSES, COLORS, TEXTURES, SceneObject, caption, example_scene, full_caption
 from runtime_jax import config as config_lib
 from runtime_jax import sharding
+from runtime_jax.mesh import make_mesh
 from runtime_jax.nn.compute import Compute
 from runtime_jax.training import loop
 from runtime_jax.training.network import train_network
@@ -355,7 +356,7 @@ def trained(tmp_path_factory):
 
     def train() -> loop.Result:
         # Programs for few devices compile faster; the test above has eight.
-        two_devices = functools.partial(sharding.make_mesh, devices=jax.devices()[:2])
+        two_devices = functools.partial(make_mesh, devices=jax.devices()[:2])
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(sharding, "make_mesh", two_devices)
             return run.train(_config(), workdir)

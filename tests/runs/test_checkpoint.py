@@ -13,7 +13,8 @@ import toy_run
 
 from runtime_jax import workdir
 from runtime_jax.files.buckets import BucketError
-from runtime_jax.sharding import MeshConfig, make_mesh, param_shardings
+from runtime_jax.mesh import MeshConfig, make_mesh
+from runtime_jax.sharding import param_shardings
 from runtime_jax.training import checkpoint
 from runtime_jax.training.checkpoint import Checkpointer, CheckpointError, DamagedCheckpointError
 from runtime_jax.training.initial_state import initial_state

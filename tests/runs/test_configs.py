@@ -14,7 +14,8 @@ from mergevq_jax.tokenizer.losses.perceptual import lpips_shapes
 from mergevq_jax.tokenizer.model import read_tokenizer_config
 from mergevq_jax.tokenizer.run import TrainConfig, load_frozen
 from runtime_jax.config import build, load, to_dict
-from runtime_jax.sharding import LARGE, MeshConfig, make_mesh, param_shardings
+from runtime_jax.mesh import MeshConfig, make_mesh
+from runtime_jax.sharding import LARGE, param_shardings
 from runtime_jax.training.update import Optimizer
 from tokenverse_jax.flux import model as flux
 

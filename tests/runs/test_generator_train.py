@@ -37,7 +37,8 @@ from mergevq_jax.generator.transformer import SHARDING_RULES, Generator
 from mergevq_jax.tokenizer.config import PRESETS
 from mergevq_jax.tokenizer.model import param_shapes as tokenizer_shapes
 from runtime_jax.config import build, load, to_dict
-from runtime_jax.sharding import MeshConfig, make_mesh, param_shardings, place, shard_batch
+from runtime_jax.mesh import MeshConfig, make_mesh
+from runtime_jax.sharding import param_shardings, place, shard_batch
 from runtime_jax.training.optimizer import make_optimizer, make_schedule
 from runtime_jax.training.program import Program
 

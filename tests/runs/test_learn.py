@@ -11,8 +11,9 @@ from tiny_pipeline import FLUX, SIDE, tiny_pipeline
 
 from runtime_jax import sharding
 from runtime_jax.config import Duration
+from runtime_jax.mesh import MeshConfig, make_mesh
 from runtime_jax.nn.compute import Compute
-from runtime_jax.sharding import MeshConfig, make_mesh, param_shardings, place, shard_batch
+from runtime_jax.sharding import param_shardings, place, shard_batch
 from runtime_jax.training.optimizer import OptimizerConfig
 from runtime_jax.training.program import Program
 from tokenverse_jax.concepts.concept_data import bind_captions, draw, encode_concept, encode_images, make_concepts

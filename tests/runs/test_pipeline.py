@@ -15,8 +15,9 @@ from tiny_pipeline import FLUX, SIDE, TEXT_LENGTH, VAE, tiny_pipeline, write_tin
 
 from runtime_jax import sharding
 from runtime_jax.config import ConfigError
+from runtime_jax.mesh import MeshConfig, make_mesh
 from runtime_jax.prng import Stream, stream_key
-from runtime_jax.sharding import MeshConfig, make_mesh, param_shardings
+from runtime_jax.sharding import param_shardings
 from runtime_jax.weights import WeightError, export_weights, read_safetensors, write_safetensors
 from runtime_jax.weights.mapped import map_safetensors
 from tokenverse_jax.flux import autoencoder, model, sampling, schedule

@@ -120,7 +120,7 @@ def test_the_state_restores_on_eight_devices(folder, trained):
     from mergevq_jax.tokenizer import train as stage1
     from mergevq_jax.tokenizer.run import TrainConfig, load_frozen, make_program
     from runtime_jax import config as config_lib
-    from runtime_jax.sharding import MeshConfig, make_mesh
+    from runtime_jax.mesh import MeshConfig, make_mesh
     from runtime_jax.training.checkpoint import Checkpointer
     from runtime_jax.training.update import Optimizer
 

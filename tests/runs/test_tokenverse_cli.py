@@ -16,6 +16,7 @@ from safetensors.numpy import load_file, save_file
 from tiny_pipeline import FLUX, random_params, tiny_pipeline, write_tiny_pipeline
 
 from runtime_jax import sharding
+from runtime_jax.mesh import make_mesh
 from tokenverse_jax import cli
 from tokenverse_jax.commands.concepts import shortest_names
 from tokenverse_jax.commands.inspect import read_configs
@@ -411,7 +412,7 @@ def learn(base: Path, files: Path, workdir: Path, **changes) -> int:
 
 def test_a_learned_concept_is_inspected_and_drawn(model, files, tmp_path, capsys, monkeypatch):
     # Programs for one device take a fraction of the time to compile; test_learn_run.py has a mesh.
-    one_device = functools.partial(sharding.make_mesh, devices=jax.devices()[:1])
+    one_device = functools.partial(make_mesh, devices=jax.devices()[:1])
     monkeypatch.setattr(sharding, "make_mesh", one_device)
     assert learn(model, files, tmp_path / "run") == 0
     path = tmp_path / "run" / "concept.safetensors"

@@ -13,9 +13,9 @@ from jax._src.cudnn import fused_attention_stablehlo as cudnn
 from jax.experimental.pallas import tpu as pallas_tpu
 
 from runtime_jax.cost import count_flops
+from runtime_jax.mesh import MeshConfig, make_mesh
 from runtime_jax.nn import attention as attention_module
 from runtime_jax.nn.attention import attention
-from runtime_jax.sharding import MeshConfig, make_mesh
 
 B, T, S, H, D = 2, 5, 7, 3, 4
 

@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from runtime_jax.sharding import MeshConfig, make_mesh, param_shardings
+from runtime_jax.mesh import MeshConfig, make_mesh
+from runtime_jax.sharding import param_shardings
 from tokenverse_jax.concepts.concept_mod import (
     SHARDING_RULES,
     ConceptModConfig,

@@ -20,9 +20,10 @@ from mergevq_jax.generator.sampling.plan import SamplingConfig, make_plan
 from mergevq_jax.generator.sampling.raster import sample
 from mergevq_jax.generator.sub_tokens import split_indices
 from mergevq_jax.generator.transformer import SHARDING_RULES, Generator, param_shapes
+from runtime_jax.mesh import MeshConfig, make_mesh
 from runtime_jax.nn.compute import Compute
 from runtime_jax.prng import Stream, example_keys, stream_key
-from runtime_jax.sharding import MeshConfig, make_mesh, param_shardings
+from runtime_jax.sharding import param_shardings
 
 L = CONFIG.length
 LABELS = np.asarray([0, 3, 4, 5], np.int32)  # the last is the null class

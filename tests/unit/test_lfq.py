@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from jax.sharding import PartitionSpec
 
 from mergevq_jax.tokenizer.quantizers import lfq
-from runtime_jax.sharding import MeshConfig, make_mesh
+from runtime_jax.mesh import MeshConfig, make_mesh
 
 TEMPERATURE, EPS = 0.01, 1e-5
 

@@ -6,7 +6,8 @@ import pytest
 import toy_run
 
 from runtime_jax.config import Duration
-from runtime_jax.sharding import Axis, MeshConfig, make_mesh
+from runtime_jax.mesh import MeshConfig, make_mesh
+from runtime_jax.sharding import Axis
 from runtime_jax.training import program as program_module
 from runtime_jax.training.fit import fit
 from runtime_jax.training.loop import LoopConfig

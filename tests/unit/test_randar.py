@@ -22,9 +22,10 @@ from mergevq_jax.generator.sampling.random_order import (
     randar_sample,
 )
 from mergevq_jax.generator.transformer import SHARDING_RULES, init_params
+from runtime_jax.mesh import MeshConfig, make_mesh
 from runtime_jax.nn.compute import Compute
 from runtime_jax.prng import Stream, example_keys, stream_key
-from runtime_jax.sharding import MeshConfig, make_mesh, param_shardings, shard_batch
+from runtime_jax.sharding import param_shardings, shard_batch
 
 RANDAR = dataclasses.replace(CONFIG, position_instruction=True)
 L, K = RANDAR.length, 9

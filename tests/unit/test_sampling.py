@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from runtime_jax.sharding import MeshConfig, make_mesh
+from runtime_jax.mesh import MeshConfig, make_mesh
 from tokenverse_jax.flux import sampling, schedule
 
 SIGMAS = schedule.sigmas(schedule.PRESETS["dev"], 7, 300)

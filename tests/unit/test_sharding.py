@@ -12,15 +12,13 @@ import toy_run
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from runtime_jax import config
+from runtime_jax.mesh import MESH_AXES, MeshConfig, make_mesh
 from runtime_jax.sharding import (
     IF_LARGE,
-    MESH_AXES,
     Axis,
-    MeshConfig,
     batch_part,
     check_batch,
     constrain,
-    make_mesh,
     own_rows,
     param_shardings,
     replicated,

@@ -17,6 +17,7 @@ from runtime_jax import sharding
 from runtime_jax.config import Duration
 from runtime_jax.data import center_crop
 from runtime_jax.files import path_of
+from runtime_jax.mesh import MeshConfig, make_mesh
 from runtime_jax.nn.compute import Compute
 from runtime_jax.pictures import image_grid
 from runtime_jax.training import loop
@@ -65,7 +66,7 @@ class LearnRunConfig:
     vae: str | None = None  # the same for the autoencoder
     dtype: Literal["float32", "bfloat16"] = "float32"  # of the model's parameters
     compute: Compute = Compute()
-    mesh: sharding.MeshConfig = sharding.MeshConfig(data=1, tensor=-1)  # batches are small: devices share the model
+    mesh: MeshConfig = MeshConfig(data=1, tensor=-1)  # batches are small: devices share the model
     images: tuple[ImageConfig, ...]
     words: tuple[str, ...]  # those to store; "dog#2" is the second "dog" of a caption
     size: int  # side of the images, pixels
@@ -106,7 +107,7 @@ def learn(config: LearnRunConfig, workdir: str | os.PathLike) -> loop.Result:
     )
     with only_writer(workdir, loop_config.min_free_bytes) as folder:
         images = [read_image(image.path, config.size) for image in config.images]
-        mesh = sharding.make_mesh(config.mesh)
+        mesh = make_mesh(config.mesh)
         sharding.check_batch("learn.batch_size", how.batch_size, mesh)
         files = {"transformer": config.transformer, "vae": config.vae}
         load = Loader(config.model, **files, dtype=config.dtype, mesh=mesh, compute=config.compute)

@@ -11,8 +11,8 @@ from jax.sharding import Mesh
 from jaxtyping import UInt8
 
 from runtime_jax.data import center_crop
+from runtime_jax.mesh import MeshConfig, make_mesh
 from runtime_jax.prng import Stream, stream_key
-from runtime_jax.sharding import MeshConfig, make_mesh
 from runtime_jax.training.program import Program
 from tokenverse_jax.concepts.bank import KEPT_SIDE, ConceptFile
 from tokenverse_jax.concepts.concept_data import (
