@@ -11,7 +11,7 @@ from jaxtyping import UInt8
 from runtime_jax import hosts
 from runtime_jax.config import to_dict
 from runtime_jax.data import decode_image
-from runtime_jax.files import AnyPath, write_text
+from runtime_jax.files import AnyPath, read_bytes, write_text
 from runtime_jax.pictures import save_png
 from runtime_jax.sharding import to_host
 from tokenverse_jax.concepts.isolation import IsolationConfig
@@ -73,8 +73,8 @@ def make_pool(
     return hosts.from_first(images)
 
 
-def _read(path: Path) -> UInt8[np.ndarray, "H W 3"]:
+def _read(path: AnyPath) -> UInt8[np.ndarray, "H W 3"]:
     try:
-        return decode_image(path.read_bytes())
+        return decode_image(read_bytes(path))
     except ValueError as error:
         raise ValueError(f"{path}: {error}; delete it to have it drawn again") from error
