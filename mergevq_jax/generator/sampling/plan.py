@@ -66,9 +66,9 @@ class Plan(DrawPlan):
 class Knobs(NamedTuple):
     """The dynamic part of a sampler: it may change without compiling again."""
 
-    scales: Float[Array, "N S"]
-    temperature: Float[Array, "S"]
-    top_p: Float[Array, "S"]
+    scales: Float[Array, "N S"] | Float[np.ndarray, "N S"]
+    temperature: Float[Array, "S"] | Float[np.ndarray, "S"]
+    top_p: Float[Array, "S"] | Float[np.ndarray, "S"]
 
 
 # Name, text of what is allowed, and whether a value is allowed for a sub-token's vocabulary.
@@ -124,9 +124,9 @@ def draw_plan(
         "nucleus": tuple(top_p < 1 for top_p in values["top_p"]),
     }
     knobs = Knobs(
-        scales=jnp.asarray(guidance_scales(values["cfg_scale"], length, sampling.cfg_schedule, sampling.cfg_interval)),
-        temperature=jnp.asarray(values["temperature"], jnp.float32),
-        top_p=jnp.asarray(values["top_p"], jnp.float32),
+        scales=guidance_scales(values["cfg_scale"], length, sampling.cfg_schedule, sampling.cfg_interval),
+        temperature=np.asarray(values["temperature"], np.float32),
+        top_p=np.asarray(values["top_p"], np.float32),
     )
     return draws, knobs
 
