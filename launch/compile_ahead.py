@@ -127,10 +127,10 @@ def compile_program(
                 raise
             return _too_large(subject, kind, devices, error)
         end = time.perf_counter()
-    memory, text, cost = compiled.memory_analysis(), compiled.as_text(), compiled.cost_analysis() or {}
+    memory, text, cost = compiled.memory_analysis(), _text(compiled), compiled.cost_analysis() or {}
     total = memory.argument_size_in_bytes + memory.temp_size_in_bytes + memory.generated_code_size_in_bytes
     total += memory.output_size_in_bytes - memory.alias_size_in_bytes
-    collectives = hlo.count_collectives(text)
+    collectives = hlo.count_collectives(text) if text else None
     return {
         **_known(subject, kind, devices),
         "bytes": {
@@ -151,6 +151,14 @@ def compile_program(
         "seconds of compiling": end - compiling,
         "fits": total <= CHIPS[kind].memory,
     }
+
+
+def _text(compiled: jax.stages.Compiled) -> str:
+    """The optimised program; "" where XLA cannot print it, as with some of libtpu's asynchronous copies."""
+    try:
+        return compiled.as_text()
+    except jax.errors.JaxRuntimeError:
+        return ""
 
 
 def _known(subject: programs.Subject, kind: str, devices: Sequence[jax.Device]) -> dict[str, Any]:
@@ -179,16 +187,18 @@ def _bounds(
     kind: str,
     devices: Sequence[jax.Device],
     cost: Mapping[str, float],
-    collectives: Mapping[str, Mapping[str, float]],
+    collectives: Mapping[str, Mapping[str, float]] | None,
 ) -> dict[str, float]:
     """Seconds that each resource of a chip needs at least, if nothing else kept it waiting."""
     flops = count_flops(subject.traced.jaxpr.jaxpr) / len(devices)
-    moved = sum(entry["bytes"] for kind, entry in collectives.items() if not kind.startswith(hlo.BETWEEN_SLICES))
-    return {
+    seconds = {
         "matmuls": flops / peak_flops(f"TPU {kind}", "bfloat16"),
         "memory": cost.get("bytes accessed", 0.0) / CHIPS[kind].bandwidth,
-        "links": moved / CHIPS[kind].links,
     }
+    if collectives is not None:
+        within = (entry["bytes"] for name, entry in collectives.items() if not name.startswith(hlo.BETWEEN_SLICES))
+        seconds["links"] = sum(within) / CHIPS[kind].links
+    return seconds
 
 
 def bytes_of_one(tree: Any) -> int:
@@ -231,11 +241,13 @@ def render(report: Mapping[str, Any]) -> str:
         return "\n".join(
             [*table((f"{report['config']}, {report['program']}", "DOES NOT FIT"), rows), report["message"]]
         )
+    if report["collectives"] is None:
+        rows.append(("collectives", "unknown: XLA cannot print the program"))
     rows += [
         *((f"large: {where}", f"{shape}, {bytes / 2**20:.0f} MiB") for bytes, shape, where in report["largest"]),
         *(
             (kind, f"{entry['count']:.0f} of {entry['bytes'] / 2**20:.0f} MiB in all")
-            for kind, entry in sorted(report["collectives"].items())
+            for kind, entry in sorted((report["collectives"] or {}).items())
         ),
         *((f"seconds at least, {name}", f"{value:.4f}") for name, value in report["seconds at least"].items()),
         ("runs per second at most", f"{report['runs per second at most']:.3g}"),

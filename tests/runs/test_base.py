@@ -16,10 +16,9 @@ from tiny_pipeline import random_params
 
 from mini_scenes import CLASSES, COLORS, TEXTURES, SceneObject, caption, example_scene, full_caption
 from runtime_jax import config as config_lib
-from runtime_jax import sharding
 from runtime_jax.mesh import make_mesh
 from runtime_jax.nn.compute import Compute
-from runtime_jax.training import loop
+from runtime_jax.training import loop, network
 from runtime_jax.training.network import train_network
 from tokenverse_jax.base import corpus, run, text_to_image, vae
 from tokenverse_jax.base.corpus import CaptionConfig, Corpus, describe
@@ -358,7 +357,7 @@ def trained(tmp_path_factory):
         # Programs for few devices compile faster; the test above has eight.
         two_devices = functools.partial(make_mesh, devices=jax.devices()[:2])
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(sharding, "make_mesh", two_devices)
+            patch.setattr(network, "make_mesh", two_devices)
             return run.train(_config(), workdir)
 
     result = train()

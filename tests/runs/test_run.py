@@ -293,9 +293,10 @@ def test_inspect_needs_no_weights(folder, capsys):
     text = capsys.readouterr().out
     assert "62,6" in text and "83,3" in text and "GFLOP" in text
     aligned = ["--config.losses.alignment_weight=1.0", "--config.model.dist_head=layer3"]
+    aligned += ["--config.teacher=facebook/dinov2-base", "--config.losses.alignment_size=56"]
     lpips = ["--config.losses.perceptual_weight=1.0"]
     assert cli.main(["inspect", "--config", str(folder / "config.py"), *aligned, *lpips]) == 0
-    assert "train step, without the alignment loss" in capsys.readouterr().out
+    assert "| train step |" in capsys.readouterr().out
 
 
 def test_errors_of_checkpoints_are_one_line(monkeypatch, capsys):

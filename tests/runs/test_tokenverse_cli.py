@@ -15,7 +15,6 @@ from PIL import Image
 from safetensors.numpy import load_file, save_file
 from tiny_pipeline import FLUX, random_params, tiny_pipeline, write_tiny_pipeline
 
-from runtime_jax import sharding
 from runtime_jax.mesh import make_mesh
 from tokenverse_jax import cli
 from tokenverse_jax.commands.concepts import shortest_names
@@ -280,7 +279,7 @@ def nothing_compiles(monkeypatch):
     def refuse(*_, **__):
         raise AssertionError("a program is compiled")
 
-    for name in ("_encode_text", "_generate", "_encode_images"):
+    for name in ("_encode_text", "run", "_encode_images"):
         monkeypatch.setattr(pipeline, name, refuse)
 
 
@@ -413,7 +412,8 @@ def learn(base: Path, files: Path, workdir: Path, **changes) -> int:
 def test_a_learned_concept_is_inspected_and_drawn(model, files, tmp_path, capsys, monkeypatch):
     # Programs for one device take a fraction of the time to compile; test_learn_run.py has a mesh.
     one_device = functools.partial(make_mesh, devices=jax.devices()[:1])
-    monkeypatch.setattr(sharding, "make_mesh", one_device)
+    for module in ("tokenverse_jax.commands.learn", "runtime_jax.mesh"):
+        monkeypatch.setattr(f"{module}.make_mesh", one_device)
     assert learn(model, files, tmp_path / "run") == 0
     path = tmp_path / "run" / "concept.safetensors"
     assert f"the concepts are in {path}" in capsys.readouterr().out

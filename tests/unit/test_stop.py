@@ -36,7 +36,14 @@ def test_other_errors_pass():
         raise ZeroDivisionError
 
 
-def test_a_second_signal_ends_it_at_once_unless_it_is_an_echo(monkeypatch):
+@pytest.fixture
+def interruptible():
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_a_second_signal_ends_it_at_once_unless_it_is_an_echo(monkeypatch, interruptible):
     with pytest.raises(KeyboardInterrupt), Stop() as stop:
         signal.raise_signal(signal.SIGINT)
         signal.raise_signal(signal.SIGINT)  # from the launcher, after the terminal's
