@@ -41,7 +41,7 @@ test-fast: $(VENV)/.installed
 parity: $(VENV)-parity/.installed
 	$(VENV)-parity/bin/python -m pytest tests/parity
 
-# The benchmarks on a GPU (pip install -e '.[gpu]' in VENV), at most eight minutes; PyTorch with CUDA adds its peer.
+# The benchmarks on a GPU (pip install -e '.[gpu]' in VENV); no section begins after six minutes. PyTorch with CUDA adds its peer.
 gpu-check: $(VENV)/.installed
 	XLA_PYTHON_CLIENT_PREALLOCATE=false $(BIN)/python benchmarks/gpu_check.py --out gpu_check.json
 

@@ -1,4 +1,4 @@
-"""The GPU rows of all benchmarks in one run of at most eight minutes, as one JSON file.
+"""The GPU rows of all benchmarks in one run, as one JSON file. It has not run on a GPU yet.
 
 make gpu-check                                                  # writes gpu_check.json
 python benchmarks/gpu_check.py --toy --out /tmp/toy.json        # toy sizes on a CPU: does the script itself work?

@@ -7,7 +7,6 @@ status 3: the program does not fit into a chip's memory.
 """
 
 import argparse
-import math
 import os
 import re
 import sys
@@ -23,6 +22,7 @@ from launch import hlo, programs, slices
 from runtime_jax.cli import overrides_of
 from runtime_jax.cost import count, count_flops, peak_flops, size_of, table
 from runtime_jax.files import write_json
+from runtime_jax.sharding import shard_bytes
 
 DOES_NOT_FIT = 3
 # Otherwise libtpu looks for the TPU that this machine has not, and only one process at a time may load it.
@@ -72,8 +72,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ValueError as error:
         print(f"launch.compile_ahead: {error}", file=sys.stderr)
         return 1
-    shown = args.topology if args.slices == 1 else f"{args.slices} x {args.topology}"
-    report = {"config": args.config, "overrides": overrides, "topology": shown, **report}
+    where = args.topology if args.slices == 1 else f"{args.slices} x {args.topology}"
+    report = {"config": args.config, "overrides": overrides, "topology": where, **report}
     print(render(report))
     if args.json:
         write_json(args.json, report)
@@ -117,6 +117,7 @@ def compile_program(
     """Compiles a program of a config for these chips, and measures it."""
     begin = time.perf_counter()
     subject = programs.trace(config, task, devices, request)
+    known = known_before(subject)
     with jax.set_mesh(subject.mesh):
         lowered = subject.traced.lower()
         compiling = time.perf_counter()
@@ -125,14 +126,15 @@ def compile_program(
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise
-            return _too_large(subject, kind, devices, error)
+            return too_large(known, kind, error)
         end = time.perf_counter()
     memory, text, cost = compiled.memory_analysis(), _text(compiled), compiled.cost_analysis() or {}
     total = memory.argument_size_in_bytes + memory.temp_size_in_bytes + memory.generated_code_size_in_bytes
     total += memory.output_size_in_bytes - memory.alias_size_in_bytes
     collectives = hlo.count_collectives(text) if text else None
+    seconds = _bounds(known["flops"] / len(devices), kind, cost, collectives)
     return {
-        **_known(subject, kind, devices),
+        **known,
         "bytes": {
             "arguments": memory.argument_size_in_bytes,
             "temporaries": memory.temp_size_in_bytes,
@@ -145,7 +147,7 @@ def compile_program(
         "flops of one device by XLA, loops once": cost.get("flops", 0.0),
         "bytes accessed of one device, loops once": cost.get("bytes accessed", 0.0),
         "collectives": collectives,
-        "seconds at least": (seconds := _bounds(subject, kind, devices, cost, collectives)),
+        "seconds at least": seconds,
         "runs per second at most": 1 / max(seconds.values()),
         "seconds of tracing": compiling - begin,
         "seconds of compiling": end - compiling,
@@ -161,36 +163,33 @@ def _text(compiled: jax.stages.Compiled) -> str:
         return ""
 
 
-def _known(subject: programs.Subject, kind: str, devices: Sequence[jax.Device]) -> dict[str, Any]:
-    """What is known before compiling."""
+def known_before(subject: programs.Subject) -> dict[str, Any]:
+    """What is known of a program before it is compiled."""
     return {
         "program": subject.name,
-        "chips": len(devices),
+        "chips": subject.mesh.size,
         "mesh": dict(subject.mesh.shape),
         "numbers": {name: count(tree) for name, tree in subject.held.items()},
-        "bytes held on one device": {name: bytes_of_one(tree) for name, tree in subject.held.items()},
+        "bytes held on one device": {
+            name: sum(map(shard_bytes, jax.tree.leaves(tree))) for name, tree in subject.held.items()
+        },
         "replicated": replicated_leaves(subject),
         "flops": count_flops(subject.traced.jaxpr.jaxpr),
     }
 
 
-def _too_large(subject: programs.Subject, kind: str, devices: Sequence[jax.Device], error: Exception) -> dict[str, Any]:
+def too_large(known: Mapping[str, Any], kind: str, error: Exception) -> dict[str, Any]:
     """The report of a program for which XLA finds no room; its message lists the largest allocations."""
     found = re.search(r"Used ([\d.]+)([KMG]) of", str(error))
     used = float(found[1]) * 1024 ** (1 + "KMG".index(found[2])) if found else float("nan")
     sizes = {"total": used, "chip": CHIPS[kind].memory}
-    return {**_known(subject, kind, devices), "bytes": sizes, "message": str(error), "fits": False}
+    return {**known, "bytes": sizes, "message": str(error), "fits": False}
 
 
 def _bounds(
-    subject: programs.Subject,
-    kind: str,
-    devices: Sequence[jax.Device],
-    cost: Mapping[str, float],
-    collectives: Mapping[str, Mapping[str, float]] | None,
+    flops: float, kind: str, cost: Mapping[str, float], collectives: Mapping[str, Mapping[str, float]] | None
 ) -> dict[str, float]:
     """Seconds that each resource of a chip needs at least, if nothing else kept it waiting."""
-    flops = count_flops(subject.traced.jaxpr.jaxpr) / len(devices)
     seconds = {
         "matmuls": flops / peak_flops(f"TPU {kind}", "bfloat16"),
         "memory": cost.get("bytes accessed", 0.0) / CHIPS[kind].bandwidth,
@@ -199,12 +198,6 @@ def _bounds(
         within = (entry["bytes"] for name, entry in collectives.items() if not name.startswith(hlo.BETWEEN_SLICES))
         seconds["links"] = sum(within) / CHIPS[kind].links
     return seconds
-
-
-def bytes_of_one(tree: Any) -> int:
-    """Bytes of a tree of sharded shapes on one device."""
-    leaves = jax.tree.leaves(tree)
-    return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves)
 
 
 def replicated_leaves(subject: programs.Subject) -> list[tuple[str, int]]:
@@ -224,7 +217,7 @@ def render(report: Mapping[str, Any]) -> str:
     """The numbers as a Markdown table."""
     size, replicated = report["bytes"], report["replicated"]
     rows = [
-        ("slice, mesh", f"{report['topology']}, {shown(report['mesh'])}"),
+        ("slice, mesh", f"{report['topology']}, {axes_of(report['mesh'])}"),
         *((f"{name}, numbers", f"{number:,}") for name, number in report["numbers"].items()),
         *((f"{name}, GiB a chip", _gib(held)) for name, held in report["bytes held on one device"].items()),
         *(
@@ -244,7 +237,7 @@ def render(report: Mapping[str, Any]) -> str:
     if report["collectives"] is None:
         rows.append(("collectives", "unknown: XLA cannot print the program"))
     rows += [
-        *((f"large: {where}", f"{shape}, {bytes / 2**20:.0f} MiB") for bytes, shape, where in report["largest"]),
+        *((f"large: {where}", f"{shape}, {held / 2**20:.0f} MiB") for held, shape, where in report["largest"]),
         *(
             (kind, f"{entry['count']:.0f} of {entry['bytes'] / 2**20:.0f} MiB in all")
             for kind, entry in sorted((report["collectives"] or {}).items())
@@ -257,7 +250,7 @@ def render(report: Mapping[str, Any]) -> str:
     return "\n".join(table((f"{report['config']}, {report['program']}", verdict), rows))
 
 
-def shown(mesh: Mapping[str, int]) -> str:
+def axes_of(mesh: Mapping[str, int]) -> str:
     """The axes that split something, such as "data=4 tensor=2"."""
     return " ".join(f"{axis}={size}" for axis, size in mesh.items() if size > 1) or "one chip"
 

@@ -69,10 +69,10 @@ def _size(shapes: str) -> float:
     )
 
 
-def _computations(text: str) -> tuple[dict[str, list[str]], str | None]:
+def _computations(text: str) -> tuple[dict[str, list[str]], str]:
     """Lines of each computation by name, and the entry's name."""
     bodies: dict[str, list[str]] = {}
-    entry = name = None
+    entry, name = "", None
     for line in text.splitlines():
         if line and not line[0].isspace() and (match := _HEAD.match(line)):
             name = match[2]
@@ -86,9 +86,6 @@ def _computations(text: str) -> tuple[dict[str, list[str]], str | None]:
 def _executed(text: str) -> Iterator[tuple[str, int]]:
     """Each line of the program, and how often it runs."""
     bodies, entry = _computations(text)
-    if entry is None:  # a part of a program
-        yield from ((line, 1) for line in text.splitlines())
-        return
     pending = [(entry, 1)]
     while pending:
         name, turns = pending.pop()

@@ -54,13 +54,26 @@ def trace(config: Any, task: str, devices: Sequence[jax.Device], request: Reques
     """Traces what `request` asks for, on a mesh over these devices; compile it under `jax.set_mesh(subject.mesh)`.
 
     Raises:
-      ValueError: devices or batch that the mesh does not fit, or a K that is impossible.
+      ValueError: devices or batch that the mesh does not fit, an impossible K, or a request that this config has not.
     """
+    _check(task, request)
     mesh = make_mesh(config.mesh, devices)
     with jax.set_mesh(mesh):
         if request.sample:
             return _sampler(config, task, mesh, request)
         return _train_step(config, task, mesh, request)
+
+
+def _check(task: str, request: Request) -> None:
+    """Raises ValueError for what a program does not have."""
+    if request.sample and task == "tokenizer":
+        raise ValueError("a tokenizer has no sampler; compile a generator's")
+    if request.codes and (request.sample or task != "generator"):
+        raise ValueError("--codes is for a generator's step")
+    if request.keep is not None and task == "concepts":
+        raise ValueError("--keep is for tokenizers and generators")
+    if request.batch_size is not None and not request.sample:
+        raise ValueError("--batch-size is for --sample; that of a step is the config's (--config.data.batch_size=...)")
 
 
 def _train_step(config: Any, task: str, mesh: Mesh, request: Request) -> Subject:
@@ -85,12 +98,10 @@ def _sampler(config: Any, task: str, mesh: Mesh, request: Request) -> Subject:
     if task == "concepts":
         params, traced = tokenverse.trace_generate(config, mesh, size)
         name = f"generate at {config.size} px, {config.sampling.num_steps} steps"
-    elif task == "generator":
+    else:
         keep = request.keep or config.preview_keep
         params, traced = generator.trace_sampling(config, mesh, size, keep)
         name = f"sample, K = {keep}"
-    else:
-        raise ValueError("a tokenizer has no sampler; compile a generator's")
     return Subject(f"{name}, batch {size}", mesh, traced, {"parameters": params})
 
 

@@ -254,7 +254,7 @@ def _bench_input(args, overrides) -> None:
     data = None
     if args.config:
         config, task = training(args.config, overrides)
-        data = config.batches() if task == "tokenizer" else config.data
+        data = config.needed_data() if task == "tokenizer" else config.data
     rate = {"steps_per_second": args.steps_per_second, "hosts": args.hosts}
     print(bench_input(data, _source(args), synthetic=args.synthetic, seconds=args.seconds, **rate))
 

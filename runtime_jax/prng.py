@@ -5,6 +5,7 @@ fold in the example's number in the data set, never its position on a device.
 """
 
 from enum import IntEnum
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -43,6 +44,14 @@ def stream_key(seed: int, stream: Stream, step: int | Int[Array, ""] = 0) -> Key
     """
     _check_seed(seed)
     return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), int(stream)), step)
+
+
+def key_shape() -> Any:
+    """The shape of a key, for `jax.eval_shape`.
+
+    Making one would compute something, which fails where the mesh that is set has devices that are not there.
+    """
+    return jax.eval_shape(jax.random.key, 0)
 
 
 def example_keys(key: Key[Array, ""], examples: Int[Array, "B"] | Int[np.ndarray, "B"]) -> Key[Array, "B"]:

@@ -149,6 +149,11 @@ def sharded_shapes(tree: Any, rules: Sequence[Rule], mesh: Mesh) -> Any:
     )
 
 
+def shard_bytes(leaf: Any) -> int:
+    """Bytes of a sharded array, or of its shape, on one device."""
+    return math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+
+
 def undivided(tree: Any, rules: Sequence[Rule], mesh: Mesh) -> list[str]:
     """Lines that name leaves whose rule would split them over a mesh axis, but the axis does not divide a dimension.
 

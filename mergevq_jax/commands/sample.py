@@ -163,7 +163,7 @@ def sample(
 def _plan(info: GeneratorInfo, request: Request, compute: Compute, *, show_cache: bool) -> DrawPlan:
     """The static part of the sampler; ValueError for what this generator cannot do."""
     kind, sampling, number = KINDS[info.kind], info.sampling(request.sampling), _keep(info, request)
-    plan = kind.plan(info.architecture, sampling, number, steps=request.steps, compute=compute)
+    plan, _ = kind.plan(info.architecture, sampling, number, steps=request.steps, compute=compute)
     if show_cache and not kind.compresses:
         raise ValueError("--show-cache: a generator in random order keeps every code")
     return plan

@@ -12,6 +12,7 @@ from mergevq_jax.generator import train as stage2
 from mergevq_jax.generator.kinds.table import KINDS
 from mergevq_jax.generator.run import TrainConfig, make_program
 from mergevq_jax.generator.sampling.decode import new_kv_cache
+from mergevq_jax.generator.sampling.plan import DrawPlan, Knobs
 from mergevq_jax.generator.transformer import SHARDING_RULES, Params, param_shapes
 from mergevq_jax.tokenizer.model import param_shapes as tokenizer_shapes
 from mergevq_jax.tokenizer.model import read_tokenizer_config
@@ -80,23 +81,26 @@ def abstract_step(
     return make_program(config.step_config(tokenizer), optimizer, mesh, frozen), batch
 
 
-def trace_sampling(config: TrainConfig, mesh: Mesh, batch_size: int, keep: int | None = None) -> tuple[Params, Any]:
+def trace_sampling(config: TrainConfig, mesh: Mesh, batch_size: int, keep: int | None) -> tuple[Params, Any]:
     """Shapes of a generator's parameters on a mesh, and the traced sampler with the settings of its evaluation."""
+    params = sharded_shapes(param_shapes(config.model), SHARDING_RULES, mesh)
+    return params, KINDS[config.kind].trace(params, batch_size, *_plan(config, keep))
+
+
+def _plan(config: TrainConfig, keep: int | None) -> tuple[DrawPlan, Knobs]:
+    """Of the sampler in an evaluation."""
     model, kind, evaluation = config.model, KINDS[config.kind], config.evaluation
-    params = sharded_shapes(param_shapes(model), SHARDING_RULES, mesh)
     sampling = kind.settings(evaluation.sampling, model, kind.window(model, config.window))
-    number = (keep or config.preview_keep) if model.merge_instruction else None
     steps = evaluation.sampling_steps
-    return params, kind.trace(params, batch_size, model, sampling, number, steps=steps, compute=config.compute)
+    if steps is not None and keep is not None:
+        steps = min(steps, keep)
+    return kind.plan(model, sampling, keep, steps=steps, compute=config.compute)
 
 
 def _cache_row(config: TrainConfig, keep: int) -> tuple[str, ...]:
     """Slots and bytes for one image; under guidance, of both its rows."""
-    model, kind, sampling = config.model, KINDS[config.kind], config.evaluation.sampling
-    number, steps = keep if model.merge_instruction else None, config.evaluation.sampling_steps
-    sampling = kind.settings(sampling, model, kind.window(model, config.window))
-    steps = None if steps is None else min(steps, keep)
-    plan = kind.plan(model, sampling, number, steps=steps, compute=config.compute)
+    model, kind = config.model, KINDS[config.kind]
+    plan, _ = _plan(config, keep if model.merge_instruction else None)
     full = model.prefix + kind.tokens(model)
     kv_cache = functools.partial(new_kv_cache, model, config.compute, layers=model.num_layers, rows=plan.rows)
     size = size_of(jax.eval_shape(functools.partial(kv_cache, slots=plan.slots)))

@@ -27,6 +27,7 @@ from mergevq_jax.tokenizer.layers import linear_normal
 from runtime_jax.nn.attention import attention
 from runtime_jax.nn.compute import Compute
 from runtime_jax.nn.rotary import apply_rope
+from runtime_jax.prng import key_shape
 from runtime_jax.sharding import Axis, Rule, constrain
 
 Params = dict[str, Any]
@@ -297,7 +298,7 @@ def init_params(config: GeneratorConfig, key: Array) -> Params:
 @functools.cache
 def param_shapes(config: GeneratorConfig) -> Params:
     """Shapes and dtypes of the parameters, without computing anything."""
-    return jax.eval_shape(functools.partial(init_params, config), jax.eval_shape(jax.random.key, 0))
+    return jax.eval_shape(functools.partial(init_params, config), key_shape())
 
 
 SHARDING_RULES: tuple[Rule, ...] = (

@@ -103,7 +103,7 @@ def abstract_step(config: TrainConfig, mesh: Mesh, batch_size: int | None = None
     numbers = jax.ShapeDtypeStruct((count,), jnp.int32)
     images = jax.ShapeDtypeStruct((count, side, side, config.model.in_channels), jnp.uint8)
     batch = {"image": images, "label": numbers, "example": numbers}
-    for view in config.batches().views:
+    for view in config.needed_data().views:
         shape = (count, view.image_size, view.image_size, config.model.in_channels)
         batch[view.name] = jax.ShapeDtypeStruct(shape, jnp.uint8)
     return make_program(config.step_config(teacher), optimizers, mesh, replicated_shapes(frozen, mesh)), batch

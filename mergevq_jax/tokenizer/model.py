@@ -26,6 +26,7 @@ from mergevq_jax.tokenizer.recovery import SourceRecovery, recovered_source_map
 from runtime_jax.files import path_of
 from runtime_jax.finite import all_finite, check_finite
 from runtime_jax.nn.compute import Compute
+from runtime_jax.prng import key_shape
 from runtime_jax.sharding import constrain
 
 Params = dict[str, Any]
@@ -55,7 +56,7 @@ def init_params(config: TokenizerConfig, key: Array) -> Params:
 
 def param_shapes(config: TokenizerConfig) -> Params:
     """Shapes and dtypes of the parameters, without computing anything."""
-    return jax.eval_shape(functools.partial(init_params, config), jax.eval_shape(jax.random.key, 0))
+    return jax.eval_shape(functools.partial(init_params, config), key_shape())
 
 
 def encode(

@@ -91,7 +91,7 @@ class TrainConfig:
                 f"data.batch_size={self.data.batch_size} must be a multiple of accumulate={self.accumulate}, at least 1"
             )
 
-    def batches(self) -> DataConfig:
+    def needed_data(self) -> DataConfig:
         """The data with the views that the losses read."""
         needed = stage1.VIEWS if self.losses.alignment_weight else ()
         if self.losses.alignment == "label":
@@ -153,7 +153,7 @@ def train(config: TrainConfig, workdir: str | os.PathLike) -> loop.Result:
                 resolved_config=config_lib.to_dict(config),
                 total_steps=total_steps,
                 batch_size=batch_size,
-                batches=lambda step: make_batches(config.batches(), step, process_index=index, process_count=count),
+                batches=lambda step: make_batches(config.needed_data(), step, process_index=index, process_count=count),
                 dtype=config.compute.dtype,
                 variant=functools.partial(draw_keep, config.merge_ratio, config.seed),
                 preview=evaluation.preview,

@@ -114,7 +114,7 @@ def bipartite_soft_matching(metric: Float[Array, "B T D"], r: int, *, class_toke
 def _highest(values: Float[Array, "B N"], r: int) -> tuple[Int[Array, "B r"], Int[Array, "B others"]]:
     """Indices of the r highest values, the highest first, and of the others, in order; NaN counts as -inf.
 
-    Counts instead of sorting: on TPUs every sort takes XLA seconds to compile, and each layer would have two.
+    Counts instead of sorting: each layer would have two sorts, and XLA's TPU compiler takes long over a sort.
     """
     values = jnp.where(jnp.isnan(values), -jnp.inf, values)
     index = jnp.arange(values.shape[1], dtype=jnp.int32)

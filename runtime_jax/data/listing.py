@@ -14,8 +14,9 @@ import time
 import zlib
 from array import array
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -131,14 +132,7 @@ def _scan_disk(root: Path) -> Listing:
                 passed_over[suffix or "without suffix"] += 1
 
     visit("", ())
-    return Listing(
-        np.frombuffer(names, np.uint8),
-        np.array(ends, np.int64),
-        np.array(class_folders, np.int32),
-        folders,
-        passed_over,
-        times,
-    )
+    return _listing(names, ends, class_folders, folders, passed_over, times)
 
 
 def _scan_bucket(root: AnyPath) -> Listing:
@@ -160,14 +154,12 @@ def _scan_bucket(root: AnyPath) -> Listing:
             class_folders.append(-1 if folder is None else len(folders) - 1)
         else:
             passed_over[suffix or "without suffix"] += 1
-    return Listing(
-        np.frombuffer(names, np.uint8),
-        np.array(ends, np.int64),
-        np.array(class_folders, np.int32),
-        folders,
-        passed_over,
-        {},
-    )
+    return _listing(names, ends, class_folders, folders, passed_over, {})
+
+
+def _listing(names: bytearray, ends: Sequence[int], class_folders: Sequence[int], *others: Any) -> Listing:
+    arrays = np.frombuffer(names, np.uint8), np.array(ends, np.int64), np.array(class_folders, np.int32)
+    return Listing(*arrays, *others)
 
 
 def _cached(root: Path) -> Path:

@@ -25,7 +25,7 @@ from etils import epath
 from runtime_jax.files import AnyPath, BucketError
 
 _LOG = logging.getLogger(__name__)
-CACHE = Path("~/.cache/tokenverse_jax/buckets")  # local copies
+CACHE = Path("~/.cache/runtime_jax/buckets")  # local copies
 # What epath opens: the library that fsspec needs for it, and how to get it.
 SCHEMES = {
     "gs": ("gcsfs", "pip install 'tokenverse-mergevq-jax[gcs]'"),

@@ -1,6 +1,5 @@
 """The compiled side of a training run: its state on the mesh, and a program for each variant of the step."""
 
-import math
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any
 
@@ -41,8 +40,8 @@ class Program:
         self._init_state, self._train_step = init_state, train_step
         self.mesh, self.frozen = mesh, frozen
         shapes = jax.eval_shape(init_state)
-        self.undivided = sharding.undivided(shapes, rules, mesh)
         self.abstract_state = sharding.sharded_shapes(shapes, rules, mesh)
+        self.undivided = sharding.undivided(shapes, rules, mesh)
         self.shardings = jax.tree.map(lambda leaf: leaf.sharding, self.abstract_state)
         self._compiled: dict[Hashable, Any] = {}
         self._flops: dict[Hashable, float] = {}
@@ -60,10 +59,7 @@ class Program:
         """
         limit = device_bytes(self.mesh) if limit is None else limit
         held = {"state": self.abstract_state, "frozen": self.frozen}
-        sizes = [
-            (math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize, path)
-            for path, leaf in jax.tree_util.tree_leaves_with_path(held)
-        ]
+        sizes = [(sharding.shard_bytes(leaf), path) for path, leaf in jax.tree_util.tree_leaves_with_path(held)]
         if limit is None or (total := sum(size for size, _ in sizes)) <= limit:
             return
         largest = [

@@ -1,11 +1,9 @@
 """Whole runs in a bucket: the same results as on a disk, also after a kill."""
 
 import dataclasses
-import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +13,8 @@ import pytest
 import toy_run
 from generator_run_tools import random_tokenizer, run_config, write_pictures
 from PIL import Image
+from run_tools import logged
+from several_tools import ended, launched
 from tiny_pipeline import FLUX, SIDE, write_tiny_pipeline
 
 from mergevq_jax import cli
@@ -33,15 +33,8 @@ from tokenverse_jax.commands.learn import LearnRunConfig, learn
 from tokenverse_jax.concepts.bank import load_concepts
 from tokenverse_jax.flux.pipeline import Pipeline
 
-ROOT = Path(__file__).parents[2]
 # A read that fails leaves futures in Orbax that nobody waits for.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-
-
-def lines(workdir) -> list[dict]:
-    """metrics.jsonl without times."""
-    rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in row.items() if not key.startswith("time/")} for row in rows]
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +50,7 @@ def assert_same_run(got, want) -> None:
         assert set(a.files) == set(b.files)
         for key in b.files:
             np.testing.assert_array_equal(a[key], b[key])
-    assert lines(got) == lines(want)
+    assert logged(got) == logged(want)
 
 
 def killed(workdir, how: str, when: int) -> None:
@@ -97,25 +90,13 @@ def test_a_damaged_checkpoint_is_set_aside(bucket_folder, caplog):
         assert checkpointer.steps() == [6, 12]
 
 
-def _coordinator() -> str:
-    with socket.create_server(("localhost", 0)) as probe:
-        return f"localhost:{probe.getsockname()[1]}"
-
-
 def test_two_processes_write_one_bucket(bucket_folder, whole):
     """Process 0 dies while it saves; the run starts again by itself, and equals that of one process."""
-    environment = os.environ | {
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
-        "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
-    }
-    command = [sys.executable, "-m", "launch.run", "--processes", "2", "--timeout", "60", "--restarts", "1"]
-    command += ["--coordinator", _coordinator(), "--", sys.executable, toy_run.__file__, str(bucket_folder)]
-    done = subprocess.run(
-        [*command, "in-save-once", "12"], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=200
-    )
-    assert done.returncode == 0, done.stderr
-    assert f"origin: own checkpoint {bucket_folder}/checkpoints/6" in done.stdout
-    for mine, theirs in zip(lines(bucket_folder), lines(whole), strict=True):
+    command = [toy_run.__file__, str(bucket_folder), "in-save-once", "12"]
+    code, out, err = ended(launched(2, command, ["--restarts", "1"]))
+    assert code == 0, err
+    assert f"origin: own checkpoint {bucket_folder}/checkpoints/6" in out
+    for mine, theirs in zip(logged(bucket_folder), logged(whole), strict=True):
         assert mine.keys() == theirs.keys()
         assert all(np.isclose(mine[name], theirs[name], rtol=1e-6, atol=1e-6) for name in mine)
 
@@ -156,7 +137,7 @@ def test_tokens_a_generator_and_its_samples(bucket_folder, tmp_path, capsys):
         assert got.keys() == want.keys()
         for name in want:
             np.testing.assert_array_equal(got[name], want[name])
-    assert lines(bucket_folder / "run") == lines(tmp_path / "run")
+    assert logged(bucket_folder / "run") == logged(tmp_path / "run")
     assert_same_files(bucket_folder, tmp_path, "run/generator/model.safetensors", "samples/samples.png")
     with np.load(local(bucket_folder / "samples" / "samples.npz")) as a, np.load(tmp_path / "samples/samples.npz") as b:
         np.testing.assert_array_equal(a["arr_0"], b["arr_0"])
@@ -255,7 +236,7 @@ def test_concepts_are_learned_and_drawn(bucket_folder, tmp_path, capsys):
     got, want = (load_concepts(root / "run" / "concept.safetensors") for root in (bucket_folder, tmp_path))
     assert got.base == str(bucket_folder / "model") and got.base_hash == want.base_hash
     np.testing.assert_array_equal(got.concepts[0].offset, want.concepts[0].offset)
-    assert lines(bucket_folder / "run") == lines(tmp_path / "run")
+    assert logged(bucket_folder / "run") == logged(tmp_path / "run")
     assert_same_files(bucket_folder, tmp_path, "out/0000.png", "out/overview.png")
     assert tokenverse.main(["bench", "--config", "tokenverse_bench", "--workdir", str(bucket_folder)]) == 1
     assert "a benchmark appends to its files, and needs a folder on a disk" in capsys.readouterr().err

@@ -92,7 +92,7 @@ def test_a_published_step_traces():
     pixels = jax.ShapeDtypeStruct((1, 224, 224, 3), jnp.float32)
     teacher = jax.eval_shape(DINOv2(step_config.teacher).init, jax.random.key(0), pixels)["params"]
     batch = {"image": jax.ShapeDtypeStruct((4, 256, 256, 3), jnp.uint8)}
-    batch |= {view.name: jax.ShapeDtypeStruct((4, *view.shape), jnp.uint8) for view in config.batches().views}
+    batch |= {view.name: jax.ShapeDtypeStruct((4, *view.shape), jnp.uint8) for view in config.needed_data().views}
     assert batch.keys() == {"image", "student", "teacher"}
     step = functools.partial(train.train_step, config=step_config, optimizers=optimizers, keep=config.model.keep)
     new, metrics = jax.eval_shape(step, state, train.Frozen(lpips=lpips_shapes(), teacher=teacher), batch)
@@ -106,7 +106,7 @@ def test_a_published_step_traces():
 )
 def test_only_views_that_a_loss_reads_are_made(overrides, views):
     config = build(TrainConfig, load("configs/mergevq_imagenet.py", overrides, new_keys=True))
-    assert len(config.batches().views) == views
+    assert len(config.needed_data().views) == views
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ import jax
 import numpy as np
 import pytest
 from PIL import Image
+from run_tools import logged
 from safetensors.numpy import load_file
 from tiny_pipeline import FLUX, SIDE, write_tiny_pipeline
 
@@ -79,11 +80,6 @@ def trained(config, tmp_path_factory):
     return workdir
 
 
-def records(workdir):
-    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in line.items() if not key.startswith("time/")} for line in lines]
-
-
 def test_a_run_leaves_concepts_that_change_images(trained, folder, config):
     pipeline = Pipeline.from_pretrained(folder)
     file = load_concepts(trained / CONCEPT_FILE, pipeline)
@@ -104,7 +100,7 @@ def test_a_run_leaves_concepts_that_change_images(trained, folder, config):
 
 
 def test_a_run_tells_what_it_does(trained):
-    lines = records(trained)
+    lines = logged(trained)
     assert [line["step"] for line in lines] == list(range(1, 6))
     assert all({"loss", "grad_norm", "lr"} <= line.keys() for line in lines)
     assert {"isolation" in line for line in lines} == {True, False}
@@ -132,7 +128,7 @@ def test_a_killed_run_goes_on_bit_equal(trained, config, tmp_path, monkeypatch):
     learn(config, tmp_path)
     got, expected = (load_file(workdir / CONCEPT_FILE) for workdir in (tmp_path, trained))
     jax.tree.map(np.testing.assert_array_equal, got, expected)
-    assert records(tmp_path) == records(trained)
+    assert logged(tmp_path) == logged(trained)
 
 
 def test_a_run_does_not_go_on_with_another_model_or_image(trained, config, folder, monkeypatch):

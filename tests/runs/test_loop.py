@@ -18,6 +18,7 @@ import jax
 import numpy as np
 import pytest
 import toy_run
+from run_tools import logged
 
 from runtime_jax.config import ConfigError, Duration, build
 from runtime_jax.training import loop
@@ -25,12 +26,6 @@ from runtime_jax.training.checkpoint import Checkpointer
 from runtime_jax.training.logging import MetricWriter
 from runtime_jax.training.program import Program
 from runtime_jax.workdir import WorkdirError
-
-
-def lines(workdir: Path) -> list[dict]:
-    """The metrics without the times."""
-    records = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in record.items() if not k.startswith("time/")} for record in records]
 
 
 def program_with(step) -> Program:
@@ -41,7 +36,7 @@ def program_with(step) -> Program:
 
 
 def assert_same_run(got: Path, want: Path) -> None:
-    assert lines(got) == lines(want)
+    assert logged(got) == logged(want)
     with np.load(got / "final.npz") as a, np.load(want / "final.npz") as b:
         assert a.files == b.files
         for key in b.files:
@@ -98,9 +93,9 @@ def test_an_evaluation_made_again_has_one_line(tmp_path):
     toy_run.train(run, 10, toy_run.signalled(signal.SIGTERM, 6), **intervals)  # stops before its evaluation
     with pytest.raises(ValueError):  # evaluates, and dies before it saves again
         toy_run.train(run, 10, lambda start: itertools.islice(toy_run.batches(start), 1), **intervals)
-    assert [record.keys() - {"step"} for record in lines(run)] == [{"loss", "nonfinite"}, {"eval/norm"}]
+    assert [record.keys() - {"step"} for record in logged(run)] == [{"loss", "nonfinite"}, {"eval/norm"}]
     toy_run.train(run, 10, **intervals)
-    assert lines(run) == lines(tmp_path / "whole")
+    assert logged(run) == logged(tmp_path / "whole")
 
 
 class Batches(Iterator):
@@ -139,12 +134,12 @@ def test_batches_are_closed_however_the_run_ends(tmp_path, end):
 
 def test_skipped_files_are_counted_over_restarts(tmp_path, capsys):
     toy_run.train(tmp_path / "whole", 15, Batches)
-    assert [record.get("data/skipped") for record in lines(tmp_path / "whole") if "loss" in record] == [1.0, 2.0, None]
+    assert [record.get("data/skipped") for record in logged(tmp_path / "whole") if "loss" in record] == [1.0, 2.0, None]
     said = capsys.readouterr().out
     assert re.search(r"step 10/15 .* unreadable images 2 ", said) and not re.search(r"step 15/15 .* unread", said)
     toy_run.train(tmp_path / "run", 15, lambda start: Batches(start, 3))
     toy_run.train(tmp_path / "run", 15, Batches)
-    assert lines(tmp_path / "run") == lines(tmp_path / "whole")
+    assert logged(tmp_path / "run") == logged(tmp_path / "whole")
 
 
 def test_finished_run_has_nothing_to_do(tmp_path, whole, capsys):
@@ -171,7 +166,7 @@ def test_what_a_run_leaves_and_says(tmp_path, capsys):
         return {"grid": np.full((4, 6, 3), step, np.uint8)}
 
     toy_run.train(tmp_path, 12, preview=preview, preview_every=8, peak_flops=1e9)
-    assert [(r["step"], "loss" in r) for r in lines(tmp_path)] == [
+    assert [(r["step"], "loss" in r) for r in logged(tmp_path)] == [
         (5, True),
         (7, False),
         (10, True),
@@ -208,7 +203,7 @@ def nan_at(*bad: int):
 def test_nan_stops_after_so_many_in_a_row(tmp_path):
     with pytest.raises(FloatingPointError, match=r"step 12: .* in 3 updates in a row, all skipped; .* of step 6"):
         toy_run.train(tmp_path, 20, nan_at(3, 4, 6, 9, 10, 11), max_nonfinite=3)
-    assert [record["nonfinite"] for record in lines(tmp_path) if "nonfinite" in record] == [2.0, 2.0, 2.0]
+    assert [record["nonfinite"] for record in logged(tmp_path) if "nonfinite" in record] == [2.0, 2.0, 2.0]
 
 
 def test_count_in_a_row_goes_on_after_a_restart(tmp_path):
@@ -297,4 +292,4 @@ def test_writer_drops_later_and_cut_lines(tmp_path):
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 1, "lo')
     MetricWriter(tmp_path, 2).close()
-    assert lines(tmp_path) == [{"step": 1, "loss": 1.0}, {"step": 2, "loss": None}]
+    assert logged(tmp_path) == [{"step": 1, "loss": 1.0}, {"step": 2, "loss": None}]

@@ -1,6 +1,5 @@
 """The command line end to end on a folder of pictures: training, SIGKILL and resume, and bad input of all kinds."""
 
-import json
 import os
 import shutil
 import signal
@@ -14,6 +13,7 @@ import jax
 import numpy as np
 import pytest
 from PIL import Image
+from run_tools import logged
 from safetensors.numpy import load_file
 
 from mergevq_jax import cli
@@ -81,11 +81,6 @@ def trained(folder) -> Path:
     return folder / "whole"
 
 
-def losses(workdir: Path) -> list[dict]:
-    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in line.items() if not key.startswith("time/")} for line in lines]
-
-
 def interrupt(folder: Path, workdir: str, when: str, number: signal.Signals) -> subprocess.CompletedProcess:
     """Starts the run and sends it a signal as soon as an entry of its checkpoints matches `when`."""
     process = subprocess.Popen(
@@ -109,7 +104,7 @@ def test_a_killed_run_resumes_bit_equal(folder, trained):
     assert "own checkpoint" in stopped.stdout and "own checkpoint" in again.stdout
     if stopped.returncode:  # with only three steps to go, it can be too late to stop
         assert stopped.returncode == 128 + signal.SIGTERM and "stopped by SIGTERM after step" in stopped.stdout
-    assert losses(folder / "killed") == losses(trained)
+    assert logged(folder / "killed") == logged(trained)
     whole, resumed = (load_file(path / "tokenizer" / "model.safetensors") for path in (trained, folder / "killed"))
     assert whole.keys() == resumed.keys()
     for name in whole:
@@ -250,7 +245,7 @@ def test_a_second_training_in_one_workdir_is_refused_and_harms_nothing(folder, t
         second.stderr
     )
     first.communicate()
-    assert first.returncode == 0 and losses(folder / "twice") == losses(trained)
+    assert first.returncode == 0 and logged(folder / "twice") == logged(trained)
 
 
 def test_codes_of_features_that_are_not_finite_are_not_written(folder, trained, tmp_path, capsys):

@@ -1,6 +1,5 @@
 """Processes that find each other, supervisors that restart and stop them, and mismatches that are found."""
 
-import json
 import re
 import signal
 import subprocess
@@ -9,6 +8,7 @@ import time
 
 import numpy as np
 import pytest
+from run_tools import logged
 from several_tools import ROOT, coordinator, ended, environment, launched
 
 from runtime_jax.hosts import HostsError, Processes, find, start
@@ -19,12 +19,6 @@ TOY = str(ROOT / "tests" / "toy_run.py")
 def toy(processes, folder, how="whole", when="0", options=()):
     """A run of the toy."""
     return launched(processes, [TOY, str(folder), how, when], options)
-
-
-def metrics(folder):
-    """Logged numbers by step, without times."""
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{name: value for name, value in line.items() if not name.startswith("time/")} for line in lines]
 
 
 def final(folder):
@@ -42,7 +36,7 @@ def test_restarts_finish_the_run(tmp_path):
     resumes = f"; the same command resumes from {tmp_path}/killed/checkpoints/6"
     assert re.fullmatch(lost + re.escape(resumes), says[0]) and says[1] == "launch.run: starting again (1 of 1)"
     assert len(says) == 2 and "Check failure stack trace" not in err
-    assert metrics(tmp_path / "killed") == metrics(tmp_path / "whole")
+    assert logged(tmp_path / "killed") == logged(tmp_path / "whole")
     ours, theirs = final(tmp_path / "killed"), final(tmp_path / "whole")
     assert all((ours[name] == theirs[name]).all() for name in theirs)
 

@@ -4,7 +4,6 @@ The three trainings run one after the other in the same processes, which saves m
 """
 
 import dataclasses
-import json
 import re
 import shutil
 import signal
@@ -15,6 +14,7 @@ import numpy as np
 import pytest
 from generator_run_tools import TOKENIZER, images_of, random_tokenizer, run_config, write_pictures
 from PIL import Image
+from run_tools import logged
 from safetensors.numpy import load_file
 from several_tools import ended, launched, write_config
 from tiny_pipeline import FLUX, SIDE, write_tiny_pipeline
@@ -89,21 +89,15 @@ def training(root, processes, folder, names=tuple(TRAININGS), how="whole", at="0
     return launched(processes, ["tests/hooked.py", how, at, *lines])
 
 
-def logged(folder, name):
-    """Numbers by step and name, without times."""
-    lines = map(json.loads, (folder / name / "metrics.jsonl").read_text().splitlines())
-    return {
-        f"{name} {line['step']} {key}": value
-        for line in lines
-        for key, value in line.items()
-        if not key.startswith("time/")
-    }
+def numbers(folder, name):
+    """What was logged, by step and name."""
+    return {f"{name} {line['step']} {key}": value for line in logged(folder / name) for key, value in line.items()}
 
 
 def assert_equal(folder, other, *, bits, names=tuple(TRAININGS)):
     """Bit-equal, or losses within 1e-6 (measured: 2.1e-7), gradients and parts of losses within 1e-4 (3e-5)."""
     for name in names:
-        ours, theirs = logged(folder, name), logged(other, name)
+        ours, theirs = numbers(folder, name), numbers(other, name)
         assert ours.keys() == theirs.keys() and f"{name} 6 loss" in ours
         for key, value in ours.items():
             tolerance = 0 if bits else 1e-6 if key.endswith(" loss") else 1e-4

@@ -4,7 +4,7 @@ import jax
 import pytest
 
 from launch import programs
-from launch.compile_ahead import CHIPS, _too_large, compile_program, main, render
+from launch.compile_ahead import CHIPS, compile_program, known_before, main, render, too_large
 from launch.hlo import count_collectives, largest_arrays
 from launch.programs import Request
 
@@ -92,7 +92,7 @@ def test_the_largest_arrays_are_named_by_the_modules_that_make_them():
 def test_a_program_for_which_xla_finds_no_room():
     subject = programs.trace(*programs.read(*GENERATOR), jax.devices(), Request(keep=144, codes=True))
     error = RuntimeError("RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 20.50G of 15.75G hbm.")
-    report = _too_large(subject, "v5e", jax.devices(), error)
+    report = too_large(known_before(subject), "v5e", error)
     assert not report["fits"] and report["bytes"] == {"total": 20.5 * 2**30, "chip": CHIPS["v5e"].memory}
     text = render({**report, "config": "tiny", "topology": "v5e:2x4"})
     assert "| DOES NOT FIT |" in text and "| total, GiB a chip | 20.50 of 16 |" in text and "Ran out of memory" in text
@@ -112,10 +112,11 @@ def test_what_is_refused(options, message, capsys):
 
 def test_collectives_between_slices_are_counted_apart():
     """As libtpu writes them, for two slices."""
-    text = """
+    text = """ENTRY %main (a: f32[4]) -> f32[4] {
   %ar = f32[4]{0} all-reduce(%a), replica_groups={{0,1}}
   %send = (f32[256,8,128]{2,1,0:T(8,128)}, u32[], token[]) send(%b, %c), frontend_attributes={_xla_megascale_target="{1,2}x{0:3}",_xla_megascale_transfer_type="ALL_REDUCE"}
   %recv = (f32[256,8,128]{2,1,0:T(8,128)}, u32[], token[]) recv(%c), frontend_attributes={_xla_megascale_transfer_type="ALL_REDUCE"}
+}
 """  # noqa: E501
     assert count_collectives(text) == {
         "all-reduce": {"count": 1, "bytes": 16},
@@ -129,6 +130,27 @@ def test_a_batch_that_does_not_divide():
         programs.trace(config, task, jax.devices(), Request(codes=True))
 
 
-def test_a_tokenizer_has_no_sampler():
-    with pytest.raises(ValueError, match="a tokenizer has no sampler"):
-        programs.trace(*programs.read("mergevq_tiny", []), jax.devices(), Request(sample=True))
+@pytest.mark.parametrize(
+    ("config", "request_", "message"),
+    [
+        ("mergevq_tiny", {"sample": True}, "a tokenizer has no sampler"),
+        ("mergevq_tiny", {"codes": True}, "--codes is for a generator's step"),
+        (GENERATOR[0], {"codes": True, "sample": True}, "--codes is for a generator's step"),
+        (GENERATOR[0], {"batch_size": 8}, "--batch-size is for --sample"),
+        ("tokenverse_tiny:star", {"keep": 144}, "--keep is for tokenizers and generators"),
+    ],
+)
+def test_requests_that_a_config_cannot_meet(config, request_, message):
+    with pytest.raises(ValueError, match=message):
+        programs.trace(*programs.read(config, []), jax.devices(), Request(**request_))
+
+
+def test_a_program_that_xla_cannot_print_has_no_collectives(monkeypatch):
+    def fail(self):
+        raise jax.errors.JaxRuntimeError("INTERNAL: RET_CHECK failure")
+
+    monkeypatch.setattr(jax.stages.Compiled, "as_text", fail)
+    report = compile_program(*programs.read(*GENERATOR), "v5e", jax.devices(), Request(keep=144, codes=True))
+    assert report["collectives"] is None and "links" not in report["seconds at least"]
+    text = render({**report, "config": "tiny", "topology": "v5e:2x4"})
+    assert "| collectives | unknown: XLA cannot print the program |" in text

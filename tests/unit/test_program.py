@@ -85,6 +85,13 @@ def test_a_run_says_what_the_mesh_does_not_divide(tmp_path, capsys):
     assert line in capsys.readouterr().out.splitlines()
 
 
+def test_all_leaves_without_a_rule_are_listed():
+    with pytest.raises(ValueError, match=r"cannot shard:\n  bias: no sharding rule matches.*\n  kernel: no sharding"):
+        Program(
+            lambda: {"kernel": jnp.zeros((4, 2)), "bias": jnp.zeros(2)}, lambda *_: None, (), make_mesh(MeshConfig())
+        )
+
+
 def test_cpus_do_not_tell_their_memory():
     program = program_of({})
     assert program_module.device_bytes(program.mesh) is None

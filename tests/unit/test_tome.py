@@ -14,6 +14,7 @@ from jax.extend.core import jaxprs_in_params
 
 from mergevq_jax.tokenizer import model, tome
 from mergevq_jax.tokenizer.config import TokenizerConfig
+from runtime_jax.nn.compute import Compute
 
 B, T, R, D = 2, 17, 6, 5
 K = T - R
@@ -65,6 +66,35 @@ def test_a_step_equals_plain_loops(tokens, r, class_token):
         np.testing.assert_array_equal(source_map[b], position)
         np.testing.assert_array_equal(new_size[b], expected_size)
         np.testing.assert_allclose(merged[b], expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("r", [0, 1, 5, 11, 12])
+def test_the_highest_values_are_those_of_a_stable_sort(r):
+    """Also among equal values, infinities and NaN, which counts as -inf."""
+    values = np.random.default_rng(r).integers(-2, 3, (50, 12)).astype(np.float32)
+    values[:10, 3], values[:10, 7], values[5:15, 0] = -np.inf, np.nan, -0.0
+    order = np.argsort(-np.nan_to_num(values, nan=-np.inf, neginf=-np.inf), axis=1, kind="stable")
+    highest, others = jit(tome._highest, static_argnums=1)(jnp.asarray(values), r)
+    np.testing.assert_array_equal(highest, order[:, :r])
+    np.testing.assert_array_equal(others, np.sort(order[:, r:], axis=1))
+
+
+def test_remat_matches_once_and_changes_nothing():
+    sizes = {"resolution": 16, "ch": 32, "ch_mult": (1, 1), "num_res_blocks": 0, "num_att_blocks": 2, "num_heads": 2}
+    config = TokenizerConfig(**sizes, keep=40, recovery=None, dist_head=None)
+    params = model.init_params(config, jax.random.key(0))
+    images = jax.random.normal(jax.random.key(1), (2, 16, 16, 3))
+
+    def gradient(remat):
+        def loss(params):
+            return jnp.mean(jnp.square(model.encode(params, config, images, keep=40, compute=Compute(remat=remat)).z))
+
+        return jax.grad(loss)
+
+    plain, kept = (str(jax.make_jaxpr(gradient(remat))(params)) for remat in (False, True))
+    assert "remat" in kept and kept.count("argmax[") == plain.count("argmax[") == 2  # one match a block
+    values, again = (jit(gradient(remat))(params) for remat in (False, True))
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-8), values, again)
 
 
 @settings(max_examples=40, deadline=None)

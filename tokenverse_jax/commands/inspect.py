@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 
 from runtime_jax.cost import count_flops, size_rows, table
 from runtime_jax.nn.compute import Compute
+from runtime_jax.prng import key_shape
 from runtime_jax.sharding import sharded_shapes
 from runtime_jax.training.program import Program
 from tokenverse_jax.commands.learn import LearnRunConfig
@@ -60,7 +61,7 @@ def inspect(model: str, sizes: Sequence[int], learn: LearnConfig) -> str:
     configs = read_configs(model)
     grids = {size: configs["vae"].token_grid(size, size) for size in sizes}
     flux = configs["transformer"]
-    state = jax.eval_shape(functools.partial(init_state, learn, flux), jax.random.key(0))
+    state = jax.eval_shape(functools.partial(init_state, learn, flux), key_shape())
     trained = {**state.params, "optimizer": state.opt_state, "train state in all": state}
     bytes_of_token = flux.width * (4 + 2 * flux.num_blocks)  # a float32 direction, and a bfloat16 one for every block
     words = [(f"{n} token{'s' * (n > 1)}", f"{n * bytes_of_token / 1e3:,.0f}") for n in WORD_TOKENS]
@@ -196,7 +197,7 @@ def trace_generate(config: LearnRunConfig, mesh: Mesh, batch_size: int) -> tuple
         params,
         prompts,
         negative,
-        jax.eval_shape(jax.random.key, 0),
+        key_shape(),
         jax.ShapeDtypeStruct((batch_size,), jnp.int32),
         jax.ShapeDtypeStruct((sampling.num_steps + 1,), jnp.float32),
         scalar if flux.guidance_embeds else None,

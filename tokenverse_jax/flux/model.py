@@ -17,6 +17,7 @@ from jaxtyping import Array, Float
 
 from runtime_jax import config as config_lib
 from runtime_jax.nn.compute import Compute
+from runtime_jax.prng import key_shape
 from runtime_jax.sharding import IF_LARGE, Axis, Rule, constrain
 from tokenverse_jax.flux.layers import DoubleBlock, LastLayer, MLPEmbedder, SingleBlock, dense, stacked
 from tokenverse_jax.flux.math import rope, timestep_embedding
@@ -222,7 +223,7 @@ def init_params(config: FluxConfig, key: Array) -> Params:
 @functools.cache
 def param_shapes(config: FluxConfig) -> Params:
     """Shapes and dtypes of the parameters, without computing anything."""
-    return jax.eval_shape(functools.partial(init_params, config), jax.eval_shape(jax.random.key, 0))
+    return jax.eval_shape(functools.partial(init_params, config), key_shape())
 
 
 SHARDING_RULES: tuple[Rule, ...] = (

@@ -15,7 +15,7 @@ from jaxtyping import Array, Bool, Int, Key, UInt8
 from mergevq_jax.generator.config import GeneratorConfig
 from mergevq_jax.generator.images import codes_to_images
 from mergevq_jax.generator.losses import Means
-from mergevq_jax.generator.sampling.plan import DrawPlan, SamplingConfig, abstract_request, make_plan
+from mergevq_jax.generator.sampling.plan import DrawPlan, Knobs, SamplingConfig, abstract_request, make_plan
 from mergevq_jax.generator.sampling.raster import Samples, run, sample
 from mergevq_jax.generator.transformer import Params
 from mergevq_jax.tokenizer.model import Tokenizer
@@ -90,14 +90,14 @@ class Kind(abc.ABC):
         *,
         steps: int | None,
         compute: Compute,
-    ) -> DrawPlan:
-        """The static part of a sampler.
+    ) -> tuple[DrawPlan, Knobs]:
+        """The static and the dynamic part of a sampler.
 
         Raises:
           ValueError: lists all settings that this generator cannot sample with.
         """
         _check_steps(steps)
-        return make_plan(model, sampling, keep, compute)[0]
+        return make_plan(model, sampling, keep, compute)
 
     def calls(self, model: GeneratorConfig, plan: DrawPlan) -> int:
         """How often the sampler calls the network for codes."""
@@ -124,21 +124,9 @@ class Kind(abc.ABC):
             raise ValueError("positions: this generator draws all codes, in raster order")
         return sample(params, labels, keep, **settings)
 
-    def trace(
-        self,
-        params: Params,
-        batch_size: int,
-        model: GeneratorConfig,
-        sampling: SamplingConfig,
-        keep: int | None,
-        *,
-        steps: int | None,
-        compute: Compute,
-    ) -> jax.stages.Traced:
-        """The traced program of `draw`, for parameters of these shapes."""
-        _check_steps(steps)
-        plan, knobs = make_plan(model, sampling, keep, compute)
-        labels, merge, key = abstract_request(batch_size, model)
+    def trace(self, params: Params, batch_size: int, plan: DrawPlan, knobs: Knobs) -> jax.stages.Traced:
+        """The traced program of `draw`, for parameters of these shapes and what `plan` returns."""
+        labels, merge, key = abstract_request(batch_size, plan.config)
         return run.trace(params, labels, merge, key, labels, jax.eval_shape(lambda: knobs), plan=plan)
 
     def images(self, tokenizer: Tokenizer, drawn: Samples) -> UInt8[Array, "B H W 3"]:

@@ -14,7 +14,7 @@ from mergevq_jax.generator.kinds.kind import CacheUse, Counts, Kind, LossConfig
 from mergevq_jax.generator.kinds.positions import count_starts, new_counts
 from mergevq_jax.generator.kinds.randar import Codes, randar_loss
 from mergevq_jax.generator.losses import Means
-from mergevq_jax.generator.sampling.plan import DrawPlan, SamplingConfig, abstract_request
+from mergevq_jax.generator.sampling.plan import DrawPlan, Knobs, SamplingConfig, abstract_request
 from mergevq_jax.generator.sampling.random_order import make_randar_plan, randar_sample, run
 from mergevq_jax.generator.transformer import Params
 from mergevq_jax.tokenizer.model import Tokenizer
@@ -62,9 +62,9 @@ class RandAR(Kind):
         *,
         steps: int | None,
         compute: Compute,
-    ) -> DrawPlan:
+    ) -> tuple[DrawPlan, Knobs]:
         """As of `Kind`."""
-        return make_randar_plan(model, sampling, keep, steps, compute)[0]
+        return make_randar_plan(model, sampling, keep, steps, compute)
 
     def calls(self, model: GeneratorConfig, plan: DrawPlan) -> int:
         """As of `Kind`."""
@@ -80,20 +80,9 @@ class RandAR(Kind):
         """As of `Kind`."""
         return randar_sample(params, labels, keep, start_counts=counts.get(GROUP_STARTS), **settings)
 
-    def trace(
-        self,
-        params: Params,
-        batch_size: int,
-        model: GeneratorConfig,
-        sampling: SamplingConfig,
-        keep: int | None,
-        *,
-        steps: int | None,
-        compute: Compute,
-    ) -> jax.stages.Traced:
+    def trace(self, params: Params, batch_size: int, plan: DrawPlan, knobs: Knobs) -> jax.stages.Traced:
         """As of `Kind`."""
-        plan, knobs = make_randar_plan(model, sampling, keep, steps, compute)
-        labels, merge, key = abstract_request(batch_size, model)
+        labels, merge, key = abstract_request(batch_size, plan.config)
         positions = jax.ShapeDtypeStruct((batch_size, sum(plan.counts)), jnp.int32)
         return run.trace(params, labels, merge, positions, key, labels, jax.eval_shape(lambda: knobs), plan=plan)
 

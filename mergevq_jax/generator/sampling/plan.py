@@ -16,6 +16,7 @@ from mergevq_jax.generator.config import GeneratorConfig
 from mergevq_jax.generator.sampling.draw import CfgSchedule, guidance_scales
 from mergevq_jax.generator.sampling.position_cache import POLICIES, CachePolicy, token_slots
 from runtime_jax.nn.compute import Compute
+from runtime_jax.prng import key_shape
 
 WINDOW = 2  # the paper's figure 4
 
@@ -158,7 +159,7 @@ def checked_request(
 def abstract_request(batch_size: int, config: GeneratorConfig) -> tuple[Any, Any, Any]:
     """Shapes of labels (or examples), merge instructions and the key of a request."""
     numbers = jax.ShapeDtypeStruct((batch_size,), jnp.int32)
-    return numbers, numbers if config.merge_instruction else None, jax.eval_shape(jax.random.key, 0)
+    return numbers, numbers if config.merge_instruction else None, key_shape()
 
 
 def _settings(config: GeneratorConfig, sampling: SamplingConfig) -> tuple[dict[str, tuple], list[str]]:

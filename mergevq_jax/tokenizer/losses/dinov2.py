@@ -17,6 +17,7 @@ from jaxtyping import Array, Float
 
 from runtime_jax.nn.attention import AttentionBackend, attention
 from runtime_jax.nn.gelu import gelu
+from runtime_jax.prng import key_shape
 from runtime_jax.sharding import Axis, constrain
 from runtime_jax.weights import CONV, Rule, Transform, WeightError, import_weights, layer, norm
 from runtime_jax.weights.hub import local_path, read_tensors
@@ -214,7 +215,7 @@ def convert_dinov2(source: dict[str, np.ndarray], config: DINOv2Config) -> dict[
 def param_shapes(config: DINOv2Config) -> dict[str, Any]:
     """Shapes and dtypes of the parameters of `DINOv2(config)`."""
     images = jax.ShapeDtypeStruct((1, config.patch_size, config.patch_size, 3), jnp.float32)
-    return jax.eval_shape(DINOv2(config).init, jax.eval_shape(jax.random.key, 0), images)["params"]
+    return jax.eval_shape(DINOv2(config).init, key_shape(), images)["params"]
 
 
 def parse_config(fields: dict[str, Any]) -> DINOv2Config:

@@ -12,6 +12,7 @@ from einops import reduce
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
+from runtime_jax.prng import key_shape
 from runtime_jax.sharding import Axis, constrain
 from runtime_jax.weights import CONV, Rule, Transform, WeightError, import_weights, layer
 from runtime_jax.weights.hub import merge_tensors, read_tensors
@@ -108,7 +109,7 @@ _RENAMES = ((r"^net\.slice\d\.", "features."), (r"^lins\.(\d)\.", r"lin\1."), (r
 def lpips_shapes(widths: tuple[int, ...] = VGG16_WIDTHS) -> dict[str, Any]:
     """Shapes and dtypes of the parameters of `LPIPS(widths)`."""
     images = jax.ShapeDtypeStruct((1, 16, 16, 3), jnp.float32)
-    return jax.eval_shape(LPIPS(widths).init, jax.eval_shape(jax.random.key, 0), images, images)["params"]
+    return jax.eval_shape(LPIPS(widths).init, key_shape(), images, images)["params"]
 
 
 def load_lpips(*sources: str | os.PathLike, widths: tuple[int, ...] = VGG16_WIDTHS) -> dict[str, Any]:
