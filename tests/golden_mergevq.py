@@ -18,9 +18,10 @@ from mergevq_jax.tokenizer import convert, recovery, tome
 from mergevq_jax.tokenizer.config import RecoveryConfig, TokenizerConfig
 from mergevq_jax.tokenizer.decoder import Decoder
 from mergevq_jax.tokenizer.encoder import Encoder
-from mergevq_jax.tokenizer.losses import adversarial, dinov2
+from mergevq_jax.tokenizer.losses import adversarial
 from mergevq_jax.tokenizer.quantizers import lfq
 from mergevq_jax.tokenizer.recovery import SourceRecovery
+from runtime_jax.networks import dinov2
 from runtime_jax.weights import CONV, Rule, export_weights, layer, norm
 
 

@@ -11,11 +11,11 @@ from jax.sharding import Mesh
 from mergevq_jax.tokenizer import model
 from mergevq_jax.tokenizer import train as stage1
 from mergevq_jax.tokenizer.config import TokenizerConfig
-from mergevq_jax.tokenizer.losses import dinov2
 from mergevq_jax.tokenizer.losses.perceptual import lpips_shapes
 from mergevq_jax.tokenizer.run import TrainConfig, make_program
 from runtime_jax.cost import program_row, size_rows, table
 from runtime_jax.mesh import MeshConfig, make_mesh
+from runtime_jax.networks import dinov2
 from runtime_jax.nn.compute import Compute
 from runtime_jax.sharding import replicated_shapes
 from runtime_jax.training.optimizer import make_optimizer

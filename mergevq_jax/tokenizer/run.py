@@ -15,7 +15,6 @@ from mergevq_jax.tokenizer import report
 from mergevq_jax.tokenizer import train as stage1
 from mergevq_jax.tokenizer.config import TokenizerConfig
 from mergevq_jax.tokenizer.losses import alignment
-from mergevq_jax.tokenizer.losses.dinov2 import DINOv2Config, load_dinov2
 from mergevq_jax.tokenizer.losses.perceptual import load_lpips
 from mergevq_jax.tokenizer.model import Tokenizer
 from runtime_jax import config as config_lib
@@ -23,6 +22,7 @@ from runtime_jax import sharding
 from runtime_jax.config import naming
 from runtime_jax.data import DataConfig, check_same_classes, classes_of, make_batches, num_examples
 from runtime_jax.mesh import MeshConfig, make_mesh
+from runtime_jax.networks.dinov2 import DINOv2Config, load_dinov2
 from runtime_jax.nn.compute import Compute
 from runtime_jax.training import loop
 from runtime_jax.training.fit import fit

@@ -17,11 +17,12 @@ from jaxtyping import Array, Float
 
 from mergevq_jax.tokenizer import model, recovery
 from mergevq_jax.tokenizer.config import TokenizerConfig
-from mergevq_jax.tokenizer.losses import adversarial, alignment, dinov2
+from mergevq_jax.tokenizer.losses import adversarial, alignment
 from mergevq_jax.tokenizer.losses.adversarial import LeCam, PatchDiscriminator
-from mergevq_jax.tokenizer.losses.dinov2 import DINOv2Config
 from mergevq_jax.tokenizer.losses.perceptual import LPIPS
 from mergevq_jax.tokenizer.quantizers.quantizer import QUANTIZERS
+from runtime_jax.networks import dinov2
+from runtime_jax.networks.dinov2 import DINOv2Config
 from runtime_jax.nn.compute import Compute
 from runtime_jax.prng import Stream, example_keys, stream_key
 from runtime_jax.sharding import IF_LARGE, Axis, Rule, constrain

@@ -8,9 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mergevq_jax.tokenizer.losses import alignment, dinov2
+from mergevq_jax.tokenizer.losses import alignment
 from mergevq_jax.tokenizer.losses.alignment import init_blocks_from_dinov2, select_uniform
-from mergevq_jax.tokenizer.losses.dinov2 import DINOv2, DINOv2Config, bicubic_matrix, load_dinov2
+from runtime_jax.networks import dinov2
+from runtime_jax.networks.dinov2 import DINOv2, DINOv2Config, bicubic_matrix, load_dinov2
 from runtime_jax.training.update import Optimizer
 from runtime_jax.weights import WeightError, read_safetensors, write_safetensors
 

@@ -145,8 +145,8 @@ def fresh_programs():
         ("decoder", "runtime_jax.nn.group_norm.EPSILON", 1e-5, 5e-6),  # 4.4e-5
         ("source_recovery", "mergevq_jax.tokenizer.layers.LAYER_NORM_EPSILON", 1e-6, 1e-4),  # 5.8e-2
         ("flux_vae", "runtime_jax.nn.group_norm.EPSILON", 1e-5, 5e-6),  # 1.2e-5
-        ("dinov2", "mergevq_jax.tokenizer.losses.dinov2.LAYER_NORM_EPSILON", 1e-5, 5e-6),  # 6.9e-6
-        ("dinov2", "mergevq_jax.tokenizer.losses.dinov2.BICUBIC_A", -0.5, 1e-4),  # -0.75 is right
+        ("dinov2", "runtime_jax.networks.dinov2.LAYER_NORM_EPSILON", 1e-5, 5e-6),  # 6.9e-6
+        ("dinov2", "runtime_jax.networks.dinov2.BICUBIC_A", -0.5, 1e-4),  # -0.75 is right
         ("patchgan", "mergevq_jax.tokenizer.losses.adversarial.BATCH_NORM_EPSILON", 1e-4, 5e-6),
     ],
 )

@@ -9,12 +9,12 @@ import pytest
 from mergevq_jax.generator.run import TrainConfig as GeneratorConfig
 from mergevq_jax.tokenizer import inspect, train
 from mergevq_jax.tokenizer.config import PRESETS
-from mergevq_jax.tokenizer.losses.dinov2 import DINOv2, DINOv2Config
 from mergevq_jax.tokenizer.losses.perceptual import lpips_shapes
 from mergevq_jax.tokenizer.model import read_tokenizer_config
 from mergevq_jax.tokenizer.run import TrainConfig, load_frozen
 from runtime_jax.config import build, load, to_dict
 from runtime_jax.mesh import MeshConfig, make_mesh
+from runtime_jax.networks.dinov2 import DINOv2, DINOv2Config
 from runtime_jax.sharding import LARGE, param_shardings
 from runtime_jax.training.update import Optimizer
 from tokenverse_jax.flux import model as flux

@@ -10,10 +10,10 @@ import pytest
 
 from mergevq_jax.tokenizer import model, train
 from mergevq_jax.tokenizer.config import PRESETS, RecoveryConfig, TokenizerConfig
-from mergevq_jax.tokenizer.losses.dinov2 import DINOv2, DINOv2Config
 from mergevq_jax.tokenizer.run import make_program
 from runtime_jax import sharding
 from runtime_jax.mesh import MeshConfig, make_mesh
+from runtime_jax.networks.dinov2 import DINOv2, DINOv2Config
 from runtime_jax.sharding import shard_batch
 from runtime_jax.training.optimizer import OptimizerConfig
 from runtime_jax.training.update import Optimizer

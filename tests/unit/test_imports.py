@@ -22,7 +22,7 @@ HEAVY = {"torch", "torchvision", "tensorflow", "clu", "kauldron"}
 
 # Floors of a package, from the ground up; what is not named lies on the ground. Arrows go down only.
 FLOORS = {
-    "runtime_jax": (("weights", "nn", "data", "pictures"), ("training",), ("cli",)),
+    "runtime_jax": (("weights", "nn", "data", "pictures"), ("networks", "training"), ("cli",)),
     "mini_scenes": (("judge",), ("command",)),
     "mergevq_jax": (
         ("tokenizer",),
