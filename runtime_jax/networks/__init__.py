@@ -1,0 +1,1 @@
+"""Published networks whose features losses and metrics read."""
