@@ -30,7 +30,8 @@ def kernel_distance(
 ) -> KernelDistance:
     """Unbiased squared MMD with the kernel (x . y / F + 1)^3, over random subsets of both sets.
 
-    The seed draws rows, so that equal sets in another order differ within the standard deviation. Unlike the Fréchet distance its expectation does not depend on the number of images, and it may be negative.
+    Unlike the Fréchet distance its expectation does not depend on the number of images, and it may be negative. The seed
+    draws rows: in another order, the same features give another value within the standard deviation.
 
     Raises:
       ValueError: fewer images than `subset_size`, fewer than two images a subset, shapes that differ, or features that
