@@ -37,7 +37,7 @@ class Moments(NamedTuple):
         Raises:
           ValueError: not [N, F] of this width, or features that are not finite.
         """
-        features = checked(features, len(self.mean))
+        features = as_features(features, len(self.mean))
         if not len(features):
             return self
         mean = features.mean(axis=0)
@@ -61,7 +61,7 @@ class Moments(NamedTuple):
         return self.scatter / (self.count - 1)
 
 
-def checked(features: Num[np.ndarray, "N F"], width: int) -> Float[np.ndarray, "N F"]:
+def as_features(features: Num[np.ndarray, "N F"], width: int) -> Float[np.ndarray, "N F"]:
     """Features as float64.
 
     Raises:
