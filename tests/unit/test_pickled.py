@@ -1,6 +1,7 @@
 """PyTorch's files without PyTorch: what it wrote, what it wrote long ago, and what must not be run."""
 
 import pickle
+import tarfile
 import zipfile
 from pathlib import Path
 
@@ -138,6 +139,10 @@ def test_more_than_tensors(tmp_path):
         archive.writestr("readme.txt", "")
     with pytest.raises(WeightError, match="a zip archive, but not PyTorch's"):
         read_pickled(tmp_path / "other.pth")
+    with tarfile.open(tmp_path / "first.pth", "w") as archive:
+        archive.addfile(tarfile.TarInfo("storages"))
+    with pytest.raises(WeightError, match="in PyTorch's first format, a tar archive"):
+        read_pickled(tmp_path / "first.pth")
 
 
 def test_a_folder(tmp_path):
