@@ -62,8 +62,8 @@ def measure(
                 rows = slice(start, start + batch_size)
                 values[0, rows] = psnr(np.asarray(tokenizer.decode(tokens))[: len(batch)], batch)
                 if recovers:
-                    guessed = tokens.replace(source_map=tokenizer.recover(tokens.indices))
-                    values[1, rows] = psnr(np.asarray(tokenizer.decode(guessed))[: len(batch)], batch)
+                    guessed = tokenizer.decode(tokenizer.recovered(tokens))
+                    values[1, rows] = psnr(np.asarray(guessed)[: len(batch)], batch)
         if stop is not None:  # what other processes measured is zero here
             values, usage.counts = (hosts.gather(part).sum(axis=0) for part in (values, usage.counts))
         direct, recovered = (estimate(row, independent=independent) for row in values)
