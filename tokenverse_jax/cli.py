@@ -265,7 +265,8 @@ def _evaluate(args, overrides) -> None:
     config = EvaluateConfig(
         **{name: getattr(args, name) for name in names}, scores=not args.no_scores, answers=tuple(args.answers)
     )
-    print(evaluate(config, _build(LearnRunConfig, args, overrides), args.out))
+    if table := evaluate(config, _build(LearnRunConfig, args, overrides), args.out):
+        print(table)
     print(f"table.md, results.json, images.png and requests.jsonl are in {args.out}")
 
 
