@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from golden_tools import parts
 from PIL import Image
+from several_tools import ended, launched
 from tiny_pipeline import tiny_pipeline, write_clip_tokenizer, write_tiny_pipeline
 
 from runtime_jax.mesh import make_mesh
@@ -78,10 +79,14 @@ def one_device():
 
 def run(model: Path, benchmark: Path, out: Path, *more: str, changes: Mapping[str, Any] = MappingProxyType({})) -> int:
     """The command; `changes`: of its config."""
+    return cli.main([*line(model, benchmark, out, changes), *more])
+
+
+def line(model: Path, benchmark: Path, out: Path, changes: Mapping[str, Any]) -> list[str]:
     values = SETTINGS | {"model": str(model)} | changes
     overrides = [f"--config.{name}={value!r}" for name, value in values.items()]
-    line = ["evaluate", str(benchmark), "--out", str(out), "--config", "configs/tokenverse_tiny.py"]
-    return cli.main([*line, *overrides, "--batch-size", "3", *more])
+    own = ["--out", str(out), "--config", "configs/tokenverse_tiny.py", "--batch-size", "2"]
+    return ["evaluate", str(benchmark), *own, *overrides]
 
 
 @pytest.fixture(scope="module")
@@ -232,7 +237,7 @@ def test_a_copy_of_the_reference_is_similar_to_it(benchmark, model, networks, tm
 
 
 BAD = [
-    (["--num", "0"], {}, "--num 0, --batch-size 3: at least 1 is needed"),
+    (["--num", "0"], {}, "--num 0, --batch-size 2: at least 1 is needed"),
     (["--no-scores", "--clip", "x"], {}, "--no-scores: leave out --clip and --dino"),
     (
         [],
@@ -284,3 +289,14 @@ def test_recomputed_directions_need_their_network(done, model, benchmark, tmp_pa
     assert "holds no Concept-Mod, so its directions cannot be recomputed" in capsys.readouterr().err
     assert run(model, benchmark, tmp_path / "out", "--no-scores", "--mode", "recomputed") == 0
     assert load_concepts(tmp_path / "out/concepts/object/00.safetensors").params is not None
+
+
+@pytest.mark.slow
+def test_two_processes_do_the_work_of_one(model, benchmark, tmp_path):
+    isolation = {"captions": ["a hat", "a blue star"], "template": "{left} {right}"}
+    changes = {"learn.isolation": isolation, "cache": str(tmp_path / "pool")}
+    for processes in (1, 2):
+        command = [*line(model, benchmark, tmp_path / str(processes), changes), "--no-scores"]
+        code, out, err = ended(launched(processes, ["-m", "tokenverse_jax.cli", *command], devices=1))
+        assert code == 0 and out.count("requests.jsonl are in") == 1, err
+    assert files(tmp_path / "1") == files(tmp_path / "2")
