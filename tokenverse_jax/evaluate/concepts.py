@@ -123,16 +123,18 @@ def check_words(
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from error
         counts |= {(name, word): len(ids) for word, ids in bound.word_ids.items()}
-    if mode == "recomputed":
-        return
-    for item in items:
+    wrong = []
+    for item in items if mode == "stored" else ():
         for use in item.uses:
             try:
                 find_word(tokenizer, item.prompt, use.target, num_tokens=counts[use.image, use.word])
             except ValueError as error:
-                raise ValueError(
-                    f"{use.image}: {error}; change the prompt or tokenverse.json, or take --mode recomputed"
-                ) from error
+                wrong.append(f"{use.image}: {error}")
+    if wrong:
+        raise ValueError(
+            f"{len(wrong)} of {len(items)} prompts have a word in another number of tokens than the captions; change "
+            f"them or tokenverse.json, or take --mode recomputed: {cut(wrong, '; ', most=3)}"
+        )
 
 
 def learn(

@@ -32,8 +32,9 @@ class Samples:
         self._source = functools.lru_cache(maxsize=16)(lambda *which: jpeg(benchmark.reference(*which)))
 
     def has(self, item: Item, image: int) -> bool:
-        """Whether an image of an item is complete; the drawn image of the last concept is written last."""
-        return is_file(self._folder / path(TARGET, item.names[-1], image))
+        """Whether all files of an image of an item are there."""
+        names = (path(kind, name, image) for name in item.names for kind in (SOURCE, TARGET, TEXT))
+        return all(is_file(self._folder / name) for name in names)
 
     def save(self, item: Item, image: int, pixels: Image) -> None:
         """Writes an image of an item."""

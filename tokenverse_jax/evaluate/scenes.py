@@ -29,7 +29,7 @@ def check(items: Sequence[Item], size: int) -> None:
         parse_caption(item.prompt)
         for use in item.uses:
             _shape(use.word)
-            _object(item.prompt, use.target)
+            object_number(item.prompt, use.target)
 
 
 def measure(jobs: Sequence[Job], benchmark: Benchmark, samples: Samples, size: int) -> list[dict[str, float]]:
@@ -64,7 +64,7 @@ def _bring(use: Use, reference: Seen, prompt: str) -> Bring:
     if len(found) < number:
         raise ValueError(f"{use.image}: the judge does not find {use.word!r} in the image")
     item = sorted(found, key=lambda item: item.x)[number - 1]
-    return Bring(look=Appearance.of_object(item), target=use.target, object=_object(prompt, use.target))
+    return Bring(look=Appearance.ofobject_number(item), target=use.target, object=object_number(prompt, use.target))
 
 
 def _shape(word: str) -> str | None:
@@ -78,7 +78,7 @@ def _shape(word: str) -> str | None:
     return found[0]
 
 
-def _object(prompt: str, target: str) -> int | None:
+def object_number(prompt: str, target: str) -> int | None:
     """Which object of `parse_caption(prompt)` the target names; None for a place."""
     shape, (_, number) = _shape(target), split_number(target)
     if shape is None:

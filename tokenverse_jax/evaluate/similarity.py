@@ -7,6 +7,7 @@ Axes: N images or texts, S side of a network's input, E features.
 """
 
 import functools
+import logging
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -31,6 +32,7 @@ from tokenverse_jax.evaluate.samples import Samples
 from tokenverse_jax.flux import text
 from tokenverse_jax.flux.fingerprint import fingerprint
 
+_LOG = logging.getLogger(__name__)
 AT_ONCE = 16  # images or texts in one program
 DINO_SIDE = 224
 DINO_RESIZED = 256
@@ -67,7 +69,10 @@ def load_clip(source: str | os.PathLike) -> Network:
     network = CLIP(config)
 
     def embed_texts(texts: Sequence[str]) -> Features:
-        ids = text.encode(tokenizer, texts, config.text.max_position_embeddings, truncate=True)
+        length = config.text.max_position_embeddings
+        if long := sum(len(ids) > length for ids in tokenizer(list(texts), verbose=False)["input_ids"]):
+            _LOG.warning("CLIP-T: %d of %d prompts are cut at %d tokens", long, len(texts), length)
+        ids = text.encode(tokenizer, texts, length, truncate=True)
         return _in_batches(functools.partial(_clip_texts, network=network), params, ids, "CLIP's texts")
 
     def embed(images: Iterable[Image]) -> Features:

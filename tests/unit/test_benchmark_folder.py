@@ -10,6 +10,7 @@ from PIL import Image
 from tiny_pipeline import write_t5_tokenizer
 
 from mini_scenes import render_scene
+from mini_scenes.judge import parse_caption
 from runtime_jax.config import ConfigError
 from tokenverse_jax.bench.cases import make_cases, make_images
 from tokenverse_jax.evaluate import requests, scenes
@@ -305,6 +306,22 @@ def test_other_words_are_none_of_the_judges(published, tokenizer, example):
         scenes.check(items, 64)
     with pytest.raises(ValueError, match="images of 36 pixels, but a multiple of 8 is needed"):
         scenes.check([], 36)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "target", "number"),
+    [
+        ("a star and a circle on the grass", "a circle", 1),
+        ("a circle to the left of a circle", "a circle#2", 1),
+        ("a star to the right of a circle", "a star", 1),  # objects are counted from left to right
+        ("a circle to the right of a circle", "a circle", 1),
+        ("a star on the grass", "on the grass", None),
+    ],
+)
+def test_the_object_that_a_target_names(prompt, target, number):
+    assert scenes.object_number(prompt, target) == number
+    if number is not None:
+        assert parse_caption(prompt).objects[number].shape in target
 
 
 def test_an_example_is_written_to_a_new_folder_only(example):

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import signal
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -144,7 +145,8 @@ def test_a_run_resumes_bit_equal_and_redraws_only_what_is_missing(done, model, b
     out = tmp_path / "out"
     shutil.copytree(done, out)
     whole = files(out)
-    (out / "tgt_image" / f"{NAMES[1]}.jpg").unlink()
+    for name in (f"tgt_image/{NAMES[1]}.jpg", f"src_image/{NAMES[-2]}.jpg"):
+        (out / name).unlink()
     kept = (out / "tgt_image" / f"{NAMES[3]}.jpg").stat().st_mtime_ns
     monkeypatch.setattr("tokenverse_jax.evaluate.concepts.learn_concepts", None)  # nothing is learned again
     assert run(model, benchmark, out, "--no-scores") == 0
@@ -152,6 +154,22 @@ def test_a_run_resumes_bit_equal_and_redraws_only_what_is_missing(done, model, b
     assert (out / "tgt_image" / f"{NAMES[3]}.jpg").stat().st_mtime_ns == kept
     monkeypatch.setattr("tokenverse_jax.commands.evaluate.draw", None)  # nor drawn
     assert run(model, benchmark, out, "--no-scores") == 0
+
+
+def test_a_signal_ends_a_run_after_its_batch(done, model, benchmark, tmp_path, capsys, monkeypatch):
+    out, save = tmp_path / "out", Samples.save
+
+    def save_and_stop(self, *arguments):
+        save(self, *arguments)
+        signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(Samples, "save", save_and_stop)
+    assert run(model, benchmark, out, "--no-scores") == 143
+    assert "stopped by SIGTERM; the same command goes on from there" in capsys.readouterr().out
+    assert len(list((out / "tgt_image").rglob("*.jpg"))) == 2 and not (out / "results.json").exists()
+    monkeypatch.setattr(Samples, "save", save)
+    assert run(model, benchmark, out, "--no-scores") == 0
+    assert files(out) == files(done)
 
 
 def test_concepts_of_another_run_and_none(done, model, benchmark, tmp_path):
@@ -266,6 +284,15 @@ def test_refused_in_one_line_before_anything_is_loaded(
     error = capsys.readouterr().err
     assert message in error and len(error.splitlines()) == 1 and error.startswith("tokenverse evaluate: ")
     assert not (tmp_path / "out").exists()
+
+
+def test_words_of_other_tokens_are_refused_together(model, benchmark, tmp_path, capsys):
+    root = shutil.copytree(benchmark, tmp_path / "data")
+    (root / "captions/object/00.txt").write_text("ball\na BALL\na BALL on the beach\n")
+    assert run(model, root, tmp_path / "out", "--no-scores") == 1
+    error = capsys.readouterr().err
+    assert "2 of 5 prompts have a word in another number of tokens than the captions" in error
+    assert error.count("object/00: 'ball' has") == 2 and len(error.splitlines()) == 1
 
 
 def test_a_folder_of_other_settings_is_refused(done, model, benchmark, capsys):
