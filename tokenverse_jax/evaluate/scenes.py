@@ -64,7 +64,7 @@ def _bring(use: Use, reference: Seen, prompt: str) -> Bring:
     if len(found) < number:
         raise ValueError(f"{use.image}: the judge does not find {use.word!r} in the image")
     item = sorted(found, key=lambda item: item.x)[number - 1]
-    return Bring(look=Appearance.ofobject_number(item), target=use.target, object=object_number(prompt, use.target))
+    return Bring(look=Appearance.of_object(item), target=use.target, object=object_number(prompt, use.target))
 
 
 def _shape(word: str) -> str | None:
