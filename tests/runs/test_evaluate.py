@@ -17,6 +17,7 @@ from PIL import Image
 from mergevq_jax import cli
 from mergevq_jax.commands import sample
 from mergevq_jax.commands.evaluate import generation, generation_report, reconstruction, reconstruction_task
+from mergevq_jax.commands.evaluate.round_trip import round_trip
 from mergevq_jax.evaluate import results
 from mergevq_jax.evaluate.features import FeatureNetwork, Features
 from mergevq_jax.evaluate.frechet import Moments
@@ -51,6 +52,18 @@ def few_subsets():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(generation_report, "KID_SUBSETS", 3)
         yield
+
+
+@pytest.mark.parametrize("positions", ["none", "starts"])
+def test_a_round_trip_is_that_of_the_tokenizer(positions):
+    recovery = dataclasses.replace(RECOVERING.recovery, positions=positions)
+    tokenizer = random_tokenizer(config=dataclasses.replace(RECOVERING, recovery=recovery))
+    images = np.random.default_rng(0).integers(0, 256, (4, 8, 8, 3), np.uint8)
+    found, tokens = round_trip(tokenizer, jnp.asarray(images), 10), tokenizer.encode(images, keep=10)
+    assert (found.indices == tokens.indices).all() and found.true.finite.all() and found.recovered.finite.all()
+    assert (found.true.images == tokenizer.decode(tokens)).all()
+    assert (found.recovered.images == tokenizer.decode(tokenizer.recovered(tokens))).all()
+    assert (found.true.images != found.recovered.images).any()
 
 
 def reconstruct(root, out, *more):

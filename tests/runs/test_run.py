@@ -22,6 +22,7 @@ from mergevq_jax.tokenizer import report
 from mergevq_jax.tokenizer.model import Tokenizer, load_tokenizer
 from mergevq_jax.tokens_folder import read_tokens
 from mini_scenes import example_scene, render_scene
+from runtime_jax.data import SourceConfig
 
 CONFIG = """
 from ml_collections import ConfigDict

@@ -85,7 +85,7 @@ def test_devices_change_nothing(root, tmp_path):
 def test_a_run_that_was_stopped_goes_on(root, tmp_path, capsys, monkeypatch):
     whole, out, options = tmp_path / "whole", tmp_path / "out", ["--batch-size", 2, "--show-cache"]
     assert sample(root, whole, *options) == 0
-    draw_batch, calls = sampling_command._draw_batch, []
+    draw_batch, calls = sampling_command.draw_batch, []
 
     def draw_or_stop(*arguments):
         calls.append(arguments)
@@ -93,7 +93,7 @@ def test_a_run_that_was_stopped_goes_on(root, tmp_path, capsys, monkeypatch):
             raise KeyboardInterrupt
         return draw_batch(*arguments)
 
-    monkeypatch.setattr(sampling_command, "_draw_batch", draw_or_stop)
+    monkeypatch.setattr(sampling_command, "draw_batch", draw_or_stop)
     assert sample(root, out, *options) == 130
     assert sample(root, out, *options, "--seed", 1) == 1  # nothing is lost
     assert "holds unfinished samples with another request" in capsys.readouterr().err
