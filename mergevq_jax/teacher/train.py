@@ -1,0 +1,138 @@
+"""Self-distillation (DINO): a student learns what its own moving average says about other views of a picture.
+
+The state's `ema` is the teacher. Batches hold pictures only: whoever trains this removes the labels (see `run`).
+
+Axes: B batch, V views, P prototypes.
+"""
+
+import functools
+from dataclasses import dataclass
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from mergevq_jax.teacher import losses
+from mergevq_jax.teacher.colour import ColourConfig, jitter
+from mergevq_jax.teacher.model import HeadConfig, Projected
+from runtime_jax.networks.dinov2 import DINOv2Config
+from runtime_jax.nn.compute import Compute
+from runtime_jax.prng import Stream, example_keys, stream_key
+from runtime_jax.sharding import IF_LARGE, Axis, Rule, constrain
+from runtime_jax.training import network
+from runtime_jax.training.update import Metrics, Optimizer, Params
+
+SHARDING_RULES: tuple[Rule, ...] = ((r".*", IF_LARGE),)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistillationConfig:
+    """Temperatures and the centre; the defaults are DINO's."""
+
+    student_temperature: float = 0.1
+    teacher_temperature: float = 0.04
+    final_teacher_temperature: float = 0.07
+    warmup_steps: int = 0  # in which the teacher's temperature rises from the one to the other
+    centre_momentum: float = 0.9
+
+    def __post_init__(self):
+        temperatures = (self.student_temperature, self.teacher_temperature, self.final_teacher_temperature)
+        if min(temperatures) <= 0 or not 0 <= self.centre_momentum < 1 or self.warmup_steps < 0:
+            raise ValueError(f"losses: {self}: temperatures are positive, centre_momentum is in [0, 1)")
+
+    def temperature(self, step: Array) -> Array:
+        """Of the teacher at a step."""
+        done = jnp.minimum(step / max(1, self.warmup_steps), 1.0) if self.warmup_steps else 1.0
+        return self.teacher_temperature + done * (self.final_teacher_temperature - self.teacher_temperature)
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepConfig:
+    """Everything static that a train step reads.
+
+    `whole` and `parts` name the batch's views: the teacher sees the whole ones, the student sees all.
+    """
+
+    model: DINOv2Config
+    head: HeadConfig
+    losses: DistillationConfig
+    colour: ColourConfig
+    compute: Compute
+    whole: tuple[str, ...]
+    parts: tuple[str, ...]
+    ema_decay: float
+    seed: int
+
+    @property
+    def network(self) -> Projected:
+        """The module of both sides."""
+        return Projected(self.model, self.head, self.compute)
+
+
+@flax.struct.dataclass
+class TrainState(network.TrainState):
+    """What a checkpoint holds; `centre` [P] is the running mean of the teacher's cosines."""
+
+    centre: Any
+
+
+def init_state(config: StepConfig, optimizer: Optimizer) -> TrainState:
+    """A new state from the config's seed."""
+    side = config.model.image_size
+    params = config.network.init(stream_key(config.seed, Stream.PARAMS), jnp.zeros((1, side, side, 3)))["params"]
+    new = network.init_state(params, optimizer)
+    return TrainState(**vars(new), centre=jnp.zeros(config.head.prototypes))
+
+
+def train_step(
+    state: TrainState, batch: dict[str, Array], *, config: StepConfig, optimizer: Optimizer
+) -> tuple[TrainState, Metrics]:
+    """One update of the student; the teacher and the centre follow.
+
+    Args:
+      state: donated by the caller's jit.
+      batch: the views, uint8 [B, S, S, 3] by name, and "example" int [B].
+
+    Returns:
+      The new state and metrics as (sum, count). If loss or gradient is not finite, only the step's number changes.
+    """
+    whole = _views(batch, config.whole, state.step, config, first=0)
+    parts = _views(batch, config.parts, state.step, config, first=len(config.whole))
+    seen = _project(state.ema, whole, config)
+    settings = config.losses
+    goal = losses.targets(seen, state.centre, settings.temperature(state.step))
+
+    def loss(params: Params) -> tuple[Array, losses.Distillation]:
+        student = [_project(params, views, config) for views in (whole, parts) if views]
+        result = losses.distillation(jnp.concatenate(student), goal, settings.student_temperature)
+        return result.loss, result
+
+    gradients, result = jax.grad(loss, has_aux=True)(state.params)
+    centre = settings.centre_momentum * state.centre + (1 - settings.centre_momentum) * jnp.mean(seen, axis=(0, 1))
+    return network.updated(
+        state,
+        gradients,
+        {"loss": result.loss, "teacher/entropy": result.entropy, "teacher/entropy_of_mean": result.entropy_of_mean},
+        optimizer=optimizer,
+        ema_decay=config.ema_decay,
+        centre=centre,
+    )
+
+
+def _views(batch: dict[str, Array], names: tuple[str, ...], step: Array, config: StepConfig, first: int) -> list[Array]:
+    """Views of one size in changed colours, float [B, S, S, 3] in [-1, 1]; the number of the first sets their keys."""
+    key = stream_key(config.seed, Stream.AUGMENT, step)
+    changed = []
+    for number, name in enumerate(names, first):
+        keys = example_keys(jax.random.fold_in(key, number), batch["example"])
+        changed.append(jitter(batch[name].astype(jnp.float32) / 127.5 - 1.0, keys, config.colour))
+    return changed
+
+
+def _project(params: Params, views: list[Array], config: StepConfig) -> Array:
+    """Cosines [V, B, P]."""
+    project = functools.partial(config.network.apply, {"params": params})
+    images = constrain(jnp.stack(views, axis=1).reshape(-1, *views[0].shape[1:]), Axis.BATCH, None, None, None)
+    return jnp.swapaxes(project(images).reshape(-1, len(views), config.head.prototypes), 0, 1)
