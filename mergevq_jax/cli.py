@@ -1,14 +1,13 @@
 """The command line: scenes, train, evaluate, compare, reconstruct, tokenize, sample, bench-input, inspect, convert."""
 
 import sys
-from argparse import ArgumentParser
 from collections.abc import Sequence
 from pathlib import Path
 
+from mergevq_jax.commands import evaluate
+from mergevq_jax.commands.arguments import TINY, TINY_GENERATOR, source_arguments, source_of
 from mini_scenes import command
 from runtime_jax.cli import CommandLine, config_arguments, path, report_end
-
-TINY, TINY_GENERATOR = "tiny", "tiny-mergear"  # names of what is shipped with the package
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -25,19 +24,7 @@ def _command_line() -> CommandLine:
     )
     config_arguments(sub)
 
-    sub = line.command(
-        "evaluate", _evaluate, "Measure tokenizers on held-out scenes and photographs, with pictures.", several=True
-    )
-    sub.add_argument(
-        "--tokenizer", action="append", help="folder or hub id; several may be given (default: the shipped one)"
-    )
-    sub.add_argument("--data-dir", default="data")
-    sub.add_argument(
-        "--keep", type=int, nargs="+", default=[64, 144, 256], help="kept tokens K of a training-size image"
-    )
-    sub.add_argument("--num-images", type=int, default=256)
-    sub.add_argument("--metrics", help="metrics.jsonl of a training run, to plot the loss")
-    sub.add_argument("--out", type=path, default=Path("runs/evaluate"))
+    evaluate.add_commands(line)
 
     sub = line.command("compare", _compare, "Compare generated scenes with each other and with real ones.")
     sub.add_argument(
@@ -66,7 +53,7 @@ def _command_line() -> CommandLine:
         "tokenize", _tokenize, "Write codes and source maps of a dataset or folder to disk; resumable.", several=True
     )
     sub.add_argument("--tokenizer", default=TINY)
-    _source_arguments(sub)
+    source_arguments(sub)
     sub.add_argument("--keep", type=int, help="kept tokens K")
     sub.add_argument("--batch-size", type=int, default=32)
     sub.add_argument("--shard-size", type=int, default=4096, help="images per file")
@@ -142,18 +129,11 @@ def _bench_input_command(line: CommandLine) -> None:
     help = "Images per second that a core reads, beside decoding alone, and the cores that a training needs."
     sub = line.command("bench-input", _bench_input, help)
     sub.add_argument("--config", help="a training, whose data are read (default: 256 px crops of synthetic JPEGs)")
-    _source_arguments(sub)
+    source_arguments(sub)
     sub.add_argument("--synthetic", action="store_true", help="with --config: synthetic JPEGs instead of its sources")
     sub.add_argument("--steps-per-second", type=float, help="rate of the training, to say how many cores feed it")
     sub.add_argument("--hosts", type=int, default=1, help="hosts that share each batch")
     sub.add_argument("--seconds", type=float, default=20.0, help="how long to measure")
-
-
-def _source_arguments(parser: ArgumentParser) -> None:
-    parser.add_argument("--folder", help="image folder; sub-folders are classes")
-    parser.add_argument("--tfds", help="a prepared TFDS dataset, such as mini_scenes/64")
-    parser.add_argument("--split", default="train")
-    parser.add_argument("--data-dir", default="data")
 
 
 def training(path: str, overrides: Sequence[str]):
@@ -187,19 +167,6 @@ def _train(args, overrides) -> None:
     report_end(f"the {task} is in {absolute(args.workdir) / task}", result.stopped_by, result.step)
 
 
-def _evaluate(args, _) -> None:
-    from mergevq_jax.commands.evaluate import evaluate
-
-    evaluate(
-        args.tokenizer or [TINY],
-        out=args.out,
-        data_dir=args.data_dir,
-        keeps=args.keep,
-        num_images=args.num_images,
-        metrics=args.metrics,
-    )
-
-
 def _compare(args, _) -> None:
     from mergevq_jax.commands.compare import compare
     from mini_scenes.judge import Judge
@@ -220,23 +187,10 @@ def _reconstruct(args, _) -> None:
     reconstruct(args.images, args.tokenizer, keeps=args.keep, size=args.size, out=args.out)
 
 
-def _source(args):
-    """The SourceConfig of --folder or --tfds; None without either."""
-    from runtime_jax.data import SourceConfig
-
-    if args.folder and args.tfds:
-        raise ValueError("give exactly one of --folder and --tfds")
-    if args.folder:
-        return SourceConfig(kind="folder", path=args.folder)
-    if args.tfds:
-        return SourceConfig(kind="tfds", name=args.tfds, split=args.split, data_dir=args.data_dir)
-    return None
-
-
 def _tokenize(args, _) -> None:
     from mergevq_jax.commands.tokenize import tokenize
 
-    source = _source(args)
+    source = source_of(args)
     if source is None:
         raise ValueError("give exactly one of --folder and --tfds")
     print(
@@ -260,7 +214,7 @@ def _bench_input(args, overrides) -> None:
         config, task = training(args.config, overrides)
         data = config.needed_data() if task == "tokenizer" else config.data
     rate = {"steps_per_second": args.steps_per_second, "hosts": args.hosts}
-    print(bench_input(data, _source(args), synthetic=args.synthetic, seconds=args.seconds, **rate))
+    print(bench_input(data, source_of(args), synthetic=args.synthetic, seconds=args.seconds, **rate))
 
 
 def _sample(args, _) -> None:

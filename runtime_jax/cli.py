@@ -18,16 +18,22 @@ Run = Callable[[argparse.Namespace, list[str]], int | None]
 TRACEBACK = {"action": "store_true", "help": "show where an error came from"}
 
 
-class CommandLine:
-    """A program of sub-commands, each with a function that runs it."""
+class Group:
+    """Sub-commands, each with a function that runs it, and groups of them.
 
-    def __init__(self, prog: str, description: str | None, *, advise: Callable[[Exception, str], str] | None = None):
-        """`advise`: (error, `prog`) -> the text of the error's line."""
-        self.prog = prog
-        self._advise = advise or (lambda error, prog: str(error))
-        self._parser = argparse.ArgumentParser(prog=prog, description=description)
-        self._parser.add_argument("--traceback", **TRACEBACK)
-        self._commands = self._parser.add_subparsers(dest="command", required=True)
+    `parsers` has the parser of every command by its words, such as "evaluate generation".
+    """
+
+    def __init__(self, parser: argparse.ArgumentParser, name: str, parsers: dict[str, argparse.ArgumentParser]):
+        self.parsers = parsers
+        self._name = name
+        self._commands = parser.add_subparsers(dest="command", required=True)
+
+    def group(self, name: str, help: str) -> "Group":
+        """A sub-command that only has sub-commands of its own."""
+        parser = self._commands.add_parser(name, help=help, description=help)
+        parser.add_argument("--traceback", **TRACEBACK, default=argparse.SUPPRESS)
+        return Group(parser, f"{self._name} {name}".lstrip(), self.parsers)
 
     def command(
         self, name: str, run: Run, help: str, *, epilog: str | None = None, several: bool = False
@@ -38,9 +44,23 @@ class CommandLine:
         """
         form = argparse.RawDescriptionHelpFormatter
         parser = self._commands.add_parser(name, help=help, description=help, epilog=epilog, formatter_class=form)
-        parser.set_defaults(run=run, several=several)
+        words = f"{self._name} {name}".lstrip()
+        parser.set_defaults(run=run, several=several, command=words)
         parser.add_argument("--traceback", **TRACEBACK, default=argparse.SUPPRESS)  # keeps one before the command
+        self.parsers[words] = parser
         return parser
+
+
+class CommandLine(Group):
+    """A program of sub-commands."""
+
+    def __init__(self, prog: str, description: str | None, *, advise: Callable[[Exception, str], str] | None = None):
+        """`advise`: (error, `prog`) -> the text of the error's line."""
+        self.prog = prog
+        self._advise = advise or (lambda error, prog: str(error))
+        self._parser = argparse.ArgumentParser(prog=prog, description=description)
+        self._parser.add_argument("--traceback", **TRACEBACK)
+        super().__init__(self._parser, "", {})
 
     def main(self, argv: Sequence[str] | None = None) -> int:
         """Runs one command; an error that a user can mend becomes one line and exit status 1."""

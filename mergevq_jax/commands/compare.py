@@ -11,7 +11,8 @@ from zipfile import BadZipFile
 import numpy as np
 from jaxtyping import Array, UInt8
 
-from mergevq_jax.evaluate.generation import Gaussian, Labelled, Quality, gaussian, measure
+from mergevq_jax.evaluate.frechet import Moments
+from mergevq_jax.evaluate.generation import Labelled, Quality, measure
 from mergevq_jax.evaluate.held_out import BATCH_SIZE, read_scenes
 from mergevq_jax.generator.images import recovered_to_images
 from mergevq_jax.generator.kinds.randar import Codes
@@ -114,7 +115,7 @@ def compare(
         if taken := {REAL, *reconstructed} & folders.keys():
             raise ValueError(f"rows {', '.join(sorted(taken))}: these names are those of real scenes")
         scenes = functools.partial(read_scenes, size, count, data_dir, single=single)
-        reference = gaussian(judge.features(scenes(split="test").images))
+        reference = Moments.of(judge.features(scenes(split="test").images))
         real = scenes(split="validation")
         sets = {REAL: [real]}
         sets |= {name: [_in_batches(reconstruct, real)] for name, reconstruct in reconstructed.items()}
@@ -199,7 +200,7 @@ def _check_row(name: str, protocols: Sequence[Mapping[str, Any]]) -> None:
 
 
 def _row(
-    name: str, sets: Sequence[Labelled], folders: Sequence[Folder] | None, judge: Judge, reference: Gaussian
+    name: str, sets: Sequence[Labelled], folders: Sequence[Folder] | None, judge: Judge, reference: Moments
 ) -> Row:
     quality = measure(judge, sets, reference)
     if folders is None:

@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image
 
-from mergevq_jax.evaluate.reconstruction import psnr
+from mergevq_jax.evaluate.pixels import psnr
 from mergevq_jax.tokenizer import report
 from mergevq_jax.tokenizer.config import TokenizerConfig, ratio_keep
 from mergevq_jax.tokenizer.model import load_tokenizer, read_tokenizer_config

@@ -1,37 +1,10 @@
-"""Quality of reconstructions and use of the codebook; on the host, in numpy."""
+"""Use of the codebook; on the host, in numpy."""
 
 from dataclasses import dataclass, field
 
 import numpy as np
 from jax.typing import ArrayLike
 from jaxtyping import Float, Int
-
-
-def psnr(images: ArrayLike, targets: ArrayLike) -> Float[np.ndarray, "batch"]:
-    """Peak signal-to-noise ratio of each image, in dB, whatever else is in its batch.
-
-    Args:
-      images, targets: [B, H, W, C], both uint8 or both floating point in [-1, 1], where values outside are clipped as
-        for display. Equal images give inf, images with NaN give NaN.
-
-    Raises:
-      ValueError: shapes or kinds of dtype differ.
-    """
-    images, targets = np.asarray(images), np.asarray(targets)
-    integer = images.dtype == np.uint8 and targets.dtype == np.uint8
-    floating = all(np.issubdtype(x.dtype, np.floating) or x.dtype.name == "bfloat16" for x in (images, targets))
-    if images.shape != targets.shape or images.ndim != 4 or not (integer or floating):
-        raise ValueError(
-            "psnr needs two arrays [B, H, W, C], both uint8 or both floating point in [-1, 1]; got "
-            f"{images.dtype} {list(images.shape)} and {targets.dtype} {list(targets.shape)}"
-        )
-    images, targets = images.astype(np.float64), targets.astype(np.float64)
-    peak = 255.0 if integer else 2.0
-    if floating:
-        images, targets = np.clip(images, -1, 1), np.clip(targets, -1, 1)
-    errors = np.mean(np.square(images - targets), axis=(1, 2, 3))
-    with np.errstate(divide="ignore"):
-        return 10 * np.log10(peak**2 / errors)
 
 
 @dataclass

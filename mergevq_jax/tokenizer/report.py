@@ -9,7 +9,8 @@ import numpy as np
 from jaxtyping import UInt8
 from tqdm import tqdm
 
-from mergevq_jax.evaluate.reconstruction import CodeUsage, psnr
+from mergevq_jax.evaluate.pixels import psnr
+from mergevq_jax.evaluate.reconstruction import CodeUsage
 from mergevq_jax.tokenizer.model import Tokenizer
 from runtime_jax import hosts
 from runtime_jax.estimate import Estimate, estimate

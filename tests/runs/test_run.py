@@ -212,7 +212,7 @@ def test_limits_are_checked_by_arithmetic(folder, capsys, nothing_is_loaded, siz
     [
         ["reconstruct", "PICTURE", "--out"],
         ["tokenize", "--folder", "PICTURES", "--out"],
-        ["evaluate", "--out"],
+        ["evaluate", "reconstruction", "--out"],
         ["compare", "--row", "a", "b", "--out"],
         ["sample", "--out"],
         ["convert", "none.safetensors", "--preset", "tiny", "--out"],
@@ -377,7 +377,7 @@ def test_a_workdir_that_cannot_be_written(folder, capsys):
         (["reconstruct", "PICTURE", "--size", "6"], "--size 6 is too small for two tokens: at least 7 (0: as it is)"),
         (["reconstruct", "PICTURE", "--size", "-1"], "--size -1 is too small"),
         (["reconstruct", "PICTURE", "--tokenizer", "/no/where"], "/no/where"),
-        (["evaluate", "--data-dir", "/no/where"], "run: mergevq scenes --data-dir /no/where --size 64"),
+        (["evaluate", "reconstruction", "--data-dir", "/no/where"], "mergevq scenes --data-dir /no/where --size 64"),
         (["tokenize", "--folder", "/no/where", "--out", "x"], "/no/where"),
         (["tokenize", "--tfds", "mini_scenes/64_single", "--data-dir", "/no", "--out", "x"], "64 --single"),
         (["tokenize", "--out", "x"], "exactly one of --folder and --tfds"),

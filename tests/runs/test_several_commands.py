@@ -36,7 +36,8 @@ def lines(root, folder):
         f"tokenize --tokenizer {root}/tokenizer --folder {root}/pictures --keep 12 --batch-size 2 --shard-size 3 "
         f"--out {folder}/tokens",
         f"sample --model {root}/generator --num 7 --batch-size 2 --out {folder}/samples",
-        f"evaluate --tokenizer {root}/larger --data-dir {root}/data --keep 40 64 --num-images 70 --out {folder}/report",
+        f"evaluate reconstruction --tokenizer {root}/larger --data-dir {root}/data --keep 40 64 --num-images 70 "
+        f"--out {folder}/report",
     ]
 
 

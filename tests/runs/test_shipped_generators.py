@@ -6,7 +6,8 @@ import pytest
 
 from mergevq_jax.commands.compare import read_samples
 from mergevq_jax.commands.sample import Request, sample
-from mergevq_jax.evaluate.generation import gaussian, measure
+from mergevq_jax.evaluate.frechet import Moments
+from mergevq_jax.evaluate.generation import measure
 from mergevq_jax.generator.model import load_generator
 from mergevq_jax.generator.sampling.plan import SamplingConfig
 from mergevq_jax.pretrained import GENERATORS
@@ -40,5 +41,5 @@ def test_it_draws_the_classes_that_it_is_asked_for(name, tmp_path):
     request, bound = ASKED[name]
     sample(name, request, out=tmp_path)
     drawn, judge = read_samples(tmp_path).samples, Judge.load()
-    quality = measure(judge, [drawn], gaussian(judge.features(drawn.images)))
+    quality = measure(judge, [drawn], Moments.of(judge.features(drawn.images)))
     assert quality.accuracy.mean > bound

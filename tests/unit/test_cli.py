@@ -25,12 +25,32 @@ def test_a_traceback_is_asked_for_before_or_after_the_command(arguments):
     assert line.main(["run"]) == 1
 
 
+def test_commands_in_groups(capsys):
+    line = CommandLine("program", None)
+    group = line.group("measure", "Measures.")
+    ran = []
+    for name in ("one", "two"):
+        parser = group.command(name, lambda args, _: ran.append((args.command, args.size)), name, several=name == "two")
+        parser.add_argument("--size", type=int, default=3)
+    group.command("fail", fail, "Fails.")
+    assert line.main(["measure", "one"]) == line.main(["measure", "two", "--size", "4"]) == 0
+    assert ran == [("measure one", 3), ("measure two", 4)]
+    assert list(line.parsers) == ["measure one", "measure two", "measure fail"]
+    assert line.main(["measure", "fail"]) == 1 and capsys.readouterr().err == "program measure fail: no\n"
+    for before in (["--traceback", "measure", "fail"], ["measure", "--traceback", "fail"]):
+        with pytest.raises(ValueError, match="no"):
+            line.main(before)
+    with pytest.raises(SystemExit):
+        line.main(["measure"])
+    assert "command" in capsys.readouterr().err
+
+
 def test_docs_list_the_commands_that_run_as_several_processes():
     lines = [module._command_line() for module in (mergevq_jax.cli, tokenverse_jax.cli)]
     several = {
         f"{line.prog} {name}"
         for line in lines
-        for name, parser in line._commands.choices.items()
+        for name, parser in line.parsers.items()
         if parser.get_default("several")
     }
     rows = [

@@ -1,4 +1,4 @@
-"""The measures of generation: distances of known Gaussians, classes that a judge sees, the table of a comparison."""
+"""The measures of generation: classes that a judge sees, the table of a comparison."""
 
 import dataclasses
 import functools
@@ -6,11 +6,11 @@ import json
 
 import numpy as np
 import pytest
-from scipy.linalg import sqrtm
 
 from mergevq_jax.commands import compare as comparison
 from mergevq_jax.commands.compare import Curve, Row, cache_bytes, compare, read_samples, render, trade_off
-from mergevq_jax.evaluate.generation import Labelled, Quality, frechet_distance, gaussian, main_classes, measure
+from mergevq_jax.evaluate.frechet import Moments
+from mergevq_jax.evaluate.generation import Labelled, Quality, main_classes, measure
 from mergevq_jax.pretrained import TOKENIZERS
 from mergevq_jax.tokenizer.model import Tokenizer
 from mini_scenes import CLASSES, example_scene, render_scene
@@ -38,44 +38,11 @@ class KnowingJudge(Judge):
         return images.reshape(len(images), -1, 3).mean(axis=1) / 255
 
 
-# The distance.
-
-
-def test_distance_of_gaussians():
-    """Against the formula with a matrix square root; invariant under rotations; zero and symmetric as a distance is."""
-    rng = np.random.default_rng(0)
-    first = rng.normal(size=(400, 5)) @ rng.normal(size=(5, 5))
-    second = rng.normal(size=(300, 5)) @ rng.normal(size=(5, 5)) + 1
-    a, b = gaussian(first), gaussian(second)
-    covariances = np.cov(first.T), np.cov(second.T)
-    expected = np.square(first.mean(0) - second.mean(0)).sum()
-    expected += np.trace(sum(covariances) - 2 * np.real(sqrtm(covariances[0] @ covariances[1])))
-    assert frechet_distance(a, b) == pytest.approx(expected, rel=1e-9)
-    assert frechet_distance(b, a) == pytest.approx(expected, rel=1e-9)
-    turn = np.linalg.qr(rng.normal(size=(5, 5)))[0]
-    assert frechet_distance(gaussian(first @ turn), gaussian(second @ turn)) == pytest.approx(expected, rel=1e-9)
-    assert abs(frechet_distance(a, a)) < 1e-12
-
-
-def test_fewer_images_than_features():
-    """A shift of singular Gaussians is its square, to the last digits: nothing is lost in roots of rounding errors."""
-    features = np.random.default_rng(0).normal(size=(20, 150))
-    shift = np.linspace(0, 1e-3, 150)
-    got = frechet_distance(gaussian(features), gaussian(features + shift))
-    assert got == pytest.approx(np.square(shift).sum(), abs=1e-12)
-
-
-@pytest.mark.parametrize("features", [np.ones((1, 3)), np.full((4, 3), np.nan)], ids=["one image", "NaN"])
-def test_features_that_have_no_gaussian(features):
-    with pytest.raises(ValueError, match="finite features of at least two images"):
-        gaussian(features)
-
-
 # The judge.
 
 
 def test_images_of_the_wanted_class():
-    judge, reference = KnowingJudge(), gaussian(KnowingJudge().features(IMAGES))
+    judge, reference = KnowingJudge(), Moments.of(KnowingJudge().features(IMAGES))
     np.testing.assert_array_equal(main_classes(judge, IMAGES), LABELS)
     quality = measure(judge, [Labelled(IMAGES, LABELS)], reference)
     assert quality.accuracy.mean == 1 and quality.accuracy.count == COUNT
@@ -99,7 +66,7 @@ def test_images_of_the_wanted_class():
 def test_sets_that_cannot_be_judged(sets, message):
     judge = KnowingJudge()
     with pytest.raises(ValueError, match=message):
-        measure(judge, sets, gaussian(judge.features(IMAGES)))
+        measure(judge, sets, Moments.of(judge.features(IMAGES)))
 
 
 # The comparison.

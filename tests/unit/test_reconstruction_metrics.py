@@ -1,4 +1,4 @@
-"""PSNR per image, intervals and codebook usage against numbers that are easy to verify by hand."""
+"""PSNR and SSIM per image, intervals and codebook usage against numbers that are easy to verify by hand."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mergevq_jax.evaluate.reconstruction import CodeUsage, psnr
+from mergevq_jax.evaluate.pixels import psnr, ssim
+from mergevq_jax.evaluate.reconstruction import CodeUsage
 from runtime_jax.estimate import estimate
 
 
@@ -50,6 +51,53 @@ def test_psnr_clips_equals_and_nan(images):
 def test_psnr_refuses_mixed_kinds(images, other):
     with pytest.raises(ValueError, match="psnr needs two arrays"):
         psnr(images, other)
+
+
+# SSIM.
+
+
+@pytest.fixture(scope="module")
+def pictures():
+    rng = np.random.default_rng(0)
+    pictures = rng.integers(0, 256, (3, 16, 20, 3), np.uint8)
+    return pictures, np.clip(pictures + rng.normal(0, 40, pictures.shape), 0, 255).astype(np.uint8)
+
+
+def test_ssim_by_windows(pictures):
+    """The definition, window by window: weighted means, variances and covariance."""
+    a, b = (x[0].astype(np.float64) for x in pictures)
+    line = np.exp(-np.square(np.arange(-5, 6) / 1.5) / 2)
+    weights = np.outer(line, line)[..., None] / line.sum() ** 2
+    values = []
+    for y in range(16 - 10):
+        for x in range(20 - 10):
+            p, q = a[y : y + 11, x : x + 11], b[y : y + 11, x : x + 11]
+            m, n = (weights * p).sum((0, 1)), (weights * q).sum((0, 1))
+            variances = (weights * (np.square(p - m) + np.square(q - n))).sum((0, 1))
+            covariance = (weights * (p - m) * (q - n)).sum((0, 1))
+            c1, c2 = 2.55**2, 7.65**2
+            values.append((2 * m * n + c1) * (2 * covariance + c2) / ((m**2 + n**2 + c1) * (variances + c2)))
+    np.testing.assert_allclose(ssim(*pictures)[0], np.mean(values), rtol=1e-9)
+
+
+def test_ssim_of_each_image_alone(pictures):
+    a, b = pictures
+    together = ssim(a, b)
+    np.testing.assert_array_equal(together, np.concatenate([ssim(a[i : i + 1], b[i : i + 1]) for i in range(3)]))
+    np.testing.assert_allclose(ssim(b, a), together, rtol=1e-12)
+    np.testing.assert_allclose(ssim(a, a), 1, rtol=1e-12)
+    np.testing.assert_allclose(ssim(a / 127.5 - 1, b / 127.5 - 1), together, rtol=1e-9)
+    assert np.all((together > 0.1) & (together < 0.999))
+    broken = (a / 127.5 - 1).astype(np.float32)
+    broken[1, 8, 8] = np.nan
+    assert np.isnan(ssim(broken, b / np.float32(127.5) - 1)).tolist() == [False, True, False]
+
+
+def test_ssim_needs_a_window(images):
+    with pytest.raises(ValueError, match=r"at least 11 x 11 pixels, got \[3, 4, 5, 3\]"):
+        ssim(images, images)
+    with pytest.raises(ValueError, match="ssim needs two arrays"):
+        ssim(images, images[:1])
 
 
 def test_estimate():

@@ -1,4 +1,4 @@
-"""`mergevq evaluate`: tokenizers measured on held-out scenes and photographs, as a table and pictures."""
+"""`mergevq evaluate reconstruction`: tokenizers on held-out scenes and photographs, as a table and pictures."""
 
 import hashlib
 from collections.abc import Sequence

@@ -1,0 +1,30 @@
+"""Arguments that several commands have."""
+
+from argparse import ArgumentParser, Namespace
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from runtime_jax.data import SourceConfig
+
+TINY, TINY_GENERATOR = "tiny", "tiny-mergear"  # names of what is shipped with the package
+
+
+def source_arguments(parser: ArgumentParser, *, split: str = "train") -> None:
+    """--folder, --tfds, --split and --data-dir: where images come from."""
+    parser.add_argument("--folder", help="image folder; sub-folders are classes")
+    parser.add_argument("--tfds", help="a prepared TFDS dataset, such as mini_scenes/64")
+    parser.add_argument("--split", default=split)
+    parser.add_argument("--data-dir", default="data")
+
+
+def source_of(args: Namespace) -> "SourceConfig | None":
+    """The source that --folder or --tfds names; None without either."""
+    from runtime_jax.data import SourceConfig
+
+    if args.folder and args.tfds:
+        raise ValueError("give exactly one of --folder and --tfds")
+    if args.folder:
+        return SourceConfig(kind="folder", path=args.folder)
+    if args.tfds:
+        return SourceConfig(kind="tfds", name=args.tfds, split=args.split, data_dir=args.data_dir)
+    return None
