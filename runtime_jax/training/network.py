@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.typing import ArrayLike
 from jaxtyping import Array
 
 from runtime_jax import sharding
@@ -98,6 +99,7 @@ def train_network(
     preview: Callable[[Params, int], Mapping[str, np.ndarray]] | None = None,
     evaluate: Callable[[Params, int], Mapping[str, float]] | None = None,
     variant: Callable[[int], Hashable] = lambda step: None,
+    rates: Callable[[str], ArrayLike] | None = None,
 ) -> loop.Result:
     """Starts or resumes a training in `workdir` with a whole copy of the network on every device; see `fit`.
 
@@ -106,9 +108,11 @@ def train_network(
       batches: as in `loop.Loop`, but of whole batches on every process.
       preview, evaluate: as in `loop.Loop`, of the averaged parameters.
       variant: step -> key; steps of one key have batches of the same shapes.
+      rates: as in `Optimizer.scaled`.
     """
     total_steps = config.loop.duration.to_steps(config.batch_size, None)
     optimizer = Optimizer.make(config.optimizer, total_steps=total_steps, batch_size=config.batch_size)
+    optimizer = optimizer if rates is None else optimizer.scaled(rates)
     step = functools.partial(train_step, loss=loss, optimizer=optimizer, ema_decay=config.ema_decay)
     mesh = make_mesh(MeshConfig())
     sharding.check_batch("batch_size", config.batch_size, mesh)

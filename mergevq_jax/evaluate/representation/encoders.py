@@ -1,0 +1,106 @@
+"""What is probed: pure functions from images to features, with their parameters.
+
+Axes: B batch, H W image, F features.
+"""
+
+import functools
+import hashlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from runtime_jax.networks.dinov2 import DINOv2, DINOv2Config, standardize
+from runtime_jax.prng import Stream, stream_key
+
+CLASS, MEAN = "class", "mean"  # how tokens become features: the class token, or the mean of the others
+PIXELS_SIDE = 16  # of the images that serve as the baseline's features
+Apply = Callable[[Any, Float[Array, "B H W 3"]], dict[str, Float[Array, "B F"]]]
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """A network whose features are measured.
+
+    Attributes:
+      name: of its row.
+      size: side of the images that it sees, pixels.
+      apply: (parameters, images in [-1, 1]) -> features by pooling, float32.
+      depth: path of a parameter -> number of its layer, counted from the images; an array for layers stacked in one
+        parameter. None: it has no parameters to fine-tune.
+      layers: number of the last layer.
+      keep: kept tokens K, if it merges tokens.
+      seed: of random weights.
+    """
+
+    name: str
+    size: int
+    params: Any
+    apply: Apply
+    depth: Callable[[str], int | np.ndarray] | None = None
+    layers: int = 0
+    keep: int | None = None
+    seed: int | None = None
+
+    def fingerprint(self) -> str:
+        """SHA-256 of the parameters."""
+        digest = hashlib.sha256()
+        for path, leaf in jax.tree_util.tree_leaves_with_path(self.params):
+            digest.update(jax.tree_util.keystr(path).encode() + np.ascontiguousarray(leaf).tobytes())
+        return digest.hexdigest()
+
+    def shapes(self) -> dict[str, jax.ShapeDtypeStruct]:
+        """Shapes of the features of one image, by pooling; computes nothing."""
+        image = jax.ShapeDtypeStruct((1, self.size, self.size, 3), jnp.float32)
+        return jax.eval_shape(self.apply, self.params, image)
+
+
+def pixels_encoder(size: int) -> Encoder:
+    """The baseline: the image itself, averaged over squares to at most PIXELS_SIDE x PIXELS_SIDE pixels."""
+    side = max(divisor for divisor in range(1, PIXELS_SIDE + 1) if size % divisor == 0)
+
+    def apply(params: None, images: Float[Array, "B H W 3"]) -> dict[str, Float[Array, "B F"]]:
+        parts = images.reshape(len(images), side, size // side, side, size // side, 3)
+        return {"pixels": parts.mean(axis=(2, 4)).reshape(len(images), -1)}
+
+    return Encoder(f"pixels, {side} x {side}", size, None, apply)
+
+
+def dinov2_encoder(name: str, config: DINOv2Config, params: Any, size: int) -> Encoder:
+    """A DINOv2, at images of `size` pixels.
+
+    Raises:
+      ValueError: its patches don't fill such images.
+    """
+    if size % config.patch_size:
+        raise ValueError(f"{name}: {size} pixels are not a multiple of its patches of {config.patch_size}")
+
+    def apply(params: Any, images: Float[Array, "B H W 3"]) -> dict[str, Float[Array, "B F"]]:
+        hidden = DINOv2(config).apply({"params": params}, standardize(images)).hidden
+        return {CLASS: hidden[:, 0], MEAN: hidden[:, 1:].mean(axis=1)}
+
+    def depth(path: str) -> int | np.ndarray:
+        if path.startswith("blocks/"):
+            return 1 + np.arange(config.num_layers)
+        return config.num_layers + 1 if path.startswith("norm/") else 0
+
+    return Encoder(name, size, params, apply, depth, config.num_layers + 1)
+
+
+def random_dinov2(config: DINOv2Config, size: int, seed: int) -> Encoder:
+    """The same architecture with random weights."""
+    init = jax.jit(functools.partial(DINOv2(config).init, images=jnp.zeros((1, config.image_size, config.image_size, 3))))
+    params = init(stream_key(seed, Stream.PARAMS))["params"]
+    return replace(dinov2_encoder("random weights, DINOv2", config, params, size), seed=seed)
+
+
+def check_distinct(encoders: Mapping[str, Encoder]) -> None:
+    """Raises ValueError where encoders see images of different sizes: their rows would not be comparable."""
+    sizes = {name: encoder.size for name, encoder in encoders.items()}
+    if len(set(sizes.values())) > 1:
+        shown = ", ".join(f"{name} {size}" for name, size in sizes.items())
+        raise ValueError(f"encoders see images of different sizes, in pixels: {shown}")
