@@ -9,12 +9,13 @@ if TYPE_CHECKING:
 TINY, TINY_GENERATOR = "tiny", "tiny-mergear"  # names of what is shipped with the package
 
 
-def source_arguments(parser: ArgumentParser, *, split: str = "train") -> None:
-    """--folder, --tfds, --split and --data-dir: where images come from."""
-    parser.add_argument("--folder", help="image folder; sub-folders are classes")
+def source_arguments(parser: ArgumentParser, *, split: str = "train", default: str | None = None) -> None:
+    """--folder, --tfds, --split and --data-dir: where images come from; `default`: without the first two."""
+    otherwise = "" if default is None else f" (default: {default})"
+    parser.add_argument("--folder", help=f"image folder; sub-folders are classes{otherwise}")
     parser.add_argument("--tfds", help="a prepared TFDS dataset, such as mini_scenes/64")
-    parser.add_argument("--split", default=split)
-    parser.add_argument("--data-dir", default="data")
+    parser.add_argument("--split", default=split, help=f"of --tfds (default: {split})")
+    parser.add_argument("--data-dir", default="data", help="folder of TFDS datasets (default: data)")
 
 
 def source_of(args: Namespace) -> "SourceConfig | None":

@@ -1,23 +1,25 @@
 """Held-out scenes and photographs."""
 
-import numpy as np
-
 from mergevq_jax.evaluate.generation import Labelled
+from mergevq_jax.evaluate.images import Images, SourceImages
 from mini_scenes import make_config
 from runtime_jax.data import DataConfig, SourceConfig, make_batches, open_source
 
 BATCH_SIZE = 32  # images that are measured at once
 
 
-def held_out_photographs(size: int, count: int) -> np.ndarray:
-    """uint8 [count, size, size, 3]: crops from regions of the two photographs that no training reads."""
-    source = SourceConfig(kind="photos", split="held_out", crop_scale=(0.3, 1.0))
-    return _read(source, size, count, random_crop=True)["image"]
+def held_out(size: int, count: int, data_dir: str) -> dict[str, Images]:
+    """Images that no training reads: `count` scenes, and a quarter as many crops of two photographs.
 
-
-def held_out_scenes(size: int, count: int, data_dir: str) -> np.ndarray:
-    """uint8 [count, size, size, 3]: scenes that no training reads; raises as `read_scenes`."""
-    return read_scenes(size, count, data_dir, split="test").images
+    Raises:
+      ValueError: as `read_scenes`.
+    """
+    scenes = SourceConfig(kind="tfds", name=f"mini_scenes/{make_config(size).name}", split="test", data_dir=data_dir)
+    photographs = SourceConfig(kind="photos", split="held_out", crop_scale=(0.3, 1.0))
+    return {
+        "scenes": SourceImages(scenes, size, count),
+        "photographs": SourceImages(photographs, size, max(2, count // 4), name="held-out parts of photographs"),
+    }
 
 
 def read_scenes(size: int, count: int, data_dir: str, *, split: str, single: bool = False) -> Labelled:
@@ -30,12 +32,6 @@ def read_scenes(size: int, count: int, data_dir: str, *, split: str, single: boo
     source = SourceConfig(kind="tfds", name=f"mini_scenes/{name}", split=split, data_dir=data_dir)
     if count > (there := len(open_source(source))):
         raise ValueError(f"{count} images are too many: mini_scenes has {there} scenes in its {split} split")
-    batch = _read(source, size, count, random_crop=False)
+    config = DataConfig(image_size=size, batch_size=count, sources=(source,), shuffle=False, random_crop=False)
+    batch = next(make_batches(config, 0))
     return Labelled(batch["image"], batch["label"])
-
-
-def _read(source: SourceConfig, size: int, count: int, *, random_crop: bool) -> dict[str, np.ndarray]:
-    config = DataConfig(
-        image_size=size, batch_size=count, sources=(source,), seed=1, shuffle=False, random_crop=random_crop
-    )
-    return next(make_batches(config, 0))

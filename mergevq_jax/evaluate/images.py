@@ -12,7 +12,15 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 from jaxtyping import UInt8
 
-from runtime_jax.data import DataConfig, SourceConfig, batch_sequence, decode_image, image_files, image_size, open_source
+from runtime_jax.data import (
+    DataConfig,
+    SourceConfig,
+    batch_sequence,
+    decode_image,
+    image_files,
+    image_size,
+    open_source,
+)
 from runtime_jax.files import AnyPath, is_remote, local, read_bytes
 
 CENTRE = "largest centred square, resized by Pillow (bicubic, antialiased)"

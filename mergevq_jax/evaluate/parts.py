@@ -7,17 +7,19 @@ So what is computed from all parts is bit-equal after a kill and on any number o
 import contextlib
 import os
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jaxtyping import Shaped
+from jax.sharding import Mesh, NamedSharding
+from jaxtyping import Array, Shaped
 from tqdm import tqdm
 
 from mergevq_jax.evaluate.frechet import Moments
 from runtime_jax.files import AnyPath, replacing
+from runtime_jax.sharding import Axis, partition_spec
 from runtime_jax.training.stop import Stop
 
 SMALLEST, LARGEST = 32, 1024  # images in a part
@@ -28,16 +30,20 @@ Rows = dict[str, Shaped[np.ndarray, "n ..."]]
 class Task(NamedTuple):
     """A measurement of images 0 to count - 1.
 
-    read: rows -> what `start` needs of them; several batches are read ahead, on threads.
-    start: (rows, what was read) -> a function that waits for the results, on a thread: arrays by name, a row an image.
+    read: rows -> what `start` and `finish` need of them; some batches are read ahead, on threads.
+    start: (rows, what was read) -> device arrays, of which one batch is computed ahead.
+    finish: (what was read, the same arrays on the host) -> arrays by name, a row for each image; on threads.
     check: (rows of a part, its arrays) raises an error for results that must not be kept.
     """
 
     name: str  # folder of its parts
+    label: str  # of the progress bar
     count: int
+    batch_size: int  # see `fitting`
     read: Callable[[range], Any]
-    start: Callable[[range, Any], Callable[[], Rows]]
-    check: Callable[[range, Rows], None] = lambda rows, arrays: None
+    start: Callable[[range, Any], Any]
+    finish: Callable[[Any, Any], Rows]
+    check: Callable[[range, Rows], None]
 
 
 def part_size(count: int) -> int:
@@ -45,10 +51,15 @@ def part_size(count: int) -> int:
     return min(LARGEST, max(SMALLEST, 1 << (count // 64).bit_length()))
 
 
-def measure(task: Task, folder: AnyPath, batch_size: int, stop: Stop) -> None:
+def fitting(batch_size: int, count: int) -> int:
+    """The size of batches that are not much larger than what there is to fill them."""
+    return min(batch_size, part_size(count), count)
+
+
+def measure(task: Task, folder: AnyPath, stop: Stop) -> None:
     """Measures the parts that are not in `folder`; process i of n those with the numbers i, i + n, ...
 
-    Device programs, reading and what the host computes overlap. Call it in a block of `stop.parts`.
+    Reading, the devices' work and the host's overlap. Call it in a block of `stop.parts`.
 
     Raises:
       StoppedError: by a signal; complete parts are kept.
@@ -58,21 +69,28 @@ def measure(task: Task, folder: AnyPath, batch_size: int, stop: Stop) -> None:
     missing = [number for number in mine if not parts[number][1].exists()]
     images = sum(len(parts[number][0]) for number in mine)
     left = sum(len(parts[number][0]) for number in missing)
-    batch_size = min(batch_size, part_size(task.count))
-    batches = [(number, rows) for number in missing for rows in _batches(parts[number][0], batch_size)]
+    batches = [(number, rows) for number in missing for rows in _batches(parts[number][0], task.batch_size)]
     quiet = True if jax.process_index() > 0 else None
     with (
-        tqdm(desc=task.name, total=images, initial=images - left, unit="image", disable=quiet) as bar,
+        tqdm(desc=task.label, total=images, initial=images - left, unit="image", disable=quiet) as bar,
         _threads() as readers,
         _threads() as finishers,
     ):
-        running: deque[tuple[int, range, Future[Rows]]] = deque()
+        computing: deque[tuple[int, range, Any, Any]] = deque()
+        finishing: deque[tuple[int, range, Future[Rows]]] = deque()
         collected: list[Rows] = []
 
+        def fetch(ahead: int) -> None:
+            """Waits until the devices have at most so many batches to compute."""
+            while len(computing) > ahead:
+                number, rows, read, arrays = computing.popleft()
+                future = finishers.submit(task.finish, read, jax.device_get(arrays))
+                finishing.append((number, rows, future))
+
         def settle(most: int) -> None:
-            """Waits until at most so many batches run, and writes the parts that are complete."""
-            while len(running) > most:
-                number, rows, future = running.popleft()
+            """Waits until at most so many batches are being finished, and writes the parts that are complete."""
+            while len(finishing) > most:
+                number, rows, future = finishing.popleft()
                 collected.append(future.result())
                 bar.update(len(rows))
                 whole, path = parts[number]
@@ -83,10 +101,14 @@ def measure(task: Task, folder: AnyPath, batch_size: int, stop: Stop) -> None:
                     with replacing(path) as new:
                         np.savez(new, **arrays)
 
-        for (number, rows), read in zip(batches, _ahead(readers, task.read, [rows for _, rows in batches]), strict=True):
+        for (number, rows), read in zip(
+            batches, _ahead(readers, task.read, [rows for _, rows in batches]), strict=True
+        ):
             stop.check()
-            running.append((number, rows, finishers.submit(task.start(rows, read))))
+            computing.append((number, rows, read, task.start(rows, read)))
+            fetch(1)
             settle(THREADS)
+        fetch(0)
         settle(0)
 
 
@@ -96,6 +118,8 @@ class Measured:
     def __init__(self, task: Task, folder: AnyPath):
         self.count = task.count
         self._paths = [path for _, path in _paths(task, folder)]
+        with self._paths[0].open("rb") as file, np.load(file) as arrays:
+            self.names = frozenset(arrays.files)
 
     def parts(self, name: str) -> Iterator[Shaped[np.ndarray, "n ..."]]:
         """An array, part by part."""
@@ -106,6 +130,10 @@ class Measured:
     def column(self, name: str) -> Shaped[np.ndarray, "N ..."]:
         """An array of all images."""
         return np.concatenate(list(self.parts(name)))
+
+    def width(self, name: str) -> int:
+        """Of features."""
+        return next(self.parts(name)).shape[1]
 
     def moments(self, name: str) -> Moments:
         """Of features; no two parts are in memory at once."""
@@ -149,6 +177,12 @@ def _ahead(pool: ThreadPoolExecutor, read: Callable[[range], Any], batches: Sequ
         yield coming.popleft().result()
 
 
-def padded(batch: Mapping[str, Any] | Shaped[np.ndarray, "n ..."], size: int) -> Shaped[np.ndarray, "{size} ..."]:
+def padded(batch: Shaped[np.ndarray, "n ..."], size: int) -> Shaped[np.ndarray, "{size} ..."]:
     """A batch filled up with copies of its last row, so that one compiled program serves all batches."""
     return np.concatenate([batch, np.repeat(batch[-1:], size - len(batch), axis=0)])
+
+
+def split_over(mesh: Mesh, batch: Shaped[np.ndarray, "B ..."]) -> Shaped[Array, "B ..."]:
+    """A batch on this process's devices, split over as many of the mesh's batch axes as divide it."""
+    spec = partition_spec(batch.shape, (Axis.BATCH, *(None,) * (batch.ndim - 1)), mesh.shape)
+    return jax.device_put(batch, NamedSharding(mesh, spec))

@@ -1,7 +1,6 @@
 """Reconstructions at several K, as numbers and as a picture with the merged groups outlined."""
 
-import contextlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import jax
@@ -12,10 +11,8 @@ from tqdm import tqdm
 from mergevq_jax.evaluate.pixels import psnr
 from mergevq_jax.evaluate.reconstruction import CodeUsage
 from mergevq_jax.tokenizer.model import Tokenizer
-from runtime_jax import hosts
 from runtime_jax.estimate import Estimate, estimate
 from runtime_jax.pictures import image_grid, outline_groups
-from runtime_jax.training.stop import Stop
 
 Images = UInt8[np.ndarray, "N H W 3"]
 
@@ -30,44 +27,23 @@ class Reconstruction:
     usage: CodeUsage
 
 
-def measure(
-    tokenizer: Tokenizer,
-    images: Images,
-    keeps: Sequence[int],
-    *,
-    batch_size: int,
-    independent: bool = True,
-    stop: Stop | None = None,
-) -> list[Reconstruction]:
-    """PSNR and code usage at every K; with confidence intervals if the images are `independent`.
-
-    With `stop`, each of several processes measures its own share of the batches, and a signal ends the work.
-
-    Raises:
-      StoppedError: by a signal.
-    """
+def measure(tokenizer: Tokenizer, images: Images, keeps: Sequence[int], *, batch_size: int) -> list[Reconstruction]:
+    """PSNR and code usage at every K."""
     config, results = tokenizer.config, []
     recovers = config.recovery is not None and images.shape[1:3] == (config.resolution, config.resolution)
-    starts, quiet = range(0, len(images), batch_size), True if jax.process_index() > 0 else None
-    if stop is not None:
-        starts = starts[jax.process_index() :: jax.process_count()]
+    quiet = True if jax.process_index() > 0 else None
     for keep in keeps:
         usage, values = CodeUsage(config.vocab_size), np.zeros((2, len(images)))
-        with contextlib.nullcontext() if stop is None else stop.parts("; the same command starts anew"):
-            for start in tqdm(starts, desc=f"K={keep}", leave=False, disable=quiet):
-                if stop is not None:
-                    stop.check()
-                batch = images[start : start + batch_size]
-                tokens = tokenizer.encode(_padded(batch, batch_size), keep=keep)
-                usage.update(np.asarray(tokens.indices)[: len(batch)])
-                rows = slice(start, start + batch_size)
-                values[0, rows] = psnr(np.asarray(tokenizer.decode(tokens))[: len(batch)], batch)
-                if recovers:
-                    guessed = tokens.replace(source_map=tokenizer.recover(tokens.indices))
-                    values[1, rows] = psnr(np.asarray(tokenizer.decode(guessed))[: len(batch)], batch)
-        if stop is not None:  # what other processes measured is zero here
-            values, usage.counts = (hosts.gather(part).sum(axis=0) for part in (values, usage.counts))
-        direct, recovered = (estimate(row, independent=independent) for row in values)
+        for start in tqdm(range(0, len(images), batch_size), desc=f"K={keep}", leave=False, disable=quiet):
+            batch = images[start : start + batch_size]
+            tokens = tokenizer.encode(_padded(batch, batch_size), keep=keep)
+            usage.update(np.asarray(tokens.indices)[: len(batch)])
+            rows = slice(start, start + batch_size)
+            values[0, rows] = psnr(np.asarray(tokenizer.decode(tokens))[: len(batch)], batch)
+            if recovers:
+                guessed = tokens.replace(source_map=tokenizer.recover(tokens.indices))
+                values[1, rows] = psnr(np.asarray(tokenizer.decode(guessed))[: len(batch)], batch)
+        direct, recovered = (estimate(row) for row in values)
         results.append(Reconstruction(keep, direct, recovered if recovers else None, usage))
     return results
 
@@ -97,21 +73,3 @@ def picture(
 
 def _enlarged(images: Images, scale: int) -> UInt8[np.ndarray, "N height width 3"]:
     return images.repeat(scale, axis=1).repeat(scale, axis=2)
-
-
-def table(results: Mapping[str, Sequence[Reconstruction]]) -> str:
-    """A Markdown table with one row for each set of images and K."""
-    lines = [
-        "| images | count | K | PSNR, dB (95 % interval) | with recovered maps | codes used | perplexity "
-        "| ones per bit | dead bits |",
-        "|---|---|---|---|---|---|---|---|---|",
-    ]
-    for name, rows in results.items():
-        for row in rows:
-            usage, rates = row.usage, row.usage.bit_rates
-            lines.append(
-                f"| {name} | {row.psnr.count} | {row.keep} | {row.psnr} | {row.recovered_psnr or '-'} "
-                f"| {100 * usage.used:.1f} % of {usage.vocab_size} | "
-                f"{usage.perplexity:.0f} | {rates.min():.2f} to {rates.max():.2f} | {len(usage.dead_bits)} |"
-            )
-    return "\n".join(lines) + "\n"

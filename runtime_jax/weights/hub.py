@@ -9,6 +9,7 @@ import numpy as np
 
 from runtime_jax.files import is_remote, local
 from runtime_jax.weights import WeightError, read_safetensors
+from runtime_jax.weights.pickled import read_pickled
 
 PICKLED = (".pth", ".pt", ".bin", ".ckpt")
 
@@ -42,24 +43,25 @@ def local_path(source: str | os.PathLike, patterns: Sequence[str]) -> Path:
 
 
 def read_tensors(source: str | os.PathLike) -> dict[str, np.ndarray]:
-    """All tensors of a .safetensors file, or of all such files in a folder or hub repository, by name.
+    """All tensors of a .safetensors or PyTorch file, or of all such files in a folder or hub repository, by name.
+
+    Of a folder with both kinds, and of a hub repository, only the .safetensors files are read.
 
     Raises:
-      WeightError: nothing there, only pickled PyTorch files, an unreadable file, or one name with two contents.
+      WeightError: nothing there, an unreadable file, a PyTorch file that holds more, or one name with two contents.
     """
     path = local_path(source, ("*.safetensors", "*.json"))
-    files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
-    pickled = [p for p in (path.iterdir() if path.is_dir() else [path]) if p.suffix in PICKLED]
-    if pickled and (path.is_file() or not files):
-        raise WeightError(
-            f"{pickled[0]}: a pickled PyTorch file, which cannot be read without torch. Convert it once, where torch "
-            f'is installed: python -c "import torch, safetensors.torch; '
-            f"safetensors.torch.save_file(torch.load('{pickled[0]}', map_location='cpu'), "
-            f"'{pickled[0].with_suffix('.safetensors')}')\""
-        )
+    if path.is_dir():
+        files = sorted(path.glob("*.safetensors")) or sorted(p for p in path.iterdir() if p.suffix in PICKLED)
+    else:
+        files = [path]
     if not files:
-        raise WeightError(f"{source}: the folder holds no .safetensors file")
-    return merge_tensors([(file, read_safetensors(file)[0]) for file in files])
+        raise WeightError(f"{source}: the folder holds no .safetensors file and none of {', '.join(PICKLED)}")
+    return merge_tensors([(file, _read_file(file)) for file in files])
+
+
+def _read_file(path: Path) -> dict[str, np.ndarray]:
+    return read_pickled(path) if path.suffix in PICKLED else read_safetensors(path)[0]
 
 
 def merge_tensors(parts: Sequence[tuple[str | os.PathLike, dict[str, np.ndarray]]]) -> dict[str, np.ndarray]:

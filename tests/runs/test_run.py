@@ -17,7 +17,7 @@ from run_tools import logged
 from safetensors.numpy import load_file
 
 from mergevq_jax import cli
-from mergevq_jax.evaluate.held_out import held_out_photographs
+from mergevq_jax.evaluate.images import SourceImages
 from mergevq_jax.tokenizer import report
 from mergevq_jax.tokenizer.model import Tokenizer, load_tokenizer
 from mergevq_jax.tokens_folder import read_tokens
@@ -420,5 +420,7 @@ def test_the_shipped_tokenizer_rebuilds_scenes_better_with_more_tokens():
 
 
 def test_the_shipped_tokenizer_rebuilds_a_photograph():
-    (result,) = report.measure(load_tokenizer("tiny"), held_out_photographs(64, 8), (144,), batch_size=8)
+    source = SourceConfig(kind="photos", split="held_out", crop_scale=(0.3, 1.0))
+    images = SourceImages(source, 64, 8).read(range(8))
+    (result,) = report.measure(load_tokenizer("tiny"), images, (144,), batch_size=8)
     assert result.psnr.mean > 24

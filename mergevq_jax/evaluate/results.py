@@ -1,0 +1,147 @@
+"""The folder of an evaluation: a claim while it runs, results.json when it is done, and what makes figures comparable.
+
+While an evaluation runs, `parts` holds its partial results and a claim, which says what is measured.
+"""
+
+import contextlib
+import hashlib
+import importlib.metadata
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from mergevq_jax.evaluate.features import FeatureNetwork
+from mergevq_jax.evaluate.images import RANDOM, Images
+from runtime_jax import config as config_lib
+from runtime_jax import hosts
+from runtime_jax.estimate import Estimate
+from runtime_jax.files import AnyPath, is_file, remove_tree, write_json
+from runtime_jax.messages import cut
+
+RESULTS_NAME, CLAIM_NAME = "results.json", "evaluation.json"
+GOES_ON = "; the same command measures the parts that are missing"
+PUBLISHED_COUNT = 50_000  # images of published figures
+PUBLISHED_NETWORK = "inception"
+
+
+def is_finished(out: AnyPath, wanted: Mapping[str, Any]) -> bool:
+    """Whether `out` holds the results of the wanted evaluation; all processes call it together.
+
+    Raises:
+      ValueError: `out` holds another evaluation, or parts of one.
+      HostsError: processes want different evaluations.
+    """
+    hosts.check_same("what is to be measured", wanted)
+    finished = is_file(out / RESULTS_NAME)
+    for path in (out / RESULTS_NAME, out / "parts" / CLAIM_NAME):
+        if is_file(path):
+            there = json.loads(path.read_text())
+            there = there.get("evaluation", {}) if path.name == RESULTS_NAME else there
+            if changes := config_lib.config_changes(there, wanted):
+                raise ValueError(
+                    f"{out} holds another evaluation; choose another --out or delete it\n  "
+                    + cut(changes.values(), "\n  ")
+                )
+    hosts.barrier("looked")  # before process 0 writes
+    return finished
+
+
+@contextlib.contextmanager
+def claimed(out: AnyPath, wanted: Mapping[str, Any]) -> Iterator[AnyPath]:
+    """The folder for partial results, with a claim; deleted if the block fails without any."""
+    parts = out / "parts"
+    if jax.process_index() == 0 and not is_file(parts / CLAIM_NAME):
+        remove_tree(parts)
+        write_json(parts / CLAIM_NAME, wanted)
+    hosts.barrier("claimed")
+    try:
+        yield parts
+    except BaseException:
+        if jax.process_index() == 0 and not any(parts.glob("*/[0-9]*.npz")):
+            remove_tree(parts)
+        raise
+
+
+def finish(out: AnyPath, wanted: Mapping[str, Any], fields: Mapping[str, Any]) -> None:
+    """Writes results.json and deletes the parts."""
+    write_json(out / RESULTS_NAME, {"evaluation": wanted, **fields})
+    (out / "parts" / CLAIM_NAME).unlink()  # first: parts without it are deleted by the next run
+    remove_tree(out / "parts")
+
+
+def versions() -> dict[str, str]:
+    """Of what computes the figures."""
+    return {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "tokenverse-mergevq-jax")}
+
+
+def describe_images(images: Images) -> dict[str, Any]:
+    """The protocol of images."""
+    return {
+        "name": images.name,
+        "count": len(images),
+        "size": [int(side) for side in images.shape],
+        "crop": images.crop,
+        "first_and_last": joint_digest(digests(images.read([0, len(images) - 1]))),
+    }
+
+
+def describe_network(network: FeatureNetwork) -> dict[str, str]:
+    """The protocol of a feature network."""
+    return {"network": network.name, "fingerprint": network.fingerprint, "resize": network.resize}
+
+
+def describe_estimate(value: Estimate | None) -> dict[str, Any] | None:
+    """An estimate for results.json."""
+    return None if value is None else {"mean": value.mean, "half_width": value.half_width}
+
+
+def digests(images: np.ndarray) -> np.ndarray:
+    """uint8 [n, 16]: a digest of each image's pixels."""
+    rows = [hashlib.blake2b(np.ascontiguousarray(image), digest_size=16).digest() for image in images]
+    return np.frombuffer(b"".join(rows), np.uint8).reshape(-1, 16)
+
+
+def joint_digest(rows: np.ndarray) -> str:
+    """SHA-256 of images from their digests, in order."""
+    return hashlib.sha256(np.ascontiguousarray(rows).tobytes()).hexdigest()
+
+
+def fingerprint(params: Any) -> str:
+    """SHA-256 of parameters and their names."""
+    digest = hashlib.sha256()
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        digest.update(jax.tree_util.keystr(path).encode() + np.ascontiguousarray(leaf).tobytes())
+    return digest.hexdigest()
+
+
+def distance_name(network: str, prefix: str = "") -> str:
+    """FID is the Fréchet distance of Inception's features alone."""
+    return f"{prefix}FID" if network == PUBLISHED_NETWORK else f"{prefix}FD ({network})"
+
+
+def differences(network: str, width: int, count: int, crop: str) -> list[str]:
+    """Why a Fréchet distance is not comparable with published ones; none: it is.
+
+    Args:
+      network, width: name of the feature network, and number of its features.
+      count: of images, on the side that has fewer.
+      crop: of the images.
+    """
+    found = []
+    if network != PUBLISHED_NETWORK:
+        found.append(f"features of {network} instead of Inception")
+    if count < PUBLISHED_COUNT:
+        found.append(f"{count} images instead of {PUBLISHED_COUNT:,}")
+    if count <= width:
+        found.append(f"no more images than the {width} features, so that covariances are singular")
+    if crop == RANDOM:
+        found.append("random crops instead of centre crops")
+    return found
+
+
+def warning(reasons: Sequence[str]) -> str | None:
+    """The line about a number that is not comparable; None without reasons."""
+    return f"Not comparable with published figures: {'; '.join(reasons)}." if reasons else None
