@@ -9,29 +9,27 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-
-class Distillation(NamedTuple):
-    """The loss, and what shows a collapse, all in nats.
-
-    If every image gets the same target, `entropy_of_mean` equals `entropy`: near 0 if one prototype takes all, near
-    log P if none is preferred. While a network learns, the entropy is lower than that of the mean.
-    """
-
-    loss: Float[Array, ""]  # mean cross-entropy
-    entropy: Float[Array, ""]  # mean of the targets' entropies
-    entropy_of_mean: Float[Array, ""]  # entropy of the targets' mean
+SINKHORN_ROUNDS = 3
 
 
 def targets(
-    cosines: Float[Array, "G B P"], centre: Float[Array, "P"], temperature: Float[Array, ""] | float
+    cosines: Float[Array, "G B P"], temperature: Float[Array, ""] | float, rounds: int = SINKHORN_ROUNDS
 ) -> Float[Array, "G B P"]:
-    """The averaged network's distributions, centred and sharpened; no gradient flows through them."""
-    centred = jax.lax.stop_gradient(cosines).astype(jnp.float32) - centre[None, None]
-    return jax.nn.softmax(centred / temperature, axis=-1)
+    """The averaged network's distributions, sharpened, and centred by Sinkhorn and Knopp's algorithm.
+
+    Over the batch, all prototypes get about the same share (SwAV, Caron et al. 2020; DINOv2). No gradient flows.
+    """
+    logits = jax.lax.stop_gradient(cosines).astype(jnp.float32) / temperature
+    for _ in range(rounds):
+        logits = logits - jax.scipy.special.logsumexp(logits, axis=(0, 1), keepdims=True)
+        logits = jax.nn.log_softmax(logits, axis=-1)
+    return jnp.exp(logits)
 
 
-def distillation(student: Float[Array, "V B P"], targets: Float[Array, "G B P"], temperature: float) -> Distillation:
-    """Cross-entropy of each target with the student's distribution for every other view of the same picture.
+def distillation(
+    student: Float[Array, "V B P"], targets: Float[Array, "G B P"], temperature: float
+) -> Float[Array, ""]:
+    """Mean cross-entropy of each target with the student's distribution for every other view of the same picture.
 
     Args:
       student: cosines; the first G views are those of the targets.
@@ -41,10 +39,20 @@ def distillation(student: Float[Array, "V B P"], targets: Float[Array, "G B P"],
     log_student = jax.nn.log_softmax(student.astype(jnp.float32) / temperature, axis=-1)
     pairs = -jnp.einsum("gbp,vbp->gv", targets, log_student) / targets.shape[1]
     others = 1.0 - jnp.eye(*pairs.shape)
-    mean = jnp.mean(targets, axis=(0, 1))
-    return Distillation(
-        jnp.sum(pairs * others) / jnp.sum(others), jnp.mean(_entropy(targets)), jnp.squeeze(_entropy(mean[None]))
-    )
+    return jnp.sum(pairs * others) / jnp.sum(others)
+
+
+class Spread(NamedTuple):
+    """What shows a collapse, in nats: if all images look the same to a network, both entropies are equal."""
+
+    entropy: Float[Array, ""]  # of the distribution of an image; mean
+    entropy_of_mean: Float[Array, ""]  # of the mean distribution
+
+
+def spread(cosines: Float[Array, "G B P"], temperature: Float[Array, ""] | float) -> Spread:
+    """Of the distributions before they are centred: after that, no collapse would show."""
+    p = jax.nn.softmax(cosines.astype(jnp.float32) / temperature, axis=-1)
+    return Spread(jnp.mean(_entropy(p)), jnp.squeeze(_entropy(jnp.mean(p, axis=(0, 1), keepdims=True))))
 
 
 def _entropy(p: Float[Array, "*n P"]) -> Float[Array, "*n"]:

@@ -7,9 +7,7 @@ Axes: B batch, V views, P prototypes.
 
 import functools
 from dataclasses import dataclass
-from typing import Any
 
-import flax.struct
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array
@@ -22,6 +20,7 @@ from runtime_jax.nn.compute import Compute
 from runtime_jax.prng import Stream, example_keys, stream_key
 from runtime_jax.sharding import IF_LARGE, Axis, Rule, constrain
 from runtime_jax.training import network
+from runtime_jax.training.network import TrainState
 from runtime_jax.training.update import Metrics, Optimizer, Params
 
 SHARDING_RULES: tuple[Rule, ...] = ((r".*", IF_LARGE),)
@@ -29,18 +28,17 @@ SHARDING_RULES: tuple[Rule, ...] = ((r".*", IF_LARGE),)
 
 @dataclass(frozen=True, kw_only=True)
 class DistillationConfig:
-    """Temperatures and the centre; the defaults are DINO's."""
+    """Temperatures; the defaults are DINO's."""
 
     student_temperature: float = 0.1
     teacher_temperature: float = 0.04
     final_teacher_temperature: float = 0.07
     warmup_steps: int = 0  # in which the teacher's temperature rises from the one to the other
-    centre_momentum: float = 0.9
 
     def __post_init__(self):
         temperatures = (self.student_temperature, self.teacher_temperature, self.final_teacher_temperature)
-        if min(temperatures) <= 0 or not 0 <= self.centre_momentum < 1 or self.warmup_steps < 0:
-            raise ValueError(f"losses: {self}: temperatures are positive, centre_momentum is in [0, 1)")
+        if min(temperatures) <= 0 or self.warmup_steps < 0:
+            raise ValueError(f"losses: {self}: temperatures are positive, warmup_steps is not negative")
 
     def temperature(self, step: Array) -> Array:
         """Of the teacher at a step."""
@@ -71,25 +69,17 @@ class StepConfig:
         return Projected(self.model, self.head, self.compute)
 
 
-@flax.struct.dataclass
-class TrainState(network.TrainState):
-    """What a checkpoint holds; `centre` [P] is the running mean of the teacher's cosines."""
-
-    centre: Any
-
-
 def init_state(config: StepConfig, optimizer: Optimizer) -> TrainState:
     """A new state from the config's seed."""
     side = config.model.image_size
     params = config.network.init(stream_key(config.seed, Stream.PARAMS), jnp.zeros((1, side, side, 3)))["params"]
-    new = network.init_state(params, optimizer)
-    return TrainState(**vars(new), centre=jnp.zeros(config.head.prototypes))
+    return network.init_state(params, optimizer)
 
 
 def train_step(
     state: TrainState, batch: dict[str, Array], *, config: StepConfig, optimizer: Optimizer
 ) -> tuple[TrainState, Metrics]:
-    """One update of the student; the teacher and the centre follow.
+    """One update of the student; the teacher follows.
 
     Args:
       state: donated by the caller's jit.
@@ -100,24 +90,21 @@ def train_step(
     """
     whole = _views(batch, config.whole, state.step, config, first=0)
     parts = _views(batch, config.parts, state.step, config, first=len(config.whole))
-    seen = _project(state.ema, whole, config)
-    settings = config.losses
-    goal = losses.targets(seen, state.centre, settings.temperature(state.step))
+    seen, temperature = _project(state.ema, whole, config), config.losses.temperature(state.step)
+    goal = losses.targets(seen, temperature)
 
-    def loss(params: Params) -> tuple[Array, losses.Distillation]:
+    def loss(params: Params) -> Array:
         student = [_project(params, views, config) for views in (whole, parts) if views]
-        result = losses.distillation(jnp.concatenate(student), goal, settings.student_temperature)
-        return result.loss, result
+        return losses.distillation(jnp.concatenate(student), goal, config.losses.student_temperature)
 
-    gradients, result = jax.grad(loss, has_aux=True)(state.params)
-    centre = settings.centre_momentum * state.centre + (1 - settings.centre_momentum) * jnp.mean(seen, axis=(0, 1))
+    value, gradients = jax.value_and_grad(loss)(state.params)
+    spread = losses.spread(seen, temperature)
     return network.updated(
         state,
         gradients,
-        {"loss": result.loss, "teacher/entropy": result.entropy, "teacher/entropy_of_mean": result.entropy_of_mean},
+        {"loss": value, "teacher/entropy": spread.entropy, "teacher/entropy_of_mean": spread.entropy_of_mean},
         optimizer=optimizer,
         ema_decay=config.ema_decay,
-        centre=centre,
     )
 
 

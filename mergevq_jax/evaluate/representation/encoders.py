@@ -3,9 +3,8 @@
 Axes: B batch, H W image, F features.
 """
 
-import functools
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -93,14 +92,8 @@ def dinov2_encoder(name: str, config: DINOv2Config, params: Any, size: int) -> E
 
 def random_dinov2(config: DINOv2Config, size: int, seed: int) -> Encoder:
     """The same architecture with random weights."""
-    init = jax.jit(functools.partial(DINOv2(config).init, images=jnp.zeros((1, config.image_size, config.image_size, 3))))
+    init = jax.jit(
+        functools.partial(DINOv2(config).init, images=jnp.zeros((1, config.image_size, config.image_size, 3)))
+    )
     params = init(stream_key(seed, Stream.PARAMS))["params"]
     return replace(dinov2_encoder("random weights, DINOv2", config, params, size), seed=seed)
-
-
-def check_distinct(encoders: Mapping[str, Encoder]) -> None:
-    """Raises ValueError where encoders see images of different sizes: their rows would not be comparable."""
-    sizes = {name: encoder.size for name, encoder in encoders.items()}
-    if len(set(sizes.values())) > 1:
-        shown = ", ".join(f"{name} {size}" for name, size in sizes.items())
-        raise ValueError(f"encoders see images of different sizes, in pixels: {shown}")

@@ -57,8 +57,7 @@ class LabelledImages:
 
     def read(self, rows: Sequence[int]) -> Batch:
         """Raises ValueError for a picture that cannot be read."""
-        examples = self._images.examples(rows)
-        return Batch(examples["image"], examples["label"])
+        return Batch(*self._images.labelled(rows))
 
 
 def task_of(name: str, encoder: Encoder, images: LabelledImages, batch_size: int, mesh: Mesh) -> Task:

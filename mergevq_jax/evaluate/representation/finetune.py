@@ -69,6 +69,7 @@ def finetuned(
       ValueError: fewer training images than a batch.
       StoppedError: by a signal, after a checkpoint.
     """
+    protocol = asdict(config) | {"seed": seed, "classes": classes, "encoder": encoder.fingerprint()}
     width = encoder.shapes()[pooling].shape[-1]
     crop = ResizedCropConfig(area=config.crop_area)
     data = DataConfig(
@@ -82,7 +83,7 @@ def finetuned(
     result = train_network(
         config.training(count),
         workdir,
-        resolved_config={"finetune": asdict(config) | {"seed": seed, "classes": classes, "encoder": encoder.fingerprint()}},
+        resolved_config={"finetune": protocol},
         must_match=("finetune",),
         init=lambda: {
             ENCODER: jax.tree.map(jnp.asarray, encoder.params),
@@ -103,7 +104,7 @@ def finetuned(
 
 
 def rate(path: str, encoder: Encoder, layer_decay: float) -> float | Float[np.ndarray, "layers"]:
-    """The factor on a parameter's learning rate: 1 for the linear layer, then one `layer_decay` for each layer below."""
+    """The factor on a parameter's learning rate: 1 for the linear layer, `layer_decay` times less for each below."""
     part, _, rest = path.partition("/")
     return 1.0 if part == HEAD else layer_decay ** (1.0 + encoder.layers - encoder.depth(rest))
 

@@ -66,8 +66,6 @@ def _nearest(
 
 
 @functools.partial(jax.jit, static_argnames=("classes", "temperature"))
-def _vote(
-    cosines: Float[Array, "b k"], labels: Int[Array, "b k"], classes: int, temperature: float
-) -> Int[Array, "b"]:
+def _vote(cosines: Float[Array, "b k"], labels: Int[Array, "b k"], classes: int, temperature: float) -> Int[Array, "b"]:
     weights = jnp.exp((cosines - cosines[:, :1]) / temperature)  # the factor changes no vote, and keeps exp small
     return jnp.einsum("bk,bkc->bc", weights, jax.nn.one_hot(labels, classes)).argmax(axis=1)

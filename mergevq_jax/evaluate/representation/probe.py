@@ -52,9 +52,7 @@ class ProbeConfig:
     def training(self, count: int) -> TrainingConfig:
         """How a network is trained on `count` images; a few checkpoints and lines of the log."""
         steps = self.steps(count)
-        optimizer = OptimizerConfig(
-            learning_rate=self.learning_rate, schedule="cosine", weight_decay=self.weight_decay
-        )
+        optimizer = OptimizerConfig(learning_rate=self.learning_rate, schedule="cosine", weight_decay=self.weight_decay)
         often = max(1, steps // 5)
         return TrainingConfig(
             batch_size=self.batch_size,
