@@ -5,7 +5,18 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mergevq_jax.commands import evaluate
-from mergevq_jax.commands.arguments import TINY, TINY_GENERATOR, source_arguments, source_of
+from mergevq_jax.commands.arguments import (
+    ONE_OR_EACH,
+    TINY,
+    TINY_GENERATOR,
+    compute_of,
+    mesh_of,
+    one_or_each,
+    request_of,
+    sampling_arguments,
+    source_arguments,
+    source_of,
+)
 from mini_scenes import command
 from runtime_jax.cli import CommandLine, config_arguments, path, report_end
 
@@ -89,38 +100,9 @@ def _command_line() -> CommandLine:
 def _sample_command(line: CommandLine) -> None:
     sub = line.command("sample", _sample, "Draw images of classes with a trained generator.", several=True)
     sub.add_argument("--model", default=TINY_GENERATOR, help="shipped name, folder or hub id of a generator")
-    sub.add_argument("--tokenizer", help="its tokenizer, if that has moved since training")
     sub.add_argument("--num", type=int, default=64)
-    sub.add_argument(
-        "--class",
-        dest="classes",
-        action="append",
-        help="a class by name, or by number unless the names are numbers; several take turns (default: all)",
-    )
-    sub.add_argument("--keep", "--merge-number", type=int, help="distinct tokens K (default: the middle one it knows)")
-    part = {"nargs": "+", "metavar": "VALUE"}  # one value, or one for each sub-token
-    sub.add_argument("--cfg-scale", type=float, default=[1.0], help="classifier-free guidance; 1: off", **part)
-    sub.add_argument("--cfg-schedule", default="constant", help="constant, linear or interval")
-    sub.add_argument(
-        "--cfg-interval", type=float, nargs=2, default=[0.0, 1.0], help="part of the sequence, for interval"
-    )
-    sub.add_argument("--temperature", type=float, default=[1.0], **part)
-    sub.add_argument("--top-k", type=int, default=[0], help="0: off", **part)
-    sub.add_argument("--top-p", type=float, default=[1.0], help="1: off", **part)
-    sub.add_argument("--greedy", action="store_true", help="always the likeliest code")
-    sub.add_argument("--window", type=int, help="recent tokens that are always seen (default: as in training)")
-    sub.add_argument("--capacity", type=int, help="older tokens that the KV cache keeps (default: K)")
-    sub.add_argument("--policy", default="evict-oldest", help="what a full KV cache evicts: evict-oldest or full")
-    sub.add_argument("--steps", type=int, help="calls of the network, for RandAR (default: 64)")
-    sub.add_argument("--seed", type=int, default=0)
-    sub.add_argument("--batch-size", type=int, default=64, help="images per batch; no result depends on it")
-    sub.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
-    sub.add_argument(
-        "--tensor",
-        type=int,
-        default=1,
-        help="devices that share each weight (default: 1); the rest split batches",
-    )
+    sub.add_argument("--cfg-scale", type=float, default=[1.0], help="classifier-free guidance; 1: off", **ONE_OR_EACH)
+    sampling_arguments(sub)
     sub.add_argument("--show-cache", action="store_true", help="also draw what the KV cache kept and how full it was")
     sub.add_argument("--out", type=path, default=Path("runs/sample"))
 
@@ -218,42 +200,11 @@ def _bench_input(args, overrides) -> None:
 
 
 def _sample(args, _) -> None:
-    from mergevq_jax.commands.sample import Request, sample
-    from mergevq_jax.generator.sampling.plan import SamplingConfig
-    from runtime_jax.mesh import MeshConfig
-    from runtime_jax.nn.compute import Compute
+    from mergevq_jax.commands.sample import sample
 
-    names = ("cfg_scale", "temperature", "top_k", "top_p")
-    parts = {name: values[0] if len(values := getattr(args, name)) == 1 else tuple(values) for name in names}
-    sampling = SamplingConfig(
-        **parts,
-        cfg_schedule=args.cfg_schedule,
-        cfg_interval=tuple(args.cfg_interval),
-        greedy=args.greedy,
-        window=args.window,
-        capacity=args.capacity,
-        policy=args.policy,
-    )
-    request = Request(
-        num=args.num,
-        classes=tuple(args.classes or ()),
-        keep=args.keep,
-        sampling=sampling,
-        steps=args.steps,
-        seed=args.seed,
-        batch_size=min(args.batch_size, max(1, args.num)),
-    )
-    print(
-        sample(
-            args.model,
-            request,
-            out=args.out,
-            tokenizer=args.tokenizer,
-            compute=Compute(dtype=args.dtype),
-            mesh=MeshConfig(tensor=args.tensor),
-            show_cache=args.show_cache,
-        )
-    )
+    request = request_of(args, args.num, one_or_each(args.cfg_scale))
+    settings = {"tokenizer": args.tokenizer, "show_cache": args.show_cache}
+    print(sample(args.model, request, out=args.out, compute=compute_of(args), mesh=mesh_of(args), **settings))
 
 
 def _inspect(args, overrides) -> None:

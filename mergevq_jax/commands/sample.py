@@ -21,6 +21,7 @@ from mergevq_jax.generator.kinds.kind import CacheUse
 from mergevq_jax.generator.kinds.table import KINDS
 from mergevq_jax.generator.model import GeneratorInfo, GeneratorModel, load_generator, read_info
 from mergevq_jax.generator.sampling.plan import DrawPlan, SamplingConfig
+from mergevq_jax.tokenizer.config import TokenizerConfig
 from mergevq_jax.tokenizer.model import Tokenizer, read_tokenizer_config
 from runtime_jax import config as config_lib
 from runtime_jax import hosts
@@ -92,16 +93,12 @@ def sample(
     with only_writer(out), Stop() as stop:
         devices = make_mesh(mesh, jax.local_devices())
         info = read_info(source)  # what is impossible is found before the weights are read
-        labels, parts = _labels(info, request), out / "parts"
-        plan = _plan(info, request, compute, show_cache=show_cache)
+        labels, parts = labels_of(info, request), out / "parts"
+        plan = plan_of(info, request, compute, show_cache=show_cache)
         codes_of = info.tokenizer.name if tokenizer is None else tokenizer
-        tokenizer_config = read_tokenizer_config(codes_of)
+        tokenizer_config = read_tokenizer_config_of(info, tokenizer)
         size = 2 * request.num * 3 * tokenizer_config.resolution**2  # in parts, and as a whole
         check_free(out, size, f"{request.num} images")
-        if KINDS[info.kind].recovers and tokenizer_config.recovery is None:
-            raise ValueError(
-                "a generator in random order needs a tokenizer with source recovery, and this one has none"
-            )
         model = load_generator(source, compute=compute)
         loaded = model.load_tokenizer(tokenizer)
         made_by = {"device": jax.devices()[0].device_kind, "mesh": dict(devices.shape), "jax": jax.__version__}
@@ -133,7 +130,7 @@ def sample(
             "generator": config_lib.to_dict(info),
             "num": request.num,
             "labels": drawn.labels.tolist(),
-            "keep": _keep(info, request),
+            "keep": keep_of(info, request),
             "sampling": config_lib.to_dict(info.sampling(request.sampling)),
             "steps": KINDS[info.kind].calls(info.architecture, plan),
             "seed": request.seed,
@@ -160,9 +157,21 @@ def sample(
         return f"{done}; {evictions}"
 
 
-def _plan(info: GeneratorInfo, request: Request, compute: Compute, *, show_cache: bool) -> DrawPlan:
+def read_tokenizer_config_of(info: GeneratorInfo, tokenizer: str | None) -> TokenizerConfig:
+    """The config of a generator's tokenizer, by default the one that it was trained with.
+
+    Raises:
+      ValueError: no such tokenizer, or source recovery is needed and it has none.
+    """
+    config = read_tokenizer_config(info.tokenizer.name if tokenizer is None else tokenizer)
+    if KINDS[info.kind].recovers and config.recovery is None:
+        raise ValueError("a generator in random order needs a tokenizer with source recovery, and this one has none")
+    return config
+
+
+def plan_of(info: GeneratorInfo, request: Request, compute: Compute, *, show_cache: bool = False) -> DrawPlan:
     """The static part of the sampler; ValueError for what this generator cannot do."""
-    kind, sampling, number = KINDS[info.kind], info.sampling(request.sampling), _keep(info, request)
+    kind, sampling, number = KINDS[info.kind], info.sampling(request.sampling), keep_of(info, request)
     plan, _ = kind.plan(info.architecture, sampling, number, steps=request.steps, compute=compute)
     if show_cache and not kind.compresses:
         raise ValueError("--show-cache: a generator in random order keeps every code")
@@ -182,7 +191,8 @@ def _claim(parts: AnyPath, wanted: Mapping[str, Any]) -> None:
         )
 
 
-def _labels(info: GeneratorInfo, request: Request) -> Int[np.ndarray, "N"]:
+def labels_of(info: GeneratorInfo, request: Request) -> Int[np.ndarray, "N"]:
+    """The class of each image; ValueError for one that the generator does not know."""
     classes = [info.class_number(name) for name in request.classes] or range(info.architecture.num_classes)
     return np.resize(np.asarray(classes, np.int32), request.num)
 
@@ -206,7 +216,7 @@ def draw(
         stop.check()
         examples = np.arange(number * size, (number + 1) * size, dtype=np.int32)
         begin = time.perf_counter()
-        images, cache = jax.device_get(_draw_batch(model, tokenizer, request, padded[examples], examples))
+        images, cache = jax.device_get(draw_batch(model, tokenizer, request, padded[examples], examples))
         seconds = {"seconds": time.perf_counter() - begin, "compiled": number == missing[0]}
         with replacing(paths[number]) as new:
             np.savez(new, images=images, **({} if cache is None else cache._asdict()), **seconds)
@@ -238,20 +248,22 @@ def _joined(parts: AnyPath, labels: Int[np.ndarray, "N"], size: int) -> Drawn:
     )
 
 
-def _draw_batch(
+def draw_batch(
     model: GeneratorModel,
     tokenizer: Tokenizer,
     request: Request,
     labels: Int[np.ndarray, "B"],
     examples: Int[np.ndarray, "B"],
 ) -> tuple[UInt8[Array, "B H W 3"], CacheUse | None]:
-    kind, number = KINDS[model.info.kind], _keep(model.info, request)
+    """The images of these examples, which do not depend on their batch."""
+    kind, number = KINDS[model.info.kind], keep_of(model.info, request)
     how = {"sampling": request.sampling, "steps": request.steps, "seed": request.seed, "examples": examples}
     drawn = model.sample(labels, number, **how)
     return kind.images(tokenizer, drawn), kind.use(drawn)
 
 
-def _keep(info: GeneratorInfo, request: Request) -> int | None:
+def keep_of(info: GeneratorInfo, request: Request) -> int | None:
+    """K of a request."""
     return info.architecture.usual_keep if request.keep is None else request.keep
 
 

@@ -17,8 +17,8 @@ def held_out(size: int, count: int, data_dir: str) -> dict[str, Images]:
     scenes = SourceConfig(kind="tfds", name=f"mini_scenes/{make_config(size).name}", split="test", data_dir=data_dir)
     photographs = SourceConfig(kind="photos", split="held_out", crop_scale=(0.3, 1.0))
     return {
-        "scenes": SourceImages(scenes, size, count),
-        "photographs": SourceImages(photographs, size, max(2, count // 4), name="held-out parts of photographs"),
+        "scenes": SourceImages(scenes, size, count, first=True),
+        "photographs": SourceImages(photographs, size, max(2, count // 4), first=True),
     }
 
 

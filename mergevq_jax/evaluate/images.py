@@ -44,20 +44,30 @@ class Images(Protocol):
 
 
 class SourceImages:
-    """The first images of a source: centre crops, or the random crops that the source's `crop_scale` describes."""
+    """Images of a source: centre crops, or the random crops that the source's `crop_scale` describes."""
 
-    def __init__(self, source: SourceConfig, size: int, count: int | None = None, *, name: str | None = None):
-        """`count`: None for all. Raises ValueError for a missing source, or one with fewer images."""
+    def __init__(self, source: SourceConfig, size: int, count: int | None = None, *, first: bool = False):
+        """Opens the source.
+
+        Args:
+          count: of images; None: all.
+          first: take the first ones; else they are evenly spaced, because folders are sorted by class.
+
+        Raises:
+          ValueError: no such source, or it has fewer images.
+        """
         there = len(open_source(source))
-        self.name = name or (f"{source.name}, {source.split}" if source.kind == "tfds" else source.path)
-        check_count(self.name, count, there)
+        self.name = {"tfds": f"{source.name}, {source.split}", "folder": source.path}.get(source.kind, source.kind)
+        self._chosen = chosen(self.name, count, there)
+        if first:
+            self._chosen = np.arange(len(self._chosen))
         random = source.crop_scale is not None
-        self.crop, self.shape, self._count = RANDOM if random else CENTRE, (size, size), count or there
+        self.crop, self.shape = RANDOM if random else CENTRE, (size, size)
         config = DataConfig(image_size=size, batch_size=1, sources=(source,), seed=1, shuffle=False, random_crop=random)
         self._pictures = batch_sequence(config)
 
     def __len__(self) -> int:
-        return self._count
+        return len(self._chosen)
 
     def read(self, rows: Sequence[int]) -> Batch:
         """Raises ValueError for a picture that cannot be read; none takes its place."""
@@ -65,7 +75,7 @@ class SourceImages:
 
     def labelled(self, rows: Sequence[int]) -> tuple[Batch, Int[np.ndarray, "n"]]:
         """Images and their labels; raises as `read`."""
-        examples = [self._pictures[row] for row in rows]
+        examples = [self._pictures[int(self._chosen[row])] for row in rows]
         if broken := [file for example in examples for file in example["skipped"]]:
             raise ValueError(f"{broken[0]}: not a readable image")
         images, labels = (np.concatenate([example[name] for example in examples]) for name in ("image", "label"))
@@ -78,11 +88,10 @@ class FolderImages:
     crop = AS_THEY_ARE
 
     def __init__(self, folder: AnyPath, count: int | None = None):
-        """`count`: None for all. Raises ValueError where pictures differ in size; on a disk, by their headers."""
+        """`count`: of evenly spaced ones; None: all. Raises ValueError where pictures differ in size."""
         files = [folder / file for file in image_files(folder)]
-        check_count(str(folder), count, len(files))
-        self.name, self._files = str(folder), files[:count]
-        self.shape = decode_image(read_bytes(files[0])).shape[:2]
+        self.name, self._files = str(folder), [files[index] for index in chosen(str(folder), count, len(files))]
+        self.shape = decode_image(read_bytes(self._files[0])).shape[:2]
         for file in [] if is_remote(folder) else self._files:
             self._check(file, image_size(file))
 
@@ -114,19 +123,19 @@ class ArrayImages:
     crop = AS_THEY_ARE
 
     def __init__(self, path: AnyPath, count: int | None = None):
-        """`count`: None for all. Raises ValueError for another file, or one with fewer images."""
+        """`count`: of evenly spaced ones; None: all. Raises ValueError for another file, or too few images."""
         array, self._unpacked = _mapped(path)
         if array.ndim != 4 or array.dtype != np.uint8 or array.shape[-1] != 3:
             raise ValueError(f"{path}: arr_0 is {array.dtype} {list(array.shape)}, but uint8 [N, H, W, 3] is needed")
-        check_count(str(path), count, len(array))
-        self.name, self.shape, self._array = str(path), array.shape[1:3], array[:count]
+        self.name, self.shape, self._array = str(path), array.shape[1:3], array
+        self._chosen = chosen(str(path), count, len(array))
 
     def __len__(self) -> int:
-        return len(self._array)
+        return len(self._chosen)
 
     def read(self, rows: Sequence[int]) -> Batch:
         """Copies of these images."""
-        return np.asarray(self._array[list(rows)])
+        return np.asarray(self._array[self._chosen[list(rows)]])
 
 
 def _mapped(path: AnyPath) -> tuple[np.ndarray, tempfile.TemporaryDirectory | None]:
@@ -150,8 +159,13 @@ def _mapped(path: AnyPath) -> tuple[np.ndarray, tempfile.TemporaryDirectory | No
         raise ValueError(f"{path}: not an npz file with images arr_0 ({error})") from error
 
 
-def check_count(name: str, count: int | None, there: int) -> None:
-    """Raises ValueError for fewer than two images, of which statistics need more, or more than there are."""
-    wanted = there if count is None else count
-    if not 2 <= wanted <= there:
-        raise ValueError(f"{name}: {wanted} images wanted of {there}; 2 to {there} are possible")
+def chosen(name: str, count: int | None, there: int) -> Int[np.ndarray, "count"]:
+    """Numbers of `count` evenly spaced images, or of all.
+
+    Raises:
+      ValueError: fewer than two, of which there is no covariance, or more than there are.
+    """
+    count = there if count is None else count
+    if not 2 <= count <= there:
+        raise ValueError(f"{name}: {count} of {there} images are wanted; at least 2 are needed, for a covariance")
+    return np.arange(count) * there // count

@@ -131,6 +131,16 @@ class Measured:
         """An array of all images."""
         return np.concatenate(list(self.parts(name)))
 
+    def some(self, name: str, most: int) -> Shaped[np.ndarray, "n ..."]:
+        """An array of `most` evenly spaced images, or of all."""
+        chosen = np.arange(min(most, self.count)) * self.count // min(most, self.count)
+        rows, start = [], 0
+        for part in self.parts(name):
+            first, last = np.searchsorted(chosen, [start, start + len(part)])
+            rows.append(part[chosen[first:last] - start])
+            start += len(part)
+        return np.concatenate(rows)
+
     def width(self, name: str) -> int:
         """Of features."""
         return next(self.parts(name)).shape[1]

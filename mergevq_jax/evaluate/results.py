@@ -72,9 +72,15 @@ def finish(out: AnyPath, wanted: Mapping[str, Any], fields: Mapping[str, Any]) -
     remove_tree(out / "parts")
 
 
-def versions() -> dict[str, str]:
-    """Of what computes the figures."""
-    return {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "tokenverse-mergevq-jax")}
+def finished(out: AnyPath) -> str:
+    """The table of a finished evaluation."""
+    return f"{(out / 'summary.md').read_text()}\nthese results are in {out}; delete it to measure again"
+
+
+def made_by() -> dict[str, str]:
+    """What computes the figures: versions and devices."""
+    versions = {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "tokenverse-mergevq-jax")}
+    return {**versions, "device": jax.devices()[0].device_kind}
 
 
 def describe_images(images: Images) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 It differs from other InceptionV3s: average pools do not count padding, the last block has a maximum pool, and there are
 1008 classes. Computed in float32 on every device. Parameters have the names of PyTorch's files.
 
-Axes: B batch, H W image, h w map, C channels.
+Axes: B batch, H W image, h w map, C D channels.
 """
 
 import os
@@ -27,7 +27,6 @@ SPATIAL_CHANNELS = 7
 EPSILON = 1e-3  # of BatchNorm
 HIGHEST = jax.lax.Precision.HIGHEST
 
-FeatureMap = Float[Array, "B h w C"]
 Unit = tuple[int, int, int]  # a convolution: features, height and width of its kernel
 
 
@@ -52,7 +51,7 @@ class ConvNorm(nn.Module):
     padding: str = "SAME"
 
     @nn.compact
-    def __call__(self, x: FeatureMap) -> FeatureMap:
+    def __call__(self, x: Float[Array, "B h w C"]) -> Float[Array, "B new_h new_w D"]:
         features, *kernel = self.unit
         padding = "VALID" if self.stride > 1 else self.padding
         conv = nn.Conv(features, kernel, self.stride, padding, use_bias=False, precision=HIGHEST, name="conv")
@@ -78,7 +77,7 @@ class Block(nn.Module):
     pooled: int = 0
 
     @nn.compact
-    def __call__(self, x: FeatureMap) -> FeatureMap:
+    def __call__(self, x: Float[Array, "B h w C"]) -> Float[Array, "B new_h new_w D"]:
         halved, outputs = self.pool == "reduce", []
         for name, steps in self.branches:
             y = x
@@ -212,9 +211,8 @@ def convert_inception(source: Mapping[str, np.ndarray]) -> dict[str, Any]:
     Raises:
       WeightError: names or shapes that do not fit.
     """
-    return import_weights(
-        TABLE, {name: array.astype(np.float32) for name, array in source.items()}, param_shapes(), ignore=_IGNORED
-    )
+    source = {name: array.astype(np.float32) for name, array in source.items()}
+    return import_weights(TABLE, source, param_shapes(), ignore=_IGNORED)
 
 
 def load_inception(source: str | os.PathLike) -> dict[str, Any]:

@@ -3,13 +3,23 @@
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
-from mergevq_jax.commands.arguments import TINY, source_arguments, source_of
+from mergevq_jax.commands.arguments import (
+    TINY,
+    compute_of,
+    mesh_of,
+    request_of,
+    sampling_arguments,
+    source_arguments,
+    source_of,
+)
+from mergevq_jax.commands.evaluate import representation_arguments
 from runtime_jax.cli import CommandLine, Group, path
 
 
 def add_commands(line: CommandLine) -> None:
     """Adds the commands that measure models."""
     group = line.group("evaluate", "Measure tokenizers and generators.")
+    representation_arguments.add_command(group)
     sub = group.command(
         "reconstruction",
         _reconstruction,
@@ -32,34 +42,40 @@ def add_commands(line: CommandLine) -> None:
     sub.add_argument("--metrics", help="metrics.jsonl of a training run, to plot the loss")
     sub.add_argument("--out", type=path, default=Path("runs/evaluate"))
 
-    _representation_arguments(group)
+    _generation_command(group)
 
 
-def _representation_arguments(group: Group) -> None:
-    help = "Measure what features tell about an image's class: k-NN, linear probe, fine-tuning; resumable."
-    sub = group.command("representation", _representation, help, several=True)
-    sub.add_argument("--tokenizer", action="append", default=[], help="folder or hub id; several may be given")
-    sub.add_argument("--teacher", action="append", default=[], help="DINOv2's folder or hub id; several may be given")
-    sub.add_argument("--method", nargs="+", default=["knn", "linear"], help="knn, linear, finetune")
-    sub.add_argument(
-        "--config", default="representation", help="how they work: NAME:ARGUMENT, or a path FILE.py:ARGUMENT"
-    )
-    source_arguments(sub, default="mini_scenes/64_probe, whose scenes no training reads")
-    sub.add_argument("--test-folder", help="image folder of the test images, with --folder")
-    sub.add_argument("--test-split", default="test", help="split of the test images (default: test)")
-    sub.add_argument(
-        "--keep", type=int, nargs="+", default=[64, 144, 256], help="kept tokens K of a training-size image"
+def _generation_command(group: Group) -> None:
+    sub = group.command(
+        "generation",
+        _generation,
+        "Measure samples, or a generator over guidance scales, against reference images; resumable.",
+        several=True,
     )
     sub.add_argument(
-        "--tokens",
+        "--samples",
         nargs="+",
-        default=["mean"],
-        help="mean of all tokens (default), class token",
+        type=path,
+        default=[],
+        help="folders of mergevq sample or of pictures, npz files with images arr_0",
     )
-    sub.add_argument("--size", type=int, help="of the images, if no tokenizer sets it (default: the teacher's)")
-    sub.add_argument("--seeds", type=int, default=3, help="of probes, fine-tuning and random weights")
-    sub.add_argument("--batch-size", type=int, default=32, help="images at once; no figure depends on it")
-    sub.add_argument("--out", type=path, default=Path("runs/representation"))
+    sub.add_argument("--model", help="instead: shipped name, folder or hub id of a generator that draws")
+    sub.add_argument("--cfg-scale", type=float, nargs="+", default=[1.0], help="guidance scales to compare; 1: off")
+    sampling_arguments(sub)
+    sub.add_argument(
+        "--num-images", type=int, help="of each set (default: all samples, or 50000 that the generator draws)"
+    )
+    sub.add_argument(
+        "--reference",
+        required=True,
+        help="folder of images, TFDS dataset, or npz file: of --save-reference, or in ADM's layout",
+    )
+    sub.add_argument("--split", default="train", help="of a TFDS dataset (default: train)")
+    sub.add_argument("--data-dir", default="data", help="folder of TFDS datasets (default: data)")
+    sub.add_argument("--reference-images", type=int, help="evenly spaced ones (default: all)")
+    sub.add_argument("--save-reference", type=path, metavar="FILE.npz", help="keep the reference's statistics")
+    _features_argument(sub)
+    sub.add_argument("--out", type=path, default=Path("runs/evaluate_generation"))
 
 
 def _features_argument(parser: ArgumentParser) -> None:
@@ -88,33 +104,32 @@ def _reconstruction(args: Namespace, _: list[str]) -> None:
     evaluate(request, out=args.out, metrics=args.metrics)
 
 
-def _representation(args: Namespace, overrides: list[str]) -> None:
-    from dataclasses import replace
+def _generation(args: Namespace, _: list[str]) -> None:
+    from mergevq_jax.commands.evaluate.generation import Request, evaluate
+    from mergevq_jax.commands.evaluate.generation_sets import Draws
+    from mergevq_jax.evaluate.results import PUBLISHED_COUNT
 
-    from mergevq_jax.commands.evaluate.representation import Request, evaluate
-    from mergevq_jax.evaluate.representation.rows import RepresentationConfig
-    from mini_scenes import PROBE
-    from runtime_jax import config as config_lib
-    from runtime_jax.data import SourceConfig
-
-    if bool(args.folder) != bool(args.test_folder):
-        raise ValueError("--folder and --test-folder: give both, for training and test images")
-    train = source_of(args)
-    if train is None:
-        train = SourceConfig(kind="tfds", name=f"mini_scenes/{PROBE}", split=args.split, data_dir=args.data_dir)
-    other = {"path": args.test_folder} if train.kind == "folder" else {"split": args.test_split}
-    fields = config_lib.load(args.config, overrides, new_keys=True)
+    draws = None
+    if args.model is not None:
+        num = PUBLISHED_COUNT if args.num_images is None else args.num_images
+        draws = Draws(
+            model=args.model,
+            request=request_of(args, num, 1.0),
+            cfg_scales=tuple(args.cfg_scale),
+            tokenizer=args.tokenizer,
+            compute=compute_of(args),
+            mesh=mesh_of(args),
+        )
     request = Request(
-        tokenizers=tuple(args.tokenizer or ([] if args.teacher else [TINY])),
-        teachers=tuple(args.teacher),
-        train=train,
-        test=replace(train, **other),
-        methods=tuple(args.method),
-        keeps=tuple(args.keep),
-        poolings=tuple(args.tokens),
-        seeds=args.seeds,
-        size=args.size,
+        samples=tuple(args.samples),
+        draws=draws,
+        reference=args.reference,
+        split=args.split,
+        data_dir=args.data_dir,
+        num_reference=args.reference_images,
+        save_reference=args.save_reference,
+        features=tuple(args.features),
+        num_images=args.num_images if draws is None else None,
         batch_size=args.batch_size,
-        config=config_lib.build(RepresentationConfig, fields, what="mergevq evaluate representation"),
     )
     evaluate(request, out=args.out)

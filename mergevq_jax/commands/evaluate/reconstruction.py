@@ -74,10 +74,16 @@ def evaluate(request: Request, *, out: AnyPath, metrics: str | None = None) -> N
         images = {size: _images(request, size) for size in sorted({config.resolution for config in configs.values()})}
         lpips = load_lpips(*request.lpips) if request.lpips else None
         networks = Networks([load_feature_network(source) for source in request.features], lpips)
+        for network in networks.features:
+            for size in images:
+                if size % network.side:
+                    raise ValueError(
+                        f"{network.name} needs sides that are multiples of {network.side} pixels, images have {size}"
+                    )
         tokenizers = {name: load_tokenizer(name) for name in request.tokenizers}
         wanted = _protocol(request, tokenizers, images, networks)
         if results.is_finished(out, wanted):
-            print(f"{(out / 'summary.md').read_text()}\nthese results are in {out}; delete it to measure again")
+            print(results.finished(out))
             return
         mesh = make_mesh(MeshConfig(), jax.local_devices())
         networks = networks._replace(lpips=None if lpips is None else replicate(lpips, mesh))
@@ -140,7 +146,7 @@ def _protocol(
         "features": [results.describe_network(network) for network in networks.features],
         "lpips": lpips,
         "pixels": "8 bits, as decoded images are saved",
-        "versions": results.versions(),
+        "made_by": results.made_by(),
     }
 
 
