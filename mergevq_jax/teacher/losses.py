@@ -12,9 +12,7 @@ from jaxtyping import Array, Float
 SINKHORN_ROUNDS = 3
 
 
-def targets(
-    cosines: Float[Array, "G B P"], temperature: Float[Array, ""] | float, rounds: int = SINKHORN_ROUNDS
-) -> Float[Array, "G B P"]:
+def targets(cosines: Float[Array, "G B P"], temperature: float, rounds: int = SINKHORN_ROUNDS) -> Float[Array, "G B P"]:
     """The averaged network's distributions, sharpened, and centred by Sinkhorn and Knopp's algorithm.
 
     Over the batch, all prototypes get about the same share (SwAV, Caron et al. 2020; DINOv2). No gradient flows.
@@ -49,7 +47,7 @@ class Spread(NamedTuple):
     entropy_of_mean: Float[Array, ""]  # of the mean distribution
 
 
-def spread(cosines: Float[Array, "G B P"], temperature: Float[Array, ""] | float) -> Spread:
+def spread(cosines: Float[Array, "G B P"], temperature: float) -> Spread:
     """Of the distributions before they are centred: after that, no collapse would show."""
     p = jax.nn.softmax(cosines.astype(jnp.float32) / temperature, axis=-1)
     return Spread(jnp.mean(_entropy(p)), jnp.squeeze(_entropy(jnp.mean(p, axis=(0, 1), keepdims=True))))

@@ -28,22 +28,14 @@ SHARDING_RULES: tuple[Rule, ...] = ((r".*", IF_LARGE),)
 
 @dataclass(frozen=True, kw_only=True)
 class DistillationConfig:
-    """Temperatures; the defaults are DINO's."""
+    """Temperatures of the two distributions: the teacher's is the sharper one."""
 
     student_temperature: float = 0.1
-    teacher_temperature: float = 0.04
-    final_teacher_temperature: float = 0.07
-    warmup_steps: int = 0  # in which the teacher's temperature rises from the one to the other
+    teacher_temperature: float = 0.05
 
     def __post_init__(self):
-        temperatures = (self.student_temperature, self.teacher_temperature, self.final_teacher_temperature)
-        if min(temperatures) <= 0 or self.warmup_steps < 0:
-            raise ValueError(f"losses: {self}: temperatures are positive, warmup_steps is not negative")
-
-    def temperature(self, step: Array) -> Array:
-        """Of the teacher at a step."""
-        done = jnp.minimum(step / max(1, self.warmup_steps), 1.0) if self.warmup_steps else 1.0
-        return self.teacher_temperature + done * (self.final_teacher_temperature - self.teacher_temperature)
+        if not 0 < self.teacher_temperature < self.student_temperature:
+            raise ValueError(f"losses: {self}: 0 < teacher_temperature < student_temperature")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,15 +82,16 @@ def train_step(
     """
     whole = _views(batch, config.whole, state.step, config, first=0)
     parts = _views(batch, config.parts, state.step, config, first=len(config.whole))
-    seen, temperature = _project(state.ema, whole, config), config.losses.temperature(state.step)
-    goal = losses.targets(seen, temperature)
+    settings = config.losses
+    seen = _project(state.ema, whole, config)
+    goal = losses.targets(seen, settings.teacher_temperature)
 
     def loss(params: Params) -> Array:
         student = [_project(params, views, config) for views in (whole, parts) if views]
-        return losses.distillation(jnp.concatenate(student), goal, config.losses.student_temperature)
+        return losses.distillation(jnp.concatenate(student), goal, settings.student_temperature)
 
     value, gradients = jax.value_and_grad(loss)(state.params)
-    spread = losses.spread(seen, temperature)
+    spread = losses.spread(seen, settings.teacher_temperature)
     return network.updated(
         state,
         gradients,

@@ -23,7 +23,7 @@ from mergevq_jax.evaluate.representation.encoders import (
     random_dinov2,
 )
 from mergevq_jax.evaluate.representation.features import LabelledImages, task_of
-from mergevq_jax.evaluate.representation.rows import FINETUNE, KNN, LINEAR, METHODS, Accuracy, Method, Row, Split
+from mergevq_jax.evaluate.representation.rows import FINETUNE, KNN, LINEAR, Accuracy, Method, Row, Split
 from mergevq_jax.tokenizer.config import TokenizerConfig
 from mergevq_jax.tokenizer.encoder import Encoder as TokenizerEncoder
 from mergevq_jax.tokenizer.model import init_params, load_tokenizer, read_tokenizer_config
@@ -58,10 +58,6 @@ class Request:
         for name, values in named.items():
             if not values or len(set(values)) < len(values):
                 raise ValueError(f"{name} {' '.join(map(str, values))}: at least one, and each once")
-        known = {"--method": (self.methods, METHODS), "--tokens": (self.poolings, (CLASS, MEAN))}
-        for name, (values, allowed) in known.items():
-            if unknown := [value for value in values if value not in allowed]:
-                raise ValueError(f"{name} {unknown[0]}: allowed are {', '.join(allowed)}")
         if min(self.seeds, self.batch_size) < 1:
             raise ValueError(f"--seeds {self.seeds} and --batch-size {self.batch_size}: at least 1")
         if not self.tokenizers and not self.teachers:
@@ -91,7 +87,7 @@ def evaluate(request: Request, *, out: AnyPath) -> None:
         rows = rows_lib.rows_of(encoders, request.poolings, request.seeds)
         wanted = _protocol(request, encoders, train, test)
         if results.is_finished(out, wanted):
-            print(f"{(out / 'summary.md').read_text()}\nthese results are in {out}; delete it to measure again")
+            print(results.finished(out))
             return
         with results.claimed(out, wanted) as parts:
             work = _Work(request, encoders, train, test, parts, stop)
@@ -104,17 +100,16 @@ def evaluate(request: Request, *, out: AnyPath) -> None:
 
 def _size(request: Request) -> int:
     """The side of the images that all encoders see; raises ValueError where they differ, or K is impossible."""
-    sizes = {}
-    for name in request.tokenizers:
-        config = read_tokenizer_config(name)
-        for keep in request.keeps:
-            config.merge_counts(config.raw_tokens, keep)
-        sizes[name] = config.resolution
+    configs = {name: read_tokenizer_config(name) for name in request.tokenizers}
+    sizes = {name: config.resolution for name, config in configs.items()}
     if not sizes:
         sizes = {name: request.size or read_dinov2_config(name).image_size for name in request.teachers}
     if len(set(sizes.values())) > 1:
         shown = ", ".join(f"{name} {size}" for name, size in sizes.items())
         raise ValueError(f"rows compare features of the same images, but sizes in pixels differ: {shown}")
+    for config in configs.values():
+        for keep in request.keeps:
+            config.merge_counts(config.raw_tokens, keep)
     return next(iter(sizes.values()))
 
 
@@ -165,7 +160,8 @@ def _protocol(request: Request, encoders: list[Encoder], train: LabelledImages, 
     return {
         "command": "evaluate representation",
         "encoders": [
-            {"name": encoder.name, "keep": encoder.keep, "seed": encoder.seed, "fingerprint": encoder.fingerprint()}
+            {"name": encoder.name, "keep": encoder.keep, "seed": encoder.seed}
+            | {"fingerprint": results.fingerprint(encoder.params)}
             for encoder in encoders
         ],
         "train": train.describe(),
@@ -173,7 +169,7 @@ def _protocol(request: Request, encoders: list[Encoder], train: LabelledImages, 
         "methods": {method: config_lib.to_dict(getattr(request.config, method)) for method in request.methods},
         "poolings": list(request.poolings),
         "seeds": request.seeds,
-        "versions": results.versions(),
+        "made_by": results.made_by(),
     }
 
 

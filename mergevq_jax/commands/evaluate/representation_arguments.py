@@ -15,7 +15,9 @@ def add_command(group: Group) -> None:
         "--tokenizer", action="append", help="folder or hub id; several may be given (default: the shipped one)"
     )
     sub.add_argument("--teacher", action="append", default=[], help="DINOv2's folder or hub id; several may be given")
-    sub.add_argument("--method", nargs="+", default=["knn", "linear"], help="knn, linear, finetune")
+    sub.add_argument(
+        "--method", nargs="+", default=["knn", "linear"], choices=["knn", "linear", "finetune"], help="what is measured"
+    )
     sub.add_argument("--config", default="representation", help="of the methods: NAME:ARGUMENT or FILE.py:ARGUMENT")
     source_arguments(sub, default="mini_scenes/64_probe, whose scenes no training reads")
     sub.add_argument("--test-split", default="test", help="split of the test images (default: test)")
@@ -23,7 +25,9 @@ def add_command(group: Group) -> None:
     sub.add_argument(
         "--keep", type=int, nargs="+", default=[64, 144, 256], help="kept tokens K of a training-size image"
     )
-    sub.add_argument("--tokens", nargs="+", default=["mean"], help="mean of all tokens (default), class token")
+    sub.add_argument(
+        "--tokens", nargs="+", default=["mean"], choices=["mean", "class"], help="mean of all tokens, or class token"
+    )
     sub.add_argument("--size", type=int, help="of the images, if no tokenizer sets it (default: the teacher's)")
     sub.add_argument("--seeds", type=int, default=3, help="of probes, fine-tuning and random weights")
     sub.add_argument("--batch-size", type=int, default=32, help="images at once; no figure depends on it")

@@ -3,7 +3,6 @@
 Axes: B batch, H W image, F features.
 """
 
-import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -45,13 +44,6 @@ class Encoder:
     keep: int | None = None
     seed: int | None = None
 
-    def fingerprint(self) -> str:
-        """SHA-256 of the parameters."""
-        digest = hashlib.sha256()
-        for path, leaf in jax.tree_util.tree_leaves_with_path(self.params):
-            digest.update(jax.tree_util.keystr(path).encode() + np.ascontiguousarray(leaf).tobytes())
-        return digest.hexdigest()
-
     def shapes(self) -> dict[str, jax.ShapeDtypeStruct]:
         """Shapes of the features of one image, by pooling; computes nothing."""
         image = jax.ShapeDtypeStruct((1, self.size, self.size, 3), jnp.float32)
@@ -92,8 +84,6 @@ def dinov2_encoder(name: str, config: DINOv2Config, params: Any, size: int) -> E
 
 def random_dinov2(config: DINOv2Config, size: int, seed: int) -> Encoder:
     """The same architecture with random weights."""
-    init = jax.jit(
-        functools.partial(DINOv2(config).init, images=jnp.zeros((1, config.image_size, config.image_size, 3)))
-    )
-    params = init(stream_key(seed, Stream.PARAMS))["params"]
+    images = jnp.zeros((1, config.patch_size, config.patch_size, 3))
+    params = jax.jit(DINOv2(config).init)(stream_key(seed, Stream.PARAMS), images)["params"]
     return replace(dinov2_encoder("random weights, DINOv2", config, params, size), seed=seed)

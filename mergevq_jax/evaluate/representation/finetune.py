@@ -13,6 +13,7 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float
 
+from mergevq_jax.evaluate import results
 from mergevq_jax.evaluate.representation.encoders import Encoder
 from mergevq_jax.evaluate.representation.probe import EPSILON, INITIAL, ProbeConfig
 from runtime_jax.data import DataConfig, ResizedCropConfig, SourceConfig, make_batches
@@ -69,7 +70,7 @@ def finetuned(
       ValueError: fewer training images than a batch.
       StoppedError: by a signal, after a checkpoint.
     """
-    protocol = asdict(config) | {"seed": seed, "classes": classes, "encoder": encoder.fingerprint()}
+    protocol = asdict(config) | {"seed": seed, "classes": classes, "encoder": results.fingerprint(encoder.params)}
     width = encoder.shapes()[pooling].shape[-1]
     crop = ResizedCropConfig(area=config.crop_area)
     data = DataConfig(

@@ -4,7 +4,7 @@ Axes: S seeds, M test images.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -12,9 +12,11 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from mergevq_jax.evaluate.parts import Measured
-from mergevq_jax.evaluate.representation import finetune, knn, probe
+from mergevq_jax.evaluate.representation import knn, probe
 from mergevq_jax.evaluate.representation.encoders import Encoder
 from mergevq_jax.evaluate.representation.features import DIGEST, LABEL
+from mergevq_jax.evaluate.representation.finetune import FinetuneConfig
+from mergevq_jax.evaluate.representation.probe import ProbeConfig
 from runtime_jax.estimate import Estimate, estimate
 from runtime_jax.files import AnyPath
 
@@ -40,8 +42,8 @@ class RepresentationConfig:
     """How features are measured; the defaults are the published protocol."""
 
     knn: KNNConfig = KNNConfig()
-    linear: probe.ProbeConfig = probe.ProbeConfig()
-    finetune: finetune.FinetuneConfig = field(default_factory=finetune.FinetuneConfig)
+    linear: ProbeConfig = ProbeConfig()
+    finetune: FinetuneConfig = FinetuneConfig()
 
     def check(self, methods: Sequence[Method], count: int) -> None:
         """Raises ValueError where `count` training images are too few for a method."""
@@ -126,7 +128,7 @@ def knn_predictions(row: Row, found: Split, classes: int, config: KNNConfig) -> 
 
 
 def linear_predictions(
-    row: Row, found: Split, classes: int, config: probe.ProbeConfig, workdir: Callable[[str], AnyPath]
+    row: Row, found: Split, classes: int, config: ProbeConfig, workdir: Callable[[str], AnyPath]
 ) -> Int[np.ndarray, "S M"]:
     """One prediction for each seed of each encoder of the row."""
     labels, _ = found.labels
