@@ -37,7 +37,7 @@ test: $(VENV)/.installed
 test-fast: $(VENV)/.installed
 	$(BIN)/python -m pytest tests/unit --numprocesses auto --maxprocesses 4 --dist worksteal
 
-# Against diffusers and transformers, which need PyTorch: here its build for CPUs, where that can be had.
+# Against diffusers, transformers and reference metrics, which need PyTorch: here its build for CPUs, where that can be had.
 parity: $(VENV)-parity/.installed
 	$(VENV)-parity/bin/python -m pytest tests/parity
 
@@ -63,7 +63,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 $(VENV)-parity/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)-parity
 	-$(VENV)-parity/bin/python -m pip install --quiet --retries 0 --no-deps --constraint constraints.txt \
-		--index-url https://download.pytorch.org/whl/cpu torch
+		--index-url https://download.pytorch.org/whl/cpu torch torchvision
 	$(VENV)-parity/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[test,parity]'
 	touch $@
 

@@ -1,7 +1,7 @@
 """The published tokenizers on ImageNet-1K at 256 px, with the losses and schedules of the released code.
 
     mergevq train --config mergevq_imagenet:gr-d64 --workdir runs/gr-d64 \
-        --config.lpips="('path/to/vgg16.safetensors', 'path/to/lpips.safetensors')"
+        --config.lpips="('path/to/vgg16-397923af.pth', 'path/to/vgg.pth')"
 
 The argument is a preset: g-d32, g-d64, gr-d32, gr-d64, gr-d96 or r-d64. ImageNet is read through TFDS (`imagenet2012`,
 prepared as array_record), or from a folder: --config.data.sources="[{'kind': 'folder', 'path': ...}]".

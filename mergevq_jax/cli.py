@@ -85,9 +85,7 @@ def _command_line() -> CommandLine:
     sub.add_argument("--batch-size", type=int, help="for a preset (default 1); a config has its own")
     sub.add_argument("--compile", action="store_true", help="also compile and ask the compiler for its memory (slow)")
 
-    sub = line.command(
-        "convert", _convert, "Turn a released checkpoint (as .safetensors) into a tokenizer's or generator's folder."
-    )
+    sub = line.command("convert", _convert, "Turn a released checkpoint into a tokenizer's or generator's folder.")
     sub.add_argument("checkpoint", type=path)
     sub.add_argument("--stage", type=int, choices=(1, 2), default=1, help="1: tokenizer (default), 2: generator")
     sub.add_argument("--tokenizer", default=TINY, help="stage 2: the converted tokenizer whose codes it generates")

@@ -15,6 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import golden_flux
+import golden_inception
 import golden_mergevq
 import golden_text
 import golden_vae
@@ -28,6 +29,7 @@ from runtime_jax.weights import read_safetensors
 TOLERANCE = 1e-4
 RUNNERS: dict[str, Callable[[dict, Tensors, Tensors], Tensors]] = {
     **golden_flux.RUNNERS,
+    **golden_inception.RUNNERS,
     **golden_mergevq.RUNNERS,
     **golden_text.RUNNERS,
     **golden_vae.RUNNERS,

@@ -5,6 +5,7 @@
 HOW is one of
   whole    nothing happens;
   in-step  the last process is killed before step WHEN of the training with number COMMAND;
+  in-part  a process is killed when its part WHEN of an evaluation is about to get its final name;
   in-save  process 0 is killed when its checkpoint of step WHEN is about to get its final name;
   slowly   every step, or encoded batch, of that command takes WHEN seconds longer.
 """
@@ -46,6 +47,18 @@ def kill_while_saving(step: int, now: Callable[[], bool] = lambda: True) -> None
     os.rename, CommitFileTemporaryPath.finalize = rename_or_die, finalize_or_die
 
 
+def kill_in_part(number: int, now: Callable[[], bool]) -> None:
+    """Kills the process when this part of an evaluation is all written and about to get its final name."""
+    replace = os.replace
+
+    def replace_or_die(source: Any, target: Any) -> None:
+        if Path(target).name == f"{number:06d}.npz" and now():
+            kill()
+        replace(source, target)
+
+    os.replace = replace_or_die
+
+
 def before(owner: type, name: str, act: Callable[..., None]) -> None:
     """Calls `act` with the same arguments before each call of a method."""
     method = getattr(owner, name)
@@ -79,6 +92,8 @@ def main(how: str, at: str, *lines: str) -> int:
     before(Tokenizer, "encode", lambda *_: time.sleep(float(when) if now() and how == "slowly" else 0))
     if how == "in-save" and index == 0:  # which completes a checkpoint
         kill_while_saving(int(when), now)
+    if how == "in-part":
+        kill_in_part(int(when), now)
     for line in lines:
         module, *arguments = shlex.split(line)
         if status := importlib.import_module(module).main(arguments):

@@ -187,6 +187,18 @@ def flow_schedule(rng: np.random.Generator) -> Golden:
     return Golden({"name": "out/sigmas_<dev|schnell>_<steps>_<image tokens>"} | shifts, {}, {}, outputs)
 
 
+def inception(rng: np.random.Generator) -> Golden:
+    """Images that are not square; the weights are those of a seed, and every 7th feature is kept."""
+    from inception_reference import reference_features
+    from inception_tools import random_weights
+
+    config = {"seed": 0, "every": 7}
+    images = rng.integers(0, 256, (2, 40, 56, 3), np.uint8)
+    features = reference_features(random_weights(config["seed"]), images)
+    outputs = {name: torch.from_numpy(value[:, :: config["every"]].copy()) for name, value in features.items()}
+    return Golden(config, {}, {"images": torch.from_numpy(images)}, outputs)
+
+
 # By the name of the file, which tells check_golden.py the module.
 MAKERS: dict[str, Callable[[np.random.Generator], Golden]] = {
     "clip_text": clip_text,
@@ -215,6 +227,7 @@ MAKERS: dict[str, Callable[[np.random.Generator], Golden]] = {
         axes_dims_rope=[4, 4, 8],
     ),
     "flux_vae": flux_vae,
+    "inception": inception,
     "t5_encoder": t5_encoder,
 }
 

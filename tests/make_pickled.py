@@ -1,6 +1,6 @@
 """Writes the PyTorch files that tests/unit/test_pickled.py reads: one state dict in both formats.
 
-.venv-parity/bin/python tests/make_pickled.py --out tests/golden/pickled
+.venv-parity/bin/python tests/make_pickled.py --out tests/pickled
 """
 
 import argparse

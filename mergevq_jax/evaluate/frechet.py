@@ -37,7 +37,7 @@ class Moments(NamedTuple):
         Raises:
           ValueError: not [N, F] of this width, or features that are not finite.
         """
-        features = checked(features, len(self.mean))
+        features = as_features(features, len(self.mean))
         if not len(features):
             return self
         mean = features.mean(axis=0)
@@ -61,7 +61,7 @@ class Moments(NamedTuple):
         return self.scatter / (self.count - 1)
 
 
-def checked(features: Num[np.ndarray, "N F"], width: int) -> Float[np.ndarray, "N F"]:
+def as_features(features: Num[np.ndarray, "N F"], width: int) -> Float[np.ndarray, "N F"]:
     """Features as float64.
 
     Raises:
@@ -78,26 +78,25 @@ def checked(features: Num[np.ndarray, "N F"], width: int) -> Float[np.ndarray, "
 def frechet_distance(first: Moments, second: Moments) -> float:
     """|m1 - m2|^2 + tr(C1 + C2 - 2 (C1^1/2 C2 C1^1/2)^1/2).
 
-    The last trace is the sum of the roots of the symmetric product's eigenvalues, which are the singular values of
-    C2^1/2 C1^1/2.
+    The last trace is the sum of the singular values of R2^T R1, where C = R R^T.
 
     Raises:
       ValueError: fewer than two images on one side, or widths that differ.
     """
     _check_widths(first, second)
     roots = [_root(moments.covariance) for moments in (first, second)]
-    common = np.linalg.svd(roots[1] @ roots[0], compute_uv=False).sum()
+    common = np.linalg.svd(roots[1].T @ roots[0], compute_uv=False).sum()
     traces = sum(np.square(root).sum() for root in roots)
     return max(0.0, float(np.square(first.mean - second.mean).sum() + traces - 2 * common))
 
 
-def _root(covariance: Float[np.ndarray, "F F"]) -> Float[np.ndarray, "F F"]:
-    """The symmetric square root."""
+def _root(covariance: Float[np.ndarray, "F F"]) -> Float[np.ndarray, "F rank"]:
+    """R of C = R R^T, with as many columns as C has eigenvalues that are not zero."""
     values, axes = np.linalg.eigh(covariance)
     # With fewer images than features many eigenvalues are zero, and come out as rounding errors of 1e-16. Their roots
     # would be 1e-8, for each of thousands of features.
-    rounding = len(values) * np.finfo(np.float64).eps * values[-1]
-    return (axes * np.sqrt(np.where(values > rounding, values, 0))) @ axes.T
+    real = values > len(values) * np.finfo(np.float64).eps * values[-1]
+    return axes[:, real] * np.sqrt(values[real])
 
 
 def _check_widths(first: Moments, second: Moments) -> None:

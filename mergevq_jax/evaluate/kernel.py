@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float, Num
 
-from mergevq_jax.evaluate.frechet import checked
+from mergevq_jax.evaluate.frechet import as_features
 
 SEED = 2020  # with it, subsets are those of torch-fidelity
 
@@ -30,13 +30,14 @@ def kernel_distance(
 ) -> KernelDistance:
     """Unbiased squared MMD with the kernel (x . y / F + 1)^3, over random subsets of both sets.
 
-    Unlike the Fréchet distance its expectation does not depend on the number of images, and it may be negative.
+    Unlike the Fréchet distance its expectation does not depend on the number of images, and it may be negative. The
+    seed draws rows: in another order, the same features give another value within the standard deviation.
 
     Raises:
       ValueError: fewer images than `subset_size`, fewer than two images a subset, shapes that differ, or features that
         are not finite.
     """
-    first, second = (checked(features, np.shape(first)[-1]) for features in (first, second))
+    first, second = (as_features(features, np.shape(first)[-1]) for features in (first, second))
     fewest = min(len(first), len(second))
     if not 2 <= subset_size <= fewest or subsets < 1:
         raise ValueError(f"{subsets} subsets of {subset_size} images: at least 1, of 2 to {fewest} images")

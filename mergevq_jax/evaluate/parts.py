@@ -20,7 +20,7 @@ from tqdm import tqdm
 from mergevq_jax.evaluate.frechet import Moments
 from runtime_jax.files import AnyPath, replacing
 from runtime_jax.sharding import Axis, partition_spec
-from runtime_jax.training.stop import Stop
+from runtime_jax.training.stop import Stop, StoppedError
 
 SMALLEST, LARGEST = 32, 1024  # images in a part
 THREADS = min(8, os.cpu_count() or 1)
@@ -89,7 +89,7 @@ def measure(task: Task, folder: AnyPath, stop: Stop) -> None:
 
         def settle(most: int) -> None:
             """Waits until at most so many batches are being finished, and writes the parts that are complete."""
-            while len(finishing) > most:
+            while len(finishing) > most or (finishing and finishing[0][2].done()):
                 number, rows, future = finishing.popleft()
                 collected.append(future.result())
                 bar.update(len(rows))
@@ -104,7 +104,11 @@ def measure(task: Task, folder: AnyPath, stop: Stop) -> None:
         for (number, rows), read in zip(
             batches, _ahead(readers, task.read, [rows for _, rows in batches]), strict=True
         ):
-            stop.check()
+            try:
+                stop.check()
+            except StoppedError:
+                settle(0)
+                raise
             computing.append((number, rows, read, task.start(rows, read)))
             fetch(1)
             settle(THREADS)

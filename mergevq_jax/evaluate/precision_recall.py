@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Num
 
-from mergevq_jax.evaluate.frechet import checked
+from mergevq_jax.evaluate.frechet import as_features
 
 BLOCK = 1024  # images
 
@@ -38,7 +38,7 @@ def precision_recall(
     Raises:
       ValueError: not more than k images in a set, shapes that differ, or features that are not finite.
     """
-    samples, real = (checked(features, np.shape(real)[-1]) for features in (samples, real))
+    samples, real = (as_features(features, np.shape(real)[-1]) for features in (samples, real))
     if not 1 <= k < min(len(samples), len(real)):
         raise ValueError(f"k={k} neighbours of {len(samples)} and {len(real)} images: fewer than the images are needed")
     center = real.mean(axis=0)  # distances stay the same and lose fewer digits

@@ -9,6 +9,7 @@ import io
 import math
 import os
 import pickle
+import tarfile
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,8 @@ def read_pickled(path: str | os.PathLike) -> dict[str, np.ndarray]:
       WeightError: not such a file, a damaged one, or one that holds anything but tensors by name.
     """
     try:
+        if tarfile.is_tarfile(path):
+            raise WeightError(f"in PyTorch's first format, a tar archive, which is not supported; {_advice(path)}")
         with Path(path).open("rb") as file:
             read = _read_zip if zipfile.is_zipfile(file) else _read_legacy
             file.seek(0)
@@ -146,7 +149,7 @@ def _read_legacy(file: io.BufferedIOBase) -> Any:
     found = unpickler.load()
     for key in _Unpickler(file, size).load():
         file.read(8)  # the number of values
-        storage = unpickler.storages[key].array
+        storage = unpickler.storages[str(key)].array
         _fill(storage, file.read(storage.nbytes), key)
     return found
 

@@ -57,6 +57,7 @@ _NETWORKS = (
     ("a T5", r"\bencoder\.block\.\d+\.layer\.0\.SelfAttention\."),
     ("a CLIP", r"\bembeddings\.token_embedding\.weight$|\btext_projection\b"),
     ("a DINOv2", r"\bembeddings\.patch_embeddings\.|\blayer_scale\d\.lambda1$|\bblocks\.\d+\.ls1\.gamma$"),
+    ("an InceptionV3", r"\bMixed_\d[a-e]\."),
     ("a VGG", r"\bfeatures\.\d+\.(weight|bias)$"),
     ("LPIPS' linear layers", r"\blins?\.?\d\b"),
 )

@@ -2,4 +2,8 @@
 
 import importlib.util
 
-collect_ignore_glob = [] if importlib.util.find_spec("diffusers") else ["test_*.py"]
+REFERENCES = ("diffusers", "lpips", "skimage", "torch_fidelity")
+if all(map(importlib.util.find_spec, REFERENCES)):
+    import torchvision_tools  # noqa: F401 (before what imports torchvision)
+else:
+    collect_ignore_glob = ["test_*.py"]

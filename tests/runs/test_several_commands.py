@@ -38,6 +38,8 @@ def lines(root, folder):
         f"sample --model {root}/generator --num 7 --batch-size 2 --out {folder}/samples",
         f"evaluate reconstruction --tokenizer {root}/larger --data-dir {root}/data --keep 40 64 --num-images 70 "
         f"--out {folder}/report",
+        f"evaluate generation --model {root}/generator --num-images 70 --cfg-scale 1 2 --reference {root}/pictures "
+        f"--out {folder}/quality",
     ]
 
 
@@ -51,9 +53,11 @@ def assert_equal(folder, other):
     ours, theirs = (list(read_tokens(path / "tokens")) for path in (folder, other))
     for one, two in zip(ours, theirs, strict=True):
         assert one.keys() == two.keys() and all((one[name] == two[name]).all() for name in one)
-    for name in ("tokens/tokens.json", "samples/samples.npz", "samples/samples.png", "report/reconstructions.png"):
+    for name in ("tokens/tokens.json", "samples/samples.npz", "samples/samples.png"):
         assert (folder / name).read_bytes() == (other / name).read_bytes(), name
-    assert (folder / "report/summary.md").read_text() == (other / "report/summary.md").read_text()
+    for name in ("report", "quality"):
+        ours, theirs = ({file.name: file.read_bytes() for file in (path / name).iterdir()} for path in (folder, other))
+        assert ours == theirs and "results.json" in ours
     ours, theirs = (json.loads((path / "samples/protocol.json").read_text()) for path in (folder, other))
     assert ours | {"measured": None} == theirs | {"measured": None}
     assert not (folder / "samples/parts").exists() and not list(folder.rglob(".*"))
@@ -61,7 +65,7 @@ def assert_equal(folder, other):
 
 @pytest.mark.slow
 def test_two_processes_do_the_work_of_one(root, tmp_path):
-    """Also after SIGTERM: complete shards are kept."""
+    """Also after SIGTERM, when complete shards are kept, and after a process was killed in an evaluation."""
     code, _, err = ended(commands(root, tmp_path / "1", 1))
     assert code == 0, err
     run, tokens = commands(root, tmp_path / "2", 2, "slowly", "0:0.5"), tmp_path / "2" / "tokens"
@@ -72,6 +76,9 @@ def test_two_processes_do_the_work_of_one(root, tmp_path):
     code, out, err = ended(run, timeout=30)
     assert code == 143 and out.count("stopped by SIGTERM") == 1 and "the same command writes the others" in out, err
     assert 1 <= len(list(tokens.glob("*.array_record"))) < 4 and not list(tokens.glob(".*"))
+    code, _, err = ended(commands(root, tmp_path / "2", 2, "in-part", "2:1"))
+    assert code == 75, err
+    assert not (tmp_path / "2" / "report" / "parts" / "0-0" / "000001.npz").exists()
     code, out, err = ended(commands(root, tmp_path / "2", 2))
     assert code == 0 and out.count("10 images in 4 shards") == 1, err
     assert_equal(tmp_path / "2", tmp_path / "1")
@@ -82,7 +89,6 @@ def test_two_processes_do_the_work_of_one(root, tmp_path):
     [
         (0, "encode", "; complete shards are in ", "tokens/tokens-00000-of-00004.array_record"),
         (1, "decode", "; the same command draws the batches that are missing", "samples/parts/000000.npz"),
-        (2, "encode", "; the same command starts anew", None),
     ],
 )
 def test_a_signal_ends_a_command_after_a_batch(root, tmp_path, capsys, monkeypatch, number, method, says, kept):
@@ -102,8 +108,7 @@ def test_a_signal_ends_a_command_after_a_batch(root, tmp_path, capsys, monkeypat
         assert cli.main(arguments) == 143 and len(calls) == 3
     assert signal.getsignal(signal.SIGTERM) is before
     assert f"stopped by SIGTERM{says}" in capsys.readouterr().out
-    assert kept is None or (tmp_path / "stopped" / kept).is_file()
-    assert not (tmp_path / "stopped" / "report").exists()
+    assert (tmp_path / "stopped" / kept).is_file()
     assert cli.main(arguments) == cli.main(whole) == 0
     results = [
         {

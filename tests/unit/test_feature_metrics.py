@@ -34,6 +34,8 @@ def test_distance_of_gaussians():
     turn = np.linalg.qr(np.random.default_rng(1).normal(size=(5, 5)))[0]
     assert frechet_distance(Moments.of(first @ turn), Moments.of(second @ turn)) == pytest.approx(expected, rel=1e-9)
     assert abs(frechet_distance(a, a)) < 1e-12
+    constant = Moments.of(np.ones((4, 5)))
+    assert frechet_distance(constant, b) == pytest.approx(np.square(1 - b.mean).sum() + np.trace(b.covariance))
 
 
 def test_fewer_images_than_features():

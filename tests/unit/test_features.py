@@ -1,10 +1,12 @@
 """Feature networks: what they read, and what may not change the features of an image."""
 
+import json
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from inception_tools import random_images
+from inception_tools import random_images, random_weights
 from PIL import Image
 
 from mergevq_jax.evaluate.features import bicubic, load_feature_network
@@ -71,6 +73,20 @@ def test_dinov2_reads_resized_images(dinov2_folder):
     np.testing.assert_allclose(got.pool, expected.pooled, atol=2e-3)
     assert got.spatial is None and got.logits is None and "224 x 224" in network.resize
     assert network.fingerprint != load_feature_network("judge").fingerprint
+
+
+def test_inception_by_its_file(goldens, tmp_path):
+    """Of one image alone, what the reference says of it in a batch of two (tests/golden_inception.py)."""
+    tensors, metadata = read_safetensors(goldens / "inception.safetensors")
+    config = json.loads(metadata["config"])
+    write_safetensors(tmp_path / "weights.safetensors", random_weights(config["seed"]), {})
+    network = load_feature_network(f"inception:{tmp_path / 'weights.safetensors'}")
+    got = network(tensors["in/images"][:1])
+    assert (got.pool.shape, got.spatial.shape, got.logits.shape) == ((1, 2048), (1, 2023), (1, 1008))
+    for name, values in {"pooled": got.pool, "spatial": got.spatial, "logits": got.logits}.items():
+        expected = tensors[f"out/{name}"][:1]
+        np.testing.assert_allclose(values[:, :: config["every"]], expected, atol=2e-5 * np.abs(expected).max())
+    assert network.name == "inception" and "TensorFlow 1" in network.resize
 
 
 @pytest.mark.parametrize("shape", [(50, 40), (300, 500), (224, 224)])

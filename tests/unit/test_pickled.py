@@ -1,7 +1,9 @@
 """PyTorch's files without PyTorch: what it wrote, what it wrote long ago, and what must not be run."""
 
 import pickle
+import tarfile
 import zipfile
+from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
@@ -48,13 +50,14 @@ def write_zip(path, pickled: bytes, **contents: bytes):
     return path
 
 
+PICKLED = Path(__file__).parents[1] / "pickled"
 VALUES = np.arange(6, dtype=np.float32)
 
 
 @pytest.mark.parametrize("name", ["zip", "legacy"])
-def test_what_pytorch_wrote(goldens, name):
+def test_what_pytorch_wrote(name):
     """Both formats, with a parameter, all kinds of strides, a scalar and an empty tensor (tests/make_pickled.py)."""
-    got = read_pickled(goldens / "pickled" / f"{name}.pth")
+    got = read_pickled(PICKLED / f"{name}.pth")
     base = np.arange(24, dtype=np.float32).reshape(4, 6)
     assert [(k, v.dtype, v.shape) for k, v in got.items() if k in ("weight", "half", "bf16", "steps")] == [
         ("weight", np.float32, (2, 3)),
@@ -106,8 +109,8 @@ def test_what_is_built_cannot_be_changed_by_the_pickle(tmp_path):
     np.testing.assert_array_equal(got["t0"], VALUES.reshape(2, 3))
 
 
-def test_damaged_files(goldens, tmp_path):
-    whole = (goldens / "pickled" / "legacy.pth").read_bytes()
+def test_damaged_files(tmp_path):
+    whole = (PICKLED / "legacy.pth").read_bytes()
     (tmp_path / "cut.pth").write_bytes(whole[:-30])
     with pytest.raises(WeightError, match=r"cut\.pth: its storage \d+ has 0 of \d+ bytes: the file is cut short"):
         read_pickled(tmp_path / "cut.pth")
@@ -117,7 +120,7 @@ def test_damaged_files(goldens, tmp_path):
     large = write_zip(tmp_path / "large.pth", state_dict(tensor(count=2**50)), _0=VALUES.tobytes())
     with pytest.raises(WeightError, match="would be larger than the file"):
         read_pickled(large)
-    for content in (b"", b"no pickle", whole[:60], (goldens / "pickled" / "zip.pth").read_bytes()[:-30]):
+    for content in (b"", b"no pickle", whole[:60], (PICKLED / "zip.pth").read_bytes()[:-30]):
         (tmp_path / "other.pth").write_bytes(content)
         with pytest.raises(WeightError, match=r"other\.pth: not a readable PyTorch file"):
             read_pickled(tmp_path / "other.pth")
@@ -136,6 +139,10 @@ def test_more_than_tensors(tmp_path):
         archive.writestr("readme.txt", "")
     with pytest.raises(WeightError, match="a zip archive, but not PyTorch's"):
         read_pickled(tmp_path / "other.pth")
+    with tarfile.open(tmp_path / "first.pth", "w") as archive:
+        archive.addfile(tarfile.TarInfo("storages"))
+    with pytest.raises(WeightError, match="in PyTorch's first format, a tar archive"):
+        read_pickled(tmp_path / "first.pth")
 
 
 def test_a_folder(tmp_path):

@@ -74,6 +74,7 @@ LORA = ["lora_unet_double_blocks_0_img_attn_proj.lora_down.weight", "lora_unet_d
         (["encoder.block.0.layer.0.SelfAttention.q.weight"], "a T5"),
         (["text_model.embeddings.token_embedding.weight"], "a CLIP"),
         (["embeddings.patch_embeddings.projection.weight"], "a DINOv2"),
+        (["Mixed_5b.branch1x1.conv.weight"], "an InceptionV3"),
         (["features.0.weight"], "a VGG"),
         (["lin0.model.1.weight"], "LPIPS"),
         (["something.else"], None),

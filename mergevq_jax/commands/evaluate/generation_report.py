@@ -18,7 +18,7 @@ from mergevq_jax.evaluate.statistics import Reference, Statistics
 from runtime_jax.cost import table
 from runtime_jax.pictures import Points
 
-KID_SUBSET = 1000  # images; fewer where there are fewer
+KID_SUBSETS, KID_SUBSET = 100, 1000  # and images in each; fewer where there are fewer
 NEIGHBOURS = 3  # of precision and recall
 SPLITS = 10  # of the Inception Score
 
@@ -58,7 +58,7 @@ def row_of(samples: SampleSet, data: Measured, network: str, reference: Statisti
         frechet_distance(pool, reference.pool),
         frechet_distance(data.moments(name), reference.spatial) if spatial else None,
         None if logits is None else inception_score(logits, np.arange(len(logits)), splits=SPLITS),
-        None if real is None else kernel_distance(features, real, subset_size=subset),
+        None if real is None else kernel_distance(features, real, subsets=KID_SUBSETS, subset_size=subset),
         subset,
         None if real is None else precision_recall(features, real, k=NEIGHBOURS),
         None if real is None else len(real),
@@ -98,8 +98,9 @@ def _cells(row: Row) -> list[str]:
 
 def entry_of(row: Row, network: FeatureNetwork, reference: Reference) -> dict[str, Any]:
     """A row for results.json."""
-    kid = None if row.kernel is None else {**row.kernel._asdict(), "subset_size": row.subset, "seed": kernel.SEED}
-    score = None
+    kid = score = None
+    if row.kernel is not None:
+        kid = {**row.kernel._asdict(), "subsets": KID_SUBSETS, "subset_size": row.subset, "seed": kernel.SEED}
     if row.score is not None:
         score = {**row.score._asdict(), "splits": SPLITS, "seed": inception_score_lib.SEED}
     share = None if row.share is None else {**row.share._asdict(), "neighbours": NEIGHBOURS}

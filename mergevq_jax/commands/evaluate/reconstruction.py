@@ -106,11 +106,11 @@ def evaluate(request: Request, *, out: AnyPath, metrics: str | None = None) -> N
 
 
 def _check(config: TokenizerConfig, request: Request) -> None:
-    for keep in request.keeps:
-        config.merge_counts(config.raw_tokens, keep)
     name, least = ("LPIPS", LPIPS_SIZE) if request.lpips else ("SSIM", WINDOW)
     if config.resolution < least:
         raise ValueError(f"{name} needs images of at least {least} pixels, a tokenizer's have {config.resolution}")
+    for keep in request.keeps:
+        config.merge_counts(config.raw_tokens, keep)
 
 
 def _images(request: Request, size: int) -> dict[str, Images]:

@@ -116,9 +116,10 @@ def load_lpips(*sources: str | os.PathLike, widths: tuple[int, ...] = VGG16_WIDT
     """The parameters of `LPIPS(widths)`, float32, from published weights.
 
     Args:
-      sources: .safetensors files, folders of them, or hub ids, which together hold VGG16's convolutions (torchvision's
-        or timm's `features.N.*`, or the lpips package's `net.sliceK.N.*`) and the linear layers
-        (`linN.model.1.weight`). Classifier weights are ignored.
+      sources: files (.safetensors or PyTorch's), folders of them, or hub ids, which together hold VGG16's convolutions
+        (torchvision's or timm's `features.N.*`, or the lpips package's `net.sliceK.N.*`) and the linear layers
+        (`linN.model.1.weight`). Classifier weights are ignored. Usual are torchvision's `vgg16-397923af.pth` and the
+        lpips package's `weights/v0.1/vgg.pth`.
       widths: channels of the five stages.
 
     Raises:
