@@ -217,8 +217,10 @@ def _inspect(args, overrides) -> None:
     config, task = training(args.config, overrides)
     if task == "tokenizer":
         from mergevq_jax.tokenizer.inspect import inspect_config as inspect
-    else:
+    elif task == "generator":
         from mergevq_jax.generator.inspect import inspect_generator as inspect
+    else:
+        from mergevq_jax.teacher.inspect import inspect_teacher as inspect
     print(inspect(config, compile=args.compile))
 
 

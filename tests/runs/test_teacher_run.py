@@ -138,3 +138,9 @@ def test_the_command_says_where_the_teacher_is(monkeypatch, capsys):
     monkeypatch.setattr(run, "train", lambda config, workdir: Result(None, 3, None))
     assert cli.main(["train", "--config", "mergevq_teacher:demo", "--workdir", "x"]) == 0
     assert capsys.readouterr().out.endswith("x/teacher\n")
+
+
+def test_inspect_needs_no_data(capsys):
+    assert cli.main(["inspect", "--config", "mergevq_teacher"]) == 0
+    out = capsys.readouterr().out
+    assert "64 px, patches of 8, 6 views" in out and "| backbone |" in out and "| train step |" in out
