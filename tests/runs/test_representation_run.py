@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from generator_run_tools import TOKENIZER, random_tokenizer
 from PIL import Image
+from several_tools import ended, launched
 
 from mergevq_jax import cli
 from mergevq_jax.commands.evaluate import representation
@@ -74,20 +75,20 @@ def assert_same(out, other) -> None:
     """But for an image near the border of two classes, which rounding can move."""
     means = [[(row["knn"]["mean"], row["linear"]["mean"]) for row in figures(folder)] for folder in (out, other)]
     np.testing.assert_allclose(*means, atol=1.5)
-    assert len({mean for row in means[0] for mean in row}) > 4  # else they could not differ
+    assert len({mean for row in means[0] for mean in row}) > 2  # else they could not differ
 
 
 def test_the_table_has_the_floor_and_the_baseline(root, whole, capsys):
     found = json.loads((whole / "results.json").read_text())
     names = [(row["name"].rpartition("/")[2], row["keep"], row["pooling"]) for row in found["results"]]
     kinds = [("tokenizer", 10), ("tokenizer", 16), ("teacher", None)]
-    kinds += [("random weights, tokenizer (1)", 16), ("random weights, DINOv2 (2)", None)]
+    kinds += [("random weights, tokenizer", 16), ("random weights, DINOv2", None)]
     assert names == [(*kind, pooling) for kind in kinds for pooling in ("mean", "class")] + [
         ("pixels, 8 x 8", None, "pixels")
     ]
     pixels = found["results"][-1]
     assert 50 < pixels["linear"]["mean"] < 100 and found["chance"] == 50.0
-    floor = found["results"][names.index(("random weights, tokenizer (1)", 16, "mean"))]
+    floor = found["results"][names.index(("random weights, tokenizer", 16, "mean"))]
     assert len(floor["knn"]["by_seed"]) == len(floor["linear"]["by_seed"]) == 2
     protocol = found["evaluation"]
     assert (protocol["train"]["count"], protocol["test"]["count"], found["shared_images"]) == (40, 36, 0)
@@ -151,6 +152,18 @@ def test_a_killed_run_goes_on(root, plain, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
+def test_two_processes_do_the_work_of_one(root, tmp_path):
+    more = ["--method", "knn", "linear", "finetune", "--seeds", "1", "--keep", "10"]
+    for count in (1, 2):
+        run = launched(count, ["-m", "mergevq_jax.cli", *command(root, tmp_path / str(count), *more)])
+        code, _, err = ended(run, timeout=300)
+        assert code == 0, err
+    assert_same(tmp_path / "2", tmp_path / "1")
+    tuned = [[row["finetune"]["mean"] for row in figures(tmp_path / n) if "finetune" in row] for n in ("1", "2")]
+    np.testing.assert_allclose(*tuned, atol=3.0)
+
+
+@pytest.mark.slow
 def test_fine_tuning_learns(root, tmp_path):
     out = tmp_path / "tuned"
     write_pictures(tmp_path, 50)
@@ -178,6 +191,8 @@ def test_images_of_both_sets_are_counted(root, tmp_path, capsys):
         (["--test-folder", "ROOT/train"], "training and test images are the same"),
         (["--test-folder", "ROOT/train/dark"], "its images have no labels"),
         (["--test-folder", "ROOT/other"], "have classes of other names"),
+        (["--config.linear.batch_size=12"], "linear.batch_size=12 is not a multiple of data=8"),
+        (["--tokenizer", "ROOT/tokenizer"], "each once"),
         (["--config.linear.batch_size=41"], "40 training images don't fill a batch of 41"),
         (["--config.knn.k=41"], "k-NN: 41 neighbours, but 40 training images"),
         (["--config.linear.epoch=1"], "epoch"),

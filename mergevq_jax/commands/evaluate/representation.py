@@ -33,6 +33,7 @@ from runtime_jax.files import AnyPath, write_text
 from runtime_jax.mesh import MeshConfig, make_mesh
 from runtime_jax.networks.dinov2 import load_dinov2, read_dinov2_config
 from runtime_jax.prng import Stream, stream_key
+from runtime_jax.sharding import check_batch
 from runtime_jax.training.stop import Stop
 from runtime_jax.workdir import only_writer
 
@@ -55,13 +56,12 @@ class Request:
 
     def __post_init__(self):
         named = {"--method": self.methods, "--keep": self.keeps, "--tokens": self.poolings}
+        named["--tokenizer and --teacher"] = (*self.tokenizers, *self.teachers)
         for name, values in named.items():
             if not values or len(set(values)) < len(values):
                 raise ValueError(f"{name} {' '.join(map(str, values))}: at least one, and each once")
         if min(self.seeds, self.batch_size) < 1:
             raise ValueError(f"--seeds {self.seeds} and --batch-size {self.batch_size}: at least 1")
-        if not self.tokenizers and not self.teachers:
-            raise ValueError("give at least one --tokenizer or --teacher")
         if self.train == self.test:
             raise ValueError("training and test images are the same: choose another --test-split or --test-folder")
 
@@ -83,6 +83,9 @@ def evaluate(request: Request, *, out: AnyPath) -> None:
         train, test = LabelledImages(request.train, size), LabelledImages(request.test, size)
         check_same_classes([(images.name, images.classes) for images in (train, test)])
         request.config.check(request.methods, len(train))
+        for method in {LINEAR, FINETUNE} & set(request.methods):
+            batch_size = getattr(request.config, method).batch_size
+            check_batch(f"{method}.batch_size", batch_size, make_mesh(MeshConfig()))
         encoders = _encoders(request, size)
         rows = rows_lib.rows_of(encoders, request.poolings, request.seeds)
         wanted = _protocol(request, encoders, train, test)
@@ -125,9 +128,10 @@ def _encoders(request: Request, size: int) -> list[Encoder]:
         config, params = load_dinov2(name)
         encoders.append(dinov2_encoder(name, config, params, size))
         floor[config] = [random_dinov2(config, size, seed) for seed in range(request.seeds)]
-    several = len(floor) > 1  # rows of one name would be taken for one architecture
+    names = [group[0].name for group in floor.values()]
     for number, group in enumerate(floor.values(), 1):
-        encoders += [replace(encoder, name=f"{encoder.name} ({number})") if several else encoder for encoder in group]
+        clash = names.count(group[0].name) > 1  # of two architectures, whose rows must not be taken for one
+        encoders += [replace(encoder, name=f"{encoder.name} ({number})") if clash else encoder for encoder in group]
     return [*encoders, pixels_encoder(size)]
 
 
@@ -216,7 +220,8 @@ class _Work:
         for method in self.request.methods:
             if method == FINETUNE and self.encoders[row.members[0].encoder].depth is None:
                 continue
-            self.stop.check()
+            with self.stop.parts(results.GOES_ON):
+                self.stop.check()
             accuracies[method] = Accuracy.of(predictions[method]() == labels[None])
         return accuracies
 

@@ -16,6 +16,7 @@ from runtime_jax.networks.dinov2 import DINOv2, DINOv2Config, standardize
 from runtime_jax.prng import Stream, stream_key
 
 CLASS, MEAN = "class", "mean"  # how tokens become features: the class token, or the mean of the others
+PIXELS = "pixels"  # the baseline's
 PIXELS_SIDE = 16  # of the images that serve as the baseline's features
 Apply = Callable[[Any, Float[Array, "B H W 3"]], dict[str, Float[Array, "B F"]]]
 
@@ -56,7 +57,7 @@ def pixels_encoder(size: int) -> Encoder:
 
     def apply(params: None, images: Float[Array, "B H W 3"]) -> dict[str, Float[Array, "B F"]]:
         parts = images.reshape(len(images), side, size // side, side, size // side, 3)
-        return {"pixels": parts.mean(axis=(2, 4)).reshape(len(images), -1)}
+        return {PIXELS: parts.mean(axis=(2, 4)).reshape(len(images), -1)}
 
     return Encoder(f"pixels, {side} x {side}", size, None, apply)
 

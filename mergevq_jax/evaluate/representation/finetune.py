@@ -87,7 +87,7 @@ def finetuned(
         resolved_config={"finetune": protocol},
         must_match=("finetune",),
         init=lambda: {
-            ENCODER: jax.tree.map(jnp.asarray, encoder.params),
+            ENCODER: jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), encoder.params),
             HEAD: {
                 "kernel": INITIAL * jax.random.normal(stream_key(seed, Stream.PARAMS), (width, classes)),
                 "bias": jnp.zeros(classes),
@@ -97,9 +97,10 @@ def finetuned(
         batches=lambda start: _images_and_labels(make_batches(data, start)),
         dtype="float32",
         rates=lambda path: rate(path, encoder, config.layer_decay),
+        start={ENCODER: jax.device_get(encoder.params)},
     )
     if result.stopped_by is not None:
-        raise StoppedError(result.stopped_by, f" after step {result.step} of fine-tuning")
+        raise StoppedError(result.stopped_by, f" after step {result.step} of fine-tuning; the same command goes on")
     params = jax.device_get(result.state.params)
     return replace(encoder, params=params[ENCODER]), params[HEAD]
 

@@ -114,7 +114,7 @@ def predict(
         dtype="float32",
     )
     if result.stopped_by is not None:
-        raise StoppedError(result.stopped_by, f" after step {result.step} of a probe")
+        raise StoppedError(result.stopped_by, f" after step {result.step} of a probe; the same command goes on")
     params = jax.device_get(result.state.params)
     logits = np.einsum("mf,sfc->smc", normalise(test), params["kernel"]) + params["bias"][:, None]
     return logits.argmax(axis=-1)

@@ -13,7 +13,7 @@ from jaxtyping import Bool, Float, Int
 
 from mergevq_jax.evaluate.parts import Measured
 from mergevq_jax.evaluate.representation import knn, probe
-from mergevq_jax.evaluate.representation.encoders import Encoder
+from mergevq_jax.evaluate.representation.encoders import PIXELS, Encoder
 from mergevq_jax.evaluate.representation.features import DIGEST, LABEL
 from mergevq_jax.evaluate.representation.finetune import FinetuneConfig
 from mergevq_jax.evaluate.representation.probe import ProbeConfig
@@ -175,7 +175,7 @@ def table_of(rows: Sequence[tuple[Row, Mapping[Method, Accuracy]]], methods: Seq
     ]
     for row, found in rows:
         cells = [f"{found[method].estimate:.1f}" if method in found else "-" for method in methods]
-        pooling = "-" if row.keep is None and len(row.pooling) > 5 else row.pooling
+        pooling = "-" if row.pooling == PIXELS else row.pooling
         lines.append(f"| {row.name} | {row.keep or '-'} | {pooling} | {row.width} | {' | '.join(cells)} |")
     return lines
 
