@@ -15,6 +15,7 @@ FAST := GLIBC_TUNABLES=$(KEEP_PAGES) JAX_COMPILATION_CACHE_DIR=$(RUN)/compiled \
 demo: $(VENV)/.installed
 	$(BIN)/mergevq scenes --data-dir data
 	$(FAST) $(BIN)/mergevq train --config configs/mergevq_tiny.py:demo --workdir $(RUN)
+	rm -rf $(RUN)/report
 	$(FAST) $(BIN)/mergevq evaluate reconstruction --tokenizer tiny --tokenizer $(RUN)/tokenizer \
 		--metrics $(RUN)/metrics.jsonl --out $(RUN)/report
 	$(FAST) $(BIN)/mergevq sample --model tiny-mergear --num 48 --batch-size 48 --keep 144 --cfg-scale 3.5 \

@@ -46,6 +46,8 @@ def is_finished(out: AnyPath, wanted: Mapping[str, Any]) -> bool:
                     + cut(changes.values(), "\n  ")
                 )
     hosts.barrier("looked")  # before process 0 writes
+    if finished and jax.process_index() == 0:
+        remove_tree(out / "parts")  # of a run that was killed while it deleted them
     return finished
 
 

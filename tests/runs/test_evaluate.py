@@ -2,6 +2,7 @@
 
 import csv
 import dataclasses
+import functools
 import json
 import os
 import signal
@@ -17,7 +18,12 @@ from mergevq_jax import cli
 from mergevq_jax.commands import sample
 from mergevq_jax.commands.evaluate import generation, generation_report, reconstruction, reconstruction_task
 from mergevq_jax.evaluate.features import FeatureNetwork, Features
-from mergevq_jax.tokenizer.model import Tokenizer
+from mergevq_jax.evaluate.images import SourceImages
+from mergevq_jax.evaluate.results import fingerprint
+from mergevq_jax.tokenizer.losses.perceptual import LPIPS, TABLE, load_lpips
+from mergevq_jax.tokenizer.model import Tokenizer, to_float
+from runtime_jax.data import SourceConfig
+from runtime_jax.weights import export_weights, write_safetensors
 
 COUNT = 70  # images: three parts
 
@@ -247,6 +253,40 @@ def test_statistics_of_a_reference_stand_for_its_images(root, whole, tmp_path):
     first, second = (json.loads((tmp_path / name / "results.json").read_text()) for name in ("first", "second"))
     assert first["results"] == second["results"] and first["reference"] == second["reference"]
     assert (tmp_path / "second" / "summary.md").read_bytes() == whole["generation"]["summary.md"]
+
+
+def test_draws_are_those_of_mergevq_sample(root, whole, tmp_path):
+    line = (
+        f"sample --model {root}/generator --num {COUNT} --keep 10 --cfg-scale 2 --batch-size 16 --out {tmp_path}/drawn"
+    )
+    assert cli.main(line.split()) == 0
+    line = f"evaluate generation --samples {tmp_path}/drawn --reference {root}/pictures --batch-size 16"
+    assert cli.main([*line.split(), "--out", str(tmp_path / "out")]) == 0
+    (ours,) = json.loads((tmp_path / "out" / "results.json").read_text())["results"]
+    theirs = json.loads(whole["generation"]["results.json"])["results"][1]
+    for name in ("sha256", "fingerprint", "keep", "sampling", "steps", "seed", "compute"):
+        assert ours["samples"][name] == theirs["samples"][name], name
+    assert ours["frechet_distance"] == theirs["frechet_distance"]
+
+
+def test_lpips_with_weights(root, tmp_path, monkeypatch):
+    """Of a narrow VGG: the values are those of the network on reconstructions in 8 bits."""
+    narrow = LPIPS(widths=(4,) * 5)
+    monkeypatch.setattr(reconstruction_task, "LPIPS", lambda: narrow)
+    monkeypatch.setattr(reconstruction, "load_lpips", functools.partial(load_lpips, widths=narrow.widths))
+    params = narrow.init(jax.random.key(0), jnp.zeros((1, 16, 16, 3)), jnp.zeros((1, 16, 16, 3)))["params"]
+    write_safetensors(tmp_path / "lpips.safetensors", export_weights(TABLE, jax.device_get(params)), {})
+    arguments = ["--num-images", "20", "--keep", "40", "--lpips", str(tmp_path / "lpips.safetensors")]
+    assert reconstruct(root, tmp_path / "out", *arguments) == 0
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert results["evaluation"]["lpips"]["fingerprint"] == fingerprint(jax.device_get(params))
+    images = SourceImages(SourceConfig(kind="folder", path=str(root / "pictures")), 16, 20).read(range(20))
+    rebuilt = Tokenizer.from_pretrained(root / "tokenizer").reconstruct(images, keep=40)
+    expected = narrow.apply({"params": params}, to_float(rebuilt), to_float(images))
+    lines = csv.DictReader((tmp_path / "out" / "per_image.csv").open())
+    found = [float(line["lpips"]) for line in lines if line["source_map"] == "true"]
+    assert np.min(expected) > 0 and np.allclose(found, expected, rtol=1e-3)
+    assert "no weights" not in (tmp_path / "out" / "summary.md").read_text()
 
 
 def toy_inception():

@@ -115,7 +115,7 @@ def test_batches_and_devices_change_no_figure(root, plain, tmp_path, monkeypatch
     assert_same(tmp_path / "batches", plain)
     make_mesh = network.make_mesh
     one = jax.devices()[:1]
-    monkeypatch.setattr(representation, "make_mesh", lambda config, devices: make_mesh(config, one))
+    monkeypatch.setattr(representation, "make_mesh", lambda config, devices=None: make_mesh(config, one))
     monkeypatch.setattr(network, "make_mesh", lambda config: make_mesh(config, one))
     assert cli.main(command(root, tmp_path / "one")) == 0
     assert_same(tmp_path / "one", plain)

@@ -1,6 +1,6 @@
 """`mergevq evaluate reconstruction`: how near tokenizers' reconstructions are to the images, and how codes are used."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -69,8 +69,7 @@ def evaluate(request: Request, *, out: AnyPath, metrics: str | None = None) -> N
         raise ValueError(f"--metrics {metrics}: no such file")
     with only_writer(out), Stop() as stop:
         configs = {name: read_tokenizer_config(name) for name in request.tokenizers}
-        for config in configs.values():
-            _check(config, request)
+        _check(configs.values(), request)
         images = {size: _images(request, size) for size in sorted({config.resolution for config in configs.values()})}
         lpips = load_lpips(*request.lpips) if request.lpips else None
         networks = Networks([load_feature_network(source) for source in request.features], lpips)
@@ -105,12 +104,13 @@ def evaluate(request: Request, *, out: AnyPath, metrics: str | None = None) -> N
                 print(f"summary.md, results.json, per_image.csv and pictures are in {out}")
 
 
-def _check(config: TokenizerConfig, request: Request) -> None:
-    name, least = ("LPIPS", LPIPS_SIZE) if request.lpips else ("SSIM", WINDOW)
-    if config.resolution < least:
-        raise ValueError(f"{name} needs images of at least {least} pixels, a tokenizer's have {config.resolution}")
-    for keep in request.keeps:
-        config.merge_counts(config.raw_tokens, keep)
+def _check(configs: Collection[TokenizerConfig], request: Request) -> None:
+    metric, least = ("LPIPS", LPIPS_SIZE) if request.lpips else ("SSIM", WINDOW)
+    if small := [config.resolution for config in configs if config.resolution < least]:
+        raise ValueError(f"{metric} needs images of at least {least} pixels, a tokenizer's have {small[0]}")
+    for config in configs:
+        for keep in request.keeps:
+            config.merge_counts(config.raw_tokens, keep)
 
 
 def _images(request: Request, size: int) -> dict[str, Images]:
