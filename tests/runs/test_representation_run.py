@@ -188,6 +188,7 @@ def test_images_of_both_sets_are_counted(root, tmp_path, capsys):
         (["--keep", "17"], "17"),
         (["--keep", "10", "10"], "--keep 10 10: at least one, and each once"),
         (["--seeds", "0"], "--seeds 0"),
+        (["--size", "8"], "--size 8: positive, and for teachers alone"),
         (["--test-folder", "ROOT/train"], "training and test images are the same"),
         (["--test-folder", "ROOT/train/dark"], "its images have no labels"),
         (["--test-folder", "ROOT/other"], "have classes of other names"),

@@ -40,7 +40,7 @@ def test_learning_and_drawing_concepts():
 def test_a_teachers_step():
     config, task = programs.read("mergevq_teacher", [])
     step = programs.trace(config, task, jax.devices())
-    assert (task, step.name) == ("teacher", "step, 6 views, batch 64") and set(step.held) == {"parameters", "state"}
+    assert (task, step.name) == ("teacher", "step, 6 views, batch 32") and set(step.held) == {"parameters", "state"}
     for request, message in ((Request(sample=True), "a teacher has no sampler"), (Request(keep=9), "--keep is for")):
         with pytest.raises(ValueError, match=message):
             programs.trace(config, task, jax.devices(), request)

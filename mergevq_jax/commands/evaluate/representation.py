@@ -50,7 +50,7 @@ class Request:
     keeps: tuple[int, ...] = (64, 144, 256)  # K of a training-size image
     poolings: tuple[str, ...] = (MEAN,)
     seeds: int = 3  # of probes, fine-tuning and random weights
-    size: int | None = None  # of the images without a tokenizer; None: the teacher's own
+    size: int | None = None  # of the images, if there is no tokenizer; None: the teacher's
     batch_size: int = 32  # of the features; no figure depends on it
     config: rows_lib.RepresentationConfig = rows_lib.RepresentationConfig()
 
@@ -62,6 +62,8 @@ class Request:
                 raise ValueError(f"{name} {' '.join(map(str, values))}: at least one, and each once")
         if min(self.seeds, self.batch_size) < 1:
             raise ValueError(f"--seeds {self.seeds} and --batch-size {self.batch_size}: at least 1")
+        if self.size is not None and (self.tokenizers or self.size < 1):
+            raise ValueError(f"--size {self.size}: positive, and for teachers alone: a tokenizer has its own")
         if self.train == self.test:
             raise ValueError("training and test images are the same: choose another --test-split or --test-folder")
 
@@ -83,9 +85,10 @@ def evaluate(request: Request, *, out: AnyPath) -> None:
         train, test = LabelledImages(request.train, size), LabelledImages(request.test, size)
         check_same_classes([(images.name, images.classes) for images in (train, test)])
         request.config.check(request.methods, len(train))
-        for method in {LINEAR, FINETUNE} & set(request.methods):
-            batch_size = getattr(request.config, method).batch_size
-            check_batch(f"{method}.batch_size", batch_size, make_mesh(MeshConfig()))
+        for method in (LINEAR, FINETUNE):
+            if method in request.methods:
+                batch_size = getattr(request.config, method).batch_size
+                check_batch(f"{method}.batch_size", batch_size, make_mesh(MeshConfig()))
         encoders = _encoders(request, size)
         rows = rows_lib.rows_of(encoders, request.poolings, request.seeds)
         wanted = _protocol(request, encoders, train, test)
