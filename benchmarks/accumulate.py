@@ -53,7 +53,7 @@ def generator_program(parts: int, mesh: jax.sharding.Mesh) -> tuple[Program, int
         kind=config.kind,
         window=config.window,
         classes=(),
-        tokenizer=TokenizerRef(name=config.tokenizer, fingerprint=tokenizer.fingerprint()),
+        tokenizer=TokenizerRef(name=config.tokenizer, fingerprint=tokenizer.code_fingerprint()),
         architecture=config.model,
     )
     return generator_run.Run(config, tokenizer, info, optimizer, mesh).program, config.data.batch_size

@@ -66,6 +66,12 @@ def build(
     return result
 
 
+def build_known(cls: type[T], fields: Mapping[str, Any], path: str) -> T:
+    """As `build`, from another program's file: fields that the dataclass lacks are left out."""
+    known = {field.name for field in dataclasses.fields(cls)}
+    return build(cls, {name: value for name, value in fields.items() if name in known}, path)
+
+
 def added(default: Any) -> Any:
     """A dataclass field that older files lack. `to_dict` leaves it out at its default, so that what it gives for an
     old config, and every fingerprint of that, stays the same."""

@@ -1,6 +1,7 @@
 """Pictures for people: labelled image grids, heat maps, merged groups drawn on an image, loss curves."""
 
 import contextlib
+import io
 import json
 import os
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -24,6 +25,13 @@ def save_png(path: str | os.PathLike, image: np.ndarray) -> None:
     """Writes a uint8 [H, W, 3] picture; a reader sees the old file or the whole new one."""
     with replacing(path) as new:
         Image.fromarray(_checked(image)).save(new, format="PNG")
+
+
+def jpeg(image: np.ndarray) -> bytes:
+    """A uint8 [H, W, 3] picture as a JPEG of quality 95 with full colour resolution."""
+    buffer = io.BytesIO()
+    Image.fromarray(_checked(image)).save(buffer, format="JPEG", quality=95, subsampling=0)
+    return buffer.getvalue()
 
 
 def _checked(image: np.ndarray) -> np.ndarray:

@@ -91,7 +91,7 @@ def random_generator(tokenizer: Tokenizer, name: str, kind: str = "merge") -> Ge
         kind=kind,
         window=3,
         classes=("even", "odd"),
-        tokenizer=TokenizerRef(name=name, fingerprint=tokenizer.fingerprint()),
+        tokenizer=TokenizerRef(name=name, fingerprint=tokenizer.code_fingerprint()),
         architecture=architecture,
     )
     starts = new_counts(architecture) if kind == "random" else None

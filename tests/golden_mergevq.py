@@ -1,4 +1,4 @@
-"""Golden files of the MergeVQ modules and of DINOv2; see check_golden.py."""
+"""Golden files of the MergeVQ modules and of DINO; see check_golden.py."""
 
 import functools
 import math
@@ -21,7 +21,7 @@ from mergevq_jax.tokenizer.encoder import Encoder
 from mergevq_jax.tokenizer.losses import adversarial
 from mergevq_jax.tokenizer.quantizers import lfq
 from mergevq_jax.tokenizer.recovery import SourceRecovery
-from runtime_jax.networks import dinov2
+from runtime_jax.networks import dino, dinov2
 from runtime_jax.weights import CONV, Rule, export_weights, layer, norm
 
 
@@ -213,6 +213,13 @@ def run_dinov2(config: dict, params: Tensors, inputs: Tensors) -> Tensors:
     return {"hidden": output.hidden, "pooled": output.pooled}
 
 
+def run_dino(config: dict, params: Tensors, inputs: Tensors) -> Tensors:
+    sizes = dino.parse_config(config)
+    module = dinov2.DINOv2(sizes)
+    output = apply({"params": dino.convert_dino(params, sizes)}, to_nhwc(inputs["x"]), module=module)
+    return {"hidden": output.hidden, "pooled": output.pooled}
+
+
 RUNNERS: dict[str, Callable[[dict, Tensors, Tensors], Tensors]] = {
     "tome_step": run_tome_step,
     "encoder": run_encoder,
@@ -222,5 +229,6 @@ RUNNERS: dict[str, Callable[[dict, Tensors, Tensors], Tensors]] = {
     "source_recovery": run_source_recovery,
     "patchgan": run_patchgan,
     "gpt": run_gpt,
+    "dino": run_dino,
     "dinov2": run_dinov2,
 }

@@ -30,9 +30,9 @@ def shapes(module: nn.Module, shape: tuple[int, ...], options: Options = ()) -> 
 
 
 @functools.partial(jit, static_argnames=("module", "options"))
-def apply(variables: Any, inputs: Any, *, module: nn.Module, options: Options = ()) -> Any:
+def apply(variables: Any, *inputs: Any, module: nn.Module, options: Options = ()) -> Any:
     """The module's outputs."""
-    return module.apply(variables, inputs, **dict(options))
+    return module.apply(variables, *inputs, **dict(options))
 
 
 def convert_both_ways(table: Sequence[Rule], source: Tensors, target: Any, *, ignore: Sequence[str] = ()) -> Any:

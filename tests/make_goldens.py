@@ -35,7 +35,7 @@ class Golden(NamedTuple):
 
 def normal(rng: np.random.Generator, *shape: int, scale: float = 1.0, mean: float = 0.0) -> torch.Tensor:
     """Normal values, float32; NumPy's, because PyTorch's may differ between versions and machines."""
-    return torch.from_numpy(mean + scale * rng.normal(size=shape)).float()
+    return torch.from_numpy(np.asarray(mean + scale * rng.normal(size=shape))).float()
 
 
 def randomise(model: torch.nn.Module, rng: np.random.Generator) -> Tensors:
@@ -49,7 +49,7 @@ def randomise(model: torch.nn.Module, rng: np.random.Generator) -> Tensors:
             values[name] = normal(rng, *shape, scale=0.2, mean=1.0)
         elif name.endswith("weight"):
             values[name] = normal(rng, *shape, scale=float(np.prod(shape[1:])) ** -0.5)
-        else:  # tokens and position embeddings
+        else:  # tokens, position embeddings and temperatures
             values[name] = normal(rng, *shape, scale=0.5)
     model.load_state_dict(values, strict=False)  # without the buffers
     return model.state_dict()
@@ -149,6 +149,48 @@ def clip_text(rng: np.random.Generator) -> Golden:
     return Golden(config, params, {"input_ids": ids}, outputs)
 
 
+def clip(rng: np.random.Generator) -> Golden:
+    """Both towers, of different widths, and their projections; eos_token_id is a real one, as in newer configs."""
+    from transformers import CLIPConfig, CLIPModel
+
+    sizes = {"num_hidden_layers": 2, "num_attention_heads": 4, "hidden_act": "quick_gelu"}
+    text = {"vocab_size": 99, "hidden_size": 32, "intermediate_size": 64, "max_position_embeddings": 16}
+    text |= {"eos_token_id": 98, "bos_token_id": 0, "pad_token_id": 1}
+    vision = {"hidden_size": 48, "intermediate_size": 80, "image_size": 28, "patch_size": 7}
+    config = {"model_type": "clip", "projection_dim": 24, "text_config": text | sizes, "vision_config": vision | sizes}
+    model = CLIPModel(CLIPConfig(**config)).eval()
+    params, images, ids = randomise(model, rng), normal(rng, 2, 3, 28, 28), rng.integers(3, 98, (3, 16))
+    for row, end in zip(ids, (4, 11, 15), strict=True):
+        row[end:] = 98
+    inputs = {"x": images, "input_ids": torch.from_numpy(ids)}
+    outputs = {
+        "images": model.get_image_features(pixel_values=images).pooler_output,
+        "texts": model.get_text_features(input_ids=inputs["input_ids"]).pooler_output,
+    }
+    return Golden(config, params, inputs, outputs)
+
+
+def dino(rng: np.random.Generator) -> Golden:
+    """DINO's first version: a ViT without LayerScale, with its own epsilon."""
+    from transformers import ViTConfig, ViTModel
+
+    config = {
+        "model_type": "vit",
+        "hidden_size": 32,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "intermediate_size": 128,
+        "image_size": 28,
+        "patch_size": 7,
+        "num_channels": 3,
+        "layer_norm_eps": 1e-3,  # larger than any in use, so that another one shows
+    }
+    model = ViTModel(ViTConfig(**config), add_pooling_layer=False).eval()
+    params, images = randomise(model, rng), normal(rng, 2, 3, 28, 28)
+    hidden = model(pixel_values=images).last_hidden_state
+    return Golden(config, params, {"x": images}, {"hidden": hidden, "pooled": hidden[:, 0]})
+
+
 def t5_encoder(rng: np.random.Generator) -> Golden:
     """Texts longer than the distances that have buckets of their own."""
     from transformers import T5Config, T5EncoderModel
@@ -201,7 +243,9 @@ def inception(rng: np.random.Generator) -> Golden:
 
 # By the name of the file, which tells check_golden.py the module.
 MAKERS: dict[str, Callable[[np.random.Generator], Golden]] = {
+    "clip": clip,
     "clip_text": clip_text,
+    "dino": dino,
     "dinov2": dinov2,
     "flow_schedule": flow_schedule,
     "flux_transformer": functools.partial(

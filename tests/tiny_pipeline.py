@@ -12,13 +12,13 @@ import tokenizers
 from flax import traverse_util
 from tokenizers import models, pre_tokenizers, processors, trainers
 
+from runtime_jax.networks.clip import CLIPTextConfig, CLIPTextEncoder
 from tokenverse_jax.flux.autoencoder import Autoencoder, AutoencoderConfig
 from tokenverse_jax.flux.model import FluxConfig, param_shapes
 from tokenverse_jax.flux.model_folder import Part
 from tokenverse_jax.flux.pipeline import Pipeline
 from tokenverse_jax.flux.schedule import PRESETS
 from tokenverse_jax.flux.text import load_tokenizer
-from tokenverse_jax.flux.text_encoders.clip import CLIPTextConfig, CLIPTextEncoder
 from tokenverse_jax.flux.text_encoders.t5 import T5Config, T5Encoder
 
 TEXT_LENGTH = 24

@@ -1,4 +1,4 @@
-"""The command line: tokenverse generate | direction | learn | concepts | inspect | bench | train-base |
+"""The command line: tokenverse generate | direction | learn | concepts | inspect | bench | evaluate | train-base |
 scenes."""
 
 import argparse
@@ -21,6 +21,11 @@ A concept is given as TARGET=FILE[:WORD][@STRENGTH]:
   --concept doll=bank/doll.safetensors           the file's "doll", or its only word, on the prompt's "doll"
   --concept dawn=bank/street.safetensors:light   the file's "light" on the prompt's "dawn"
   --concept "circle#2=bank/a.safetensors@0.8"    on the prompt's second "circle", weakened
+"""
+EVALUATE = """\
+For example:
+  tokenverse evaluate runs/example --make-example
+  tokenverse evaluate runs/example --out runs/evaluate
 """
 
 
@@ -88,6 +93,31 @@ def _command_line() -> CommandLine:
 
     sub = line.command("bench", _bench, "Learn, draw and measure concepts on mini_scenes, or resume.")
     config_arguments(sub)
+
+    sub = line.command(
+        "evaluate",
+        _evaluate,
+        "Learn, draw and score concepts on a folder in DreamBench++'s layout, or resume.",
+        epilog=EVALUATE,
+        several=True,
+    )
+    sub.add_argument("benchmark", help="folder with images/ and captions/")
+    sub.add_argument("--out", type=path, default=Path("runs/evaluate"))
+    sub.add_argument(
+        "--config",
+        default="tokenverse_tiny",
+        help="of `learn`: base model, size, sampling, and how concepts are learned (default: tokenverse_tiny)",
+    )
+    sub.add_argument("--concepts", help="folder of concept files, such as OUT/concepts of another run; learns nothing")
+    sub.add_argument("--mode", choices=("stored", "recomputed"), default="stored", help="see generate")
+    sub.add_argument("--strength", type=float, default=1.0, help="of all concepts; 0 draws the prompts alone")
+    sub.add_argument("--num", type=int, default=1, help="images of each prompt (default: 1)")
+    sub.add_argument("--batch-size", type=int, help="images at once (default: 16 of 64 px, 1 of 256 px or more)")
+    sub.add_argument("--clip", help="weights for CLIP-I and CLIP-T: folder or hub id in transformers' layout")
+    sub.add_argument("--dino", help="the same for DINO or DINOv2")
+    sub.add_argument("--no-scores", action="store_true", help="no figures, not even mini_scenes' judge's")
+    sub.add_argument("--answers", nargs="+", default=[], help="JSONL files of an outside judge's answers")
+    sub.add_argument("--make-example", action="store_true", help="only write a small benchmark of mini_scenes there")
 
     sub = line.command(
         "train-base", _train_base, "Train the tiny FLUX pipeline on mini_scenes, or resume.", several=True
@@ -220,6 +250,24 @@ def _bench(args, overrides) -> None:
     from tokenverse_jax.bench.run import BenchConfig, bench
 
     print(f"the report is in {bench(_build(BenchConfig, args, overrides), args.workdir)}")
+
+
+def _evaluate(args, overrides) -> None:
+    from tokenverse_jax.commands.evaluate import EvaluateConfig, evaluate
+    from tokenverse_jax.commands.learn import LearnRunConfig
+    from tokenverse_jax.evaluate.example import write_example
+
+    if args.make_example:
+        write_example(args.benchmark)
+        print(f"the example is in {args.benchmark}")
+        return
+    names = ("benchmark", "concepts", "mode", "strength", "num", "batch_size", "clip", "dino")
+    config = EvaluateConfig(
+        **{name: getattr(args, name) for name in names}, scores=not args.no_scores, answers=tuple(args.answers)
+    )
+    if table := evaluate(config, _build(LearnRunConfig, args, overrides), args.out):
+        print(table)
+    print(f"table.md, results.json, images.png and requests.jsonl are in {args.out}")
 
 
 def _train_base(args, overrides) -> None:

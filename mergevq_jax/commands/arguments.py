@@ -1,7 +1,7 @@
 """Arguments that several commands have."""
 
 from argparse import ArgumentParser, Namespace
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # imported when a command runs
@@ -11,6 +11,8 @@ if TYPE_CHECKING:  # imported when a command runs
     from runtime_jax.nn.compute import Compute
 
 TINY, TINY_GENERATOR = "tiny", "tiny-mergear"  # names of what is shipped with the package
+SAMPLING = ("tokenizer", "classes", "keep", "cfg_schedule", "cfg_interval", "temperature", "top_k", "top_p", "greedy")
+SAMPLING += ("window", "capacity", "policy", "steps", "seed", "dtype", "tensor")
 ONE_OR_EACH: dict[str, Any] = {"nargs": "+", "metavar": "VALUE"}  # one value, or one for each sub-token
 
 
@@ -37,7 +39,7 @@ def source_of(args: Namespace) -> "SourceConfig | None":
 
 
 def sampling_arguments(parser: ArgumentParser) -> None:
-    """How a generator draws; without --cfg-scale."""
+    """How a generator draws, without --cfg-scale; `SAMPLING` names them."""
     parser.add_argument("--tokenizer", help="the generator's tokenizer, if that has moved since training")
     parser.add_argument(
         "--class",
@@ -69,6 +71,11 @@ def sampling_arguments(parser: ArgumentParser) -> None:
         default=1,
         help="devices that share each weight (default: 1); the rest split batches",
     )
+
+
+def given(args: Namespace, defaults: Mapping[str, Any]) -> list[str]:
+    """The arguments among `defaults` that have another value."""
+    return [f"--{name.replace('_', '-')}" for name, value in defaults.items() if getattr(args, name) != value]
 
 
 def one_or_each(values: Sequence[Any]) -> Any:

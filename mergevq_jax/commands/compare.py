@@ -18,7 +18,6 @@ from mergevq_jax.generator.images import recovered_to_images
 from mergevq_jax.generator.kinds.randar import Codes
 from mergevq_jax.generator.kinds.table import KINDS
 from mergevq_jax.tokenizer.model import Tokenizer, load_tokenizer, read_tokenizer_config
-from mergevq_jax.tokenizer.tome import group_starts
 from mini_scenes import CLASSES, make_config
 from mini_scenes.judge import Judge
 from runtime_jax.cost import table
@@ -171,8 +170,7 @@ def _reconstructions(tokenizer: Tokenizer, keeps: Sequence[int], size: int) -> d
 
     def recovered(images: Images, *, keep: int) -> Images:
         tokens = tokenizer.encode(images, keep=keep)
-        positions = group_starts(tokens.source_map, keep)
-        return recovered_to_images(tokenizer, Codes(tokens.indices, positions))
+        return recovered_to_images(tokenizer, Codes(tokens.indices, tokens.group_starts))
 
     ways = {f"reconstructed, K = {keep}": functools.partial(tokenizer.reconstruct, keep=keep) for keep in keeps}
     if tokenizer.config.recovery is None or tokenizer.config.resolution != size:

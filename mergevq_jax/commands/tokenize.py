@@ -60,7 +60,7 @@ def tokenize(
         loaded = load_tokenizer(tokenizer)
         shards = -(-len(images) // shard_size)
         info = {
-            "tokenizer": loaded.fingerprint(),
+            "tokenizer": loaded.code_fingerprint(),
             "bits": config.bits,
             "keep": keep,
             "grid": list(config.grid(config.resolution, config.resolution)),

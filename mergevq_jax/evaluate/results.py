@@ -7,13 +7,13 @@ import contextlib
 import hashlib
 import importlib.metadata
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
-from mergevq_jax.evaluate.features import FeatureNetwork
+from mergevq_jax.evaluate.features import FeatureNetwork, load_feature_network
 from mergevq_jax.evaluate.images import RANDOM, Images
 from runtime_jax import config as config_lib
 from runtime_jax import hosts
@@ -67,6 +67,25 @@ def claimed(out: AnyPath, wanted: Mapping[str, Any]) -> Iterator[AnyPath]:
         raise
 
 
+def load_networks(sources: Sequence[str], shapes: Iterable[tuple[int, ...]]) -> list[FeatureNetwork]:
+    """Feature networks for images of these heights and widths.
+
+    Raises:
+      ValueError: as `load_feature_network`; two of one kind; sides that a network cannot read.
+    """
+    networks = [load_feature_network(source) for source in sources]
+    if len({network.name for network in networks}) < len(networks):
+        raise ValueError(f"--features {' '.join(sources)}: each kind of network once")
+    for network in networks:
+        for height, width in shapes:
+            if height % network.side or width % network.side:
+                raise ValueError(
+                    f"{network.name} needs sides that are multiples of {network.side} pixels, images have {width} x "
+                    f"{height}"
+                )
+    return networks
+
+
 def finish(out: AnyPath, wanted: Mapping[str, Any], fields: Mapping[str, Any]) -> None:
     """Writes results.json and deletes the parts."""
     write_json(out / RESULTS_NAME, {"evaluation": wanted, **fields})
@@ -102,8 +121,11 @@ def describe_network(network: FeatureNetwork) -> dict[str, str]:
 
 
 def describe_estimate(value: Estimate | None) -> dict[str, Any] | None:
-    """An estimate for results.json."""
-    return None if value is None else {"mean": value.mean, "half_width": value.half_width}
+    """An estimate for results.json, which has no infinite numbers: "inf" is the mean PSNR if one image is exact."""
+    if value is None:
+        return None
+    numbers = {"mean": value.mean, "half_width": value.half_width}
+    return {name: str(x) if x is not None and not np.isfinite(x) else x for name, x in numbers.items()}
 
 
 def digests(images: np.ndarray) -> np.ndarray:

@@ -188,13 +188,12 @@ def check_data(
 
 def _check_tokens(tokens: _Tokens, tokenizer: Tokenizer, keeps: Sequence[int]) -> dict[str, list[str] | None]:
     """The classes of each folder; all folders must hold codes of this tokenizer."""
-    fingerprint = tokenizer.fingerprint()
     for path, info in tokens.infos.items():
-        if info["tokenizer"] != fingerprint:
+        if not tokenizer.made(info["tokenizer"]):
             raise ValueError(
                 f"{path} holds codes of another tokenizer ({info['bits']} bits, grid {info['grid']}, fingerprint "
                 f"{info['tokenizer'][:12]}) than this run's ({tokenizer.config.bits} bits, fingerprint "
-                f"{fingerprint[:12]})"
+                f"{tokenizer.code_fingerprint()[:12]})"
             )
     if missing := sorted(set(keeps) - tokens.folders.keys()):
         raise ValueError(

@@ -39,7 +39,7 @@ class TokenizerRef:
     """The tokenizer whose codes a generator generates."""
 
     name: str  # shipped, folder or hub id
-    fingerprint: str
+    fingerprint: str  # `Tokenizer.code_fingerprint`
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,9 +134,10 @@ class GeneratorModel:
         """
         source = self.info.tokenizer.name if source is None else source
         tokenizer = load_tokenizer(source)
-        if (found := tokenizer.fingerprint()) != self.info.tokenizer.fingerprint:
+        if not tokenizer.made(self.info.tokenizer.fingerprint):
+            found = tokenizer.code_fingerprint()
             raise ValueError(
-                f"tokenizer {source} (fingerprint {found[:12]}) is not the one that this generator was trained with: "
+                f"tokenizer {source} (fingerprint {found[:12]}) does not make the codes that this generator learned: "
                 f"{self.info.tokenizer.name} (fingerprint {self.info.tokenizer.fingerprint[:12]})"
             )
         return tokenizer
@@ -219,6 +220,6 @@ def import_released(
     check_tokenizer(config, loaded)
     table = convert.generator_table(config)
     params = import_weights(table, convert.generator_from_released(tensors), param_shapes(config))
-    reference = TokenizerRef(name=str(tokenizer), fingerprint=loaded.fingerprint())
+    reference = TokenizerRef(name=str(tokenizer), fingerprint=loaded.code_fingerprint())
     info = GeneratorInfo(kind="plain", window=config.length, classes=(), tokenizer=reference, architecture=config)
     return GeneratorModel(info, params)

@@ -142,7 +142,7 @@ def train(config: TrainConfig, workdir: str | os.PathLike) -> loop.Result:
         start = load_generator(config.init_from) if config.init_from else None
         if start and start.config != config.model:
             raise ValueError(f"init_from {config.init_from}: its architecture is {start.config}, not {config.model}")
-        if start and start.info.tokenizer.fingerprint != info.tokenizer.fingerprint:
+        if start and not tokenizer.made(start.info.tokenizer.fingerprint):
             raise ValueError(
                 f"init_from {config.init_from}: its codes are not those of the tokenizer {config.tokenizer}"
             )
@@ -203,7 +203,7 @@ def check(config: TrainConfig, tokenizer: Tokenizer) -> GeneratorInfo:
         kind=config.kind,
         window=kind.window(config.model, config.window),
         classes=classes,
-        tokenizer=TokenizerRef(name=config.tokenizer, fingerprint=tokenizer.fingerprint()),
+        tokenizer=TokenizerRef(name=config.tokenizer, fingerprint=tokenizer.code_fingerprint()),
         architecture=config.model,
     )
     if kind.recovers and tokenizer.config.recovery is None:

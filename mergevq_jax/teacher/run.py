@@ -18,7 +18,7 @@ from runtime_jax.config import naming
 from runtime_jax.data import DataConfig, make_batches, num_examples
 from runtime_jax.data.pipeline import Batches
 from runtime_jax.mesh import MeshConfig, make_mesh
-from runtime_jax.networks.dinov2 import DINOv2Config, save_dinov2
+from runtime_jax.networks.dinov2 import LAYER_NORM_EPSILON, DINOv2Config, save_dinov2
 from runtime_jax.nn.compute import Compute
 from runtime_jax.training import loop
 from runtime_jax.training.fit import fit
@@ -64,6 +64,8 @@ class TrainConfig:
                 f"model: image_size={model.image_size} must be a multiple of patch_size={model.patch_size}, "
                 f"width={model.width} of num_heads={model.num_heads}"
             )
+        if not model.layer_scale or model.layer_norm_epsilon != LAYER_NORM_EPSILON:
+            raise ValueError(f"model: DINOv2 has layer_scale=True and layer_norm_epsilon={LAYER_NORM_EPSILON}")
         if not 0 <= self.ema_decay < 1:
             raise ValueError(f"ema_decay={self.ema_decay} is in [0, 1)")
         if len(self.whole_views) < 2:

@@ -19,6 +19,7 @@ class RecoveryConfig:
     num_layers: int = 2  # cross-attention
     num_self_layers: int = 0  # self-attention after them: the paper has two, the released module none
     num_heads: int = 8
+    positions: Literal["none", "starts"] = added("none")  # of the kept tokens; see `SourceRecovery`
 
 
 @dataclass(frozen=True, kw_only=True)

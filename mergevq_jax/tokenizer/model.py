@@ -6,7 +6,7 @@ Axes: B batch, H W image, h w grid of raw tokens, L = h w, K kept tokens, C chan
 import functools
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import flax.linen as nn
@@ -43,7 +43,9 @@ class _AllModules(nn.Module):
         config = self.config
         encoded = Encoder(config, name="encoder")(images, keep=config.keep, with_head=config.dist_head is not None)
         if config.recovery is not None:
-            SourceRecovery(config.recovery, config.raw_tokens, config.layer_scale, name="recovery")(encoded.z)
+            starts = tome.group_starts(encoded.source_map, config.keep)
+            recovery = SourceRecovery(config.recovery, config.raw_tokens, config.layer_scale, name="recovery")
+            recovery(encoded.z, starts)
         grid = config.grid(*images.shape[1:3])
         Decoder(config, name="decoder")(jnp.zeros((images.shape[0], *grid, config.z_channels)))
 
@@ -109,17 +111,26 @@ def decode(
 
 
 def recover(
-    params: Params, config: TokenizerConfig, codes: Float[Array, "B K C"], *, compute: Compute = Compute()
+    params: Params,
+    config: TokenizerConfig,
+    codes: Float[Array, "B K C"],
+    group_starts: Int[Array, "B K"] | None = None,
+    *,
+    compute: Compute = Compute(),
 ) -> Float[Array, "B L K"]:
-    """Logits of the source map from the codes alone; see `SourceRecovery`.
+    """Logits of the source map from the codes, and from where their groups start if the config reads that.
+
+    See `SourceRecovery`.
 
     Raises:
-      ValueError: this tokenizer has no source recovery.
+      ValueError: this tokenizer has no source recovery, or it needs `group_starts`.
     """
     if config.recovery is None:
         raise ValueError("this tokenizer has no source recovery (config.recovery is None)")
+    if config.recovery.positions == "starts" and group_starts is None:
+        raise ValueError("this tokenizer's source recovery reads where groups start: give group_starts")
     module = SourceRecovery(config.recovery, config.raw_tokens, config.layer_scale, compute)
-    return module.apply({"params": params["recovery"]}, codes)
+    return module.apply({"params": params["recovery"]}, codes, group_starts)
 
 
 @flax.struct.dataclass
@@ -129,6 +140,11 @@ class Tokens:
     indices: Int[Array, "B K"]  # of each kept token's code
     source_map: Int[Array, "B L"]  # kept token of each raw position
     grid: tuple[int, int] = flax.struct.field(pytree_node=False)  # (h, w)
+
+    @property
+    def group_starts(self) -> Int[Array, "B K"]:
+        """Raster position of each group's first member; L for an empty group."""
+        return tome.group_starts(jnp.asarray(self.source_map), self.indices.shape[1])
 
 
 @dataclass(frozen=True)
@@ -164,6 +180,21 @@ class Tokenizer:
     def fingerprint(self) -> str:
         """SHA-256 of config and parameters: one tokenizer's codes mean nothing to another."""
         return model_folder.fingerprint(self.config, convert.tokenizer_table(self.config), self.params)
+
+    def code_fingerprint(self) -> str:
+        """SHA-256 of what makes the codes: all but decoder, source recovery and alignment head."""
+        config = replace(self.config, recovery=None, dist_head=None, num_classes=768, num_rep_blocks=0)
+        encoder = {name: params for name, params in self.params["encoder"].items() if name != "head"}
+        return model_folder.fingerprint(config, convert.encoder_table(config), encoder)
+
+    def made(self, fingerprint: str) -> bool:
+        """Whether codes with this fingerprint are this tokenizer's; older files hold `fingerprint()` in its place."""
+        return fingerprint in (self.code_fingerprint(), self.fingerprint())
+
+    def recovered(self, tokens: "Tokens") -> "Tokens":
+        """The tokens with the source map that source recovery predicts from what it reads of them; as `recover`."""
+        starts = tokens.group_starts if self.config.recovery and self.config.recovery.positions == "starts" else None
+        return tokens.replace(source_map=self.recover(tokens.indices, starts))
 
     def encode(
         self, images: UInt8[np.ndarray, "B H W 3"] | UInt8[Array, "B H W 3"], *, keep: int | None = None
@@ -203,7 +234,7 @@ class Tokenizer:
           group_starts: raster position of each group's first member, if known; see `recovered_source_map`.
 
         Raises:
-          ValueError: this tokenizer has no source recovery.
+          ValueError: this tokenizer has no source recovery, or it needs `group_starts`.
           NotFiniteError: logits that are not finite.
         """
         source_map, finite = _recover_source_map(
@@ -264,7 +295,7 @@ def _encode_images(params, images, config, keep, compute, entries):
 @functools.partial(jax.jit, static_argnames=("config", "compute", "entries"))
 def _recover_source_map(params, indices, group_starts, config, compute, entries):
     codes = entries[0].from_indices(indices, config.z_channels)
-    logits = recover(params, config, codes, compute=compute)
+    logits = recover(params, config, codes, group_starts, compute=compute)
     return constrain(recovered_source_map(logits, group_starts), None, None), all_finite(logits)
 
 

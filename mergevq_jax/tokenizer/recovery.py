@@ -16,7 +16,11 @@ from runtime_jax.nn.compute import Compute
 
 
 class SourceRecovery(nn.Module):
-    """L learned queries attend to the kept tokens; a shared head scores every query against every token."""
+    """L learned queries attend to the kept tokens; a shared head scores every query against every token.
+
+    In the released layout kept tokens have no positions, so the module must guess from a code where it belongs. With
+    `config.positions="starts"` each token also gets the query of the cell in which its group starts.
+    """
 
     config: RecoveryConfig
     raw_tokens: int  # L, of a training-size image
@@ -24,12 +28,22 @@ class SourceRecovery(nn.Module):
     compute: Compute = Compute()
 
     @nn.compact
-    def __call__(self, codes: Float[Array, "B K C"]) -> Float[Array, "B L K"]:
-        """Logits over the K kept tokens for each of the L raw positions."""
+    def __call__(
+        self, codes: Float[Array, "B K C"], group_starts: Int[Array, "B K"] | None = None
+    ) -> Float[Array, "B L K"]:
+        """Logits over the K kept tokens for each of the L raw positions.
+
+        `group_starts`: raster position of each group's first member, L for an empty group; unused without positions.
+        """
         config, compute = self.config, self.compute
-        width = config.rec_embed_dim
-        keys = layer_norm("norm_in", compute)(dense(width, "rec_embed", compute)(codes.astype(compute.jax_dtype)))
-        queries = self.param("rec_tokens", nn.initializers.normal(1e-6), (1, self.raw_tokens, width))
+        width, placed = config.rec_embed_dim, config.positions == "starts"
+        queries = self.param(
+            "rec_tokens", nn.initializers.normal(0.02 if placed else 1e-6), (1, self.raw_tokens, width)
+        )
+        tokens = dense(width, "rec_embed", compute)(codes.astype(compute.jax_dtype))
+        if placed:
+            tokens += jnp.take(queries[0], group_starts, axis=0, mode="fill", fill_value=0).astype(compute.jax_dtype)
+        keys = layer_norm("norm_in", compute)(tokens)
         x = jnp.broadcast_to(queries, (codes.shape[0], *queries.shape[1:])).astype(compute.jax_dtype)
         for index in range(config.num_layers):
             x = CrossAttentionBlock(config.num_heads, self.layer_scale, compute, name=f"blocks_{index}")(x, keys)

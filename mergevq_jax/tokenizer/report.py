@@ -41,8 +41,8 @@ def measure(tokenizer: Tokenizer, images: Images, keeps: Sequence[int], *, batch
             rows = slice(start, start + batch_size)
             values[0, rows] = psnr(np.asarray(tokenizer.decode(tokens))[: len(batch)], batch)
             if recovers:
-                guessed = tokens.replace(source_map=tokenizer.recover(tokens.indices))
-                values[1, rows] = psnr(np.asarray(tokenizer.decode(guessed))[: len(batch)], batch)
+                guessed = tokenizer.decode(tokenizer.recovered(tokens))
+                values[1, rows] = psnr(np.asarray(guessed)[: len(batch)], batch)
         direct, recovered = (estimate(row) for row in values)
         results.append(Reconstruction(keep, direct, recovered if recovers else None, usage))
     return results

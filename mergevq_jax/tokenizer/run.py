@@ -106,6 +106,7 @@ class TrainConfig:
             losses=self.losses,
             discriminator=self.discriminator,
             accumulate=self.accumulate,
+            only=self.optimizer.only,
             ema_decay=self.ema_decay,
             teacher=teacher,
             seed=self.seed,
@@ -133,12 +134,15 @@ def train(config: TrainConfig, workdir: str | os.PathLike) -> loop.Result:
             check_labels(config)
         step_config, frozen = load_frozen(config)
         start = Tokenizer.from_pretrained(config.init_from) if config.init_from else None
-        if start and start.config != config.model:
+        if start and replace(start.config, recovery=config.model.recovery) != config.model:
             raise ValueError(f"init_from {config.init_from}: its architecture is {start.config}, not {config.model}")
         images = evaluation_images(config.evaluation)
         mesh = make_mesh(config.mesh)
         sharding.check_batch("data.batch_size", batch_size, mesh, config.accumulate)
         notes = []
+        if start and start.config != config.model:
+            notes.append(f"init_from {config.init_from} has another source recovery; this run's starts anew")
+            start = replace(start, params={name: part for name, part in start.params.items() if name != "recovery"})
         if config.accumulate > 1 and (terms := step_config.taken_by_part()):
             part = batch_size // config.accumulate
             notes.append(f"accumulate={config.accumulate}: each part of {part} images has its own {', '.join(terms)}")
@@ -237,8 +241,9 @@ def new_state(program: Program, blocks_from: str | None = None) -> stage1.TrainS
 
 
 def with_weights(program: Program, tokenizer: Tokenizer, state: stage1.TrainState) -> stage1.TrainState:
-    """The state with the weights of a saved tokenizer of the same architecture."""
-    return _with_params(state, sharding.place(tokenizer.params, program.shardings.params))
+    """The state with the weights of a saved tokenizer of the same architecture; what it lacks stays as it is."""
+    shardings = {name: program.shardings.params[name] for name in tokenizer.params}
+    return _with_params(state, {**state.params, **sharding.place(tokenizer.params, shardings)})
 
 
 def _with_params(state: stage1.TrainState, params: Any) -> stage1.TrainState:

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float
 
-from mergevq_jax.tokenizer import model, recovery
+from mergevq_jax.tokenizer import model, recovery, tome
 from mergevq_jax.tokenizer.config import TokenizerConfig
 from mergevq_jax.tokenizer.losses import adversarial, alignment
 from mergevq_jax.tokenizer.losses.adversarial import LeCam, PatchDiscriminator
@@ -27,7 +27,7 @@ from runtime_jax.nn.compute import Compute
 from runtime_jax.prng import Stream, example_keys, stream_key
 from runtime_jax.sharding import IF_LARGE, Axis, Rule, constrain
 from runtime_jax.training.accumulate import accumulate
-from runtime_jax.training.optimizer import ema_update
+from runtime_jax.training.optimizer import constant_unless, ema_update
 from runtime_jax.training.update import Metrics, Optimizer, guarded
 
 Params = Any
@@ -46,6 +46,7 @@ class LossConfig:
     """Terms of stage 1 with the released code's defaults. A term of weight 0 is not computed."""
 
     pixel: Literal["l1", "l2"] = "l1"
+    pixel_weight: float = 1.0
     perceptual_weight: float = 1.0
     adversarial_weight: float = 0.1
     generator: Literal["hinge", "non_saturating"] = "non_saturating"
@@ -79,6 +80,7 @@ class StepConfig:
     losses: LossConfig = LossConfig()
     discriminator: DiscriminatorConfig = DiscriminatorConfig()
     accumulate: int = 1  # parts of one update; see `taken_by_part`
+    only: tuple[str, ...] = ()  # patterns of the generator's parameters that are trained; empty: all
     ema_decay: float = 0.999
     teacher: DINOv2Config | None = None  # of the alignment losses but "label"
     seed: int = 0
@@ -109,6 +111,9 @@ class StepConfig:
                     f"losses.alignment_size={losses.alignment_size} must be a multiple of the tokenizer's "
                     f"downsampling {config.downsampling}"
                 )
+        decoded = (losses.pixel_weight, losses.perceptual_weight, losses.adversarial_weight)
+        if not any((*decoded, losses.source_weight, losses.alignment_weight)):
+            raise ValueError("losses: pixel, perceptual, adversarial, source and alignment weights are all 0")
         if losses.source_weight and config.recovery is None:
             raise ValueError("losses.source_weight is not 0, but model.recovery is None: nothing to learn")
 
@@ -242,17 +247,21 @@ def train_step(
 def _losses(trained, disc_stats, lecam, frozen, batch, step, config: StepConfig, keep: int):
     """Sum of both sides' losses of one micro-batch; aux: metrics, batch statistics, LeCam averages."""
     params, disc_params = trained
+    params = constant_unless(params, config.only)
     losses = config.losses
     images = constrain(model.to_float(batch["image"]), Axis.BATCH, None, None, None)
     encoded = model.encode(params, config.model, images, keep=keep, compute=config.compute)
     quantizer = QUANTIZERS[config.model.quantizer]
     codes = quantizer.quantize(encoded.z)
-    grid = config.model.grid(*images.shape[1:3])
-    rebuilt = model.decode(params, config.model, codes, encoded.source_map, grid, compute=config.compute)
-    metrics = {"mse": jnp.mean(jnp.square(jnp.clip(rebuilt, -1, 1) - images))}
-
-    error = rebuilt - images
-    terms = {"pixel": (1.0, jnp.mean(jnp.abs(error) if losses.pixel == "l1" else jnp.square(error)))}
+    metrics, terms = {}, {}
+    if losses.pixel_weight or losses.perceptual_weight or losses.adversarial_weight:
+        grid = config.model.grid(*images.shape[1:3])
+        rebuilt = model.decode(params, config.model, codes, encoded.source_map, grid, compute=config.compute)
+        metrics["mse"] = jnp.mean(jnp.square(jnp.clip(rebuilt, -1, 1) - images))
+    if losses.pixel_weight:
+        error = rebuilt - images
+        distance = jnp.mean(jnp.abs(error) if losses.pixel == "l1" else jnp.square(error))
+        terms["pixel"] = (losses.pixel_weight, distance)
     if losses.perceptual_weight:
         distances = LPIPS(dtype=config.compute.jax_dtype).apply({"params": frozen.lpips}, images, rebuilt)
         terms["perceptual"] = (losses.perceptual_weight, jnp.mean(distances))
@@ -264,7 +273,9 @@ def _losses(trained, disc_stats, lecam, frozen, batch, step, config: StepConfig,
         terms["commitment"] = (losses.commitment_weight, quantizer.commitment(encoded.z))
     if losses.source_weight:
         # Codes are constants here: recovery learns to read them and does not shape them.
-        logits = model.recover(params, config.model, jax.lax.stop_gradient(codes), compute=config.compute)
+        starts = tome.group_starts(encoded.source_map, keep)
+        constant_codes = jax.lax.stop_gradient(codes)
+        logits = model.recover(params, config.model, constant_codes, starts, compute=config.compute)
         terms["source"] = (losses.source_weight, recovery.source_loss(logits, encoded.source_map))
         metrics["source/accuracy"] = jnp.mean(recovery.recovered_source_map(logits) == encoded.source_map)
     if losses.alignment_weight:

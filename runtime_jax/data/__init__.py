@@ -11,7 +11,7 @@ from runtime_jax.data.pipeline import (
     read_batches,
 )
 from runtime_jax.data.sources import MissingDatasetError, SourceConfig, check_same_classes, classes_of, open_source
-from runtime_jax.data.views import ResizedCropConfig, ViewConfig, center_crop
+from runtime_jax.data.views import ResizedCropConfig, ViewConfig, center_crop, resize_and_crop
 
 __all__ = [
     "DataConfig",
@@ -31,4 +31,5 @@ __all__ = [
     "open_source",
     "picture_sequence",
     "read_batches",
+    "resize_and_crop",
 ]

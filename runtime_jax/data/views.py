@@ -104,6 +104,22 @@ def center_crop(picture: Picture, size: int) -> UInt8[np.ndarray, "{size} {size}
     return _resize(picture, _centre(*_size(picture)), size)
 
 
+def resize_and_crop(picture: Picture, side: int, size: int) -> UInt8[np.ndarray, "{size} {size} 3"]:
+    """The centre of a picture whose shorter side was resized to `side` pixels, as classifiers and CLIP take it.
+
+    Raises:
+        ValueError: `size` is larger than `side`.
+    """
+    if size > side:
+        raise ValueError(f"a square of {size} pixels does not fit into a picture of {side}")
+    width, height = _size(picture)
+    image = picture if isinstance(picture, Image.Image) else Image.fromarray(picture)
+    width, height = (int(side * length / min(width, height)) for length in (width, height))
+    left, top = (width - size) // 2, (height - size) // 2
+    resized = image.resize((width, height), Image.Resampling.BICUBIC)
+    return np.asarray(resized.crop((left, top, left + size, top + size)))
+
+
 class _Box(NamedTuple):
     """Part of a picture, in pixels."""
 

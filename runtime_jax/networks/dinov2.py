@@ -53,6 +53,8 @@ class DINOv2Config:
     mlp_ratio: int = 4
     patch_size: int = 14
     image_size: int = 518
+    layer_scale: bool = True  # False: DINO's first version, see `dino`
+    layer_norm_epsilon: float = LAYER_NORM_EPSILON
 
 
 # By hub id; giant has another MLP (SwiGLU), which is not supported.
@@ -96,8 +98,8 @@ def resize_positions(
     return rearrange(grid, "i j d -> (i j) d")
 
 
-def _layer_norm(x: Array, name: str) -> Array:
-    return nn.LayerNorm(epsilon=LAYER_NORM_EPSILON, dtype=jnp.float32, use_fast_variance=False, name=name)(x)
+def _layer_norm(config: DINOv2Config, x: Array, name: str) -> Array:
+    return nn.LayerNorm(epsilon=config.layer_norm_epsilon, dtype=jnp.float32, use_fast_variance=False, name=name)(x)
 
 
 class Block(nn.Module):
@@ -117,16 +119,18 @@ class Block(nn.Module):
             return nn.Dense(features, dtype=self.dtype, name=name)
 
         def layer_scale(name: str):
+            if not config.layer_scale:
+                return 1
             return self.param(name, nn.initializers.ones, (config.width,))[None, None].astype(self.dtype)
 
-        y = _layer_norm(x, "norm1").astype(self.dtype)
+        y = _layer_norm(config, x, "norm1").astype(self.dtype)
         query, key, value = (
             rearrange(dense(config.width, name)(y), "b l (h d) -> b l h d", h=config.num_heads)
             for name in ("query", "key", "value")
         )
         y = rearrange(attention(query, key, value, backend=self.backend), "b l h d -> b l (h d)")
         x = x + dense(config.width, "out")(y) * layer_scale("scale1")
-        y = _layer_norm(x, "norm2").astype(self.dtype)
+        y = _layer_norm(config, x, "norm2").astype(self.dtype)
         y = gelu(dense(config.mlp_ratio * config.width, "fc1")(y))
         x = x + dense(config.width, "fc2")(y) * layer_scale("scale2")
         return constrain(x, Axis.BATCH, None, None), None
@@ -170,7 +174,7 @@ class DINOv2(nn.Module):
             length=config.num_layers,
         )(config, self.backend, self.dtype, name="blocks")
         x, _ = blocks(x, None)
-        hidden = _layer_norm(x, "norm")
+        hidden = _layer_norm(config, x, "norm")
         return DINOv2Output(hidden=hidden, pooled=hidden[:, 0])
 
 
@@ -259,7 +263,8 @@ def parse_config(fields: dict[str, Any]) -> DINOv2Config:
     missing = [source for source in _SIZES.values() if not isinstance(fields.get(source), int)]
     if missing:
         raise WeightError(f"DINOv2 config.json: not a whole number: {', '.join(missing)}")
-    return DINOv2Config(**{name: fields[source] for name, source in _SIZES.items()})
+    sizes = {name: fields[source] for name, source in _SIZES.items()}
+    return DINOv2Config(**sizes, layer_norm_epsilon=LAYER_NORM_EPSILON)
 
 
 def load_dinov2(source: str | os.PathLike) -> tuple[DINOv2Config, dict[str, Any]]:

@@ -10,6 +10,7 @@ import optax
 from optax.contrib import MuonDimensionNumbers, muon
 
 from runtime_jax.config import Duration
+from runtime_jax.messages import cut
 
 _KERNEL = re.compile(r"(^|/)kernel$")
 
@@ -31,6 +32,7 @@ class OptimizerConfig:
     eps: float = 1e-8
     weight_decay: float = 0.0  # decoupled; kernels only (with Muon, its own): no norm, bias, LayerScale or embedding
     clip_norm: float | None = None  # of the global gradient
+    only: tuple[str, ...] = ()  # patterns in the paths of the parameters that are trained; empty: all
 
     def __post_init__(self):
         if (self.schedule == "steps") != bool(self.drops):
@@ -71,7 +73,34 @@ def make_schedule(
 
 
 def make_optimizer(config: OptimizerConfig, schedule: optax.Schedule) -> optax.GradientTransformation:
-    """Clip; Adam, or Muon and NAdam; decoupled weight decay on kernels; minus the learning rate."""
+    """Clip; Adam, or Muon and NAdam; decoupled weight decay on kernels; minus the learning rate.
+
+    With `only`, other parameters have no moments and don't change. A pattern that matches none is a ValueError, when
+    the optimizer's state is made.
+    """
+    if not config.only:
+        return _for_all(config, schedule)
+    parts = {True: _for_all(config, schedule), False: optax.set_to_zero()}
+    return optax.partition(parts, lambda params: _trained(params, config.only))
+
+
+def constant_unless(params: Any, only: tuple[str, ...]) -> Any:
+    """The parameters, of which those without a match in `only` have no gradient; empty: all have one."""
+    if not only:
+        return params
+    return jax.tree.map(lambda x, keep: x if keep else jax.lax.stop_gradient(x), params, _trained(params, only))
+
+
+def _trained(params: Any, only: tuple[str, ...]) -> Any:
+    names = [_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
+    for pattern in only:
+        if not any(re.search(pattern, name) for name in names):
+            raise ValueError(f"optimizer.only: {pattern!r} matches no parameter; there are {cut(names)}")
+    matches = re.compile("|".join(f"(?:{pattern})" for pattern in only)).search
+    return jax.tree_util.tree_map_with_path(lambda path, _: bool(matches(_name(path))), params)
+
+
+def _for_all(config: OptimizerConfig, schedule: optax.Schedule) -> optax.GradientTransformation:
     clip = optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity()
     if config.muon_learning_rate is not None:
         ratio = config.muon_learning_rate / config.learning_rate

@@ -355,7 +355,7 @@ def _spoil(path: Path, kind: str) -> Path:
     [
         ("tome_step.safetensors", "missing", "no such file"),
         ("tome_step.safetensors", "corrupt", "not a readable safetensors file"),
-        ("unet.safetensors", "no output", "no module of that name; known are clip_text, decoder, dinov2"),
+        ("unet.safetensors", "no output", "no module of that name; known are clip, clip_text, decoder, dino, dinov2"),
         ("tome_stepper.safetensors", "no output", "no module of that name"),
         ("tome_step.safetensors", "no config", "'config' is missing"),
         ("tome_step.safetensors", "bad config", "Expecting property name"),

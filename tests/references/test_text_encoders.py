@@ -10,25 +10,20 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from runtime_jax.config import ConfigError
+from runtime_jax.config import ConfigError, build_known
 from runtime_jax.mesh import MESH_AXES, MeshConfig, make_mesh
+from runtime_jax.networks import clip
+from runtime_jax.networks.clip import CLIP_L, CLIPTextConfig, CLIPTextEncoder, pooled_position
+from runtime_jax.networks.clip_files import convert_clip_text, export_clip_text, text_config_json
 from runtime_jax.nn.compute import Compute
 from runtime_jax.sharding import param_shardings
 from runtime_jax.weights import WeightError, export_weights, read_safetensors
-from tokenverse_jax.flux.convert.text_encoders import (
-    T5,
-    config_json,
-    convert_clip,
-    convert_t5,
-    export_clip,
-    parse_config,
-)
-from tokenverse_jax.flux.text_encoders import clip, t5
-from tokenverse_jax.flux.text_encoders.clip import CLIP_L, CLIPTextConfig, CLIPTextEncoder, pooled_position
+from tokenverse_jax.flux.convert.t5 import T5, config_json, convert_t5
+from tokenverse_jax.flux.text_encoders import t5
 from tokenverse_jax.flux.text_encoders.t5 import T5_XXL, T5Config, T5Encoder, relative_position_buckets
 
 KINDS = {
-    "clip_text": (CLIPTextConfig, CLIPTextEncoder, convert_clip, export_clip, clip.SHARDING_RULES),
+    "clip_text": (CLIPTextConfig, CLIPTextEncoder, convert_clip_text, export_clip_text, clip.TEXT_SHARDING_RULES),
     "t5_encoder": (T5Config, T5Encoder, convert_t5, functools.partial(export_weights, T5), t5.SHARDING_RULES),
 }
 
@@ -51,7 +46,7 @@ def error(actual, expected):
 def encoder(request, goldens):
     """Kind, our config and parameters, and token ids of 4 prompts."""
     fields, params, inputs, _ = load(goldens, request.param)
-    config = parse_config(KINDS[request.param][0], fields)
+    config = build_known(KINDS[request.param][0], fields, "config.json")
     ids = np.random.default_rng(0).integers(3, config.vocab_size, (4, inputs["input_ids"].shape[1]))
     return request.param, config, KINDS[request.param][2](params, config), jnp.asarray(ids)
 
@@ -177,7 +172,7 @@ def test_values_on_a_mesh_are_those_of_one_device(encoder, sizes):
 @pytest.mark.parametrize(
     ("module", "rules", "count", "replicated"),
     [
-        (CLIPTextEncoder(CLIP_L), clip.SHARDING_RULES, 123_060_480, 0.002),
+        (CLIPTextEncoder(CLIP_L), clip.TEXT_SHARDING_RULES, 123_060_480, 0.002),
         (T5Encoder(T5_XXL), t5.SHARDING_RULES, 4_762_310_656, 0.0001),
     ],
 )
@@ -198,17 +193,17 @@ def test_full_size(module, rules, count, replicated):
 
 def test_clip_is_read_from_files_of_every_kind(goldens):
     fields, params, _, _ = load(goldens, "clip_text")
-    config = parse_config(CLIPTextConfig, fields)
-    expected = convert_clip(params, config)
+    config = build_known(CLIPTextConfig, fields, "config.json")
+    expected = convert_clip_text(params, config)
     whole = {f"text_model.{name}": array for name, array in params.items()}
     whole |= {"text_model.embeddings.position_ids": np.arange(24)[None], "logit_scale": np.ones(())}
     whole |= {"text_projection.weight": np.ones((3, 32)), "vision_model.post_layernorm.bias": np.ones(4)}
-    jax.tree.map(np.testing.assert_array_equal, convert_clip(whole, config), expected)
+    jax.tree.map(np.testing.assert_array_equal, convert_clip_text(whole, config), expected)
 
 
 def test_t5_is_read_with_either_name_of_its_embedding(goldens):
     fields, params, _, _ = load(goldens, "t5_encoder")
-    config = parse_config(T5Config, fields)
+    config = build_known(T5Config, fields, "config.json")
     expected = convert_t5(params, config)
     for name in ("shared.weight", "encoder.embed_tokens.weight"):
         other = {key: array for key, array in params.items() if key != name} | {"lm_head.weight": np.ones((2, 2))}
@@ -223,7 +218,7 @@ def test_weights_that_do_not_fit_are_all_listed(goldens):
     del broken["encoder.block.1.layer.0.SelfAttention.q.weight"]
     broken["encoder.block.1.layer.0.SelfAttention.query.weight"] = np.ones((32, 32))
     with pytest.raises(WeightError) as caught:
-        convert_t5(broken, parse_config(T5Config, fields))
+        convert_t5(broken, build_known(T5Config, fields, "config.json"))
     assert "SelfAttention.query.weight (32, 32): no rule" in str(caught.value)
     assert "blocks/q/kernel: positions [0, 2] are there, but 0 to 2 are needed" in str(caught.value)
 
@@ -250,10 +245,10 @@ def test_bfloat16_weights_stay_bfloat16(encoder):
 def test_configs_of_other_models_are_refused(goldens, name, changes, message):
     fields = load(goldens, name)[0]
     with pytest.raises(ConfigError, match=message):
-        parse_config(KINDS[name][0], fields | changes, "text/config.json")
+        build_known(KINDS[name][0], fields | changes, "text/config.json")
     fields.pop("vocab_size")
     with pytest.raises(ConfigError, match="vocab_size"):
-        parse_config(KINDS[name][0], fields)
+        build_known(KINDS[name][0], fields, "config.json")
 
 
 @pytest.mark.parametrize("config", [CLIP_L, T5_XXL])
@@ -261,7 +256,7 @@ def test_transformers_reads_our_config_json(config):
     import transformers
 
     cls = transformers.CLIPTextConfig if isinstance(config, CLIPTextConfig) else transformers.T5Config
-    fields = config_json(config)
+    fields = text_config_json(config) if isinstance(config, CLIPTextConfig) else config_json(config)
     assert cls.model_type == fields["model_type"]
-    assert parse_config(type(config), cls.from_dict(fields).to_dict()) == config
-    assert parse_config(type(config), json.loads(json.dumps(fields))) == config
+    assert build_known(type(config), cls.from_dict(fields).to_dict(), "config.json") == config
+    assert build_known(type(config), json.loads(json.dumps(fields)), "config.json") == config

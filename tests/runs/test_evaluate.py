@@ -17,9 +17,11 @@ from PIL import Image
 from mergevq_jax import cli
 from mergevq_jax.commands import sample
 from mergevq_jax.commands.evaluate import generation, generation_report, reconstruction, reconstruction_task
+from mergevq_jax.evaluate import results
 from mergevq_jax.evaluate.features import FeatureNetwork, Features
+from mergevq_jax.evaluate.frechet import Moments
 from mergevq_jax.evaluate.images import SourceImages
-from mergevq_jax.evaluate.results import fingerprint
+from mergevq_jax.evaluate.statistics import Statistics, make_reference, write_reference
 from mergevq_jax.tokenizer.losses.perceptual import LPIPS, TABLE, load_lpips
 from mergevq_jax.tokenizer.model import Tokenizer, to_float
 from runtime_jax.data import SourceConfig
@@ -278,8 +280,8 @@ def test_lpips_with_weights(root, tmp_path, monkeypatch):
     write_safetensors(tmp_path / "lpips.safetensors", export_weights(TABLE, jax.device_get(params)), {})
     arguments = ["--num-images", "20", "--keep", "40", "--lpips", str(tmp_path / "lpips.safetensors")]
     assert reconstruct(root, tmp_path / "out", *arguments) == 0
-    results = json.loads((tmp_path / "out" / "results.json").read_text())
-    assert results["evaluation"]["lpips"]["fingerprint"] == fingerprint(jax.device_get(params))
+    written = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert written["evaluation"]["lpips"]["fingerprint"] == results.fingerprint(jax.device_get(params))
     images = SourceImages(SourceConfig(kind="folder", path=str(root / "pictures")), 16, 20).read(range(20))
     rebuilt = Tokenizer.from_pretrained(root / "tokenizer").reconstruct(images, keep=40)
     expected = narrow.apply({"params": params}, to_float(rebuilt), to_float(images))
@@ -302,7 +304,7 @@ def toy_inception():
 @pytest.fixture
 def inception(monkeypatch):
     network = toy_inception()
-    monkeypatch.setattr(generation, "load_feature_network", lambda source: network)
+    monkeypatch.setattr(results, "load_feature_network", lambda source: network)
     return network
 
 
@@ -348,6 +350,13 @@ def test_files_of_samples_and_adms_reference(tmp_path, inception, capsys):
         assert values == pytest.approx([values[0]] * 3, rel=1e-9) and values[0] > 0
     for name in ("kernel_distance", "precision_recall"):
         assert entries["adm"][0][name] == entries["images"][0][name] and entries["moments"][0][name] is None
+
+
+def test_two_networks_of_a_kind_are_refused(tmp_path, inception, capsys):
+    write_samples(tmp_path / "a.npz")
+    line = f"evaluate generation --samples {tmp_path}/a.npz --reference {tmp_path}/a.npz --out {tmp_path}/out"
+    assert cli.main([*line.split(), "--features", "inception:a", "inception:b"]) == 1
+    assert "--features inception:a inception:b: each kind of network once" in capsys.readouterr().err
 
 
 @pytest.fixture
@@ -402,7 +411,12 @@ def test_bad_reconstructions_are_one_line(root, tmp_path, capsys, no_work, argum
         (["--samples", "a.npz", "--reference", "/no/where.npz"], "/no/where.npz"),
         (["--samples", "a.npz", "--reference", "mini_scenes/8"], "dataset 'mini_scenes/8' is not in"),
         (["--samples", "a.npz", "--reference", "moments.npz"], "moments.npz has no statistics of judge: inception"),
-        (["--samples", "odd.npz"], "judge needs sides that are multiples of 8, samples have 12 x 12"),
+        (["--samples", "a.npz", "--reference", "saved.npz", "--reference-images", "20"], "has statistics of all"),
+        (["--samples", "a.npz", "--reference", "saved.npz"], "statistics of judge with other weights (fingerprint abc"),
+        (["--samples", "a.npz", "--save-reference", "/tmp/x"], "its name must end in .npz"),
+        (["--samples", "a.npz", "--cfg-scale", "2", "--seed", "1"], "--cfg-scale, --seed: only with --model"),
+        (["--samples", "a.npz", "--features", "judge", "judge"], "--features judge judge: each once"),
+        (["--samples", "odd.npz"], "judge needs sides that are multiples of 8 pixels, images have 12 x 12"),
         (["--samples", "a.npz", "--features", "dinov2:/no/where"], "/no/where"),
         (["--model", "ROOT/generator", "--cfg-scale", "-1"], "cfg_scale"),
         (["--model", "ROOT/generator", "--class", "cat"], "class 'cat'"),
@@ -420,6 +434,10 @@ def test_bad_generations_are_one_line(root, tmp_path, capsys, no_work, arguments
         write_samples(tmp_path / f"{name}.npz", **options)
     (tmp_path / "text.npz").write_text("no zip")
     np.savez(tmp_path / "moments.npz", mu=np.zeros(4), sigma=np.eye(4))
+    described = {"network": "judge", "fingerprint": "abc", "resize": ""}
+    about = {"images": {"size": [8, 8]}, "features": [described]}
+    statistics = {"judge": Statistics(9, Moments.of(np.eye(4)), None, None)}
+    write_reference(tmp_path / "saved.npz", make_reference("saved", about, statistics))
     if "--reference" not in arguments:
         arguments = [*arguments, "--reference", "odd.npz" if "odd.npz" in arguments else "a.npz"]
     arguments = [str(tmp_path / word) if word.endswith(".npz") and "/" not in word else word for word in arguments]

@@ -219,7 +219,7 @@ def test_inspect_says_what_sampling_remembers(kind, row, capsys):
         (["--model", "tiny"], "tiny is a tokenizer; generators are tiny-mergear, tiny-plain, tiny-randar\n"),
         (["--tokenizer", "tiny-mergear"], "tiny-mergear is a generator; tokenizers are tiny\n"),
         (["--model", "TOKENIZER"], "model_type is 'mergevq_tokenizer', but a generator's is 'mergevq_generator'"),
-        (["--tokenizer", "OTHER"], "is not the one that this generator was trained with"),
+        (["--tokenizer", "OTHER"], "does not make the codes that this generator learned"),
         (["--class", "cat"], "class 'cat': this generator's classes are named even, odd, and numbered 0 to 1"),
         (["--class", "2"], "class '2': this generator's classes are named even, odd, and numbered 0 to 1"),
         (["--keep", "12"], "K = 12: this generator knows 10, 16"),

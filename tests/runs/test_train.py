@@ -65,6 +65,24 @@ def reference(state, batch):
     return jax.device_get(one_device_step()(state, train.Frozen(), batch))
 
 
+def test_recovery_alone_is_trained(state, batch):
+    """On frozen codes, without decoding: only recovery changes."""
+    losses = train.LossConfig(
+        pixel_weight=0.0, perceptual_weight=0.0, adversarial_weight=0.0, entropy_weight=0.0, commitment_weight=0.0
+    )
+    config = dataclasses.replace(CONFIG, losses=losses, only=("^recovery/",))
+    adam = Optimizer.make(OptimizerConfig(only=config.only), total_steps=10, batch_size=8)
+    optimizers = train.Optimizers(adam, SGD)
+    start = state.replace(opt_state=adam.transformation.init(state.params))
+    new, metrics = jax.device_get(one_device_step(config, optimizers)(start, train.Frozen(), batch))
+    assert metrics.keys() >= {"source", "source/accuracy"} and not metrics.keys() & {"pixel", "mse", "adversarial"}
+    for part in ("encoder", "decoder"):
+        jax.tree.map(np.testing.assert_array_equal, new.params[part], start.params[part])
+        jax.tree.map(np.testing.assert_array_equal, new.ema[part], start.ema[part])
+    changed = jax.tree.map(lambda a, b: bool(np.any(a != b)), new.params["recovery"], start.params["recovery"])
+    assert all(jax.tree.leaves(changed))
+
+
 def assert_close(got, expected, tolerance):
     for path, leaf in jax.tree_util.tree_leaves_with_path(expected):
         other = functools.reduce(

@@ -194,6 +194,9 @@ def test_guidance_schedules():
     np.testing.assert_array_equal(guidance_scales((2.0, 1.0), 3, "constant"), [[2, 1]] * 3)
     np.testing.assert_array_equal(guidance_scales((2.0, 5.0), 3, "linear"), [[1, 1], [1.5, 3], [2, 5]])
     np.testing.assert_array_equal(guidance_scales((3.0,), 4, "interval", (0.25, 0.75)), [[1], [3], [3], [1]])
+    np.testing.assert_allclose(guidance_scales((3.0, 1.0), 3, "power-cosine"), [[1, 1], [2, 1], [3, 1]], rtol=1e-6)
+    late = guidance_scales((3.0,), 5, "power-cosine", power=3.0)[:, 0]
+    assert late[0] == 1 and late[-1] == 3 and np.all(np.diff(late) > 0) and late[2] < 1.1
 
 
 @pytest.mark.parametrize(
@@ -228,7 +231,9 @@ def test_draws_follow_the_probabilities():
         ({"temperature": 0.0}, "temperature=0.0: positive"),
         ({"temperature": (1.0, 1.0, 1.0)}, "one value, or one for each of 2 sub-tokens"),
         ({"cfg_scale": -1.0}, "cfg_scale=-1.0: finite numbers from 0"),
-        ({"cfg_schedule": "cosine"}, "cfg_schedule='cosine': allowed are constant, linear, interval"),
+        ({"cfg_schedule": "cosine"}, "cfg_schedule='cosine': allowed are constant, linear, interval, power-cosine"),
+        ({"cfg_power": 2.0}, "only with cfg_schedule='power-cosine'"),
+        ({"cfg_power": 0.0, "cfg_schedule": "power-cosine"}, "a positive number"),
         ({"cfg_interval": (0.5, 0.5), "cfg_schedule": "interval"}, "the start before the end"),
         ({"cfg_interval": (0.2, 0.8)}, "only with cfg_schedule='interval'"),
         ({"policy": "lru"}, "policy='lru': allowed are evict-oldest, full"),

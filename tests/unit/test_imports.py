@@ -31,7 +31,7 @@ FLOORS = {
         ("commands",),
         ("cli", "__init__"),
     ),
-    "tokenverse_jax": (("flux",), ("concepts",), ("base", "bench", "commands"), ("cli", "__init__")),
+    "tokenverse_jax": (("flux",), ("concepts",), ("base", "bench", "evaluate", "commands"), ("cli", "__init__")),
     "launch": (),
 }
 MOST_FILES = 14  # in one folder of a package

@@ -1,5 +1,7 @@
 """Schedules, weight decay, clipping and the moving average, against numbers worked out by hand."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,7 +9,7 @@ import optax
 import pytest
 
 from runtime_jax.config import Duration, build, to_dict
-from runtime_jax.training.optimizer import OptimizerConfig, ema_update, make_optimizer, make_schedule
+from runtime_jax.training.optimizer import OptimizerConfig, constant_unless, ema_update, make_optimizer, make_schedule
 
 RUN = {"total_steps": 100, "batch_size": 10, "num_examples": 50}  # 5 steps an epoch
 
@@ -204,6 +206,25 @@ def test_muon_follows_the_schedule():
 def test_muon_errors(fields):
     with pytest.raises(ValueError, match=r"optimizer\.(adam_kernels|muon_learning_rate)="):
         OptimizerConfig(**fields)
+
+
+def test_only_some_parameters_are_trained():
+    """The others keep their values under weight decay and clipping, have no moments, and no gradient is computed."""
+    params = {"head": {"kernel": jnp.full((2, 2), 2.0)}, "body": {"kernel": jnp.ones((2, 2))}}
+    config = OptimizerConfig(learning_rate=0.1, weight_decay=0.5, clip_norm=1.0, only=("^head/",))
+    optimizer = make_optimizer(config, optax.constant_schedule(0.1))
+
+    def loss(params):
+        params = constant_unless(params, config.only)
+        return jnp.sum(params["head"]["kernel"] * params["body"]["kernel"])
+
+    gradients, state = jax.grad(loss)(params), optimizer.init(params)
+    assert not np.any(gradients["body"]["kernel"]) and np.all(gradients["head"]["kernel"])
+    assert sum(leaf.size for leaf in jax.tree.leaves(state)) < 12
+    updates, _ = optimizer.update(jax.tree.map(jnp.ones_like, params), state, params)
+    assert not np.any(updates["body"]["kernel"]) and np.all(updates["head"]["kernel"])
+    with pytest.raises(ValueError, match=r"optimizer\.only: '\^tail' matches no parameter; there are body/kernel"):
+        make_optimizer(dataclasses.replace(config, only=("^head/", "^tail")), optax.constant_schedule(0.1)).init(params)
 
 
 def test_moving_average_warms_up():

@@ -94,6 +94,7 @@ def test_the_shipped_config_builds(arg):
         (["data.views=({'name': 'a', 'image_size': 64}, {'name': 'b', 'image_size': 30})"], "sizes \\[30\\]; views"),
         (["losses.teacher_temperature=0.2"], "0 < teacher_temperature < student_temperature"),
         (["colour.hue=0.6"], "hue is 0 to 0.5"),
+        (["model.layer_scale=False"], "DINOv2 has layer_scale=True and layer_norm_epsilon=1e-06"),
         (["head.prototypes=0"], "sizes are at least 1"),
         (["ema_decay=1.0"], "ema_decay=1.0 is in"),
     ],

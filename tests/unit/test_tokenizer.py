@@ -510,6 +510,47 @@ def test_where_groups_start_says_which_are_possible(tokenizer):
     np.testing.assert_array_equal(tome.group_starts(jnp.asarray(found), 36), starts)
 
 
+def test_kept_tokens_with_positions(tokenizer):
+    """The query of its group's first cell tells a token from its equals; the order of the tokens means nothing."""
+    config = dataclasses.replace(CONFIG, recovery=dataclasses.replace(CONFIG.recovery, positions="starts"))
+    codes = jnp.ones((1, 5, 6))
+    starts = jnp.asarray([[0, 7, 20, 33, 64]])  # the last group is empty
+    recover = jit(lambda codes, starts: model.recover(tokenizer.params, config, codes, starts))
+    logits = np.asarray(recover(codes, starts))
+    assert len({tuple(token) for token in logits[0].T.round(4).tolist()}) == 5
+    np.testing.assert_allclose(recover(codes, starts[:, ::-1])[..., ::-1], logits, rtol=1e-4, atol=1e-4)
+    blind = np.asarray(jit(lambda codes: model.recover(tokenizer.params, CONFIG, codes))(codes))
+    np.testing.assert_allclose(blind, blind[..., :1].repeat(5, axis=-1), rtol=1e-4, atol=1e-4)
+
+    placed = Tokenizer(config, tokenizer.params)
+    tokens = placed.encode(pictures(1, 32, 32), keep=36)
+    np.testing.assert_array_equal(placed.recovered(tokens).group_starts, tokens.group_starts)
+    with pytest.raises(ValueError, match="give group_starts"):
+        placed.recover(tokens.indices)
+
+
+def test_what_makes_the_codes_has_a_fingerprint(tokenizer):
+    """Decoder, source recovery and alignment head may change; everything on the way to the codes may not."""
+    codes = tokenizer.code_fingerprint()
+
+    def with_other(part, *path):
+        params = jax.tree.map(lambda x: x, tokenizer.params)
+        where = functools.reduce(lambda tree, key: tree[key], path[:-1], params[part])
+        where[path[-1]] = jax.tree.map(lambda x: x + 1, where[path[-1]])
+        return dataclasses.replace(tokenizer, params=params)
+
+    bare = dataclasses.replace(CONFIG, recovery=None, dist_head=None)
+    same = [with_other("decoder", "conv_out"), with_other("recovery", "rec_head"), with_other("encoder", "head")]
+    encoder = {name: params for name, params in tokenizer.params["encoder"].items() if name != "head"}
+    same.append(Tokenizer(bare, {"encoder": encoder, "decoder": tokenizer.params["decoder"]}))
+    assert {one.code_fingerprint() for one in same} == {codes}
+    other = [with_other("encoder", "conv_out"), with_other("encoder", "attn", "blocks_1")]
+    other.append(dataclasses.replace(tokenizer, config=dataclasses.replace(CONFIG, num_heads=4)))
+    assert codes not in {one.code_fingerprint() for one in other}
+    assert all(one.made(codes) and not one.made("") for one in same) and same[0].made(same[0].fingerprint())
+    assert not any(one.made(codes) for one in other)
+
+
 def test_source_loss_is_the_cross_entropy():
     rng = np.random.default_rng(0)
     logits, target = rng.normal(size=(2, 7, 4)).astype(np.float32), rng.integers(0, 4, (2, 7)).astype(np.int32)

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
+from runtime_jax.networks.clip import CLIPTextConfig, CLIPTextEncoder
 from runtime_jax.nn.compute import Compute
 from runtime_jax.prng import Stream, example_keys, stream_key
 from runtime_jax.training.network import Means, TrainingConfig
@@ -20,7 +21,6 @@ from tokenverse_jax.base.words import WordsHead, words_loss
 from tokenverse_jax.flux import autoencoder, model
 from tokenverse_jax.flux.model import Flux, FluxConfig
 from tokenverse_jax.flux.schedule import flow, logit_normal_times
-from tokenverse_jax.flux.text_encoders.clip import CLIPTextConfig, CLIPTextEncoder
 from tokenverse_jax.flux.text_encoders.t5 import T5Config, T5Encoder
 
 Params = Any

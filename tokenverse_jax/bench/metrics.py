@@ -60,10 +60,10 @@ def measure(case: Case, view: View, base: View) -> Measurement:
     """Measures an image of a case; `base` is the base model's from the same noise."""
     wanted = parse_caption(case.prompt)
     verdict, before = compare(wanted, view.seen.scene), compare(wanted, base.seen.scene)
-    likeness = [_likeness(use, view.seen, verdict) for use in case.uses]
-    cp = float(np.mean([np.mean(list(parts.values())) for parts in likeness]))
-    kinds = sorted({kind for parts in likeness for kind in parts})
-    parts = {kind: float(np.mean([own[kind] for own in likeness if kind in own])) for kind in kinds}
+    each = [likeness(use, view.seen, verdict) for use in case.uses]
+    cp = float(np.mean([np.mean(list(parts.values())) for parts in each]))
+    kinds = sorted({kind for parts in each for kind in parts})
+    parts = {kind: float(np.mean([own[kind] for own in each if kind in own])) for kind in kinds}
     inside, outside = _change(case, (view, verdict), (base, before)) or (None, None)
     idle = inside is None or inside + outside < IDLE
     return Measurement(
@@ -78,7 +78,7 @@ def measure(case: Case, view: View, base: View) -> Measurement:
     )
 
 
-def _likeness(use: Use, seen: Seen, verdict: Verdict) -> dict[str, float]:
+def likeness(use: Use, seen: Seen, verdict: Verdict) -> dict[str, float]:
     """Parts of the look of the object or light that a concept was put on; all 0 where the object is missing."""
     if use.object is None:
         return light_likeness(use.look, seen.scene.light)

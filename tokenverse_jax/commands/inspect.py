@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from runtime_jax.cost import count_flops, size_rows, table
+from runtime_jax.networks.clip import CLIP_L, CLIPTextEncoder
 from runtime_jax.nn.compute import Compute
 from runtime_jax.prng import key_shape
 from runtime_jax.sharding import sharded_shapes
@@ -26,7 +27,6 @@ from tokenverse_jax.flux.model import PRESETS, Flux, FluxConfig, param_shapes
 from tokenverse_jax.flux.model_folder import KINDS, Params
 from tokenverse_jax.flux.offsets import Offsets
 from tokenverse_jax.flux.pipeline import PARTS, TEXT_LENGTH, PromptEncoding, run
-from tokenverse_jax.flux.text_encoders.clip import CLIP_L, CLIPTextEncoder
 from tokenverse_jax.flux.text_encoders.t5 import T5_XXL, T5Encoder
 
 Grid = tuple[int, int]

@@ -99,6 +99,8 @@ def learn_concepts(
     config: LearnConfig = LearnConfig(),
     seed: int = 0,
     pool: UInt8[np.ndarray, "K H W 3"] | None = None,
+    learner: Learner | None = None,
+    keep_params: bool = False,
 ) -> ConceptFile:
     """The concepts of an image: a direction in the modulation space for each token of the words (paper section 3).
 
@@ -113,6 +115,8 @@ def learn_concepts(
       config: how to learn; the defaults are the paper's, except for the isolation loss.
       seed: of parameters and noise.
       pool: for the isolation loss, the base model's images of `config.isolation.captions`; see `pool.make_pool`.
+      learner: of the pipeline and config, to learn several images with programs that are compiled once.
+      keep_params: also store Concept-Mod's parameters, to recompute directions for each prompt.
 
     Raises:
       ValueError: a caption without one of the words, an impossible size, or no pool where one is needed.
@@ -124,11 +128,12 @@ def learn_concepts(
     data = encode_concept(pipeline, config, image[None], bound)
     if pool is not None:
         data = replace(data, pool_latents=encode_images(pipeline, pool))
-    params = Learner(pipeline, config).learn(data, seed)
+    params = (learner or Learner(pipeline, config)).learn(data, seed)
     return ConceptFile(
         concepts=make_concepts(params, data, config),
         caption=captions[0],
         base=pipeline.source,
         base_hash=pipeline.base_hash(),
         image=center_crop(image, min(*image.shape[:2], KEPT_SIDE)),
+        params=params if keep_params else None,
     )

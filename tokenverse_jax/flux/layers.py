@@ -6,8 +6,7 @@ Shift, scale and gate vectors modulate a block; a linear layer computes them fro
 Tokens with an offset of y (`Offsets`) have vectors of their own, all others share their sample's.
 """
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -148,20 +147,6 @@ class Mlp(nn.Module):
         width = x.shape[-1]
         x = constrain(dense(MLP_RATIO * width, self.compute, "in_layer")(x), Axis.BATCH, None, Axis.MLP)
         return dense(width, self.compute, "out_layer")(gelu(x))
-
-
-def stacked(
-    block: type[nn.Module], length: int, compute: Compute, *, in_axes: Any = nn.broadcast, unroll: int = 1
-) -> Callable[..., nn.Module]:
-    """A row of blocks as one scanned module; their parameters are stacked along the first axis."""
-    return nn.scan(
-        nn.remat(block, prevent_cse=False) if compute.remat else block,
-        variable_axes={"params": 0, "intermediates": 0},
-        split_rngs={"params": True},
-        in_axes=in_axes,
-        length=length,
-        unroll=unroll,
-    )
 
 
 class DoubleBlock(nn.Module):

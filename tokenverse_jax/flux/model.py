@@ -17,9 +17,10 @@ from jaxtyping import Array, Float
 
 from runtime_jax import config as config_lib
 from runtime_jax.nn.compute import Compute
+from runtime_jax.nn.stacked import stacked
 from runtime_jax.prng import key_shape
 from runtime_jax.sharding import IF_LARGE, Axis, Rule, constrain
-from tokenverse_jax.flux.layers import DoubleBlock, LastLayer, MLPEmbedder, SingleBlock, dense, stacked
+from tokenverse_jax.flux.layers import DoubleBlock, LastLayer, MLPEmbedder, SingleBlock, dense
 from tokenverse_jax.flux.math import rope, timestep_embedding
 from tokenverse_jax.flux.offsets import NO_OFFSETS, Offsets
 

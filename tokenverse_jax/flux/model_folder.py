@@ -21,19 +21,20 @@ from flax import traverse_util
 from jax.sharding import Mesh
 
 from runtime_jax import sharding
-from runtime_jax.config import build, to_dict
+from runtime_jax.config import build, build_known, to_dict
 from runtime_jax.files import AnyPath, replacing, write_json
 from runtime_jax.messages import cut
+from runtime_jax.networks import clip, clip_files
 from runtime_jax.weights import WeightError, export_weights, write_safetensors
 from runtime_jax.weights.hub import local_path
 from runtime_jax.weights.mapped import map_safetensors
 from tokenverse_jax.flux import autoencoder, model
-from tokenverse_jax.flux.convert import text_encoders
 from tokenverse_jax.flux.convert.autoencoder import convert_autoencoder, diffusers_table
+from tokenverse_jax.flux.convert.t5 import T5, config_json, convert_t5
 from tokenverse_jax.flux.convert.transformer import DIFFUSERS, convert_transformer
 from tokenverse_jax.flux.pretrained import SHIPPED
 from tokenverse_jax.flux.sampling import UsualSampling
-from tokenverse_jax.flux.text_encoders import clip, t5
+from tokenverse_jax.flux.text_encoders import t5
 
 Tensors = Mapping[str, np.ndarray]
 Params = dict[str, Any]
@@ -106,20 +107,20 @@ KINDS: Mapping[str, Kind] = MappingProxyType(
             folder="text_encoder",
             weights="model",
             class_of=("transformers", "CLIPTextModel"),
-            parse=lambda fields: text_encoders.parse_config(clip.CLIPTextConfig, fields, "text_encoder/config.json"),
-            fields=text_encoders.config_json,
-            convert=text_encoders.convert_clip,
-            export=lambda params, config: text_encoders.export_clip(params),
-            rules=clip.SHARDING_RULES,
+            parse=lambda fields: build_known(clip.CLIPTextConfig, fields, "text_encoder/config.json"),
+            fields=clip_files.text_config_json,
+            convert=clip_files.convert_clip_text,
+            export=lambda params, config: clip_files.export_clip_text(params),
+            rules=clip.TEXT_SHARDING_RULES,
         ),
         "t5": Kind(
             folder="text_encoder_2",
             weights="model",
             class_of=("transformers", "T5EncoderModel"),
-            parse=lambda fields: text_encoders.parse_config(t5.T5Config, fields, "text_encoder_2/config.json"),
-            fields=text_encoders.config_json,
-            convert=text_encoders.convert_t5,
-            export=lambda params, config: export_weights(text_encoders.T5, params),
+            parse=lambda fields: build_known(t5.T5Config, fields, "text_encoder_2/config.json"),
+            fields=config_json,
+            convert=convert_t5,
+            export=lambda params, config: export_weights(T5, params),
             rules=t5.SHARDING_RULES,
         ),
     }

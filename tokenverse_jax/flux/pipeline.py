@@ -19,6 +19,7 @@ from jaxtyping import Array, Float, Int, Key, UInt8
 
 from runtime_jax.files import local, path_of
 from runtime_jax.finite import all_finite, check_finite
+from runtime_jax.networks.clip import CLIPTextEncoder
 from runtime_jax.nn.compute import Compute
 from runtime_jax.prng import Stream, stream_key
 from tokenverse_jax.flux import autoencoder, model_folder, sampling, schedule, text
@@ -29,7 +30,6 @@ from tokenverse_jax.flux.model_folder import KINDS, Params, Part
 from tokenverse_jax.flux.offsets import NO_OFFSETS, Offsets
 from tokenverse_jax.flux.sampling import UsualSampling
 from tokenverse_jax.flux.schedule import ScheduleConfig
-from tokenverse_jax.flux.text_encoders.clip import CLIPTextEncoder
 from tokenverse_jax.flux.text_encoders.t5 import T5Encoder
 from tokenverse_jax.flux.words import Tokenizer
 

@@ -4,8 +4,10 @@ from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
 from mergevq_jax.commands.arguments import (
+    SAMPLING,
     TINY,
     compute_of,
+    given,
     mesh_of,
     request_of,
     sampling_arguments,
@@ -62,6 +64,7 @@ def _generation_command(group: Group) -> None:
     sub.add_argument("--model", help="instead: shipped name, folder or hub id of a generator that draws")
     sub.add_argument("--cfg-scale", type=float, nargs="+", default=[1.0], help="guidance scales to compare; 1: off")
     sampling_arguments(sub)
+    sub.set_defaults(sampling={name: sub.get_default(name) for name in ("cfg_scale", *SAMPLING)})
     sub.add_argument(
         "--num-images", type=int, help="of each set (default: all samples, or 50000 that the generator draws)"
     )
@@ -110,6 +113,8 @@ def _generation(args: Namespace, _: list[str]) -> None:
     from mergevq_jax.evaluate.results import PUBLISHED_COUNT
 
     draws = None
+    if args.model is None and (unused := given(args, args.sampling)):
+        raise ValueError(f"{', '.join(unused)}: only with --model, which draws samples")
     if args.model is not None:
         num = PUBLISHED_COUNT if args.num_images is None else args.num_images
         draws = Draws(

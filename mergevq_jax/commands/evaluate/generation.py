@@ -18,12 +18,12 @@ from mergevq_jax.commands.evaluate.generation_sets import (
     open_samples,
 )
 from mergevq_jax.evaluate import results
-from mergevq_jax.evaluate.features import FeatureNetwork, load_feature_network
+from mergevq_jax.evaluate.features import FeatureNetwork
 from mergevq_jax.evaluate.images import ArrayImages, Images, SourceImages
 from mergevq_jax.evaluate.parts import Measured, Task, measure
 from mergevq_jax.evaluate.statistics import Reference, Statistics, make_reference, read_reference, write_reference
 from runtime_jax.data import SourceConfig
-from runtime_jax.files import AnyPath, is_dir, path_of, write_text
+from runtime_jax.files import AnyPath, is_dir, is_file, path_of, write_text
 from runtime_jax.mesh import MeshConfig, make_mesh
 from runtime_jax.pictures import image_grid, plot_lines, save_png
 from runtime_jax.training.stop import Stop
@@ -54,6 +54,8 @@ class Request:
         sizes = {"--num-images": self.num_images, "--reference-images": self.num_reference}
         if self.draws is not None:
             sizes["--num-images"] = self.draws.request.num
+        if self.save_reference is not None and self.save_reference.suffix != ".npz":
+            raise ValueError(f"--save-reference {self.save_reference}: its name must end in .npz")
         if bad := [f"{name} {value}" for name, value in sizes.items() if value is not None and value < LEAST]:
             raise ValueError(f"{' and '.join(bad)}: at least {LEAST}")
         if self.batch_size < 1:
@@ -94,9 +96,8 @@ def evaluate(request: Request, *, out: AnyPath) -> None:
         _check_equal(shapes, {found.name: len(found.images) for found in opened})
         shape = next(iter(shapes.values()))
         known = _open_reference(request, shape)
-        networks = [load_feature_network(source) for source in request.features]
-        for network in networks:
-            _check_network(network, shape, known)
+        networks = results.load_networks(request.features, [shape])
+        _check_statistics(known, networks)
         mesh = make_mesh(MeshConfig() if request.draws is None else request.draws.mesh, jax.local_devices())
         sets = [
             SampleSet(name, results.describe_images(images) | made_by, task)
@@ -113,6 +114,8 @@ def evaluate(request: Request, *, out: AnyPath) -> None:
             "made_by": results.made_by(),
         }
         if results.is_finished(out, wanted):
+            if request.save_reference is not None and not is_file(request.save_reference):
+                raise ValueError(f"{out} is finished and has no statistics left to save: choose another --out")
             print(results.finished(out))
             return
         task = _reference_task(known, networks, request.batch_size, mesh)
@@ -146,6 +149,8 @@ def _open_reference(request: Request, shape: tuple[int, ...]) -> Known:
     reference, images = None, None
     if where.suffix == ".npz":
         reference = read_reference(where)
+        if reference is not None and reference.about and count is not None:
+            raise ValueError(f"--reference-images {count}: {request.reference} has statistics of all its images")
         if reference is None or not reference.about:  # ADM's files may have images too
             try:
                 images = ArrayImages(where, count)
@@ -173,21 +178,19 @@ def _open_reference(request: Request, shape: tuple[int, ...]) -> Known:
     return Known(reference, images)
 
 
-def _check_network(network: FeatureNetwork, shape: tuple[int, ...], known: Known) -> None:
-    if any(pixels % network.side for pixels in shape):
-        raise ValueError(
-            f"{network.name} needs sides that are multiples of {network.side}, samples have {shape[1]} x {shape[0]}"
-        )
+def _check_statistics(known: Known, networks: Sequence[FeatureNetwork]) -> None:
+    """Raises ValueError where a file of statistics does not serve a network."""
     if known.reference is None:
         return
-    name = known.reference.name
-    if network.name not in known.reference.statistics and known.images is None:
-        raise ValueError(f"{name} has no statistics of {network.name}: {', '.join(known.reference.statistics)}")
-    for described in known.reference.about.get("features", []):
-        if described["network"] == network.name and described["fingerprint"] != network.fingerprint:
+    name, about = known.reference.name, known.reference.about.get("features", [])
+    fingerprints = {described["network"]: described["fingerprint"] for described in about}
+    for network in networks:
+        if network.name not in known.reference.statistics and known.images is None:
+            raise ValueError(f"{name} has no statistics of {network.name}: {', '.join(known.reference.statistics)}")
+        if (theirs := fingerprints.get(network.name, network.fingerprint)) != network.fingerprint:
             raise ValueError(
-                f"{name} has statistics of {network.name} with other weights (fingerprint "
-                f"{described['fingerprint'][:12]}, not {network.fingerprint[:12]})"
+                f"{name} has statistics of {network.name} with other weights (fingerprint {theirs[:12]}, not "
+                f"{network.fingerprint[:12]})"
             )
 
 

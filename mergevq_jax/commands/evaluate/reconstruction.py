@@ -10,7 +10,6 @@ import numpy as np
 from mergevq_jax.commands.evaluate.reconstruction_report import entry_of, reasons, rows_of, table_of, write_csv
 from mergevq_jax.commands.evaluate.reconstruction_task import LPIPS_SIZE, Networks, task_of
 from mergevq_jax.evaluate import results
-from mergevq_jax.evaluate.features import load_feature_network
 from mergevq_jax.evaluate.held_out import held_out
 from mergevq_jax.evaluate.images import RANDOM, Images, SourceImages
 from mergevq_jax.evaluate.parts import Measured, measure
@@ -72,13 +71,7 @@ def evaluate(request: Request, *, out: AnyPath, metrics: str | None = None) -> N
         _check(configs.values(), request)
         images = {size: _images(request, size) for size in sorted({config.resolution for config in configs.values()})}
         lpips = load_lpips(*request.lpips) if request.lpips else None
-        networks = Networks([load_feature_network(source) for source in request.features], lpips)
-        for network in networks.features:
-            for size in images:
-                if size % network.side:
-                    raise ValueError(
-                        f"{network.name} needs sides that are multiples of {network.side} pixels, images have {size}"
-                    )
+        networks = Networks(results.load_networks(request.features, [(size, size) for size in images]), lpips)
         tokenizers = {name: load_tokenizer(name) for name in request.tokenizers}
         wanted = _protocol(request, tokenizers, images, networks)
         if results.is_finished(out, wanted):
@@ -86,10 +79,10 @@ def evaluate(request: Request, *, out: AnyPath, metrics: str | None = None) -> N
             return
         mesh = make_mesh(MeshConfig(), jax.local_devices())
         networks = networks._replace(lpips=None if lpips is None else replicate(lpips, mesh))
-        placed = {name: replace(t, params=replicate(t.params, mesh)) for name, t in tokenizers.items()}
+        tokenizers = {name: replace(t, params=replicate(t.params, mesh)) for name, t in tokenizers.items()}
         tasks = {
             (name, kind): task_of(f"{i}-{j}", tokenizer, found, request.keeps, networks, request.batch_size, mesh)
-            for i, (name, tokenizer) in enumerate(placed.items())
+            for i, (name, tokenizer) in enumerate(tokenizers.items())
             for j, (kind, found) in enumerate(images[tokenizer.config.resolution].items())
         }
         with results.claimed(out, wanted) as parts, jax.set_mesh(mesh):
@@ -98,7 +91,7 @@ def evaluate(request: Request, *, out: AnyPath, metrics: str | None = None) -> N
                     measure(task, parts, stop)
             if jax.process_index() == 0:
                 measured = {key: Measured(task, parts) for key, task in tasks.items()}
-                _write(out, wanted, request, placed, images, measured)
+                _write(out, wanted, request, tokenizers, images, measured)
                 if metrics:
                     loss_curve(metrics, out / "loss.png", names=("loss", "pixel"), title="training")
                 print(f"summary.md, results.json, per_image.csv and pictures are in {out}")
@@ -167,7 +160,8 @@ def _write(
             there = rows_of(kind, data, tokenizer.config, request.keeps, names, independent=found.crop != RANDOM)
             warnings = {network: results.warning(reasons(network, data, found)) for network in names}
             notes += [f"{kind}: {warning}" for warning in warnings.values() if warning]
-            about = results.describe_images(found) | {"sha256": results.joint_digest(data.column("digests"))}
+            about = wanted["images"][str(tokenizer.config.resolution)][kind]
+            about = about | {"sha256": results.joint_digest(data.column("digests"))}
             made_by = {"tokenizer": name, "fingerprint": wanted["tokenizers"][name], "images": about}
             entries += [made_by | entry_of(row, warnings) for row in there]
             rows += there

@@ -63,10 +63,10 @@ def task_of(
         for keep in keeps:
             trips[keep] = round_trip(tokenizer, original, keep)
             for source_map in maps:
-                images, key = getattr(trips[keep], source_map).images, f"{keep}/{source_map}"
-                values |= {f"{key}/{network.name}": network(images).pool for network in networks.features}
+                rebuilt, key = getattr(trips[keep], source_map).images, f"{keep}/{source_map}"
+                values |= {f"{key}/{network.name}": network(rebuilt).pool for network in networks.features}
                 if networks.lpips is not None:
-                    values[f"{key}/lpips"] = _lpips(networks.lpips, images, original)
+                    values[f"{key}/lpips"] = _lpips(networks.lpips, rebuilt, original)
         return OnDevices(trips, values)
 
     def finish(batch: UInt8[np.ndarray, "n H W 3"], found: OnDevices) -> Rows:
@@ -75,9 +75,9 @@ def task_of(
             rows[f"{keep}/indices"] = trip.indices
             for source_map in maps:
                 decoded, key = getattr(trip, source_map), f"{keep}/{source_map}"
-                images = decoded.images[: len(batch)]
-                rows |= {f"{key}/finite": decoded.finite, f"{key}/psnr": psnr(images, batch)}
-                rows[f"{key}/ssim"] = ssim(images, batch)
+                rebuilt = decoded.images[: len(batch)]
+                rows |= {f"{key}/psnr": psnr(rebuilt, batch), f"{key}/ssim": ssim(rebuilt, batch)}
+                rows[f"{key}/finite"] = decoded.finite
         return {name: np.asarray(values)[: len(batch)] for name, values in rows.items()}
 
     def check(rows: range, arrays: Rows) -> None:

@@ -52,28 +52,32 @@ def round_trip(tokenizer: Tokenizer, images: UInt8[Array, "B H W 3"], keep: int)
     """Encodes and decodes training-size images with the true source map and, where it can, the recovered one."""
     config = tokenizer.config
     static = _Static(config, tokenizer.compute, QUANTIZERS[config.quantizer], tome.MERGE_RULES[config.merge_rule])
-    indices, codes, finite = _encode(tokenizer.params, images, static, keep)
+    indices, starts, codes, finite = _encode(tokenizer.params, images, static, keep)
     true = _decode(tokenizer.params, codes, finite, static)
     if config.recovery is None:
         return RoundTrip(indices, true, None)
-    codes, recovered = _recover(tokenizer.params, indices, static)
+    starts = starts if config.recovery.positions == "starts" else None
+    codes, recovered = _recover(tokenizer.params, indices, starts, static)
     return RoundTrip(indices, true, _decode(tokenizer.params, codes, finite & recovered, static))
 
 
 @functools.partial(jax.jit, static_argnames=("static", "keep"))
 def _encode(
     params: Params, images: UInt8[Array, "B H W 3"], static: _Static, keep: int
-) -> tuple[Int[Array, "B K"], Float[Array, "B L C"], Flags]:
+) -> tuple[Int[Array, "B K"], Int[Array, "B K"], Float[Array, "B L C"], Flags]:
     encoded = encode(params, static.config, to_float(images), keep=keep, compute=static.compute)
     indices = static.quantizer.to_indices(encoded.z)
-    return indices, _raster(indices, encoded.source_map, static), _finite(encoded.z)
+    starts = tome.group_starts(encoded.source_map, keep)
+    return indices, starts, _raster(indices, encoded.source_map, static), _finite(encoded.z)
 
 
 @functools.partial(jax.jit, static_argnames="static")
-def _recover(params: Params, indices: Int[Array, "B K"], static: _Static) -> tuple[Float[Array, "B L C"], Flags]:
+def _recover(
+    params: Params, indices: Int[Array, "B K"], starts: Int[Array, "B K"] | None, static: _Static
+) -> tuple[Float[Array, "B L C"], Flags]:
     codes = static.quantizer.from_indices(indices, static.config.z_channels)
-    logits = recover(params, static.config, codes, compute=static.compute)
-    return _raster(indices, recovered_source_map(logits, None), static), _finite(logits)
+    logits = recover(params, static.config, codes, starts, compute=static.compute)
+    return _raster(indices, recovered_source_map(logits, starts), static), _finite(logits)
 
 
 @functools.partial(jax.jit, static_argnames="static")

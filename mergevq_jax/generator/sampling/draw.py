@@ -10,11 +10,15 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Key
 
-CfgSchedule = Literal["constant", "linear", "interval"]
+CfgSchedule = Literal["constant", "linear", "interval", "power-cosine"]
 
 
 def guidance_scales(
-    scales: tuple[float, ...], length: int, schedule: CfgSchedule, interval: tuple[float, float] = (0.0, 1.0)
+    scales: tuple[float, ...],
+    length: int,
+    schedule: CfgSchedule,
+    interval: tuple[float, float] = (0.0, 1.0),
+    power: float = 1.0,
 ) -> Float[np.ndarray, "L S"]:
     """Scale of classifier-free guidance for every raster token and sub-token; 1 is no guidance.
 
@@ -22,12 +26,17 @@ def guidance_scales(
       scales: one for each sub-token.
       length: L.
       schedule: "constant"; "linear", from 1 at the first token to the scale at the last; "interval", the scale for
-        the tokens in a part of the sequence, else 1.
+        the tokens in a part of the sequence, else 1; "power-cosine", from 1 at the first token to the scale at the last
+        as 1 - cos(pi (token / (L - 1))^power) rises (RAR, Yu et al. 2024).
       interval: that part, as fractions of the sequence: start <= token / L < end.
+      power: of "power-cosine"; the higher, the later it rises.
     """
     position = np.arange(length)
+    elapsed = position / max(length - 1, 1)
     if schedule == "linear":
-        share = position / max(length - 1, 1)
+        share = elapsed
+    elif schedule == "power-cosine":
+        share = (1 - np.cos(np.pi * elapsed**power)) / 2
     elif schedule == "interval":
         share = (position >= interval[0] * length) & (position < interval[1] * length)
     else:

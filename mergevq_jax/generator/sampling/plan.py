@@ -15,6 +15,7 @@ from jaxtyping import Array, Float, Int
 from mergevq_jax.generator.config import GeneratorConfig
 from mergevq_jax.generator.sampling.draw import CfgSchedule, guidance_scales
 from mergevq_jax.generator.sampling.position_cache import POLICIES, CachePolicy, token_slots
+from runtime_jax.config import added
 from runtime_jax.nn.compute import Compute
 from runtime_jax.prng import key_shape
 
@@ -28,6 +29,7 @@ class SamplingConfig:
     cfg_scale: float | tuple[float, ...] = 1.0  # 1 is no guidance
     cfg_schedule: CfgSchedule = "constant"
     cfg_interval: tuple[float, float] = (0.0, 1.0)  # part of the sequence that "interval" guides
+    cfg_power: float = added(1.0)  # of "power-cosine": the higher, the later guidance sets in
     temperature: float | tuple[float, ...] = 1.0
     top_k: int | tuple[int, ...] = 0  # 0: off
     top_p: float | tuple[float, ...] = 1.0  # 1: off
@@ -125,7 +127,9 @@ def draw_plan(
         "nucleus": tuple(top_p < 1 for top_p in values["top_p"]),
     }
     knobs = Knobs(
-        scales=guidance_scales(values["cfg_scale"], length, sampling.cfg_schedule, sampling.cfg_interval),
+        scales=guidance_scales(
+            values["cfg_scale"], length, sampling.cfg_schedule, sampling.cfg_interval, sampling.cfg_power
+        ),
         temperature=np.asarray(values["temperature"], np.float32),
         top_p=np.asarray(values["top_p"], np.float32),
     )
@@ -177,6 +181,10 @@ def _settings(config: GeneratorConfig, sampling: SamplingConfig) -> tuple[dict[s
             problems.append(f"{name}={getattr(sampling, name)!r}: allowed are {', '.join(choices)}")
     if sampling.cfg_schedule != "interval" and tuple(sampling.cfg_interval) != (0.0, 1.0):
         problems.append(f"cfg_interval={sampling.cfg_interval}: only with cfg_schedule='interval'")
+    if sampling.cfg_schedule != "power-cosine" and sampling.cfg_power != 1.0:
+        problems.append(f"cfg_power={sampling.cfg_power}: only with cfg_schedule='power-cosine'")
+    if sampling.cfg_power <= 0:
+        problems.append(f"cfg_power={sampling.cfg_power}: a positive number")
     if not 0 <= sampling.cfg_interval[0] < sampling.cfg_interval[1] <= 1:
         problems.append(f"cfg_interval={sampling.cfg_interval}: fractions of the sequence, the start before the end")
     return values, problems

@@ -1,1 +1,1 @@
-"""The two text encoders of FLUX."""
+"""FLUX's text encoder T5; CLIP is in `runtime_jax.networks`."""

@@ -15,8 +15,8 @@ from einops import rearrange
 from jaxtyping import Array, Float, Int
 
 from runtime_jax.nn.compute import Compute
+from runtime_jax.nn.stacked import stacked
 from runtime_jax.sharding import Axis, Rule, constrain
-from tokenverse_jax.flux.layers import stacked
 
 
 @dataclass(frozen=True, kw_only=True)

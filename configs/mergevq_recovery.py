@@ -1,0 +1,35 @@
+"""Trains source recovery alone, on the frozen codes of a tokenizer: they, and generators of them, stay as they are.
+
+    mergevq train --config mergevq_recovery:tiny --config.init_from=tiny --workdir runs/recovery
+    mergevq train --config mergevq_recovery:gr-d64 --config.init_from=runs/gr-d64/tokenizer --workdir runs/recovery
+
+The argument is "tiny" or one of mergevq_imagenet's. Where a group starts is an input, unlike in the released layout
+(--config.model.recovery.positions=none).
+"""
+
+from ml_collections import ConfigDict
+
+from runtime_jax.config import load
+
+
+def get_config(arg: str = "tiny") -> ConfigDict:
+    """`arg`: whose data and sizes to take."""
+    config = load("mergevq_tiny" if arg == "tiny" else f"mergevq_imagenet:{arg}")
+    losses = ("pixel", "perceptual", "adversarial", "entropy", "commitment", "alignment")
+    config.losses.update({f"{name}_weight": 0.0 for name in losses} | {"source_weight": 1.0})
+    config.model.recovery.positions = "starts"
+    config.optimizer = {
+        "only": ["^recovery/"],
+        "learning_rate": 2e-3 if arg == "tiny" else 3e-4,
+        "schedule": "cosine",
+        "warmup": {"steps": 200},
+        "final_fraction": 0.02,
+        "b1": 0.9,
+        "b2": 0.95,
+        "weight_decay": 1e-4,
+        "clip_norm": 1.0,
+    }
+    config.update({"teacher": None, "blocks_from": None})
+    config.data.batch_size = 32 if arg == "tiny" else 256
+    config.loop.duration = {"steps": 4000} if arg == "tiny" else {"epochs": 10.0}
+    return config
