@@ -9,6 +9,7 @@ from jax.sharding import Mesh
 
 from mergevq_jax import cli as mergevq
 from mergevq_jax.generator import inspect as generator
+from mergevq_jax.teacher import inspect as teacher
 from mergevq_jax.tokenizer import inspect as tokenizer
 from runtime_jax import config as config_lib
 from runtime_jax import sharding
@@ -40,7 +41,7 @@ STEP = Request()
 
 
 def read(path: str, overrides: Sequence[str]) -> tuple[Any, str]:
-    """The config of a training, and what it trains: "tokenizer", "generator" or "concepts".
+    """The config of a training, and what it trains: "tokenizer", "generator", "teacher" or "concepts".
 
     Raises:
       ValueError: no such config, or impossible values.
@@ -66,11 +67,11 @@ def trace(config: Any, task: str, devices: Sequence[jax.Device], request: Reques
 
 def _check(task: str, request: Request) -> None:
     """Raises ValueError for what a program does not have."""
-    if request.sample and task == "tokenizer":
-        raise ValueError("a tokenizer has no sampler; compile a generator's")
+    if request.sample and task in ("tokenizer", "teacher"):
+        raise ValueError(f"a {task} has no sampler; compile a generator's")
     if request.codes and (request.sample or task != "generator"):
         raise ValueError("--codes is for a generator's step")
-    if request.keep is not None and task == "concepts":
+    if request.keep is not None and task in ("concepts", "teacher"):
         raise ValueError("--keep is for tokenizers and generators")
     if request.batch_size is not None and not request.sample:
         raise ValueError("--batch-size is for --sample; that of a step is the config's (--config.data.batch_size=...)")
@@ -82,6 +83,10 @@ def _train_step(config: Any, task: str, mesh: Mesh, request: Request) -> Subject
         sharding.check_batch("learn.batch_size", config.learn.batch_size, mesh)
         name = f"step at {config.size} px, batch {config.learn.batch_size}"
         name += ", with the isolation pair" if config.learn.isolation else ""
+    elif task == "teacher":
+        (program, batch), variant = teacher.abstract_step(config, mesh), None
+        sharding.check_batch("data.batch_size", config.data.batch_size, mesh)
+        name = f"step, {1 + len(config.data.views)} views, batch {config.data.batch_size}"
     else:
         abstract_step = tokenizer.abstract_step
         if task == "generator":

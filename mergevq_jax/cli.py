@@ -126,8 +126,10 @@ def training(path: str, overrides: Sequence[str]):
         from mergevq_jax.tokenizer.run import TrainConfig
     elif task == "generator":
         from mergevq_jax.generator.run import TrainConfig
+    elif task == "teacher":
+        from mergevq_jax.teacher.run import TrainConfig
     else:
-        raise ValueError(f"{path}: task={task!r}, allowed are 'tokenizer' and 'generator'")
+        raise ValueError(f"{path}: task={task!r}, allowed are 'tokenizer', 'generator' and 'teacher'")
     return config_lib.build(TrainConfig, fields, what=f"mergevq train (task={task!r})"), task
 
 
@@ -137,8 +139,10 @@ def _train(args, overrides) -> None:
     config, task = training(args.config, overrides)
     if task == "tokenizer":
         from mergevq_jax.tokenizer.run import train
-    else:
+    elif task == "generator":
         from mergevq_jax.generator.run import train
+    else:
+        from mergevq_jax.teacher.run import train
     result = train(config, args.workdir)
     report_end(f"the {task} is in {absolute(args.workdir) / task}", result.stopped_by, result.step)
 
@@ -213,8 +217,10 @@ def _inspect(args, overrides) -> None:
     config, task = training(args.config, overrides)
     if task == "tokenizer":
         from mergevq_jax.tokenizer.inspect import inspect_config as inspect
-    else:
+    elif task == "generator":
         from mergevq_jax.generator.inspect import inspect_generator as inspect
+    else:
+        from mergevq_jax.teacher.inspect import inspect_teacher as inspect
     print(inspect(config, compile=args.compile))
 
 

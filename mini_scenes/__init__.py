@@ -11,7 +11,7 @@ from runtime_jax import lazy
 __getattr__, __dir__, __all__ = lazy.attributes(
     __name__,
     {
-        "mini_scenes.builder": ("MiniScenes", "MiniScenesConfig", "make_config", "prepare"),
+        "mini_scenes.builder": ("PROBE", "MiniScenes", "MiniScenesConfig", "make_config", "prepare", "prepare_probe"),
         "mini_scenes.captions": ("caption", "full_caption"),
         "mini_scenes.examples": ("SPLITS", "example_scene"),
         "mini_scenes.pictures": ("example_image", "example_path"),

@@ -16,6 +16,8 @@ from runtime_jax.files import is_remote
 from runtime_jax.workdir import check_output
 
 NAME = "mini_scenes"
+# Scenes that no training reads, to probe features on; each has one object, so that its class is beyond doubt.
+PROBE = "64_probe"
 # Starting a worker takes about two seconds, so workers pay off only from a few thousand examples.
 PARALLEL_FROM = 2000
 MAX_WORKERS = 8
@@ -69,6 +71,7 @@ class MiniScenes(tfds.core.GeneratorBasedBuilder):
         *(make_config(size) for size in (64, 32, 128, 256)),
         make_config(single=True),
         MiniScenesConfig(name="tiny", size=64, train=64, validation=16, test=16),
+        MiniScenesConfig(name=PROBE, size=64, train=8_000, validation=1, test=4_000, seed=1, single=True),
     ]
     # Nothing is downloaded. None skips TFDS's checksum lookup, which needs a package that TFDS does not declare.
     url_infos = None
@@ -120,6 +123,11 @@ class MiniScenes(tfds.core.GeneratorBasedBuilder):
         yield from enumerate(make_examples(config.seed, split, count, config.size, workers, config.single))
 
 
+def prepare_probe(data_dir: str | Path = "data") -> str:
+    """Writes the dataset PROBE as `prepare` writes others."""
+    return _prepare(data_dir, MiniScenes.builder_configs[PROBE])
+
+
 def prepare(data_dir: str | Path = "data", size: int = 64, **contents: int | bool) -> str:
     """Writes the dataset under `data_dir` unless it exists, and returns its TFDS name.
 
@@ -134,14 +142,17 @@ def prepare(data_dir: str | Path = "data", size: int = 64, **contents: int | boo
         ValueError: as `make_config`.
         WorkdirError: `data_dir` cannot be written, or lacks space.
     """
+    return _prepare(data_dir, make_config(size, **contents))
+
+
+def _prepare(data_dir: str | Path, config: MiniScenesConfig) -> str:
     if is_remote(data_dir):
         raise ValueError(f"{data_dir}: TFDS writes array_record files on a disk; copy them to the bucket then")
-    config = make_config(size, **contents)
     known = config.name in MiniScenes.builder_configs
     builder = MiniScenes(data_dir=str(data_dir), config=config.name if known else config)
     if not Path(builder.data_path).exists():
         examples = sum(getattr(config, split) for split in SPLITS)
-        check_output(data_dir, int(BYTES_PER_PIXEL * examples * size**2), f"mini_scenes/{config.name}")
+        check_output(data_dir, int(BYTES_PER_PIXEL * examples * config.size**2), f"mini_scenes/{config.name}")
     # Skip Google's bucket, and skip statistics, which would need TensorFlow.
     options = tfds.download.DownloadConfig(try_download_gcs=False, compute_stats=tfds.download.ComputeStatsMode.SKIP)
     builder.download_and_prepare(download_config=options)

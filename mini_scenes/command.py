@@ -11,6 +11,7 @@ def add_command(line: CommandLine) -> None:
     parser.add_argument("--data-dir", default="data")
     parser.add_argument("--size", type=int, default=64, help="image side in pixels")
     parser.add_argument("--single", action="store_true", help="one object per scene; writes mini_scenes/64_single")
+    parser.add_argument("--probe", action="store_true", help="scenes to probe features on; writes mini_scenes/64_probe")
 
 
 def advise(error: Exception, prog: str) -> str:
@@ -19,12 +20,20 @@ def advise(error: Exception, prog: str) -> str:
 
     if not isinstance(error, MissingDatasetError) or not error.name.startswith("mini_scenes"):
         return str(error)
-    size, single, _ = error.name.partition("/")[2].partition("_single")
+    from mini_scenes import PROBE
+
+    name, recipe = error.name.partition("/")[2], error.recipe
+    size, single, _ = name.partition("_single")
     options = f"--data-dir {error.data_dir} --size {size or 64}" + (" --single" if single else "")
-    return f"{str(error).removesuffix(error.recipe)}{prog} scenes {options}; or in Python: {error.recipe}"
+    if name == PROBE:
+        options, recipe = f"--data-dir {error.data_dir} --probe", f"mini_scenes.prepare_probe({error.data_dir!r})"
+    return f"{str(error).removesuffix(error.recipe)}{prog} scenes {options}; or in Python: {recipe}"
 
 
 def _scenes(args: argparse.Namespace, _: list[str]) -> None:
-    from mini_scenes import prepare
+    from mini_scenes import prepare, prepare_probe
 
-    print(f"{prepare(args.data_dir, args.size, single=args.single)} is under {args.data_dir}")
+    if args.probe and (args.single or args.size != 64):
+        raise ValueError("--probe has a size and a number of objects of its own: leave out --size and --single")
+    name = prepare_probe(args.data_dir) if args.probe else prepare(args.data_dir, args.size, single=args.single)
+    print(f"{name} is under {args.data_dir}")

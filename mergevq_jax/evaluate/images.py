@@ -71,10 +71,15 @@ class SourceImages:
 
     def read(self, rows: Sequence[int]) -> Batch:
         """Raises ValueError for a picture that cannot be read; none takes its place."""
+        return self.labelled(rows)[0]
+
+    def labelled(self, rows: Sequence[int]) -> tuple[Batch, Int[np.ndarray, "n"]]:
+        """Images and their labels; raises as `read`."""
         examples = [self._pictures[int(self._chosen[row])] for row in rows]
         if broken := [file for example in examples for file in example["skipped"]]:
             raise ValueError(f"{broken[0]}: not a readable image")
-        return np.concatenate([example["image"] for example in examples])
+        images, labels = (np.concatenate([example[name] for example in examples]) for name in ("image", "label"))
+        return images, labels
 
 
 class FolderImages:

@@ -26,6 +26,7 @@ class Encoded:
     source_map: Int[Array, "B L"]  # kept token that each raw token went into
     size: Float[Array, "B K"]
     head: Float[Array, "B classes"] | None  # of the alignment head, if asked for
+    hidden: Float[Array, "B 1+K D"]  # class token and kept tokens after the last block
 
 
 class Encoder(nn.Module):
@@ -57,7 +58,13 @@ class Encoder(nn.Module):
         head = _AlignmentHead(config, compute, name="head")(x) if with_head else None
         z = nn.silu(GroupNorm(compute, config.norm_num_groups, name="norm_out")(x[:, 1:]))
         z = nn.Dense(config.z_channels, dtype=compute.jax_dtype, kernel_init=conv_uniform, name="conv_out")(z)
-        return Encoded(z=z.astype(jnp.float32), source_map=source_map[:, 1:] - 1, size=size[:, 1:], head=head)
+        return Encoded(
+            z=z.astype(jnp.float32),
+            source_map=source_map[:, 1:] - 1,
+            size=size[:, 1:],
+            head=head,
+            hidden=x.astype(jnp.float32),
+        )
 
 
 class _Stem(nn.Module):

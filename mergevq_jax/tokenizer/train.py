@@ -97,6 +97,15 @@ class StepConfig:
                 raise ValueError("losses.alignment_weight is not 0, but model.dist_head is None: nothing to align")
             if losses.alignment != "label" and self.teacher is None:
                 raise ValueError(f"losses.alignment={losses.alignment!r} needs a teacher: give its folder or hub id")
+            if losses.alignment != "label" and config.num_classes != self.teacher.width:
+                raise ValueError(
+                    f"model.num_classes={config.num_classes} must be the teacher's width, {self.teacher.width}"
+                )
+            if losses.alignment != "label" and losses.alignment_size % self.teacher.patch_size:
+                raise ValueError(
+                    f"losses.alignment_size={losses.alignment_size} must be a multiple of the teacher's patches of "
+                    f"{self.teacher.patch_size} pixels"
+                )
             if losses.alignment_size % config.downsampling:
                 raise ValueError(
                     f"losses.alignment_size={losses.alignment_size} must be a multiple of the tokenizer's "

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,11 +16,22 @@ from einops import rearrange
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
+from runtime_jax.files import path_of, write_json
 from runtime_jax.nn.attention import AttentionBackend, attention
 from runtime_jax.nn.gelu import gelu
 from runtime_jax.prng import key_shape
 from runtime_jax.sharding import Axis, constrain
-from runtime_jax.weights import CONV, Rule, Transform, WeightError, import_weights, layer, norm
+from runtime_jax.weights import (
+    CONV,
+    Rule,
+    Transform,
+    WeightError,
+    export_weights,
+    import_weights,
+    layer,
+    norm,
+    write_safetensors,
+)
 from runtime_jax.weights.hub import local_path, read_tensors
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -193,6 +205,23 @@ TABLE = (
     Rule(f"{_LAYER}.layer_scale2.lambda1", "blocks[i]/scale2"),
     *norm("layernorm", "norm"),
 )
+# Fields of transformers' config.json: what is supported, and the names of sizes.
+_REQUIRED = {
+    "model_type": "dinov2",
+    "use_swiglu_ffn": False,
+    "qkv_bias": True,
+    "hidden_act": "gelu",
+    "num_channels": 3,
+    "layer_norm_eps": LAYER_NORM_EPSILON,
+}
+_SIZES = {
+    "width": "hidden_size",
+    "num_layers": "num_hidden_layers",
+    "num_heads": "num_attention_heads",
+    "mlp_ratio": "mlp_ratio",
+    "patch_size": "patch_size",
+    "image_size": "image_size",
+}
 _IGNORED = (r"embeddings\.mask_token",)
 # Files older than transformers 5 have other names for the projections.
 _RENAMES = (
@@ -228,29 +257,13 @@ def parse_config(fields: dict[str, Any]) -> DINOv2Config:
     Raises:
       WeightError: another kind of model, or an unsupported variant (registers, SwiGLU, no qkv bias).
     """
-    required = {
-        "model_type": "dinov2",
-        "use_swiglu_ffn": False,
-        "qkv_bias": True,
-        "hidden_act": "gelu",
-        "num_channels": 3,
-        "layer_norm_eps": LAYER_NORM_EPSILON,
-    }
-    for name, value in required.items():
+    for name, value in _REQUIRED.items():
         if fields.get(name, value) != value:
             raise WeightError(f"DINOv2 config.json: {name} = {fields[name]!r}; only {value!r} is supported")
-    names = {
-        "width": "hidden_size",
-        "num_layers": "num_hidden_layers",
-        "num_heads": "num_attention_heads",
-        "mlp_ratio": "mlp_ratio",
-        "patch_size": "patch_size",
-        "image_size": "image_size",
-    }
-    missing = [source for source in names.values() if not isinstance(fields.get(source), int)]
+    missing = [source for source in _SIZES.values() if not isinstance(fields.get(source), int)]
     if missing:
         raise WeightError(f"DINOv2 config.json: not a whole number: {', '.join(missing)}")
-    sizes = {name: fields[source] for name, source in names.items()}
+    sizes = {name: fields[source] for name, source in _SIZES.items()}
     return DINOv2Config(**sizes, layer_norm_epsilon=LAYER_NORM_EPSILON)
 
 
@@ -263,6 +276,16 @@ def load_dinov2(source: str | os.PathLike) -> tuple[DINOv2Config, dict[str, Any]
     folder = local_path(source, ("*.safetensors", "config.json"))
     config = _read_config(folder / "config.json")
     return config, convert_dinov2(read_tensors(folder), config)
+
+
+def save_dinov2(folder: str | os.PathLike, config: DINOv2Config, params: Mapping[str, Any]) -> None:
+    """Writes what `load_dinov2` and transformers read: config.json and model.safetensors, each atomically."""
+    tensors = export_weights(TABLE, params)
+    tensors["embeddings.mask_token"] = np.zeros((1, config.width), np.float32)  # transformers expects one
+    write_safetensors(path_of(folder) / "model.safetensors", tensors, {"format": "pt"})
+    fields = {source: getattr(config, name) for name, source in _SIZES.items()}
+    fields |= {"architectures": ["Dinov2Model"], "layerscale_value": 1.0, "drop_path_rate": 0.0}
+    write_json(path_of(folder) / "config.json", _REQUIRED | fields)
 
 
 def read_dinov2_config(source: str | os.PathLike) -> DINOv2Config:

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.typing import ArrayLike
 from jaxtyping import Array
 
 from runtime_jax import sharding
@@ -98,6 +99,8 @@ def train_network(
     preview: Callable[[Params, int], Mapping[str, np.ndarray]] | None = None,
     evaluate: Callable[[Params, int], Mapping[str, float]] | None = None,
     variant: Callable[[int], Hashable] = lambda step: None,
+    rates: Callable[[str], ArrayLike] | None = None,
+    start: Mapping[str, Params] | None = None,
 ) -> loop.Result:
     """Starts or resumes a training in `workdir` with a whole copy of the network on every device; see `fit`.
 
@@ -106,20 +109,24 @@ def train_network(
       batches: as in `loop.Loop`, but of whole batches on every process.
       preview, evaluate: as in `loop.Loop`, of the averaged parameters.
       variant: step -> key; steps of one key have batches of the same shapes.
+      rates: as in `Optimizer.scaled`.
+      start: host arrays that replace what `init` makes under these names, in a new state.
     """
     total_steps = config.loop.duration.to_steps(config.batch_size, None)
     optimizer = Optimizer.make(config.optimizer, total_steps=total_steps, batch_size=config.batch_size)
+    optimizer = optimizer if rates is None else optimizer.scaled(rates)
     step = functools.partial(train_step, loss=loss, optimizer=optimizer, ema_decay=config.ema_decay)
     mesh = make_mesh(MeshConfig())
     sharding.check_batch("batch_size", config.batch_size, mesh)
     with jax.set_mesh(mesh):
+        program = Program(
+            lambda: init_state(init(), optimizer),
+            lambda state, frozen, batch, variant: step(state, batch),
+            sharding.EVERYWHERE,
+            mesh,
+        )
         return fit(
-            Program(
-                lambda: init_state(init(), optimizer),
-                lambda state, frozen, batch, variant: step(state, batch),
-                sharding.EVERYWHERE,
-                mesh,
-            ),
+            program,
             workdir=workdir,
             config=config.loop,
             resolved_config=resolved_config,
@@ -130,5 +137,12 @@ def train_network(
             variant=variant,
             preview=preview and (lambda state, number: preview(state.ema, number)),
             evaluate=evaluate and (lambda state, number: evaluate(state.ema, number)),
+            init_from=None if start is None else functools.partial(_with_weights, program, start),
             must_match=must_match,
         )
+
+
+def _with_weights(program: Program, start: Mapping[str, Params], state: TrainState) -> TrainState:
+    shardings = {name: program.shardings.params[name] for name in start}
+    params = {**state.params, **sharding.place(dict(start), shardings)}
+    return state.replace(params=params, ema=jax.tree.map(lambda x: x.copy(), params))

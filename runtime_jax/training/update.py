@@ -1,11 +1,13 @@
 """One update of any training: the optimizer's part, and a guard against updates that are not finite."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
+from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
 from runtime_jax.training.optimizer import OptimizerConfig, make_optimizer, make_schedule
@@ -32,6 +34,20 @@ class Optimizer(NamedTuple):
     def rate(self, step: Array) -> Float[Array, ""]:
         """Learning rate of an update."""
         return jnp.asarray(self.schedule(step), jnp.float32)
+
+    def scaled(self, rates: Callable[[str], ArrayLike]) -> "Optimizer":
+        """The same optimizer with a factor on the learning rate of each parameter.
+
+        Args:
+          rates: path of a parameter -> its factor, or an array of one for each entry of its first axis.
+        """
+
+        def scale(path: tuple, update: Array) -> Array:
+            factor = np.asarray(rates(jax.tree_util.keystr(path, simple=True, separator="/")), np.float32)
+            return update * factor.reshape(*factor.shape, *[1] * (update.ndim - factor.ndim))
+
+        scaling = optax.stateless(lambda updates, _: jax.tree_util.tree_map_with_path(scale, updates))
+        return Optimizer(optax.chain(self.transformation, scaling), self.schedule)
 
     def update(self, gradients: Params, opt_state: Any, params: Params) -> tuple[Params, Any]:
         """New parameters and moments."""

@@ -37,6 +37,15 @@ def test_learning_and_drawing_concepts():
     assert sampler.traced.out_info[0].shape == (4, 64, 64, 3)
 
 
+def test_a_teachers_step():
+    config, task = programs.read("mergevq_teacher", [])
+    step = programs.trace(config, task, jax.devices())
+    assert (task, step.name) == ("teacher", "step, 6 views, batch 32") and set(step.held) == {"parameters", "state"}
+    for request, message in ((Request(sample=True), "a teacher has no sampler"), (Request(keep=9), "--keep is for")):
+        with pytest.raises(ValueError, match=message):
+            programs.trace(config, task, jax.devices(), request)
+
+
 def test_from_images_the_tokenizer_is_frozen_and_whole():
     subject = programs.trace(*programs.read(*GENERATOR), jax.devices())
     assert subject.name == "step, K = 256, batch 8"

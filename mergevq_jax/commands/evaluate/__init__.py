@@ -14,12 +14,14 @@ from mergevq_jax.commands.arguments import (
     source_arguments,
     source_of,
 )
+from mergevq_jax.commands.evaluate import representation_arguments
 from runtime_jax.cli import CommandLine, Group, path
 
 
 def add_commands(line: CommandLine) -> None:
     """Adds the commands that measure models."""
     group = line.group("evaluate", "Measure tokenizers and generators.")
+    representation_arguments.add_command(group)
     sub = group.command(
         "reconstruction",
         _reconstruction,

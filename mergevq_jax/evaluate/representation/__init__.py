@@ -1,0 +1,1 @@
+"""How much of an image's class its features tell: k nearest neighbours, a linear probe, fine-tuning."""
