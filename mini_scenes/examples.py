@@ -1,5 +1,6 @@
 """Makes the examples of a split as plain records, in this process or in several worker processes."""
 
+import dataclasses
 import io
 import os
 import pickle
@@ -18,18 +19,23 @@ from mini_scenes.scene import Scene, SceneObject, alone, sample_scene
 SPLITS = ("train", "validation", "test")
 
 
-def example_scene(seed: int, split: str, index: int, single: bool = False) -> tuple[Scene, str]:
-    """Scene and caption number `index` of a split, a pure function of the arguments. `single`: see `scene.alone`."""
+def example_scene(seed: int, split: str, index: int, single: bool = False, moved: bool = True) -> tuple[Scene, str]:
+    """Scene and caption number `index` of a split, a pure function of the arguments.
+
+    `single`: only the main object, as `scene.alone` places it; without `moved`, where and as large as it was.
+    """
     scene_rng, caption_rng = (np.random.default_rng([seed, SPLITS.index(split), index, part]) for part in (0, 1))
     scene = sample_scene(scene_rng)
     if single:
-        scene = alone(scene, scene_rng)
+        scene = alone(scene, scene_rng) if moved else dataclasses.replace(scene, objects=scene.objects[:1])
     return scene, caption(scene, caption_rng)
 
 
-def make_example(seed: int, split: str, index: int, size: int, single: bool = False) -> dict[str, Any]:
+def make_example(
+    seed: int, split: str, index: int, size: int, single: bool = False, moved: bool = True
+) -> dict[str, Any]:
     """One record in the form of the TFDS features; image and mask are PNG bytes."""
-    scene, text = example_scene(seed, split, index, single)
+    scene, text = example_scene(seed, split, index, single, moved)
     image, mask = render_scene(scene, size)
     return {
         "image": _png(image),
@@ -45,7 +51,7 @@ def make_example(seed: int, split: str, index: int, size: int, single: bool = Fa
 
 
 def make_examples(
-    seed: int, split: str, count: int, size: int, num_workers: int, single: bool = False
+    seed: int, split: str, count: int, size: int, num_workers: int, single: bool = False, moved: bool = True
 ) -> Iterator[dict[str, Any]]:
     """Examples 0 to count - 1 in order; worker k of n makes examples k, k + n, k + 2n, ...
 
@@ -53,11 +59,11 @@ def make_examples(
         RuntimeError: a worker died.
     """
     if num_workers < 2:
-        yield from (make_example(seed, split, index, size, single) for index in range(count))
+        yield from (make_example(seed, split, index, size, single, moved) for index in range(count))
         return
     # Subprocesses instead of multiprocessing: forking is unsafe once JAX has started threads, and spawning would run
     # the caller's script a second time.
-    workers = [_start(seed, split, first, count, num_workers, size, single) for first in range(num_workers)]
+    workers = [_start(seed, split, first, count, num_workers, size, single, moved) for first in range(num_workers)]
     try:
         for index in range(count):
             yield _receive(workers[index % num_workers])
@@ -81,10 +87,12 @@ def _receive(worker: subprocess.Popen) -> dict[str, Any]:
         raise RuntimeError(f"a mini_scenes worker ended early with exit code {worker.wait()}") from error
 
 
-def write_examples(seed: int, split: str, first: int, count: int, step: int, size: int, single: bool) -> None:
+def write_examples(
+    seed: int, split: str, first: int, count: int, step: int, size: int, single: bool, moved: bool
+) -> None:
     """Main function of a worker: pickles examples first, first + step, ... to standard output."""
     for index in range(first, count, step):
-        pickle.dump(make_example(seed, split, index, size, single), sys.stdout.buffer)
+        pickle.dump(make_example(seed, split, index, size, single, moved), sys.stdout.buffer)
     sys.stdout.buffer.flush()
 
 
