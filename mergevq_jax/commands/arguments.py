@@ -11,7 +11,18 @@ if TYPE_CHECKING:  # imported when a command runs
     from runtime_jax.nn.compute import Compute
 
 TINY, TINY_GENERATOR = "tiny", "tiny-mergear"  # names of what is shipped with the package
-SAMPLING = ("tokenizer", "classes", "keep", "cfg_schedule", "cfg_interval", "temperature", "top_k", "top_p", "greedy")
+SAMPLING = (
+    "tokenizer",
+    "classes",
+    "keep",
+    "cfg_schedule",
+    "cfg_interval",
+    "cfg_power",
+    "temperature",
+    "top_k",
+    "top_p",
+    "greedy",
+)
 SAMPLING += ("window", "capacity", "policy", "steps", "seed", "dtype", "tensor")
 ONE_OR_EACH: dict[str, Any] = {"nargs": "+", "metavar": "VALUE"}  # one value, or one for each sub-token
 
@@ -50,10 +61,11 @@ def sampling_arguments(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--keep", "--merge-number", type=int, help="distinct tokens K (default: the middle one it knows)"
     )
-    parser.add_argument("--cfg-schedule", default="constant", help="constant, linear or interval")
+    parser.add_argument("--cfg-schedule", default="constant", help="constant, linear, interval or power-cosine")
     parser.add_argument(
         "--cfg-interval", type=float, nargs=2, default=[0.0, 1.0], help="part of the sequence, for interval"
     )
+    parser.add_argument("--cfg-power", type=float, default=1.0, help="for power-cosine: the higher, the later it rises")
     parser.add_argument("--temperature", type=float, default=[1.0], **ONE_OR_EACH)
     parser.add_argument("--top-k", type=int, default=[0], help="0: off", **ONE_OR_EACH)
     parser.add_argument("--top-p", type=float, default=[1.0], help="1: off", **ONE_OR_EACH)
@@ -92,6 +104,7 @@ def request_of(args: Namespace, num: int, cfg_scale: float | tuple[float, ...]) 
         cfg_scale=cfg_scale,
         cfg_schedule=args.cfg_schedule,
         cfg_interval=tuple(args.cfg_interval),
+        cfg_power=args.cfg_power,
         **{name: one_or_each(getattr(args, name)) for name in ("temperature", "top_k", "top_p")},
         greedy=args.greedy,
         window=args.window,

@@ -184,6 +184,11 @@ class TokenizerConfig:
             )
         return height // f, width // f
 
+    @property
+    def recovers_from_starts(self) -> bool:
+        """Whether source recovery reads where groups start."""
+        return self.recovery is not None and self.recovery.positions == "starts"
+
     def merge_counts(self, raw: int, keep: int) -> tuple[int, ...]:
         """Tokens merged in each encoder block; see `tome.merge_counts`."""
         return tome.merge_counts(raw, keep, self.num_att_blocks)
@@ -232,7 +237,7 @@ PRESETS: Mapping[str, TokenizerConfig] = MappingProxyType(
             keep=144,
             layer_scale=0.1,
             dist_head=None,
-            recovery=RecoveryConfig(rec_embed_dim=64, num_heads=2),
+            recovery=RecoveryConfig(rec_embed_dim=64, num_heads=2, positions="starts"),
         ),
     }
 )

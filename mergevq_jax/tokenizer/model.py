@@ -127,7 +127,7 @@ def recover(
     """
     if config.recovery is None:
         raise ValueError("this tokenizer has no source recovery (config.recovery is None)")
-    if config.recovery.positions == "starts" and group_starts is None:
+    if config.recovers_from_starts and group_starts is None:
         raise ValueError("this tokenizer's source recovery reads where groups start: give group_starts")
     module = SourceRecovery(config.recovery, config.raw_tokens, config.layer_scale, compute)
     return module.apply({"params": params["recovery"]}, codes, group_starts)
@@ -193,7 +193,7 @@ class Tokenizer:
 
     def recovered(self, tokens: "Tokens") -> "Tokens":
         """The tokens with the source map that source recovery predicts from what it reads of them; as `recover`."""
-        starts = tokens.group_starts if self.config.recovery and self.config.recovery.positions == "starts" else None
+        starts = tokens.group_starts if self.config.recovers_from_starts else None
         return tokens.replace(source_map=self.recover(tokens.indices, starts))
 
     def encode(

@@ -56,7 +56,7 @@ def round_trip(tokenizer: Tokenizer, images: UInt8[Array, "B H W 3"], keep: int)
     true = _decode(tokenizer.params, codes, finite, static)
     if config.recovery is None:
         return RoundTrip(indices, true, None)
-    starts = starts if config.recovery.positions == "starts" else None
+    starts = starts if config.recovers_from_starts else None
     codes, recovered = _recover(tokenizer.params, indices, starts, static)
     return RoundTrip(indices, true, _decode(tokenizer.params, codes, finite & recovered, static))
 

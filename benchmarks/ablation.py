@@ -1,0 +1,179 @@
+"""What the parts of MergeVQ give, in miniature: variants trained with several seeds, measured, and written up.
+
+python benchmarks/ablation.py --teacher runs/teacher/teacher --out runs/ablation     # resumes where it was stopped
+
+Trains each variant of configs/mergevq_ablation.py with each seed, then measures reconstructions (`mergevq evaluate
+reconstruction`) and features (`mergevq evaluate representation`) at each K. Writes a table and a plot: ablation.md and
+ablation.png in --out; copy them to docs/.
+"""
+
+import argparse
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from mergevq_jax.evaluate.representation.rows import LINEAR
+
+from mergevq_jax.cli import training
+from mergevq_jax.commands.evaluate import reconstruction, representation
+from mergevq_jax.commands.evaluate.reconstruction_task import RECOVERED, TRUE
+from mergevq_jax.evaluate.results import RESULTS_NAME
+from mergevq_jax.tokenizer.run import MODEL_FOLDER, TrainConfig, train
+from runtime_jax.cost import table
+from runtime_jax.data import SourceConfig
+from runtime_jax.estimate import Estimate, estimate
+from runtime_jax.files import write_text
+from runtime_jax.pictures import Points, plot_lines
+
+VARIANTS = {
+    "g": "G",
+    "gr": "G+R",
+    "r": "R",
+    "gr-unaligned": "G+R without alignment",
+    "r-unaligned": "R without alignment",
+    "gr-unmerged": "G+R without merging",
+    "gr-fixed": "G+R with one K in training",
+    "gr-unplaced": "G+R, source recovery without positions",
+}
+PAPER = ("g", "gr", "r")
+PROBE = "mini_scenes/64_probe"
+SCENES = "scenes"
+
+
+class Cell(NamedTuple):
+    """Figures of a variant at one K, over seeds."""
+
+    psnr: Estimate  # dB, with the true source map
+    recovered: Estimate
+    accuracy: Estimate  # of the linear probe, %
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Figures of one variant by K, and of what the probe is compared with."""
+
+    raw: int  # tokens
+    cells: dict[int, Cell]
+    others: dict[str, float]  # accuracy of teacher, random weights and pixels, %
+
+    @classmethod
+    def read(cls, pixels: Path, features: Path, tokenizers: Sequence[str], config: TrainConfig) -> "Measured":
+        """From the folders of both evaluations, over the tokenizers of all seeds; on scenes."""
+        rebuilt = _entries(pixels)
+        probed = _entries(features)
+
+        def psnr(keep: int, source_map: str) -> Estimate:
+            wanted = {"keep": keep, "source_map": source_map}
+            found = [row for row in rebuilt if row["images"]["name"] == SCENES and wanted.items() <= row.items()]
+            return estimate([row["psnr"]["mean"] for row in found])
+
+        def accuracy(keep: int) -> Estimate:
+            found = [row for row in probed if row["keep"] == keep and row["name"] in tokenizers]
+            return estimate([row[LINEAR]["mean"] for row in found])
+
+        cells = {
+            keep: Cell(psnr(keep, TRUE), psnr(keep, RECOVERED), accuracy(keep)) for keep in config.evaluation.keeps
+        }
+        others = {row["name"]: row[LINEAR]["mean"] for row in probed if row["name"] not in tokenizers}
+        return cls(config.model.raw_tokens, cells, others)
+
+
+def _entries(folder: Path) -> list[dict[str, Any]]:
+    return json.loads((folder / RESULTS_NAME).read_text())["results"]
+
+
+def measure(variant: str, seeds: int, *, teacher: str, out: Path, steps: int | None, data_dir: str) -> Measured:
+    """Trains and measures what is missing of a variant."""
+    folders = []
+    for seed in range(seeds):
+        workdir = out / variant / f"seed_{seed}"
+        config = read_config(variant, seed, teacher=teacher, steps=steps, data_dir=data_dir)
+        if train(config, workdir).stopped_by is not None:
+            raise SystemExit("stopped; the same command goes on from there")
+        folders.append(str(workdir / MODEL_FOLDER))
+    keeps = config.evaluation.keeps
+    pixels, features = out / variant / "reconstruction", out / variant / "representation"
+    reconstruction.evaluate(
+        reconstruction.Request(tokenizers=tuple(folders), keeps=keeps, data_dir=data_dir), out=pixels
+    )
+    probe = SourceConfig(kind="tfds", name=PROBE, data_dir=data_dir)
+    request = representation.Request(
+        tokenizers=tuple(folders),
+        teachers=(teacher,),
+        train=replace(probe, split="train"),
+        test=replace(probe, split="test"),
+        methods=(LINEAR,),
+        keeps=keeps,
+        seeds=1,
+    )
+    representation.evaluate(request, out=features)
+    return Measured.read(pixels, features, folders, config)
+
+
+def read_config(variant: str, seed: int, *, teacher: str, steps: int | None, data_dir: str) -> TrainConfig:
+    """The training of a variant; `steps`: None: the config's."""
+    settings = [f"seed={seed}", f"teacher={teacher}", "data.sources.0.data_dir=" + data_dir]
+    settings.append("evaluation.data.sources.0.data_dir=" + data_dir)
+    settings += [] if steps is None else [f"loop.duration.steps={steps}"]
+    return training(f"mergevq_ablation:{variant}", settings)[0]
+
+
+def report(measured: dict[str, Measured]) -> str:
+    """The tables in Markdown."""
+    head = ("variant", "kept", "of all, %", "PSNR, dB", "with recovered maps", "linear probe, %")
+    rows = [
+        (
+            VARIANTS[variant],
+            str(keep),
+            f"{100 * keep / found.raw:.0f}",
+            f"{cell.psnr:.2f}",
+            f"{cell.recovered:.2f}",
+            f"{cell.accuracy:.1f}",
+        )
+        for variant, found in measured.items()
+        for keep, cell in found.cells.items()
+    ]
+    others = [
+        (VARIANTS[v], name, f"{value:.1f}") for v, found in measured.items() for name, value in found.others.items()
+    ]
+    return "\n".join([*table(head, rows), "", *table(("beside", "features", "linear probe, %"), others)]) + "\n"
+
+
+def panels(measured: dict[str, Measured]) -> dict[str, dict[str, Points]]:
+    """Quality and accuracy against the share of kept tokens, a line for each of the paper's variants."""
+    quantities = {"PSNR, dB": "psnr", "PSNR with recovered maps, dB": "recovered", "linear probe, %": "accuracy"}
+    lines = {}
+    for label, name in quantities.items():
+        lines[label] = {}
+        for variant in (variant for variant in PAPER if variant in measured):
+            found = measured[variant]
+            values = [getattr(cell, name) for cell in found.cells.values()]
+            share = [100 * keep / found.raw for keep in found.cells]
+            lines[label][VARIANTS[variant]] = Points(
+                share, [value.mean for value in values], [value.half_width for value in values]
+            )
+    return lines
+
+
+def main() -> None:
+    """Trains, measures and writes."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--teacher", required=True, help="DINOv2 folder of the alignment loss; see docs/teacher.md")
+    parser.add_argument("--out", type=Path, default=Path("runs/ablation"))
+    parser.add_argument("--variants", nargs="+", choices=list(VARIANTS), default=list(VARIANTS))
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--steps", type=int, help="of each training (default: the config's)")
+    parser.add_argument("--data-dir", default="data")
+    args = parser.parse_args()
+    settings = {"teacher": args.teacher, "out": args.out, "steps": args.steps, "data_dir": args.data_dir}
+    measured = {variant: measure(variant, args.seeds, **settings) for variant in args.variants}
+    text = report(measured)
+    print(text)
+    write_text(args.out / "ablation.md", text)
+    plot_lines(panels(measured), args.out / "ablation.png", x_label="kept tokens, % of all")
+
+
+if __name__ == "__main__":
+    main()
