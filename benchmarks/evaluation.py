@@ -12,6 +12,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -33,10 +34,16 @@ from runtime_jax.sharding import replicate
 from runtime_jax.training.stop import Stop
 
 
-def random_like(shapes):
-    """Small random float32 leaves."""
+def random_like(shapes: Any) -> Any:
+    """Small random float32 leaves; variances are one."""
     rng = np.random.default_rng(0)
-    return jax.tree.map(lambda leaf: jnp.asarray(0.02 * rng.standard_normal(leaf.shape, np.float32)), shapes)
+
+    def leaf_of(path: Any, leaf: jax.ShapeDtypeStruct) -> jax.Array:
+        if jax.tree_util.keystr(path[-1:], simple=True) == "var":
+            return jnp.ones(leaf.shape)
+        return jnp.asarray(0.02 * rng.standard_normal(leaf.shape, np.float32))
+
+    return jax.tree_util.tree_map_with_path(leaf_of, shapes)
 
 
 def network_of(name: str) -> FeatureNetwork:

@@ -11,7 +11,7 @@ if TYPE_CHECKING:  # imported when a command runs
     from runtime_jax.nn.compute import Compute
 
 TINY, TINY_GENERATOR = "tiny", "tiny-mergear"  # names of what is shipped with the package
-SAMPLING = (
+SAMPLING = (  # what `sampling_arguments` adds, but for the size of batches
     "tokenizer",
     "classes",
     "keep",
@@ -22,8 +22,14 @@ SAMPLING = (
     "top_k",
     "top_p",
     "greedy",
+    "window",
+    "capacity",
+    "policy",
+    "steps",
+    "seed",
+    "dtype",
+    "tensor",
 )
-SAMPLING += ("window", "capacity", "policy", "steps", "seed", "dtype", "tensor")
 ONE_OR_EACH: dict[str, Any] = {"nargs": "+", "metavar": "VALUE"}  # one value, or one for each sub-token
 
 
