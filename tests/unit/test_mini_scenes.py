@@ -319,6 +319,13 @@ def test_workers_make_the_same_examples():
     assert [e["caption"] for e in alone] == [e["caption"] for e in shared]
 
 
+def test_a_single_object_is_moved_or_stays():
+    scene = example_scene(1, "test", 3)[0]
+    (kept,) = example_scene(1, "test", 3, single=True, moved=False)[0].objects
+    (moved,) = example_scene(1, "test", 3, single=True)[0].objects
+    assert kept == scene.objects[0] and (moved.x, moved.size) != (kept.x, kept.size)
+
+
 def test_a_dead_worker_is_an_error(monkeypatch):
     monkeypatch.setattr(sys, "executable", shutil.which("false"))
     with pytest.raises(RuntimeError, match="worker ended early with exit code 1"):
