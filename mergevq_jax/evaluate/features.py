@@ -4,7 +4,6 @@ Axes: B batch, H W image, F features, S spatial features, C classes.
 """
 
 import functools
-import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -12,7 +11,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import traverse_util
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, UInt8
 
@@ -21,6 +19,7 @@ from mini_scenes.judge.model import JudgeConfig, JudgeNet
 from runtime_jax.networks import inception
 from runtime_jax.networks.dinov2 import DINOv2, DINOv2Config, load_dinov2, standardize
 from runtime_jax.sharding import Axis, constrain, replicate
+from runtime_jax.weights.fingerprint import fingerprint
 
 DINOV2_SIZE = 224  # pixels
 JUDGE, INCEPTION, DINOV2 = "judge", "inception", "dinov2"
@@ -120,10 +119,7 @@ def load_feature_network(source: str) -> FeatureNetwork:
 
 
 def _network(name: str, resize: str, params: Any, compute: Compute, side: int = 1) -> FeatureNetwork:
-    digest = hashlib.sha256()
-    for path, leaf in sorted(traverse_util.flatten_dict(params, sep="/").items()):
-        digest.update(f"{path} {leaf.dtype} {tuple(leaf.shape)}\n".encode() + np.asarray(leaf).tobytes())
-    return FeatureNetwork(name, digest.hexdigest(), resize, params, compute, side)
+    return FeatureNetwork(name, fingerprint(params), resize, params, compute, side)
 
 
 def _judge(config: JudgeConfig, params: Any, images: UInt8[Array, "B H W 3"]) -> Features:

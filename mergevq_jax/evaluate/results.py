@@ -139,14 +139,6 @@ def joint_digest(rows: np.ndarray) -> str:
     return hashlib.sha256(np.ascontiguousarray(rows).tobytes()).hexdigest()
 
 
-def fingerprint(params: Any) -> str:
-    """SHA-256 of parameters and their names."""
-    digest = hashlib.sha256()
-    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
-        digest.update(jax.tree_util.keystr(path).encode() + np.ascontiguousarray(leaf).tobytes())
-    return digest.hexdigest()
-
-
 def distance_name(network: str, prefix: str = "") -> str:
     """FID is the Fréchet distance of Inception's features alone."""
     return f"{prefix}FID" if network == PUBLISHED_NETWORK else f"{prefix}FD ({network})"

@@ -5,7 +5,6 @@ The network is `dinov2.DINOv2` without LayerScale. Similarities of DreamBooth an
 
 import json
 import os
-import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,7 +13,7 @@ import numpy as np
 from runtime_jax.networks import dinov2
 from runtime_jax.networks.dinov2 import DINOv2Config, param_shapes
 from runtime_jax.weights import WeightError, import_weights, layer, norm
-from runtime_jax.weights.hub import local_path, read_tensors
+from runtime_jax.weights.hub import local_path, read_tensors, rename
 
 _LAYER = "encoder.layer.{i}"
 TABLE = (
@@ -42,12 +41,8 @@ def convert_dino(source: Mapping[str, np.ndarray], config: DINOv2Config) -> dict
     Raises:
       WeightError: names or shapes that do not fit.
     """
-    renamed = {}
-    for name, array in source.items():
-        for pattern, replacement in _RENAMES:
-            name = re.sub(pattern, replacement, name)
-        renamed[name] = array.astype(np.float32)
-    return import_weights(TABLE, renamed, param_shapes(config), ignore=_IGNORED)
+    tensors = {rename(name, _RENAMES): array.astype(np.float32) for name, array in source.items()}
+    return import_weights(TABLE, tensors, param_shapes(config), ignore=_IGNORED)
 
 
 def parse_config(fields: Mapping[str, Any]) -> DINOv2Config:

@@ -2,7 +2,6 @@
 
 import json
 import os
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,7 +31,7 @@ from runtime_jax.weights import (
     norm,
     write_safetensors,
 )
-from runtime_jax.weights.hub import local_path, read_tensors
+from runtime_jax.weights.hub import local_path, read_tensors, rename
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -237,12 +236,8 @@ def convert_dinov2(source: dict[str, np.ndarray], config: DINOv2Config) -> dict[
     Raises:
       WeightError: names or shapes that do not fit.
     """
-    renamed = {}
-    for name, array in source.items():
-        for pattern, replacement in _RENAMES:
-            name = re.sub(pattern, replacement, name)
-        renamed[name] = array.astype(np.float32)
-    return import_weights(TABLE, renamed, param_shapes(config), ignore=_IGNORED)
+    tensors = {rename(name, _RENAMES): array.astype(np.float32) for name, array in source.items()}
+    return import_weights(TABLE, tensors, param_shapes(config), ignore=_IGNORED)
 
 
 def param_shapes(config: DINOv2Config) -> dict[str, Any]:

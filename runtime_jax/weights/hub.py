@@ -64,6 +64,13 @@ def _read_file(path: Path) -> dict[str, np.ndarray]:
     return read_pickled(path) if path.suffix in PICKLED else read_safetensors(path)[0]
 
 
+def rename(name: str, renames: Sequence[tuple[str, str]]) -> str:
+    """A tensor's other name: each pattern is replaced, one after the other."""
+    for pattern, replacement in renames:
+        name = re.sub(pattern, replacement, name)
+    return name
+
+
 def merge_tensors(parts: Sequence[tuple[str | os.PathLike, dict[str, np.ndarray]]]) -> dict[str, np.ndarray]:
     """The union of several (file, state dict); a name may recur with equal contents.
 

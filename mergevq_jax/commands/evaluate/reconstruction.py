@@ -24,6 +24,7 @@ from runtime_jax.mesh import MeshConfig, make_mesh
 from runtime_jax.pictures import image_grid, loss_curve, save_png
 from runtime_jax.sharding import replicate
 from runtime_jax.training.stop import Stop
+from runtime_jax.weights.fingerprint import fingerprint
 from runtime_jax.workdir import only_writer
 
 HELD_OUT_COUNT = 256  # scenes; photographs are a quarter of them
@@ -125,7 +126,7 @@ def _protocol(
     if networks.lpips is not None:
         lpips = {
             "network": "VGG16, version 0.1",
-            "fingerprint": results.fingerprint(networks.lpips),
+            "fingerprint": fingerprint(networks.lpips),
             "resize": "none",
         }
     return {

@@ -35,6 +35,7 @@ from runtime_jax.networks.dinov2 import load_dinov2, read_dinov2_config
 from runtime_jax.prng import Stream, stream_key
 from runtime_jax.sharding import check_batch
 from runtime_jax.training.stop import Stop
+from runtime_jax.weights.fingerprint import fingerprint
 from runtime_jax.workdir import only_writer
 
 
@@ -168,7 +169,7 @@ def _protocol(request: Request, encoders: list[Encoder], train: LabelledImages, 
         "command": "evaluate representation",
         "encoders": [
             {"name": encoder.name, "keep": encoder.keep, "seed": encoder.seed}
-            | {"fingerprint": results.fingerprint(encoder.params)}
+            | {"fingerprint": fingerprint(encoder.params)}
             for encoder in encoders
         ],
         "train": train.describe(),

@@ -13,7 +13,6 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float
 
-from mergevq_jax.evaluate import results
 from mergevq_jax.evaluate.representation.encoders import Encoder
 from mergevq_jax.evaluate.representation.probe import EPSILON, INITIAL, ProbeConfig
 from runtime_jax.data import DataConfig, ResizedCropConfig, SourceConfig, make_batches
@@ -22,6 +21,7 @@ from runtime_jax.prng import Stream, stream_key
 from runtime_jax.training.network import Means, train_network
 from runtime_jax.training.stop import StoppedError
 from runtime_jax.training.update import Params
+from runtime_jax.weights.fingerprint import fingerprint
 
 ENCODER, HEAD = "encoder", "head"  # names of the two parts' parameters
 
@@ -70,7 +70,7 @@ def finetuned(
       ValueError: fewer training images than a batch.
       StoppedError: by a signal, after a checkpoint.
     """
-    protocol = asdict(config) | {"seed": seed, "classes": classes, "encoder": results.fingerprint(encoder.params)}
+    protocol = asdict(config) | {"seed": seed, "classes": classes, "encoder": fingerprint(encoder.params)}
     width = encoder.shapes()[pooling].shape[-1]
     crop = ResizedCropConfig(area=config.crop_area)
     data = DataConfig(

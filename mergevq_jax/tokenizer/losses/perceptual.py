@@ -1,7 +1,6 @@
 """LPIPS, the learned perceptual distance on VGG16 features (Zhang et al. 2018, version 0.1)."""
 
 import os
-import re
 from typing import Any
 
 import flax.linen as nn
@@ -15,7 +14,7 @@ from jaxtyping import Array, Float
 from runtime_jax.prng import key_shape
 from runtime_jax.sharding import Axis, constrain
 from runtime_jax.weights import CONV, Rule, Transform, WeightError, import_weights, layer
-from runtime_jax.weights.hub import merge_tensors, read_tensors
+from runtime_jax.weights.hub import merge_tensors, read_tensors, rename
 
 Images = Float[Array, "batch height width 3"]
 FeatureMap = Float[Array, "batch h w channels"]
@@ -130,9 +129,7 @@ def load_lpips(*sources: str | os.PathLike, widths: tuple[int, ...] = VGG16_WIDT
     parts = []
     for source in sources:
         for name, array in read_tensors(source).items():
-            for pattern, replacement in _RENAMES:
-                name = re.sub(pattern, replacement, name)
-            parts.append((source, {name: array.astype(np.float32)}))
+            parts.append((source, {rename(name, _RENAMES): array.astype(np.float32)}))
     params = import_weights(TABLE, merge_tensors(parts), lpips_shapes(widths), ignore=_IGNORED)
     negative = [name for name in params if name.startswith("lin_") and np.any(params[name] < 0)]
     if negative:
