@@ -49,6 +49,7 @@ def get_config(arg: str = "gr") -> ConfigDict:
             "num_classes": 64,  # the teacher's width
         }
     )
+    config.model.recovery.positions = "starts"
     config.losses.update(
         {
             "alignment_weight": values["alignment"],
