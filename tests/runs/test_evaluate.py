@@ -27,6 +27,7 @@ from mergevq_jax.tokenizer.losses.perceptual import LPIPS, TABLE, load_lpips
 from mergevq_jax.tokenizer.model import Tokenizer, to_float
 from runtime_jax.data import SourceConfig
 from runtime_jax.weights import export_weights, write_safetensors
+from runtime_jax.weights.fingerprint import fingerprint
 
 COUNT = 70  # images: three parts
 
@@ -294,7 +295,7 @@ def test_lpips_with_weights(root, tmp_path, monkeypatch):
     arguments = ["--num-images", "20", "--keep", "40", "--lpips", str(tmp_path / "lpips.safetensors")]
     assert reconstruct(root, tmp_path / "out", *arguments) == 0
     written = json.loads((tmp_path / "out" / "results.json").read_text())
-    assert written["evaluation"]["lpips"]["fingerprint"] == results.fingerprint(jax.device_get(params))
+    assert written["evaluation"]["lpips"]["fingerprint"] == fingerprint(jax.device_get(params))
     images = SourceImages(SourceConfig(kind="folder", path=str(root / "pictures")), 16, 20).read(range(20))
     rebuilt = Tokenizer.from_pretrained(root / "tokenizer").reconstruct(images, keep=40)
     expected = narrow.apply({"params": params}, to_float(rebuilt), to_float(images))
