@@ -14,11 +14,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from mergevq_jax.evaluate.representation.rows import LINEAR
+import numpy as np
 
 from mergevq_jax.cli import training
 from mergevq_jax.commands.evaluate import reconstruction, representation
 from mergevq_jax.commands.evaluate.reconstruction_task import RECOVERED, TRUE
+from mergevq_jax.evaluate.representation.rows import LINEAR
 from mergevq_jax.evaluate.results import RESULTS_NAME
 from mergevq_jax.tokenizer.run import MODEL_FOLDER, TrainConfig, train
 from runtime_jax.cost import table
@@ -67,11 +68,11 @@ class Measured:
         def psnr(keep: int, source_map: str) -> Estimate:
             wanted = {"keep": keep, "source_map": source_map}
             found = [row for row in rebuilt if row["images"]["name"] == SCENES and wanted.items() <= row.items()]
-            return estimate([row["psnr"]["mean"] for row in found])
+            return estimate([row["psnr"]["mean"] for row in found], independent=len(found) > 1)
 
         def accuracy(keep: int) -> Estimate:
             found = [row for row in probed if row["keep"] == keep and row["name"] in tokenizers]
-            return estimate([row[LINEAR]["mean"] for row in found])
+            return estimate([row[LINEAR]["mean"] for row in found], independent=len(found) > 1)
 
         cells = {
             keep: Cell(psnr(keep, TRUE), psnr(keep, RECOVERED), accuracy(keep)) for keep in config.evaluation.keeps
@@ -152,7 +153,7 @@ def panels(measured: dict[str, Measured]) -> dict[str, dict[str, Points]]:
             values = [getattr(cell, name) for cell in found.cells.values()]
             share = [100 * keep / found.raw for keep in found.cells]
             lines[label][VARIANTS[variant]] = Points(
-                share, [value.mean for value in values], [value.half_width for value in values]
+                share, [value.mean for value in values], [value.half_width or np.nan for value in values]
             )
     return lines
 

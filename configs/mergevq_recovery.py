@@ -1,4 +1,6 @@
-"""Trains source recovery alone, on the frozen codes of a tokenizer: they, and generators of them, stay as they are.
+"""Trains source recovery alone, on the frozen codes of a tokenizer, so that generators of these codes can be kept.
+
+Generators from before codes had a fingerprint of their own, the shipped ones too, accept only the tokenizer as it was.
 
     mergevq train --config mergevq_recovery:tiny --config.init_from=tiny --workdir runs/recovery
     mergevq train --config mergevq_recovery:gr-d64 --config.init_from=runs/gr-d64/tokenizer --workdir runs/recovery

@@ -73,7 +73,7 @@ def draw(
             offsets=_offsets(pipeline, full, encoded, concepts, length),
             **settings,
         )
-        for job, pixels in zip(batch, to_host(images), strict=False):
+        for job, pixels in zip(batch, to_host(images)[: len(batch)], strict=True):
             samples.save(job.item, job.image, pixels)
 
 
