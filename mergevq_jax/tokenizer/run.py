@@ -5,7 +5,7 @@ import itertools
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Literal
 
 import jax
 import numpy as np
@@ -26,6 +26,7 @@ from runtime_jax.networks.dinov2 import DINOv2Config, load_dinov2
 from runtime_jax.nn.compute import Compute
 from runtime_jax.training import loop
 from runtime_jax.training.fit import fit
+from runtime_jax.training.network import with_weights
 from runtime_jax.training.optimizer import OptimizerConfig
 from runtime_jax.training.program import Program
 from runtime_jax.training.update import Optimizer
@@ -163,7 +164,7 @@ def train(config: TrainConfig, workdir: str | os.PathLike) -> loop.Result:
                 preview=evaluation.preview,
                 evaluate=evaluation.evaluate,
                 init=functools.partial(new_state, program, config.blocks_from),
-                init_from=functools.partial(with_weights, program, start) if start else None,
+                init_from=functools.partial(with_weights, program, start.params) if start else None,
                 resume_from=config.resume_from,
                 must_match=("model", "discriminator", "seed", "data", "merge_ratio"),
                 may_differ=("data.num_workers", "data.sources.*.data_dir", "data.sources.*.path"),
@@ -237,16 +238,7 @@ def new_state(program: Program, blocks_from: str | None = None) -> stage1.TrainS
     shardings = program.shardings.params["encoder"]["attn"]
     filled = sharding.place(filled, {name: shardings[name] for name in filled})
     encoder = state.params["encoder"]
-    return _with_params(state, {**state.params, "encoder": {**encoder, "attn": {**encoder["attn"], **filled}}})
-
-
-def with_weights(program: Program, tokenizer: Tokenizer, state: stage1.TrainState) -> stage1.TrainState:
-    """The state with the weights of a saved tokenizer of the same architecture; what it lacks stays as it is."""
-    shardings = {name: program.shardings.params[name] for name in tokenizer.params}
-    return _with_params(state, {**state.params, **sharding.place(tokenizer.params, shardings)})
-
-
-def _with_params(state: stage1.TrainState, params: Any) -> stage1.TrainState:
+    params = {**state.params, "encoder": {**encoder, "attn": {**encoder["attn"], **filled}}}
     return state.replace(params=params, ema=jax.tree.map(lambda x: x.copy(), params))
 
 

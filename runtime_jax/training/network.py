@@ -137,12 +137,13 @@ def train_network(
             variant=variant,
             preview=preview and (lambda state, number: preview(state.ema, number)),
             evaluate=evaluate and (lambda state, number: evaluate(state.ema, number)),
-            init_from=None if start is None else functools.partial(_with_weights, program, start),
+            init_from=None if start is None else functools.partial(with_weights, program, start),
             must_match=must_match,
         )
 
 
-def _with_weights(program: Program, start: Mapping[str, Params], state: TrainState) -> TrainState:
+def with_weights(program: Program, start: Mapping[str, Params], state: Any) -> Any:
+    """A new state with other weights, host arrays by name, in `params` and `ema`; what they lack stays as it is."""
     shardings = {name: program.shardings.params[name] for name in start}
     params = {**state.params, **sharding.place(dict(start), shardings)}
     return state.replace(params=params, ema=jax.tree.map(lambda x: x.copy(), params))

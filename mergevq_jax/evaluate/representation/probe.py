@@ -45,7 +45,8 @@ class ProbeConfig:
         """Steps of a probe on `count` images; raises ValueError where they don't fill a batch."""
         if count < self.batch_size:
             raise ValueError(
-                f"{count} training images don't fill a batch of {self.batch_size}: choose a smaller --probe-batch-size"
+                f"{count} training images don't fill a batch of {self.batch_size}: set a smaller batch_size "
+                "(--config.linear.batch_size, --config.finetune.batch_size)"
             )
         return self.epochs * (count // self.batch_size)
 
