@@ -32,6 +32,7 @@ from runtime_jax.hosts import PORT, TIMEOUT, AbsentError, HostsError, Processes,
 LOST = 75  # EX_TEMPFAIL: the same command may succeed
 STOPPED = (128 + signal.SIGTERM, 128 + signal.SIGINT)
 GRACE = 120.0  # seconds for processes to save after a signal
+LAST_LINES = 5.0  # seconds to copy what ended processes have printed
 _POLL = 0.1
 _BEAT = 1.0
 # What XLA prints when another process has gone, before it aborts: the supervisor's own line says it.
@@ -100,6 +101,7 @@ class Supervisor:
         self.peers = Peers(hosts, timeout)
         self.signal: int | None = None
         self.children: list[subprocess.Popen] = []
+        self.copiers: list[threading.Thread] = []
 
     def run(self) -> int:
         """Starts the processes and waits for all of them, here and on the other hosts; the exit status."""
@@ -115,6 +117,8 @@ class Supervisor:
                 if child.poll() is None:
                     child.kill()
                 child.wait()
+            for copier in self.copiers:  # the last lines; a grandchild may hold a pipe open
+                copier.join(LAST_LINES)
         finally:
             self.peers.close()
             for number, handler in before.items():
@@ -135,7 +139,8 @@ class Supervisor:
         child = subprocess.Popen(self.command, env=os.environ | setting, stdout=pipe, stderr=pipe)
         if not alone:
             for source, target in ((child.stdout, sys.stdout.buffer), (child.stderr, sys.stderr.buffer)):
-                threading.Thread(target=_copy, args=(source, target, process.index), daemon=True).start()
+                self.copiers.append(threading.Thread(target=_copy, args=(source, target, process.index), daemon=True))
+                self.copiers[-1].start()
         return child
 
     def _forward(self, number: int, frame: Any) -> None:

@@ -133,6 +133,17 @@ def test_processes_that_do_not_come(index, message):
         start(Processes(address, 3, index), ["program"], timeout=1.0)
 
 
+def test_the_last_lines_of_a_process_are_printed():
+    """To a reader that is slower than the processes: when they have ended, the pipes are full."""
+    script = "seq 10000; echo last of $JAX_PROCESS_ID"
+    command = [sys.executable, "-m", "launch.run", "--processes", "2", "--", "sh", "-c", script]
+    run = subprocess.Popen(command, cwd=ROOT, env=environment(), stdout=subprocess.PIPE, text=True)
+    time.sleep(2)
+    lines = run.communicate(timeout=60)[0].splitlines()
+    assert run.returncode == 0 and len(lines) == 20002
+    assert {"[0] last of 0", "[1] last of 1"} <= set(lines)
+
+
 def test_two_hosts_and_one_that_is_lost():
     """Supervisors on two hosts, here the same one: the loss of a process on one ends the other."""
 
