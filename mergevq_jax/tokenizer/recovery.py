@@ -3,9 +3,12 @@
 Axes: B batch, L raw tokens, K kept tokens, C channels of a code, D width.
 """
 
+import math
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from einops import rearrange
 from jaxtyping import Array, Float, Int
 
@@ -19,7 +22,8 @@ class SourceRecovery(nn.Module):
     """L learned queries attend to the kept tokens; a shared head scores every query against every token.
 
     In the released layout kept tokens have no positions, so the module must guess from a code where it belongs. With
-    `config.positions="starts"` each token also gets the query of the cell in which its group starts.
+    `config.positions="starts"` each token also gets the query of the cell in which its group starts, and each score a
+    learned bias: that of the offset from this cell to the position.
     """
 
     config: RecoveryConfig
@@ -50,7 +54,15 @@ class SourceRecovery(nn.Module):
         for index in range(config.num_self_layers):
             x, _, _ = Block(config.num_heads, self.layer_scale, compute, name=f"self_blocks_{index}")(x)
         head = dense(width, "rec_head", compute)
-        return jnp.einsum("bld,bkd->blk", head(x), head(keys), preferred_element_type=jnp.float32)
+        logits = jnp.einsum("bld,bkd->blk", head(x), head(keys), preferred_element_type=jnp.float32)
+        return logits + self._offset_bias(group_starts) if placed else logits
+
+    def _offset_bias(self, group_starts: Int[Array, "B K"]) -> Float[Array, "B L K"]:
+        side = math.isqrt(self.raw_tokens)
+        biases = self.param("offset_bias", nn.initializers.zeros, (2 * side - 1, 2 * side - 1))
+        row, column = np.divmod(np.arange(self.raw_tokens), side)
+        of_start = biases[row - row[:, None] + side - 1, column - column[:, None] + side - 1]  # [start, position]
+        return jnp.swapaxes(jnp.take(of_start, group_starts, axis=0, mode="fill", fill_value=0), 1, 2)
 
 
 class CrossAttentionBlock(nn.Module):

@@ -513,16 +513,23 @@ def test_where_groups_start_says_which_are_possible(tokenizer):
 def test_kept_tokens_with_positions(tokenizer):
     """The query of its group's first cell tells a token from its equals; the order of the tokens means nothing."""
     config = dataclasses.replace(CONFIG, recovery=dataclasses.replace(CONFIG.recovery, positions="starts"))
+    params = {**tokenizer.params, "recovery": tokenizer.params["recovery"] | {"offset_bias": jnp.zeros((15, 15))}}
     codes = jnp.ones((1, 5, 6))
     starts = jnp.asarray([[0, 7, 20, 33, 64]])  # the last group is empty
-    recover = jit(lambda codes, starts: model.recover(tokenizer.params, config, codes, starts))
-    logits = np.asarray(recover(codes, starts))
+    recover = jit(lambda params, codes, starts: model.recover(params, config, codes, starts))
+    logits = np.asarray(recover(params, codes, starts))
     assert len({tuple(token) for token in logits[0].T.round(4).tolist()}) == 5
-    np.testing.assert_allclose(recover(codes, starts[:, ::-1])[..., ::-1], logits, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(recover(params, codes, starts[:, ::-1])[..., ::-1], logits, rtol=1e-4, atol=1e-4)
     blind = np.asarray(jit(lambda codes: model.recover(tokenizer.params, CONFIG, codes))(codes))
     np.testing.assert_allclose(blind, blind[..., :1].repeat(5, axis=-1), rtol=1e-4, atol=1e-4)
 
-    placed = Tokenizer(config, tokenizer.params)
+    # A bias for one row down and two columns left: from 7 to 13 and from 20 to 26; from 0 and 33 it leaves the image.
+    biases = jnp.zeros((15, 15)).at[7 + 1, 7 - 2].set(5.0)
+    biased = {**params, "recovery": params["recovery"] | {"offset_bias": biases}}
+    more = np.asarray(recover(biased, codes, starts)) - logits
+    assert np.argwhere(more > 4.9).tolist() == [[0, 13, 1], [0, 26, 2]] and np.abs(more).sum() < 10.1
+
+    placed = Tokenizer(config, params)
     tokens = placed.encode(pictures(1, 32, 32), keep=36)
     np.testing.assert_array_equal(placed.recovered(tokens).group_starts, tokens.group_starts)
     with pytest.raises(ValueError, match="give group_starts"):
