@@ -19,7 +19,7 @@ LACKS = {
     "unaligned": {"losses.alignment_weight": 0.0},
     "fixed": {},  # one K in training, the first of `keeps`
     "unmerged": {},  # K = L, all raw tokens
-    "unplaced": {"model.recovery.positions": "none"},  # source recovery in the released layout
+    "unplaced": {"model.recovery.positions": "none", "model.recovery.num_layers": 2},  # the released source recovery
 }
 STEPS = 2000
 
@@ -49,7 +49,7 @@ def get_config(arg: str = "gr") -> ConfigDict:
             "num_classes": 64,  # the teacher's width
         }
     )
-    config.model.recovery.positions = "starts"
+    config.model.recovery.update({"positions": "starts", "num_layers": 0})
     config.losses.update(
         {
             "alignment_weight": values["alignment"],

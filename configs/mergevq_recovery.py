@@ -5,8 +5,9 @@ Generators from before codes had a fingerprint of their own, the shipped ones to
     mergevq train --config mergevq_recovery:tiny --config.init_from=tiny --workdir runs/recovery
     mergevq train --config mergevq_recovery:gr-d64 --config.init_from=runs/gr-d64/tokenizer --workdir runs/recovery
 
-The argument is "tiny" or one of mergevq_imagenet's. Where a group starts is an input, unlike in the released layout
-(--config.model.recovery.positions=none).
+The argument is "tiny" or one of mergevq_imagenet's. Where a group starts is an input, and convolutions over the grid take
+the place of cross-attention; --config.model.recovery.positions=none --config.model.recovery.num_layers=2 is the released
+layout.
 """
 
 from ml_collections import ConfigDict
@@ -19,10 +20,10 @@ def get_config(arg: str = "tiny") -> ConfigDict:
     config = load("mergevq_tiny" if arg == "tiny" else f"mergevq_imagenet:{arg}")
     losses = ("pixel", "perceptual", "adversarial", "entropy", "commitment", "alignment")
     config.losses.update({f"{name}_weight": 0.0 for name in losses} | {"source_weight": 1.0})
-    config.model.recovery.positions = "starts"
+    config.model.recovery.update({"positions": "starts", "num_layers": 0})
     config.optimizer = {
         "only": ["^recovery/"],
-        "learning_rate": 2e-3 if arg == "tiny" else 3e-4,
+        "learning_rate": 3e-3 if arg == "tiny" else 3e-4,
         "schedule": "cosine",
         "warmup": {"steps": 200},
         "final_fraction": 0.02,

@@ -20,6 +20,7 @@ class RecoveryConfig:
     num_self_layers: int = 0  # self-attention after them: the paper has two, the released module none
     num_heads: int = 8
     positions: Literal["none", "starts"] = added("none")  # of the kept tokens; see `SourceRecovery`
+    num_res_blocks: int = added(3)  # that spread placed tokens over the grid; with positions only
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,6 +79,11 @@ class TokenizerConfig:
                 problems.append(
                     f"num_res_blocks={self.num_res_blocks}: to change the width, the last level needs blocks"
                 )
+        if self.recovers_from_starts and self.recovery.rec_embed_dim % self.norm_num_groups:
+            problems.append(
+                f"recovery.rec_embed_dim={self.recovery.rec_embed_dim} must be a multiple of "
+                f"norm_num_groups={self.norm_num_groups}"
+            )
         if self.isotropic is not None and (self.isotropic < 1 or self.isotropic % self.norm_num_groups):
             problems.append(
                 f"isotropic={self.isotropic} must be a positive multiple of norm_num_groups={self.norm_num_groups}"

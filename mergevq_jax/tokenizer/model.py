@@ -44,7 +44,7 @@ class _AllModules(nn.Module):
         encoded = Encoder(config, name="encoder")(images, keep=config.keep, with_head=config.dist_head is not None)
         if config.recovery is not None:
             starts = tome.group_starts(encoded.source_map, config.keep)
-            recovery = SourceRecovery(config.recovery, config.raw_tokens, config.layer_scale, name="recovery")
+            recovery = _source_recovery(config, name="recovery")
             recovery(encoded.z, starts)
         grid = config.grid(*images.shape[1:3])
         Decoder(config, name="decoder")(jnp.zeros((images.shape[0], *grid, config.z_channels)))
@@ -129,8 +129,12 @@ def recover(
         raise ValueError("this tokenizer has no source recovery (config.recovery is None)")
     if config.recovers_from_starts and group_starts is None:
         raise ValueError("this tokenizer's source recovery reads where groups start: give group_starts")
-    module = SourceRecovery(config.recovery, config.raw_tokens, config.layer_scale, compute)
-    return module.apply({"params": params["recovery"]}, codes, group_starts)
+    return _source_recovery(config, compute).apply({"params": params["recovery"]}, codes, group_starts)
+
+
+def _source_recovery(config: TokenizerConfig, compute: Compute = Compute(), name: str | None = None) -> SourceRecovery:
+    groups = config.norm_num_groups
+    return SourceRecovery(config.recovery, config.raw_tokens, groups, config.layer_scale, compute, name=name)
 
 
 @flax.struct.dataclass

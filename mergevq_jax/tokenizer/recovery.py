@@ -13,7 +13,7 @@ from einops import rearrange
 from jaxtyping import Array, Float, Int
 
 from mergevq_jax.tokenizer.config import RecoveryConfig
-from mergevq_jax.tokenizer.layers import Block, LayerScale, Mlp, dense, layer_norm
+from mergevq_jax.tokenizer.layers import Block, LayerScale, Mlp, ResBlock, dense, layer_norm
 from runtime_jax.nn.attention import attention
 from runtime_jax.nn.compute import Compute
 
@@ -22,12 +22,13 @@ class SourceRecovery(nn.Module):
     """L learned queries attend to the kept tokens; a shared head scores every query against every token.
 
     In the released layout kept tokens have no positions, so the module must guess from a code where it belongs. With
-    `config.positions="starts"` each token also gets the query of the cell in which its group starts, and each score a
-    learned bias: that of the offset from this cell to the position.
+    `config.positions="starts"` the cell in which its group starts is known. Each code is placed there, and convolutions
+    spread it; the token also gets that cell's query, and each score a learned bias for the offset from the cell.
     """
 
     config: RecoveryConfig
     raw_tokens: int  # L, of a training-size image
+    num_groups: int = 1  # of GroupNorm
     layer_scale: float = 1e-5
     compute: Compute = Compute()
 
@@ -44,11 +45,14 @@ class SourceRecovery(nn.Module):
         queries = self.param(
             "rec_tokens", nn.initializers.normal(0.02 if placed else 1e-6), (1, self.raw_tokens, width)
         )
-        tokens = dense(width, "rec_embed", compute)(codes.astype(compute.jax_dtype))
+        codes = codes.astype(compute.jax_dtype)
+        tokens = dense(width, "rec_embed", compute)(codes)
         if placed:
             tokens += jnp.take(queries[0], group_starts, axis=0, mode="fill", fill_value=0).astype(compute.jax_dtype)
         keys = layer_norm("norm_in", compute)(tokens)
         x = jnp.broadcast_to(queries, (codes.shape[0], *queries.shape[1:])).astype(compute.jax_dtype)
+        if placed:
+            x = self._spread(_placed(x, dense(width, "rec_place", compute)(codes), group_starts))
         for index in range(config.num_layers):
             x = CrossAttentionBlock(config.num_heads, self.layer_scale, compute, name=f"blocks_{index}")(x, keys)
         for index in range(config.num_self_layers):
@@ -57,12 +61,27 @@ class SourceRecovery(nn.Module):
         logits = jnp.einsum("bld,bkd->blk", head(x), head(keys), preferred_element_type=jnp.float32)
         return logits + self._offset_bias(group_starts) if placed else logits
 
+    def _spread(self, x: Float[Array, "B L D"]) -> Float[Array, "B L D"]:
+        side = math.isqrt(self.raw_tokens)
+        x = rearrange(x, "b (h w) d -> b h w d", h=side)
+        for index in range(self.config.num_res_blocks):
+            x = ResBlock(x.shape[-1], self.num_groups, self.compute, name=f"res_blocks_{index}")(x)
+        return rearrange(x, "b h w d -> b (h w) d")
+
     def _offset_bias(self, group_starts: Int[Array, "B K"]) -> Float[Array, "B L K"]:
         side = math.isqrt(self.raw_tokens)
         biases = self.param("offset_bias", nn.initializers.zeros, (2 * side - 1, 2 * side - 1))
         row, column = np.divmod(np.arange(self.raw_tokens), side)
         of_start = biases[row - row[:, None] + side - 1, column - column[:, None] + side - 1]  # [start, position]
         return jnp.swapaxes(jnp.take(of_start, group_starts, axis=0, mode="fill", fill_value=0), 1, 2)
+
+
+def _placed(
+    x: Float[Array, "B L D"], tokens: Float[Array, "B K D"], group_starts: Int[Array, "B K"]
+) -> Float[Array, "B L D"]:
+    """x with each token added in the cell in which its group starts; empty groups have none."""
+    rows = jnp.arange(len(x))[:, None]
+    return x.at[rows, group_starts].add(tokens, mode="drop")
 
 
 class CrossAttentionBlock(nn.Module):

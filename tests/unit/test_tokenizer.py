@@ -511,9 +511,9 @@ def test_where_groups_start_says_which_are_possible(tokenizer):
 
 
 def test_kept_tokens_with_positions(tokenizer):
-    """The query of its group's first cell tells a token from its equals; the order of the tokens means nothing."""
+    """Where its group starts tells a token from its equals; the order of the tokens means nothing."""
     config = dataclasses.replace(CONFIG, recovery=dataclasses.replace(CONFIG.recovery, positions="starts"))
-    params = {**tokenizer.params, "recovery": tokenizer.params["recovery"] | {"offset_bias": jnp.zeros((15, 15))}}
+    params = {**tokenizer.params, "recovery": random_params(config)["recovery"]}
     codes = jnp.ones((1, 5, 6))
     starts = jnp.asarray([[0, 7, 20, 33, 64]])  # the last group is empty
     recover = jit(lambda params, codes, starts: model.recover(params, config, codes, starts))
@@ -524,8 +524,8 @@ def test_kept_tokens_with_positions(tokenizer):
     np.testing.assert_allclose(blind, blind[..., :1].repeat(5, axis=-1), rtol=1e-4, atol=1e-4)
 
     # A bias for one row down and two columns left: from 7 to 13 and from 20 to 26; from 0 and 33 it leaves the image.
-    biases = jnp.zeros((15, 15)).at[7 + 1, 7 - 2].set(5.0)
-    biased = {**params, "recovery": params["recovery"] | {"offset_bias": biases}}
+    biases = params["recovery"]["offset_bias"]
+    biased = {**params, "recovery": params["recovery"] | {"offset_bias": biases.at[7 + 1, 7 - 2].add(5.0)}}
     more = np.asarray(recover(biased, codes, starts)) - logits
     assert np.argwhere(more > 4.9).tolist() == [[0, 13, 1], [0, 26, 2]] and np.abs(more).sum() < 10.1
 
@@ -534,6 +534,19 @@ def test_kept_tokens_with_positions(tokenizer):
     np.testing.assert_array_equal(placed.recovered(tokens).group_starts, tokens.group_starts)
     with pytest.raises(ValueError, match="give group_starts"):
         placed.recover(tokens.indices)
+
+
+def test_a_code_is_spread_from_its_cell(tokenizer):
+    """Without cross-attention, the code of an empty group changes only its own scores."""
+    own = dataclasses.replace(CONFIG.recovery, positions="starts", num_layers=0, num_self_layers=0, num_res_blocks=1)
+    config = dataclasses.replace(CONFIG, recovery=own)
+    params = {"recovery": random_params(config)["recovery"]}
+    recover = jit(lambda codes, starts: model.recover(params, config, codes, starts))
+    codes = jnp.ones((1, 2, 6))
+    for start, others_change in ((20, True), (64, False)):
+        starts = jnp.asarray([[3, start]])
+        change = np.abs(recover(codes.at[0, 1].multiply(-1.0), starts) - recover(codes, starts))
+        assert change[..., 1].max() > 1e-3 and (change[..., 0].max() > 1e-3) == others_change
 
 
 def test_what_makes_the_codes_has_a_fingerprint(tokenizer):
