@@ -5,8 +5,8 @@ Generators from before codes had a fingerprint of their own, the shipped ones to
     mergevq train --config mergevq_recovery:tiny --config.init_from=tiny --workdir runs/recovery
     mergevq train --config mergevq_recovery:gr-d64 --config.init_from=runs/gr-d64/tokenizer --workdir runs/recovery
 
-The argument is "tiny" or one of mergevq_imagenet's. Source recovery is told where groups start, and convolutions replace
-cross-attention. The released layout: --config.model.recovery.positions=none --config.model.recovery.num_layers=2.
+The argument is "tiny" or one of mergevq_imagenet's. Source recovery is told where groups start, and convolutions stand
+in for cross-attention; --config.model.recovery.positions=none --config.model.recovery.num_layers=2: as released.
 """
 
 from ml_collections import ConfigDict
