@@ -3,13 +3,13 @@
 python benchmarks/ablation.py --teacher runs/teacher/teacher --out runs/ablation     # resumes where it was stopped
 
 Trains each variant of configs/mergevq_ablation.py with each seed, then measures reconstructions (`mergevq evaluate
-reconstruction`) and features (`mergevq evaluate representation`) at each K. Writes a table and a plot: ablation.md and
-ablation.png in --out; copy them to docs/.
+reconstruction`) and features (`mergevq evaluate representation`) at each K, on scenes of one object that no training
+reads. Writes a table and a plot: ablation.md and ablation.png in --out; copy them to docs/.
 """
 
 import argparse
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,6 +19,7 @@ import numpy as np
 from mergevq_jax.cli import training
 from mergevq_jax.commands.evaluate import reconstruction, representation
 from mergevq_jax.commands.evaluate.reconstruction_task import RECOVERED, TRUE
+from mergevq_jax.evaluate.representation.encoders import CLASS, MEAN
 from mergevq_jax.evaluate.representation.rows import LINEAR
 from mergevq_jax.evaluate.results import RESULTS_NAME
 from mergevq_jax.tokenizer.run import MODEL_FOLDER, TrainConfig, train
@@ -39,8 +40,9 @@ VARIANTS = {
     "gr-unplaced": "G+R, source recovery without positions",
 }
 PAPER = ("g", "gr", "r")
-PROBE = "mini_scenes/64_probe"
-SCENES = "scenes"
+SCENES = "mini_scenes/64_probe"
+NUM_REBUILT = 1024  # test scenes that are reconstructed
+POOLINGS = (CLASS, MEAN)
 
 
 class Cell(NamedTuple):
@@ -48,7 +50,7 @@ class Cell(NamedTuple):
 
     psnr: Estimate  # dB, with the true source map
     recovered: Estimate
-    accuracy: Estimate  # of the linear probe, %
+    accuracy: dict[str, Estimate]  # of the linear probe, %, by pooling
 
 
 @dataclass(frozen=True)
@@ -57,27 +59,31 @@ class Measured:
 
     raw: int  # tokens
     cells: dict[int, Cell]
-    others: dict[str, float]  # accuracy of teacher, random weights and pixels, %
+    others: dict[tuple[str, str, str], float]  # accuracy of teacher, random weights and pixels, %: by name, K, pooling
 
     @classmethod
     def read(cls, pixels: Path, features: Path, tokenizers: Sequence[str], config: TrainConfig) -> "Measured":
-        """From the folders of both evaluations, over the tokenizers of all seeds; on scenes."""
-        rebuilt = _entries(pixels)
-        probed = _entries(features)
+        """From the folders of both evaluations, over the tokenizers of all seeds."""
+        rebuilt, probed = _entries(pixels), _entries(features)
 
         def psnr(keep: int, source_map: str) -> Estimate:
-            wanted = {"keep": keep, "source_map": source_map}
-            found = [row for row in rebuilt if row["images"]["name"] == SCENES and wanted.items() <= row.items()]
-            return estimate([row["psnr"]["mean"] for row in found], independent=len(found) > 1)
+            found = [row["psnr"]["mean"] for row in rebuilt if (row["keep"], row["source_map"]) == (keep, source_map)]
+            return estimate(found, independent=len(found) > 1)
 
-        def accuracy(keep: int) -> Estimate:
-            found = [row for row in probed if row["keep"] == keep and row["name"] in tokenizers]
-            return estimate([row[LINEAR]["mean"] for row in found], independent=len(found) > 1)
+        def accuracy(keep: int, pooling: str) -> Estimate:
+            rows = [row for row in probed if (row["keep"], row["pooling"]) == (keep, pooling)]
+            found = [row[LINEAR]["mean"] for row in rows if row["name"] in tokenizers]
+            return estimate(found, independent=len(found) > 1)
 
         cells = {
-            keep: Cell(psnr(keep, TRUE), psnr(keep, RECOVERED), accuracy(keep)) for keep in config.evaluation.keeps
+            keep: Cell(psnr(keep, TRUE), psnr(keep, RECOVERED), {name: accuracy(keep, name) for name in POOLINGS})
+            for keep in config.evaluation.keeps
         }
-        others = {row["name"]: row[LINEAR]["mean"] for row in probed if row["name"] not in tokenizers}
+        others = {
+            (row["name"], str(row["keep"] or "-"), row["pooling"]): row[LINEAR]["mean"]
+            for row in probed
+            if row["name"] not in tokenizers
+        }
         return cls(config.model.raw_tokens, cells, others)
 
 
@@ -96,17 +102,18 @@ def measure(variant: str, seeds: int, *, teacher: str, out: Path, steps: int | N
         folders.append(str(workdir / MODEL_FOLDER))
     keeps = config.evaluation.keeps
     pixels, features = out / variant / "reconstruction", out / variant / "representation"
-    reconstruction.evaluate(
-        reconstruction.Request(tokenizers=tuple(folders), keeps=keeps, data_dir=data_dir), out=pixels
-    )
-    probe = SourceConfig(kind="tfds", name=PROBE, data_dir=data_dir)
+    scenes = SourceConfig(kind="tfds", name=SCENES, data_dir=data_dir)
+    test = replace(scenes, split="test")
+    rebuilt = reconstruction.Request(tokenizers=tuple(folders), keeps=keeps, source=test, num_images=NUM_REBUILT)
+    reconstruction.evaluate(rebuilt, out=pixels)
     request = representation.Request(
         tokenizers=tuple(folders),
         teachers=(teacher,),
-        train=replace(probe, split="train"),
-        test=replace(probe, split="test"),
+        train=replace(scenes, split="train"),
+        test=test,
         methods=(LINEAR,),
         keeps=keeps,
+        poolings=POOLINGS,
         seeds=1,
     )
     representation.evaluate(request, out=features)
@@ -123,7 +130,8 @@ def read_config(variant: str, seed: int, *, teacher: str, steps: int | None, dat
 
 def report(measured: dict[str, Measured]) -> str:
     """The tables in Markdown."""
-    head = ("variant", "kept", "of all, %", "PSNR, dB", "with recovered maps", "linear probe, %")
+    probes = [f"linear probe, {pooling}, %" for pooling in POOLINGS]
+    head = ("variant", "kept", "of all, %", "PSNR, dB", "with recovered maps", *probes)
     rows = [
         (
             VARIANTS[variant],
@@ -131,26 +139,36 @@ def report(measured: dict[str, Measured]) -> str:
             f"{100 * keep / found.raw:.0f}",
             f"{cell.psnr:.2f}",
             f"{cell.recovered:.2f}",
-            f"{cell.accuracy:.1f}",
+            *(f"{accuracy:.1f}" for accuracy in cell.accuracy.values()),
         )
         for variant, found in measured.items()
         for keep, cell in found.cells.items()
     ]
     others = [
-        (VARIANTS[v], name, f"{value:.1f}") for v, found in measured.items() for name, value in found.others.items()
+        (VARIANTS[variant], name, pooling, f"{value:.1f}")
+        for variant, found in measured.items()
+        for (name, pooling), value in found.others.items()
     ]
-    return "\n".join([*table(head, rows), "", *table(("beside", "features", "linear probe, %"), others)]) + "\n"
+    return (
+        "\n".join([*table(head, rows), "", *table(("beside", "features", "tokens", "linear probe, %"), others)]) + "\n"
+    )
 
 
 def panels(measured: dict[str, Measured]) -> dict[str, dict[str, Points]]:
     """Quality and accuracy against the share of kept tokens, a line for each of the paper's variants."""
-    quantities = {"PSNR, dB": "psnr", "PSNR with recovered maps, dB": "recovered", "linear probe, %": "accuracy"}
+    quantities: dict[str, Callable[[Cell], Estimate]] = {
+        "PSNR, dB": lambda cell: cell.psnr,
+        "PSNR with recovered maps, dB": lambda cell: cell.recovered,
+    }
+    quantities |= {
+        f"linear probe, {pooling}, %": lambda cell, pooling=pooling: cell.accuracy[pooling] for pooling in POOLINGS
+    }
     lines = {}
-    for label, name in quantities.items():
+    for label, quantity in quantities.items():
         lines[label] = {}
         for variant in (variant for variant in PAPER if variant in measured):
             found = measured[variant]
-            values = [getattr(cell, name) for cell in found.cells.values()]
+            values = [quantity(cell) for cell in found.cells.values()]
             share = [100 * keep / found.raw for keep in found.cells]
             lines[label][VARIANTS[variant]] = Points(
                 share, [value.mean for value in values], [value.half_width or np.nan for value in values]

@@ -1,5 +1,8 @@
-"""The paper's variants in miniature, and each without one part of the method: 64 px mini_scenes, 12 bits.
+"""The paper's variants in miniature, and each without one part of the method: 64 px, 12 bits.
 
+Scenes of one object take ImageNet's place: tokenizers train on the split of them that probes train on, without labels.
+
+    mergevq scenes --probe
     mergevq train --config mergevq_ablation:gr --config.teacher=runs/teacher/teacher --workdir runs/gr
     python benchmarks/ablation.py --teacher runs/teacher/teacher          # trains and measures all, with several seeds
 
@@ -21,7 +24,8 @@ LACKS = {
     "unmerged": {},  # K = L, all raw tokens
     "unplaced": {"model.recovery.positions": "none", "model.recovery.num_layers": 2},  # the released source recovery
 }
-STEPS = 2000
+STEPS = 1500
+SCENES = "mini_scenes/64_probe"
 
 
 def get_config(arg: str = "gr") -> ConfigDict:
@@ -62,6 +66,8 @@ def get_config(arg: str = "gr") -> ConfigDict:
     config.merge_ratio = {"keeps": keeps, "weights": tuple(1.0 / len(keeps) for _ in keeps)}
     config.optimizer.warmup.steps = STEPS // 30
     config.data.batch_size = 16
+    config.data.sources = [{"kind": "tfds", "name": SCENES, "split": "train"}]
+    config.evaluation.data.sources = [{"kind": "tfds", "name": SCENES, "split": "test"}]
     crop = {"area": [0.4, 1.0]}
     config.data.views = [
         {"name": "teacher", "image_size": 64, "resized_crop": crop, "flip": True},

@@ -87,6 +87,9 @@ RECOVERY = (
     *layer("blocks.{i}.mlp.fc2", "blocks_{i}/mlp/fc2"),
     Rule("blocks.{i}.gamma2", "blocks_{i}/ls2/gamma"),
     *_block("self_blocks.{i}", "self_blocks_{i}"),  # the paper's; the released module has none
+    *layer("rec_place", "rec_place"),  # from here on: not released, with positions only
+    *_res_block("res_blocks.{i}", "res_blocks_{i}"),
+    Rule("offset_bias", "offset_bias"),
 )
 
 

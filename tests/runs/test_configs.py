@@ -4,19 +4,22 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from mergevq_jax.generator.run import TrainConfig as GeneratorConfig
 from mergevq_jax.tokenizer import inspect, train
 from mergevq_jax.tokenizer.config import PRESETS
+from mergevq_jax.tokenizer.convert import tokenizer_table
 from mergevq_jax.tokenizer.losses.perceptual import lpips_shapes
-from mergevq_jax.tokenizer.model import read_tokenizer_config
+from mergevq_jax.tokenizer.model import param_shapes, read_tokenizer_config
 from mergevq_jax.tokenizer.run import TrainConfig, load_frozen
 from runtime_jax.config import build, load, to_dict
 from runtime_jax.mesh import MeshConfig, make_mesh
 from runtime_jax.networks.dinov2 import DINOv2, DINOv2Config
 from runtime_jax.sharding import LARGE, param_shardings
 from runtime_jax.training.update import Optimizer
+from runtime_jax.weights import export_weights
 from tokenverse_jax.flux import model as flux
 
 LPIPS = "lpips=('vgg16.safetensors',)"
@@ -29,6 +32,19 @@ def test_imagenet_configs_build(preset):
     assert config.merge_ratio.keeps[0 if preset.startswith("r") else 1] == config.model.keep
     assert config.optimizer.clip_norm == (5.0 if preset in ("r-d64", "gr-d96") else None)
     assert build(TrainConfig, to_dict(config)) == config
+
+
+ABLATIONS = ["g", "gr", "r", "gr-unaligned", "gr-unmerged", "gr-fixed", "gr-unplaced"]
+
+
+@pytest.mark.parametrize(
+    "spec", ["recovery:tiny", "recovery:gr-d64", "recovery:r-d64", *(f"ablation:{name}" for name in ABLATIONS)]
+)
+def test_other_tokenizers_build_and_can_be_saved(spec):
+    config = build(TrainConfig, load(f"mergevq_{spec}", ["teacher=x", "init_from=x"], new_keys=True)).model
+    assert config.recovers_from_starts == (spec != "ablation:gr-unplaced")
+    zeros = jax.tree.map(lambda leaf: np.broadcast_to(np.float32(0), leaf.shape), param_shapes(config))
+    assert len(export_weights(tokenizer_table(config), zeros)) > 50
 
 
 @pytest.mark.parametrize(

@@ -161,7 +161,10 @@ def test_configs_that_cannot_be(fields, message):
 # Files.
 
 
-def test_round_trip_through_a_folder(tokenizer, tmp_path):
+@pytest.mark.parametrize("positions", ["none", "starts"])
+def test_round_trip_through_a_folder(positions, tmp_path):
+    config = dataclasses.replace(CONFIG, recovery=dataclasses.replace(CONFIG.recovery, positions=positions))
+    tokenizer = Tokenizer(config, random_params(config))
     tokenizer.save_pretrained(tmp_path / "saved")
     again = Tokenizer.from_pretrained(tmp_path / "saved")
     assert again.config == tokenizer.config
