@@ -1,4 +1,4 @@
-"""DINOv2 with the projection head that self-distillation trains it by; the head is thrown away afterwards.
+"""DINOv2 and the projection head with which self-distillation trains it; only DINOv2 is kept.
 
 DINO: Caron et al. 2021, arXiv 2104.14294. Axes: B batch, H W image, P prototypes.
 """
@@ -12,6 +12,7 @@ from jaxtyping import Array, Float
 from runtime_jax.networks.dinov2 import DINOv2, DINOv2Config, standardize
 from runtime_jax.nn.compute import Compute
 from runtime_jax.nn.gelu import gelu
+from runtime_jax.sharding import Axis, constrain
 
 BACKBONE = "backbone"  # name of DINOv2's parameters
 
@@ -54,10 +55,10 @@ class _Head(nn.Module):
     def __call__(self, x: Float[Array, "B D"]) -> Float[Array, "B P"]:
         config, dtype = self.config, self.compute.jax_dtype
         for name in ("fc1", "fc2"):
-            x = gelu(nn.Dense(config.hidden, dtype=dtype, name=name)(x))
+            x = constrain(gelu(nn.Dense(config.hidden, dtype=dtype, name=name)(x)), Axis.BATCH, None)
         x = _unit(nn.Dense(config.bottleneck, dtype=dtype, name="fc3")(x))
         prototypes = self.param("prototypes", nn.initializers.normal(1.0), (config.prototypes, config.bottleneck))
-        return jnp.einsum("bd,pd->bp", x, _unit(prototypes))
+        return constrain(jnp.einsum("bd,pd->bp", x, _unit(prototypes), precision="highest"), Axis.BATCH, None)
 
 
 def _unit(x: Float[Array, "N D"]) -> Float[Array, "N D"]:

@@ -16,6 +16,7 @@ from mergevq_jax.tokenizer.config import RecoveryConfig
 from mergevq_jax.tokenizer.layers import Block, LayerScale, Mlp, ResBlock, dense, layer_norm
 from runtime_jax.nn.attention import attention
 from runtime_jax.nn.compute import Compute
+from runtime_jax.sharding import Axis, constrain
 
 
 class SourceRecovery(nn.Module):
@@ -80,8 +81,8 @@ def _placed(
     x: Float[Array, "B L D"], tokens: Float[Array, "B K D"], group_starts: Int[Array, "B K"]
 ) -> Float[Array, "B L D"]:
     """x with each token added in the cell in which its group starts; empty groups have none."""
-    rows = jnp.arange(len(x))[:, None]
-    return x.at[rows, group_starts].add(tokens, mode="drop")
+    placed = jax.vmap(lambda x, tokens, starts: x.at[starts].add(tokens, mode="drop"))(x, tokens, group_starts)
+    return constrain(placed, Axis.BATCH, None, None)
 
 
 class CrossAttentionBlock(nn.Module):

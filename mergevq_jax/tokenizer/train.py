@@ -277,7 +277,8 @@ def _losses(trained, disc_stats, lecam, frozen, batch, step, config: StepConfig,
         constant_codes = jax.lax.stop_gradient(codes)
         logits = model.recover(params, config.model, constant_codes, starts, compute=config.compute)
         terms["source"] = (losses.source_weight, recovery.source_loss(logits, encoded.source_map))
-        metrics["source/accuracy"] = jnp.mean(recovery.recovered_source_map(logits) == encoded.source_map)
+        known = starts if config.model.recovers_from_starts else None
+        metrics["source/accuracy"] = jnp.mean(recovery.recovered_source_map(logits, known) == encoded.source_map)
     if losses.alignment_weight:
         loss = _alignment_loss(params, frozen.teacher, images, batch, step, config, keep / encoded.source_map.shape[1])
         terms["alignment"] = (losses.alignment_weight, loss)

@@ -1,30 +1,38 @@
 """A teacher's training: steps without labels, a resumed run, and a folder that the tokenizer's training reads."""
 
 import dataclasses
+import functools
 import json
 import shutil
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from PIL import Image
-from run_tools import logged
+from run_tools import assert_close, logged
 
 from mergevq_jax import cli
-from mergevq_jax.teacher import run
+from mergevq_jax.teacher import losses, run
+from mergevq_jax.teacher import train as distillation
 from mergevq_jax.teacher.run import TrainConfig
 from mergevq_jax.tokenizer.run import TrainConfig as TokenizerTrainConfig
 from mergevq_jax.tokenizer.run import load_frozen
+from runtime_jax import sharding
 from runtime_jax.config import build, load
 from runtime_jax.data.folder import FolderSource
+from runtime_jax.mesh import MeshConfig, make_mesh
 from runtime_jax.networks.dinov2 import DINOv2, DINOv2Config, load_dinov2, read_dinov2_config, standardize
+from runtime_jax.sharding import shard_batch
 from runtime_jax.training.checkpoint import Checkpointer
 from runtime_jax.training.program import Program
+from runtime_jax.training.update import Optimizer
 from runtime_jax.weights import read_safetensors
 
 MODEL = DINOv2Config(width=16, num_layers=2, num_heads=2, patch_size=4, image_size=16)
 STEPS = 4
+SGD = Optimizer(optax.sgd(1.0), optax.constant_schedule(1.0))  # a parameter changes by its gradient
 
 
 @pytest.fixture(scope="module")
@@ -84,6 +92,59 @@ def test_it_learns_and_does_not_collapse(trained):
     assert float(jnp.std(features, axis=0).mean()) > 0.05
     fresh = result.state.params["backbone"]["norm"]["scale"]
     assert float(jnp.abs(fresh - 1.0).max()) > 1e-4  # it started at 1
+
+
+@pytest.fixture(scope="module")
+def step():
+    """A step's parts, in which the teacher differs from the student and colours stay."""
+    colour = {"brightness": 0.0, "contrast": 0.0, "saturation": 0.0, "hue": 0.0, "grey": 0.0}
+    config = config_of("pictures", colour=colour).step_config()
+    rng = np.random.default_rng(0)
+    batch = {name: rng.integers(0, 256, (8, 16, 16, 3), np.uint8) for name in ("image", "whole")}
+    batch |= {"part": rng.integers(0, 256, (8, 8, 8, 3), np.uint8), "example": np.arange(8)}
+    state = jax.jit(functools.partial(distillation.init_state, config, SGD))()
+    other = jax.jit(functools.partial(distillation.init_state, dataclasses.replace(config, seed=1), SGD))()
+    return config, jax.device_get(state.replace(ema=other.params)), batch
+
+
+def loss_of(params, config, state, batch):
+    """The loss, from its definition."""
+
+    def cosines(params, name):
+        images = jnp.asarray(batch[name]).astype(jnp.float32) / 127.5 - 1.0
+        return config.network.apply({"params": params}, images)
+
+    names = ("image", "whole", "part")
+    teacher = jax.tree.map(jnp.asarray, state.ema)
+    goals = losses.targets(jnp.stack([cosines(teacher, name) for name in names[:2]]), 0.05)
+    student = [jax.nn.log_softmax(cosines(params, name) / 0.1) for name in names]
+    others = [(goals[goal], student[view]) for goal in range(2) for view in range(3) if goal != view]
+    return sum(-jnp.mean(jnp.sum(goal * view, axis=-1)) for goal, view in others) / len(others)
+
+
+@pytest.fixture(scope="module")
+def reference(step):
+    config, state, batch = step
+    loss = functools.partial(loss_of, config=config, state=state, batch=batch)
+    return jax.device_get(jax.jit(jax.value_and_grad(loss))(state.params))
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1), (8, 1, 1), (1, 8, 1), (1, 1, 8), (2, 2, 2)])
+def test_a_step_descends_the_students_loss_on_any_mesh(shape, step, reference, monkeypatch):
+    monkeypatch.setattr(sharding, "LARGE", 100)
+    config, state, batch = step
+    mesh = make_mesh(MeshConfig(data=shape[0], fsdp=shape[1], tensor=shape[2]), jax.devices()[: np.prod(shape)])
+    with jax.set_mesh(mesh):
+        program = run.make_program(config, SGD, mesh)
+        placed = jax.tree.map(lambda x, spec: jax.device_put(x, spec.sharding), state, program.abstract_state)
+        new, metrics = jax.device_get(program.step(placed, shard_batch(batch, mesh), None))
+    loss, gradients = reference
+    total, count = metrics["loss"]
+    assert float(total) / float(count) == pytest.approx(float(loss), rel=1e-5)
+    assert_close(jax.tree.map(lambda old, new: old - new, state.params, new.params), gradients, 1e-3)
+    decay = 0.1  # of the first update
+    expected = jax.tree.map(lambda old, new: decay * old + (1 - decay) * new, state.ema, new.params)
+    assert_close(new.ema, expected, 1e-5)
 
 
 def test_a_resumed_run_is_bit_equal(pictures, trained, tmp_path):

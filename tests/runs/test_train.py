@@ -7,6 +7,7 @@ import jax
 import numpy as np
 import optax
 import pytest
+from run_tools import assert_close
 
 from mergevq_jax.tokenizer import model, train
 from mergevq_jax.tokenizer.config import PRESETS, RecoveryConfig, TokenizerConfig
@@ -29,7 +30,7 @@ MODEL = TokenizerConfig(
     keep=36,
     layer_scale=0.5,
     dist_head=None,
-    recovery=RecoveryConfig(rec_embed_dim=32, num_layers=1, num_heads=8),
+    recovery=RecoveryConfig(rec_embed_dim=32, num_layers=1, num_heads=8, positions="starts", num_res_blocks=1),
 )
 LOSSES = train.LossConfig(perceptual_weight=0.0, entropy_temperature=0.5)
 CONFIG = train.StepConfig(model=MODEL, losses=LOSSES, discriminator=train.DiscriminatorConfig(ndf=8, num_layers=2))
@@ -81,15 +82,6 @@ def test_recovery_alone_is_trained(state, batch):
         jax.tree.map(np.testing.assert_array_equal, new.ema[part], start.ema[part])
     changed = jax.tree.map(lambda a, b: bool(np.any(a != b)), new.params["recovery"], start.params["recovery"])
     assert all(jax.tree.leaves(changed))
-
-
-def assert_close(got, expected, tolerance):
-    for path, leaf in jax.tree_util.tree_leaves_with_path(expected):
-        other = functools.reduce(
-            lambda tree, key: tree[key.key] if hasattr(key, "key") else getattr(tree, key.name), path, got
-        )
-        scale = np.abs(leaf).max() + 1e-3
-        assert np.abs(np.asarray(other) - leaf).max() / scale < tolerance, jax.tree_util.keystr(path)
 
 
 @pytest.mark.parametrize("shape", [(8, 1, 1), (1, 8, 1), (1, 1, 8), (2, 2, 2)])
