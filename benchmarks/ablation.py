@@ -26,8 +26,10 @@ from mergevq_jax.tokenizer.run import MODEL_FOLDER, TrainConfig, train
 from runtime_jax.cost import table
 from runtime_jax.data import SourceConfig
 from runtime_jax.estimate import Estimate, estimate
-from runtime_jax.files import write_text
+from runtime_jax.files import write_json, write_text
+from runtime_jax.networks.dinov2 import load_dinov2
 from runtime_jax.pictures import Points, plot_lines
+from runtime_jax.weights.fingerprint import fingerprint
 
 VARIANTS = {
     "g": "G",
@@ -35,9 +37,9 @@ VARIANTS = {
     "r": "R",
     "gr-unaligned": "G+R without alignment",
     "r-unaligned": "R without alignment",
-    "gr-unmerged": "G+R without merging",
+    "gr-unmerged": "G+R without merging (K = L)",
     "gr-fixed": "G+R with one K in training",
-    "gr-unplaced": "G+R, source recovery without positions",
+    "gr-unplaced": "G+R with the released source recovery",
 }
 PAPER = ("g", "gr", "r")
 SCENES = "mini_scenes/64_probe"
@@ -120,11 +122,22 @@ def measure(variant: str, seeds: int, *, teacher: str, out: Path, steps: int | N
     return Measured.read(pixels, features, folders, config)
 
 
+def check_same(out: Path, wanted: dict[str, Any]) -> None:
+    """Raises ValueError if `out` holds an ablation with other settings; otherwise it is this one's from now on."""
+    path = out / "ablation.json"
+    if not path.exists():
+        write_json(path, wanted)
+    elif (there := json.loads(path.read_text())) != wanted:
+        raise ValueError(f"{out} holds an ablation with {there}, this one has {wanted}: choose another --out")
+
+
 def read_config(variant: str, seed: int, *, teacher: str, steps: int | None, data_dir: str) -> TrainConfig:
     """The training of a variant; `steps`: None: the config's."""
-    settings = [f"seed={seed}", f"teacher={teacher}", "data.sources.0.data_dir=" + data_dir]
-    settings.append("evaluation.data.sources.0.data_dir=" + data_dir)
-    settings += [] if steps is None else [f"loop.duration.steps={steps}"]
+    settings = [f"seed={seed}", f"data.seed={seed}", f"teacher={teacher}", f"data.sources.0.data_dir={data_dir}"]
+    settings.append(f"evaluation.data.sources.0.data_dir={data_dir}")
+    if steps is not None:
+        settings += [f"{name}={steps}" for name in ("loop.duration.steps", "loop.eval_every", "loop.preview_every")]
+        settings += [f"losses.discriminator_start={3 * steps // 4}", f"optimizer.warmup.steps={steps // 30}"]
     return training(f"mergevq_ablation:{variant}", settings)[0]
 
 
@@ -145,13 +158,12 @@ def report(measured: dict[str, Measured]) -> str:
         for keep, cell in found.cells.items()
     ]
     others = [
-        (VARIANTS[variant], name, pooling, f"{value:.1f}")
+        (VARIANTS[variant], *which, f"{value:.1f}")
         for variant, found in measured.items()
-        for (name, pooling), value in found.others.items()
+        for which, value in found.others.items()
     ]
-    return (
-        "\n".join([*table(head, rows), "", *table(("beside", "features", "tokens", "linear probe, %"), others)]) + "\n"
-    )
+    head_of_others = ("variant", "compared with", "kept", "tokens", "linear probe, %")
+    return "\n".join([*table(head, rows), "", *table(head_of_others, others)]) + "\n"
 
 
 def panels(measured: dict[str, Measured]) -> dict[str, dict[str, Points]]:
@@ -187,6 +199,8 @@ def main() -> None:
     parser.add_argument("--data-dir", default="data")
     args = parser.parse_args()
     settings = {"teacher": args.teacher, "out": args.out, "steps": args.steps, "data_dir": args.data_dir}
+    teacher = fingerprint(load_dinov2(args.teacher)[1])
+    check_same(args.out, {"teacher": teacher, "steps": args.steps, "seeds": args.seeds})
     measured = {variant: measure(variant, args.seeds, **settings) for variant in args.variants}
     text = report(measured)
     print(text)

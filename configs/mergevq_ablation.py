@@ -73,7 +73,7 @@ def get_config(arg: str = "gr") -> ConfigDict:
         {"name": "teacher", "image_size": 64, "resized_crop": crop, "flip": True},
         {"name": "student", "image_size": 64, "resized_crop": crop, "flip": True},
     ]
-    config.evaluation.keeps = tuple(sorted({*values["keeps"], raw}))
+    config.evaluation.keeps = tuple(sorted({*keeps, raw} if lack == "unmerged" else {*values["keeps"], raw}))
     config.loop.update({"duration": {"steps": STEPS}, "eval_every": STEPS, "preview_every": STEPS})
     config.update_from_flattened_dict(LACKS.get(lack, {}))
     return config

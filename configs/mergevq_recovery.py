@@ -1,8 +1,8 @@
 """Trains source recovery alone, on the frozen codes of a tokenizer, so that generators of these codes can be kept.
 
-Generators from before codes had a fingerprint of their own, the shipped ones too, accept only the tokenizer as it was.
+Older generators don't record a fingerprint of the codes: they accept only the unchanged tokenizer.
 
-    mergevq train --config mergevq_recovery:tiny --config.init_from=tiny --workdir runs/recovery
+    mergevq train --config mergevq_recovery:tiny --workdir runs/recovery        # of the shipped tokenizer
     mergevq train --config mergevq_recovery:gr-d64 --config.init_from=runs/gr-d64/tokenizer --workdir runs/recovery
 
 The argument is "tiny" or one of mergevq_imagenet's. Source recovery is told where groups start, and convolutions stand
@@ -31,7 +31,7 @@ def get_config(arg: str = "tiny") -> ConfigDict:
         "weight_decay": 1e-4,
         "clip_norm": 1.0,
     }
-    config.update({"teacher": None, "blocks_from": None})
+    config.update({"teacher": None, "blocks_from": None, "init_from": "tiny" if arg == "tiny" else None})
     config.data.batch_size = 32 if arg == "tiny" else 256
     config.loop.duration = {"steps": 4000} if arg == "tiny" else {"epochs": 10.0}
     return config

@@ -21,8 +21,8 @@ class ColourConfig:
 
     brightness, contrast, saturation: factors are drawn from 1 - x to 1 + x.
     hue: turns by up to this share of the whole circle, either way.
-    probability: share of views that are changed; the others keep their colours.
-    grey: share of all views that lose their colour.
+    probability: share of views that are changed so.
+    grey: share of all views, changed or not, that lose their colour.
     """
 
     brightness: float = 0.4

@@ -87,6 +87,10 @@ class TrainConfig:
                     f"data.views: {view.name!r} of {view.image_size} pixels; the alignment loss reads "
                     f"{' and '.join(map(repr, stage1.VIEWS))} of losses.alignment_size={self.losses.alignment_size}"
                 )
+        if self.optimizer.only and self.init_from is None and self.resume_from is None:
+            raise ValueError(
+                f"optimizer.only={self.optimizer.only} trains a part of a tokenizer: init_from must name the tokenizer"
+            )
         if self.accumulate < 1 or self.data.batch_size % self.accumulate:
             raise ValueError(
                 f"data.batch_size={self.data.batch_size} must be a multiple of accumulate={self.accumulate}, at least 1"

@@ -67,7 +67,8 @@ def task_of(name: str, encoder: Encoder, images: LabelledImages, batch_size: int
 
     @jax.jit
     def compute(params: Any, batch: UInt8[Array, "B H W 3"]) -> dict[str, Array]:
-        return encoder.apply(params, batch.astype(jnp.float32) / 127.5 - 1.0)
+        with jax.default_matmul_precision("highest"):  # float32 on every device
+            return encoder.apply(params, batch.astype(jnp.float32) / 127.5 - 1.0)
 
     def start(rows: range, batch: Batch) -> dict[str, Array]:
         return compute(params, split_over(mesh, padded(batch.images, size)))

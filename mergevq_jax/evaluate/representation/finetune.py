@@ -30,7 +30,7 @@ ENCODER, HEAD = "encoder", "head"  # names of the two parts' parameters
 class FinetuneConfig(ProbeConfig):
     """AdamW with a cosine schedule, on random parts of the images.
 
-    layer_decay: factor on the learning rate of each layer below the head.
+    layer_decay: factor on the learning rate from each layer to the one below, from the linear layer down.
     smoothing: share of a label that is spread over all classes.
     crop_area: bounds of a part's share of an image's area.
     flip: mirror half of the parts.
@@ -106,9 +106,9 @@ def finetuned(
 
 
 def rate(path: str, encoder: Encoder, layer_decay: float) -> float | Float[np.ndarray, "layers"]:
-    """The factor on a parameter's learning rate: 1 for the linear layer, `layer_decay` times less for each below."""
+    """The factor on a parameter's learning rate, as MAE's: 1 after the last block, `layer_decay` times less a layer."""
     part, _, rest = path.partition("/")
-    return 1.0 if part == HEAD else layer_decay ** (1.0 + encoder.layers - encoder.depth(rest))
+    return 1.0 if part == HEAD else layer_decay ** (1.0 * encoder.layers - encoder.depth(rest))
 
 
 def _images_and_labels(batches: Iterator[dict[str, Any]]) -> Iterator[dict[str, np.ndarray]]:

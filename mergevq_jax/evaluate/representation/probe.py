@@ -30,7 +30,7 @@ INITIAL = 0.01  # standard deviation of new weights
 
 @dataclass(frozen=True, kw_only=True)
 class ProbeConfig:
-    """AdamW with a cosine schedule; the defaults are those of the paper, for ImageNet."""
+    """AdamW with a cosine schedule; the defaults are those of the paper, for ImageNet, but the weight decay is ours."""
 
     epochs: int = 90
     batch_size: int = 1024

@@ -39,7 +39,7 @@ class KNNConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class RepresentationConfig:
-    """How features are measured; the defaults are the published protocol."""
+    """How features are measured; the defaults are for ImageNet, as published where the paper says."""
 
     knn: KNNConfig = KNNConfig()
     linear: ProbeConfig = ProbeConfig()

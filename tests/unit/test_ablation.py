@@ -1,0 +1,59 @@
+"""The report of benchmarks/ablation.py, from made-up figures."""
+
+import json
+
+import pytest
+
+from benchmarks import ablation
+from runtime_jax.files import write_json
+
+
+@pytest.fixture
+def measured(tmp_path):
+    """Read from evaluations of two seeds."""
+    config = ablation.read_config("gr", 1, teacher="t", steps=60, data_dir="d")
+    keeps = config.evaluation.keeps
+    rebuilt = [
+        {"keep": keep, "source_map": source_map, "psnr": {"mean": keep / 4 + seed - (source_map == "recovered")}}
+        for seed in (0, 1)
+        for keep in keeps
+        for source_map in ("true", "recovered")
+    ]
+    probed = [
+        {"name": name, "keep": keep, "pooling": pooling, "linear": {"mean": 10.0 + seed}}
+        for pooling in ablation.POOLINGS
+        for keep in keeps
+        for seed, name in enumerate(("a", "b"))
+    ]
+    probed += [{"name": "pixels", "keep": None, "pooling": "pixels", "linear": {"mean": 14.0}}]
+    for name, results in (("pixels", rebuilt), ("features", probed)):
+        write_json(tmp_path / name / "results.json", {"results": results})
+    return ablation.Measured.read(tmp_path / "pixels", tmp_path / "features", ("a", "b"), config)
+
+
+def test_a_report_has_all_figures(measured, tmp_path):
+    psnr = measured.cells[36].psnr
+    assert (psnr.mean, psnr.count) == (9.5, 2) and psnr.half_width == pytest.approx(6.35, abs=0.01)
+    text = ablation.report({"gr": measured})
+    assert "| G+R | 36 | 56 | 9.50 ± 6.35 | 8.50 ± 6.35 | 10.5 ± 6.4 | 10.5 ± 6.4 |" in text
+    assert "| G+R | pixels | - | pixels | 14.0 |" in text
+    assert set(ablation.panels({"gr": measured})) == {
+        "PSNR, dB",
+        "PSNR with recovered maps, dB",
+        "linear probe, class, %",
+        "linear probe, mean, %",
+    }
+
+
+def test_a_shorter_training_has_the_same_phases():
+    short = ablation.read_config("r-unaligned", 2, teacher="t", steps=60, data_dir="d")
+    assert (short.seed, short.data.seed, short.loop.duration.steps) == (2, 2, 60)
+    assert (short.losses.discriminator_start, short.optimizer.warmup.steps, short.loop.eval_every) == (45, 2, 60)
+
+
+def test_another_ablation_in_the_folder_is_refused(tmp_path):
+    ablation.check_same(tmp_path, {"steps": 60})
+    ablation.check_same(tmp_path, {"steps": 60})
+    assert json.loads((tmp_path / "ablation.json").read_text()) == {"steps": 60}
+    with pytest.raises(ValueError, match=r"'steps': 60.*'steps': 70.*another --out"):
+        ablation.check_same(tmp_path, {"steps": 70})
