@@ -53,7 +53,6 @@ def get_config(arg: str = "gr") -> ConfigDict:
             "num_classes": 64,  # the teacher's width
         }
     )
-    config.model.recovery.update({"positions": "starts", "num_layers": 0})
     config.losses.update(
         {
             "alignment_weight": values["alignment"],

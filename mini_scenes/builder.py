@@ -16,8 +16,8 @@ from runtime_jax.files import is_remote
 from runtime_jax.workdir import check_output
 
 NAME = "mini_scenes"
-# Scenes that no training reads, to probe features on; each has one object, anywhere, so that its class is beyond doubt
-# and cannot be told by comparing pixels.
+# Scenes of another seed, to probe features on. Each has one object: its class is beyond doubt. Sizes, places and turns
+# differ, since of objects of one size in the middle even pixels tell the class.
 PROBE = "64_probe"
 # Starting a worker takes about two seconds, so workers pay off only from a few thousand examples.
 PARALLEL_FROM = 2000
@@ -29,7 +29,7 @@ BYTES_PER_PIXEL = 1.5  # on disk, images and masks as PNG: 132 MB for 22,000 exa
 class MiniScenesConfig(tfds.core.BuilderConfig):
     """Image side in pixels, examples per split, the seed of all examples, and whether scenes have a single object.
 
-    A single object is moved to the middle and enlarged, unless `moved` is false.
+    A single object is in the middle and as large as fits there; if not `centred`, it is large and about in the middle.
     """
 
     size: int = 64
@@ -38,7 +38,7 @@ class MiniScenesConfig(tfds.core.BuilderConfig):
     test: int = 1_000
     seed: int = 0
     single: bool = False
-    moved: bool = True
+    centred: bool = True
 
 
 def make_config(
@@ -76,7 +76,9 @@ class MiniScenes(tfds.core.GeneratorBasedBuilder):
         *(make_config(size) for size in (64, 32, 128, 256)),
         make_config(single=True),
         MiniScenesConfig(name="tiny", size=64, train=64, validation=16, test=16),
-        MiniScenesConfig(name=PROBE, size=64, train=8_000, validation=1, test=4_000, seed=1, single=True, moved=False),
+        MiniScenesConfig(
+            name=PROBE, size=64, train=8_000, validation=1, test=4_000, seed=1, single=True, centred=False
+        ),
     ]
     # Nothing is downloaded. None skips TFDS's checksum lookup, which needs a package that TFDS does not declare.
     url_infos = None
@@ -126,7 +128,7 @@ class MiniScenes(tfds.core.GeneratorBasedBuilder):
         count = getattr(config, split)
         workers = min(os.cpu_count() or 1, MAX_WORKERS) if count >= PARALLEL_FROM else 0
         yield from enumerate(
-            make_examples(config.seed, split, count, config.size, workers, config.single, config.moved)
+            make_examples(config.seed, split, count, config.size, workers, config.single, config.centred)
         )
 
 

@@ -1,6 +1,5 @@
 """Makes the examples of a split as plain records, in this process or in several worker processes."""
 
-import dataclasses
 import io
 import os
 import pickle
@@ -14,28 +13,28 @@ from PIL import Image
 
 from mini_scenes.captions import caption, full_caption
 from mini_scenes.render import render_scene
-from mini_scenes.scene import Scene, SceneObject, alone, sample_scene
+from mini_scenes.scene import Scene, SceneObject, alone, near_the_middle, sample_scene
 
 SPLITS = ("train", "validation", "test")
 
 
-def example_scene(seed: int, split: str, index: int, single: bool = False, moved: bool = True) -> tuple[Scene, str]:
+def example_scene(seed: int, split: str, index: int, single: bool = False, centred: bool = True) -> tuple[Scene, str]:
     """Scene and caption number `index` of a split, a pure function of the arguments.
 
-    `single`: only the main object, as `scene.alone` places it; without `moved`, where and as large as it was.
+    `single`: only the main object, as `scene.alone` places it, or if not `centred` `scene.near_the_middle`.
     """
     scene_rng, caption_rng = (np.random.default_rng([seed, SPLITS.index(split), index, part]) for part in (0, 1))
     scene = sample_scene(scene_rng)
     if single:
-        scene = alone(scene, scene_rng) if moved else dataclasses.replace(scene, objects=scene.objects[:1])
+        scene = (alone if centred else near_the_middle)(scene, scene_rng)
     return scene, caption(scene, caption_rng)
 
 
 def make_example(
-    seed: int, split: str, index: int, size: int, single: bool = False, moved: bool = True
+    seed: int, split: str, index: int, size: int, single: bool = False, centred: bool = True
 ) -> dict[str, Any]:
     """One record in the form of the TFDS features; image and mask are PNG bytes."""
-    scene, text = example_scene(seed, split, index, single, moved)
+    scene, text = example_scene(seed, split, index, single, centred)
     image, mask = render_scene(scene, size)
     return {
         "image": _png(image),
@@ -51,7 +50,7 @@ def make_example(
 
 
 def make_examples(
-    seed: int, split: str, count: int, size: int, num_workers: int, single: bool = False, moved: bool = True
+    seed: int, split: str, count: int, size: int, num_workers: int, single: bool = False, centred: bool = True
 ) -> Iterator[dict[str, Any]]:
     """Examples 0 to count - 1 in order; worker k of n makes examples k, k + n, k + 2n, ...
 
@@ -59,11 +58,11 @@ def make_examples(
         RuntimeError: a worker died.
     """
     if num_workers < 2:
-        yield from (make_example(seed, split, index, size, single, moved) for index in range(count))
+        yield from (make_example(seed, split, index, size, single, centred) for index in range(count))
         return
     # Subprocesses instead of multiprocessing: forking is unsafe once JAX has started threads, and spawning would run
     # the caller's script a second time.
-    workers = [_start(seed, split, first, count, num_workers, size, single, moved) for first in range(num_workers)]
+    workers = [_start(seed, split, first, count, num_workers, size, single, centred) for first in range(num_workers)]
     try:
         for index in range(count):
             yield _receive(workers[index % num_workers])
@@ -88,11 +87,11 @@ def _receive(worker: subprocess.Popen) -> dict[str, Any]:
 
 
 def write_examples(
-    seed: int, split: str, first: int, count: int, step: int, size: int, single: bool, moved: bool
+    seed: int, split: str, first: int, count: int, step: int, size: int, single: bool, centred: bool
 ) -> None:
     """Main function of a worker: pickles examples first, first + step, ... to standard output."""
     for index in range(first, count, step):
-        pickle.dump(make_example(seed, split, index, size, single, moved), sys.stdout.buffer)
+        pickle.dump(make_example(seed, split, index, size, single, centred), sys.stdout.buffer)
     sys.stdout.buffer.flush()
 
 

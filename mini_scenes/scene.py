@@ -180,6 +180,18 @@ def alone(scene: Scene, rng: np.random.Generator) -> Scene:
     return in_a_row(dataclasses.replace(scene, objects=scene.objects[:1]), rng, size=ALONE_SIZE)
 
 
+# Constants of `near_the_middle`, in shares of the side.
+LARGE_SIZES = (0.25, 0.4)
+FROM_MIDDLE = 0.1  # at most
+
+
+def near_the_middle(scene: Scene, rng: np.random.Generator) -> Scene:
+    """The scene with only its first object, large and about in the middle; rotated as before."""
+    x, y = rng.uniform(0.5 - FROM_MIDDLE, 0.5 + FROM_MIDDLE, 2).tolist()
+    kept = dataclasses.replace(scene.objects[0], size=rng.uniform(*LARGE_SIZES), x=x, y=y)
+    return dataclasses.replace(scene, objects=(kept,))
+
+
 def _pick(rng: np.random.Generator, options: tuple[str, ...]) -> str:
     return options[rng.integers(len(options))]
 

@@ -243,7 +243,7 @@ PRESETS: Mapping[str, TokenizerConfig] = MappingProxyType(
             keep=144,
             layer_scale=0.1,
             dist_head=None,
-            recovery=RecoveryConfig(rec_embed_dim=64, num_heads=2),
+            recovery=RecoveryConfig(rec_embed_dim=64, num_layers=0, num_heads=2, positions="starts"),
         ),
     }
 )

@@ -30,7 +30,7 @@ def test_all_are_known():
 
 def test_fingerprints_are_those_of_samples_drawn_before():
     found = {name: load_generator(name).fingerprint()[:8] for name in GENERATORS}
-    assert found == {"tiny-mergear": "be499f18", "tiny-plain": "6c3ef31b", "tiny-randar": "14ba0e00"}
+    assert found == {"tiny-mergear": "467b1bdc", "tiny-plain": "765f350a", "tiny-randar": "97cf95bd"}
 
 
 @pytest.mark.parametrize("name", sorted(ASKED))

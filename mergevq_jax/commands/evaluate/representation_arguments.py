@@ -19,7 +19,7 @@ def add_command(group: Group) -> None:
         "--method", nargs="+", default=["knn", "linear"], choices=["knn", "linear", "finetune"], help="what is measured"
     )
     sub.add_argument("--config", default="representation", help="of the methods: NAME:ARGUMENT or FILE.py:ARGUMENT")
-    source_arguments(sub, default="mini_scenes/64_probe, whose scenes no training reads")
+    source_arguments(sub, default="mini_scenes/64_probe")
     sub.add_argument("--test-split", default="test", help="split of the test images (default: test)")
     sub.add_argument("--test-folder", help="folder of the test images, with --folder")
     sub.add_argument(
