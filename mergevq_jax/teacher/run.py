@@ -71,7 +71,7 @@ class TrainConfig:
         if len(self.whole_views) < 2:
             raise ValueError(f"data.views: at least one more view of {model.image_size} pixels is needed")
         sizes = {view.image_size for view in views} - {model.image_size}
-        if len(sizes) > 1 or any(size % model.patch_size for size in sizes):
+        if len(sizes) > 1 or any(size % model.patch_size or size > model.image_size for size in sizes):
             raise ValueError(
                 f"data.views: sizes {sorted(sizes)}; views smaller than {model.image_size} pixels have one size, "
                 f"a multiple of model.patch_size={model.patch_size}"

@@ -198,6 +198,7 @@ def test_images_of_both_sets_are_counted(root, tmp_path, capsys):
         (["--config.knn.k=41"], "k-NN: 41 neighbours, but 40 training images"),
         (["--config.linear.epoch=1"], "epoch"),
         (["--teacher", "ROOT/nothing"], "no such file or folder"),
+        (["--test-split", "train"], "--test-split is of a dataset"),
     ],
 )
 def test_bad_input_is_one_line(root, tmp_path, capsys, more, message):
@@ -209,6 +210,11 @@ def test_bad_input_is_one_line(root, tmp_path, capsys, more, message):
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("mergevq evaluate representation: ") and message in line
     assert not list(tmp_path.rglob("*.npz"))
+
+
+def test_teachers_have_no_k(capsys):
+    assert cli.main(["evaluate", "representation", "--teacher", "x", "--keep", "9"]) == 1
+    assert "--keep is of tokenizers" in capsys.readouterr().err
 
 
 def test_sizes_must_agree(root, tmp_path, capsys):

@@ -92,6 +92,7 @@ def test_the_shipped_config_builds(arg):
         (["model.num_heads=5"], "width=64 of num_heads=5"),
         (["data.views=()"], "at least one more view of 64 pixels"),
         (["data.views=({'name': 'a', 'image_size': 64}, {'name': 'b', 'image_size': 30})"], "sizes \\[30\\]; views"),
+        (["data.views=({'name': 'a', 'image_size': 64}, {'name': 'b', 'image_size': 96})"], "sizes \\[96\\]; views"),
         (["losses.teacher_temperature=0.2"], "0 < teacher_temperature < student_temperature"),
         (["colour.hue=0.6"], "hue is 0 to 0.5"),
         (["model.layer_scale=False"], "DINOv2 has layer_scale=True and layer_norm_epsilon=1e-06"),

@@ -3,8 +3,10 @@
 from argparse import Namespace
 from pathlib import Path
 
-from mergevq_jax.commands.arguments import TINY, source_arguments, source_of
+from mergevq_jax.commands.arguments import TINY, given, source_arguments, source_of
 from runtime_jax.cli import Group, path
+
+TEST, KEEPS = "test", [64, 144, 256]  # defaults of --test-split and --keep
 
 
 def add_command(group: Group) -> None:
@@ -20,11 +22,9 @@ def add_command(group: Group) -> None:
     )
     sub.add_argument("--config", default="representation", help="of the methods: NAME:ARGUMENT or FILE.py:ARGUMENT")
     source_arguments(sub, default="mini_scenes/64_probe")
-    sub.add_argument("--test-split", default="test", help="split of the test images (default: test)")
+    sub.add_argument("--test-split", default=TEST, help="split of the test images (default: test)")
     sub.add_argument("--test-folder", help="folder of the test images, with --folder")
-    sub.add_argument(
-        "--keep", type=int, nargs="+", default=[64, 144, 256], help="kept tokens K of a training-size image"
-    )
+    sub.add_argument("--keep", type=int, nargs="+", default=KEEPS, help="kept tokens K of a training-size image")
     sub.add_argument(
         "--tokens", nargs="+", default=["mean"], choices=["mean", "class"], help="mean of all tokens, or class token"
     )
@@ -45,6 +45,10 @@ def _representation(args: Namespace, overrides: list[str]) -> None:
 
     if bool(args.folder) != bool(args.test_folder):
         raise ValueError("--folder and --test-folder: give both, for training and test images")
+    if args.folder and given(args, {"test_split": TEST}):
+        raise ValueError("--test-split is of a dataset (--tfds): a folder has --test-folder")
+    if args.teacher and not args.tokenizer and given(args, {"keep": KEEPS}):
+        raise ValueError("--keep is of tokenizers, and there is none: --teacher alone was given")
     train = source_of(args)
     if train is None:
         train = SourceConfig(kind="tfds", name=f"mini_scenes/{PROBE}", split=args.split, data_dir=args.data_dir)
