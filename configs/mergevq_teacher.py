@@ -16,7 +16,7 @@ def get_config(arg: str = "full") -> ConfigDict:
         raise ValueError(f"no variant {arg!r}; there are {', '.join(STEPS)}")
     steps = STEPS[arg]
     whole = {"area": [0.4, 1.0]}
-    part = {"area": [0.1, 0.4]}
+    part = {"area": [0.2, 0.5]}
     views = [{"name": "whole_1", "image_size": 64, "resized_crop": whole, "flip": True}]
     views += [{"name": f"part_{i}", "image_size": 32, "resized_crop": part, "flip": True} for i in range(4)]
     return ConfigDict(

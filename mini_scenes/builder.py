@@ -16,8 +16,8 @@ from runtime_jax.files import is_remote
 from runtime_jax.workdir import check_output
 
 NAME = "mini_scenes"
-# Scenes of another seed, to probe features on. Each has one object: its class is beyond doubt. Sizes, places and turns
-# differ, since of objects of one size in the middle even pixels tell the class.
+# Portraits of another seed, to probe features on. Each has one object: its class is beyond doubt. Sizes, places and
+# turns differ, since of objects of one size in the middle even pixels tell the class.
 PROBE = "64_probe"
 # Starting a worker takes about two seconds, so workers pay off only from a few thousand examples.
 PARALLEL_FROM = 2000
@@ -29,7 +29,7 @@ BYTES_PER_PIXEL = 1.5  # on disk, images and masks as PNG: 132 MB for 22,000 exa
 class MiniScenesConfig(tfds.core.BuilderConfig):
     """Image side in pixels, examples per split, the seed of all examples, and whether scenes have a single object.
 
-    A single object is in the middle and as large as fits there; if not `centred`, it is large and about in the middle.
+    A single object is in the middle and as large as fits there; if not `centred`, it is as `scene.portrait` says.
     """
 
     size: int = 64

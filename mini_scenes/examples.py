@@ -13,7 +13,7 @@ from PIL import Image
 
 from mini_scenes.captions import caption, full_caption
 from mini_scenes.render import render_scene
-from mini_scenes.scene import Scene, SceneObject, alone, near_the_middle, sample_scene
+from mini_scenes.scene import Scene, SceneObject, alone, portrait, sample_scene
 
 SPLITS = ("train", "validation", "test")
 
@@ -21,12 +21,12 @@ SPLITS = ("train", "validation", "test")
 def example_scene(seed: int, split: str, index: int, single: bool = False, centred: bool = True) -> tuple[Scene, str]:
     """Scene and caption number `index` of a split, a pure function of the arguments.
 
-    `single`: only the main object, as `scene.alone` places it, or if not `centred` `scene.near_the_middle`.
+    `single`: only the main object, as `scene.alone` places it, or a `scene.portrait` of it if not `centred`.
     """
     scene_rng, caption_rng = (np.random.default_rng([seed, SPLITS.index(split), index, part]) for part in (0, 1))
     scene = sample_scene(scene_rng)
     if single:
-        scene = (alone if centred else near_the_middle)(scene, scene_rng)
+        scene = (alone if centred else portrait)(scene, scene_rng)
     return scene, caption(scene, caption_rng)
 
 

@@ -180,16 +180,20 @@ def alone(scene: Scene, rng: np.random.Generator) -> Scene:
     return in_a_row(dataclasses.replace(scene, objects=scene.objects[:1]), rng, size=ALONE_SIZE)
 
 
-# Constants of `near_the_middle`, in shares of the side.
+# Constants of `portrait`, in shares of the side.
 LARGE_SIZES = (0.25, 0.4)
 FROM_MIDDLE = 0.1  # at most
 
 
-def near_the_middle(scene: Scene, rng: np.random.Generator) -> Scene:
-    """The scene with only its first object, large and about in the middle; rotated as before."""
+def portrait(scene: Scene, rng: np.random.Generator) -> Scene:
+    """The scene with only its first object, turned as before, large, about in the middle, against a plain wall.
+
+    So two crops of a picture share the object and nothing else: what self-distillation learns is about the object.
+    """
     x, y = rng.uniform(0.5 - FROM_MIDDLE, 0.5 + FROM_MIDDLE, 2).tolist()
     kept = dataclasses.replace(scene.objects[0], size=rng.uniform(*LARGE_SIZES), x=x, y=y)
-    return dataclasses.replace(scene, objects=(kept,))
+    wall = dataclasses.replace(scene.background, kind="wall")
+    return dataclasses.replace(scene, objects=(kept,), background=wall)
 
 
 def _pick(rng: np.random.Generator, options: tuple[str, ...]) -> str:

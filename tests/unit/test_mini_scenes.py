@@ -322,10 +322,12 @@ def test_workers_make_the_same_examples():
 def test_a_single_object_is_in_the_middle_or_near_it():
     for index in range(20):
         first = example_scene(1, "test", index)[0].objects[0]
-        (near,) = example_scene(1, "test", index, single=True, centred=False)[0].objects
+        scene = example_scene(1, "test", index, single=True, centred=False)[0]
+        (near,) = scene.objects
         (middle,) = example_scene(1, "test", index, single=True)[0].objects
         assert middle.x == 0.5 and 0 < abs(near.x - 0.5) <= 0.1 and 0 < abs(near.y - 0.5) <= 0.1
-        assert 0.25 <= near.size <= 0.4 and dataclasses.replace(first, size=near.size, x=near.x, y=near.y) == near
+        assert scene.background.kind == "wall" and 0.25 <= near.size <= 0.4
+        assert dataclasses.replace(first, size=near.size, x=near.x, y=near.y) == near
 
 
 def test_a_dead_worker_is_an_error(monkeypatch):

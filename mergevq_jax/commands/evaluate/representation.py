@@ -76,7 +76,7 @@ def evaluate(request: Request, *, out: AnyPath) -> None:
 
     Raises:
       ValueError: no such tokenizer, teacher or dataset, no labels, an impossible K, too few images, or `out` holds
-        another evaluation; before anything is compiled.
+        another evaluation; before any features are computed.
       WorkdirError: `out` cannot be written, or another run is writing it.
       NotFiniteError: features that are not finite.
       StoppedError: by a signal; complete parts and checkpoints are kept.
@@ -263,9 +263,9 @@ def _write(
     lines = [
         *rows_lib.table_of(list(zip(rows, accuracies, strict=True)), request.methods),
         "",
-        f"Top-1 accuracy and 95 % interval over {len(test_labels)} test images ({wanted['test']['name']}), each with "
-        f"its mean over {request.seeds} seeds; trained on {len(labels)} images ({wanted['train']['name']}). "
-        f"Always the commonest of {len(train.classes)} classes: {100 * often:.1f} %.",
+        f"Top-1 accuracy and 95 % interval over {len(test_labels)} test images ({wanted['test']['name']}). Of what is "
+        f"random, each has its mean over {request.seeds} seeds. Trained on {len(labels)} images "
+        f"({wanted['train']['name']}). Always the commonest of {len(train.classes)} classes: {100 * often:.1f} %.",
     ]
     if shared:
         lines.append(f"{shared} of the test images are also training images: these figures are too high.")
