@@ -30,7 +30,7 @@ def test_all_are_known():
 
 def test_fingerprints_are_those_of_samples_drawn_before():
     found = {name: load_generator(name).fingerprint()[:8] for name in GENERATORS}
-    assert found == {"tiny-mergear": "467b1bdc", "tiny-plain": "765f350a", "tiny-randar": "97cf95bd"}
+    assert found == {"tiny-mergear": "467b1bdc", "tiny-plain": "765f350a", "tiny-randar": "4d9f72f4"}
 
 
 @pytest.mark.parametrize("name", sorted(ASKED))
