@@ -3,8 +3,8 @@
 python benchmarks/ablation.py --teacher runs/teacher/teacher --out runs/ablation     # resumes where it was stopped
 
 Trains each variant of configs/mergevq_ablation.py with each seed, then measures reconstructions (`mergevq evaluate
-reconstruction`) and features (`mergevq evaluate representation`) at each K, on scenes of one object that no training
-reads. Writes a table and a plot: ablation.md and ablation.png in --out; copy them to docs/.
+reconstruction`) and features (`mergevq evaluate representation`) at each K, on test scenes of one object. Writes a
+table and a plot: ablation.md and ablation.png in --out; copy them to docs/.
 """
 
 import argparse

@@ -32,7 +32,7 @@ from runtime_jax.hosts import PORT, TIMEOUT, AbsentError, HostsError, Processes,
 LOST = 75  # EX_TEMPFAIL: the same command may succeed
 STOPPED = (128 + signal.SIGTERM, 128 + signal.SIGINT)
 GRACE = 120.0  # seconds for processes to save after a signal
-LAST_LINES = 5.0  # seconds to copy what ended processes have printed
+LAST_LINES = 5.0  # seconds, at most, to copy what ended processes have printed
 _POLL = 0.1
 _BEAT = 1.0
 # What XLA prints when another process has gone, before it aborts: the supervisor's own line says it.
@@ -117,8 +117,9 @@ class Supervisor:
                 if child.poll() is None:
                     child.kill()
                 child.wait()
-            for copier in self.copiers:  # the last lines; a grandchild may hold a pipe open
-                copier.join(LAST_LINES)
+            until = time.monotonic() + LAST_LINES  # a grandchild may hold a pipe open
+            for copier in self.copiers:
+                copier.join(max(0.0, until - time.monotonic()))
         finally:
             self.peers.close()
             for number, handler in before.items():

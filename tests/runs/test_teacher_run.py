@@ -141,7 +141,7 @@ def test_a_step_descends_the_students_loss_on_any_mesh(shape, step, reference, m
     loss, gradients = reference
     total, count = metrics["loss"]
     assert float(total) / float(count) == pytest.approx(float(loss), rel=1e-5)
-    assert_close(jax.tree.map(lambda old, new: old - new, state.params, new.params), gradients, 1e-3)
+    assert_close(jax.tree.map(lambda old, new: old - new, state.params, new.params), gradients, 2e-4)
     decay = 0.1  # of the first update
     expected = jax.tree.map(lambda old, new: decay * old + (1 - decay) * new, state.ema, new.params)
     assert_close(new.ema, expected, 1e-5)

@@ -31,7 +31,7 @@ def measured(tmp_path):
     return ablation.Measured.read(tmp_path / "pixels", tmp_path / "features", ("a", "b"), config)
 
 
-def test_a_report_has_all_figures(measured, tmp_path):
+def test_a_report_has_all_figures(measured):
     psnr = measured.cells[36].psnr
     assert (psnr.mean, psnr.count) == (9.5, 2) and psnr.half_width == pytest.approx(6.35, abs=0.01)
     text = ablation.report({"gr": measured})

@@ -539,7 +539,7 @@ def test_kept_tokens_with_positions(tokenizer):
         placed.recover(tokens.indices)
 
 
-def test_a_code_is_spread_from_its_cell(tokenizer):
+def test_a_code_is_spread_from_its_cell():
     """Without cross-attention, the code of an empty group changes only its own scores."""
     own = dataclasses.replace(CONFIG.recovery, positions="starts", num_layers=0, num_self_layers=0, num_res_blocks=1)
     config = dataclasses.replace(CONFIG, recovery=own)
