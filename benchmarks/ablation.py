@@ -20,9 +20,10 @@ from mergevq_jax.cli import training
 from mergevq_jax.commands.evaluate import reconstruction, representation
 from mergevq_jax.commands.evaluate.reconstruction_task import RECOVERED, TRUE
 from mergevq_jax.evaluate.representation.encoders import CLASS, MEAN
-from mergevq_jax.evaluate.representation.rows import LINEAR
+from mergevq_jax.evaluate.representation.rows import LINEAR, RepresentationConfig
 from mergevq_jax.evaluate.results import RESULTS_NAME
 from mergevq_jax.tokenizer.run import MODEL_FOLDER, TrainConfig, train
+from runtime_jax.config import build, load
 from runtime_jax.cost import table
 from runtime_jax.data import SourceConfig
 from runtime_jax.estimate import Estimate, estimate
@@ -117,6 +118,7 @@ def measure(variant: str, seeds: int, *, teacher: str, out: Path, steps: int | N
         keeps=keeps,
         poolings=POOLINGS,
         seeds=1,
+        config=build(RepresentationConfig, load("representation")),
     )
     representation.evaluate(request, out=features)
     return Measured.read(pixels, features, folders, config)
