@@ -11,7 +11,7 @@ STEPS = {"full": 8000, "demo": 40}
 
 
 def get_config(arg: str = "full") -> ConfigDict:
-    """`full`: about 45 minutes on two shared cores; `demo`: one minute."""
+    """`full`: an hour on two busy cores; `demo`: one minute."""
     if arg not in STEPS:
         raise ValueError(f"no variant {arg!r}; there are {', '.join(STEPS)}")
     steps = STEPS[arg]

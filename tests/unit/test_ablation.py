@@ -1,6 +1,7 @@
 """The report of benchmarks/ablation.py, from made-up figures."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 
@@ -49,6 +50,16 @@ def test_a_shorter_training_has_the_same_phases():
     short = ablation.read_config("r-unaligned", 2, teacher="t", steps=60, data_dir="d")
     assert (short.seed, short.data.seed, short.loop.duration.steps) == (2, 2, 60)
     assert (short.losses.discriminator_start, short.optimizer.warmup.steps, short.loop.eval_every) == (45, 2, 60)
+
+
+def test_probes_have_the_settings_for_few_images(monkeypatch, tmp_path):
+    asked = []
+    monkeypatch.setattr(ablation, "train", lambda config, workdir: SimpleNamespace(stopped_by=None))
+    monkeypatch.setattr(ablation.reconstruction, "evaluate", lambda request, out: None)
+    monkeypatch.setattr(ablation.representation, "evaluate", lambda request, out: asked.append(request.config.linear))
+    monkeypatch.setattr(ablation.Measured, "read", lambda *args: None)
+    ablation.measure("gr", 2, teacher="t", out=tmp_path, steps=60, data_dir="d")
+    assert [(probe.batch_size, probe.learning_rate) for probe in asked] == [(128, 1e-2)]
 
 
 def test_another_ablation_in_the_folder_is_refused(tmp_path):

@@ -53,7 +53,7 @@ class Request:
     seeds: int = 3  # of probes, fine-tuning and random weights
     size: int | None = None  # of the images, if there is no tokenizer; None: the teacher's
     batch_size: int = 32  # of the features; no figure depends on it
-    config: rows_lib.RepresentationConfig = rows_lib.RepresentationConfig()
+    config: rows_lib.RepresentationConfig
 
     def __post_init__(self):
         named = {"--method": self.methods, "--keep": self.keeps, "--tokens": self.poolings}
