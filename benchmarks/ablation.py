@@ -9,7 +9,7 @@ table and a plot: ablation.md and ablation.png in --out; copy them to docs/.
 
 import argparse
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -42,18 +42,37 @@ VARIANTS = {
     "gr-fixed": "G+R with one K in training",
     "gr-unplaced": "G+R with the released source recovery",
 }
-PAPER = ("g", "gr", "r")
 SCENES = "mini_scenes/64_probe"
 NUM_REBUILT = 1024  # test scenes that are reconstructed
 POOLINGS = (CLASS, MEAN)
+PLOTTED = ("g", "gr", "r", "gr-unaligned", "r-unaligned")
+QUANTITIES = {"psnr": "PSNR, dB", "recovered": "PSNR with recovered maps, dB"}  # with the true maps, and without
+QUANTITIES |= {pooling: f"linear probe, {pooling}, %" for pooling in POOLINGS}
+Cell = dict[str, tuple[float, ...]]  # by quantity: the figures of a variant at one K, one for each seed
 
 
-class Cell(NamedTuple):
-    """Figures of a variant at one K, over seeds."""
+class Trend(NamedTuple):
+    """A difference that the paper reports; each side is a variant and its K."""
 
-    psnr: Estimate  # dB, with the true source map
-    recovered: Estimate
-    accuracy: dict[str, Estimate]  # of the linear probe, %, by pooling
+    cause: str
+    one: tuple[str, int]
+    other: tuple[str, int]
+
+
+TRENDS = (
+    Trend("fewer kept tokens", ("g", 64), ("g", 256)),
+    Trend("fewer kept tokens", ("gr", 36), ("gr", 64)),
+    Trend("fewer kept tokens", ("r", 9), ("r", 64)),
+    Trend("merging in training", ("gr", 64), ("gr-unmerged", 64)),
+    Trend("alignment", ("gr", 36), ("gr-unaligned", 36)),
+    Trend("alignment", ("r", 9), ("r-unaligned", 9)),
+    Trend("source recovery with positions", ("gr", 36), ("gr-unplaced", 36)),
+    Trend("several K in training", ("gr", 36), ("gr-fixed", 36)),
+    Trend("several K in training", ("gr", 25), ("gr-fixed", 25)),
+    Trend("several K in training", ("gr", 64), ("gr-fixed", 64)),
+    Trend("variant", ("gr", 36), ("g", 64)),
+    Trend("variant", ("r", 9), ("g", 64)),
+)
 
 
 @dataclass(frozen=True)
@@ -69,25 +88,19 @@ class Measured:
         """From the folders of both evaluations, over the tokenizers of all seeds."""
         rebuilt, probed = _entries(pixels), _entries(features)
 
-        def psnr(keep: int, source_map: str) -> Estimate:
-            found = [row["psnr"]["mean"] for row in rebuilt if (row["keep"], row["source_map"]) == (keep, source_map)]
-            return estimate(found, independent=len(found) > 1)
+        def cell(keep: int) -> Cell:
+            psnr = {(row["tokenizer"], row["keep"], row["source_map"]): row["psnr"]["mean"] for row in rebuilt}
+            accuracy = {(row["name"], row["keep"], row["pooling"]): row[LINEAR]["mean"] for row in probed}
+            found = {"psnr": (psnr, TRUE), "recovered": (psnr, RECOVERED)}
+            found |= {pooling: (accuracy, pooling) for pooling in POOLINGS}
+            return {name: tuple(of[each, keep, key] for each in tokenizers) for name, (of, key) in found.items()}
 
-        def accuracy(keep: int, pooling: str) -> Estimate:
-            rows = [row for row in probed if (row["keep"], row["pooling"]) == (keep, pooling)]
-            found = [row[LINEAR]["mean"] for row in rows if row["name"] in tokenizers]
-            return estimate(found, independent=len(found) > 1)
-
-        cells = {
-            keep: Cell(psnr(keep, TRUE), psnr(keep, RECOVERED), {name: accuracy(keep, name) for name in POOLINGS})
-            for keep in config.evaluation.keeps
-        }
         others = {
             (row["name"], str(row["keep"] or "-"), row["pooling"]): row[LINEAR]["mean"]
             for row in probed
             if row["name"] not in tokenizers
         }
-        return cls(config.model.raw_tokens, cells, others)
+        return cls(config.model.raw_tokens, {keep: cell(keep) for keep in config.evaluation.keeps}, others)
 
 
 def _entries(folder: Path) -> list[dict[str, Any]]:
@@ -143,47 +156,43 @@ def read_config(variant: str, seed: int, *, teacher: str, steps: int | None, dat
     return training(f"mergevq_ablation:{variant}", settings)[0]
 
 
+def _estimate(values: Sequence[float]) -> Estimate:
+    return estimate(values, independent=len(values) > 1)
+
+
 def report(measured: dict[str, Measured]) -> str:
-    """The tables in Markdown."""
-    probes = [f"linear probe, {pooling}, %" for pooling in POOLINGS]
-    head = ("variant", "kept", "of all, %", "PSNR, dB", "with recovered maps", *probes)
+    """The tables in Markdown: figures, differences with the same seeds, and what the probe is compared with."""
+    head = ("variant", "kept", "of all, %", *QUANTITIES.values())
     rows = [
-        (
-            VARIANTS[variant],
-            str(keep),
-            f"{100 * keep / found.raw:.0f}",
-            f"{cell.psnr:.2f}",
-            f"{cell.recovered:.2f}",
-            *(f"{accuracy:.1f}" for accuracy in cell.accuracy.values()),
-        )
+        (VARIANTS[variant], str(keep), f"{100 * keep / found.raw:.0f}", *(f"{_estimate(v):.2f}" for v in cell.values()))
         for variant, found in measured.items()
         for keep, cell in found.cells.items()
     ]
-    others = [
-        (VARIANTS[variant], *which, f"{value:.1f}")
-        for variant, found in measured.items()
-        for which, value in found.others.items()
-    ]
+    head_of_trends = ("what differs", "of", "less", *QUANTITIES.values())
+    trends = []
+    for cause, *sides in TRENDS:
+        if all(variant in measured for variant, _ in sides):
+            one, other = (measured[variant].cells[keep] for variant, keep in sides)
+            gains = [_estimate(np.subtract(one[name], other[name])) for name in QUANTITIES]
+            labels = [f"{VARIANTS[variant]}, K = {keep}" for variant, keep in sides]
+            trends.append((cause, *labels, *(f"{'+' if gain.mean > 0 else ''}{gain:.2f}" for gain in gains)))
+    others = {}  # the same for all variants, or for those with the same networks
+    for variant, found in measured.items():
+        for (name, keep, pooling), value in found.others.items():
+            size = "-" if keep == "-" else VARIANTS[variant.partition("-")[0]]
+            others[size, Path(name).name, keep, pooling] = f"{value:.1f}"
     head_of_others = ("variant", "compared with", "kept", "tokens", "linear probe, %")
-    return "\n".join([*table(head, rows), "", *table(head_of_others, others)]) + "\n"
+    compared = table(head_of_others, [(*key, value) for key, value in others.items()])
+    return "\n".join([*table(head, rows), "", *table(head_of_trends, trends), "", *compared]) + "\n"
 
 
 def panels(measured: dict[str, Measured]) -> dict[str, dict[str, Points]]:
-    """Quality and accuracy against the share of kept tokens, a line for each of the paper's variants."""
-    quantities: dict[str, Callable[[Cell], Estimate]] = {
-        "PSNR, dB": lambda cell: cell.psnr,
-        "PSNR with recovered maps, dB": lambda cell: cell.recovered,
-    }
-    quantities |= {
-        f"linear probe, {pooling}, %": lambda cell, pooling=pooling: cell.accuracy[pooling] for pooling in POOLINGS
-    }
-    lines = {}
-    for label, quantity in quantities.items():
-        lines[label] = {}
-        for variant in (variant for variant in PAPER if variant in measured):
-            found = measured[variant]
-            values = [quantity(cell) for cell in found.cells.values()]
-            share = [100 * keep / found.raw for keep in found.cells]
+    """Every quantity against the share of kept tokens, a line for each of PLOTTED."""
+    lines: dict[str, dict[str, Points]] = {label: {} for label in QUANTITIES.values()}
+    for variant, found in ((variant, measured[variant]) for variant in PLOTTED if variant in measured):
+        share = [100 * keep / found.raw for keep in found.cells]
+        for name, label in QUANTITIES.items():
+            values = [_estimate(cell[name]) for cell in found.cells.values()]
             lines[label][VARIANTS[variant]] = Points(
                 share, [value.mean for value in values], [value.half_width or np.nan for value in values]
             )

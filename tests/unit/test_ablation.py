@@ -15,8 +15,13 @@ def measured(tmp_path):
     config = ablation.read_config("gr", 1, teacher="t", steps=60, data_dir="d")
     keeps = config.evaluation.keeps
     rebuilt = [
-        {"keep": keep, "source_map": source_map, "psnr": {"mean": keep / 4 + seed - (source_map == "recovered")}}
-        for seed in (0, 1)
+        {
+            "tokenizer": name,
+            "keep": keep,
+            "source_map": source_map,
+            "psnr": {"mean": keep / 4 + seed - (source_map == "recovered")},
+        }
+        for seed, name in enumerate(("a", "b"))
         for keep in keeps
         for source_map in ("true", "recovered")
     ]
@@ -26,18 +31,34 @@ def measured(tmp_path):
         for keep in keeps
         for seed, name in enumerate(("a", "b"))
     ]
-    probed += [{"name": "pixels", "keep": None, "pooling": "pixels", "linear": {"mean": 14.0}}]
+    compared = {
+        ("pixels", None, "pixels"): 14.0,
+        ("t/teacher", None, "mean"): 15.0,
+        ("random weights", 64, "mean"): 9.0,
+    }
+    probed += [
+        {"name": name, "keep": keep, "pooling": pooling, "linear": {"mean": mean}}
+        for (name, keep, pooling), mean in compared.items()
+    ]
     for name, results in (("pixels", rebuilt), ("features", probed)):
         write_json(tmp_path / name / "results.json", {"results": results})
     return ablation.Measured.read(tmp_path / "pixels", tmp_path / "features", ("a", "b"), config)
 
 
 def test_a_report_has_all_figures(measured):
-    psnr = measured.cells[36].psnr
-    assert (psnr.mean, psnr.count) == (9.5, 2) and psnr.half_width == pytest.approx(6.35, abs=0.01)
-    text = ablation.report({"gr": measured})
-    assert "| G+R | 36 | 56 | 9.50 ± 6.35 | 8.50 ± 6.35 | 10.5 ± 6.4 | 10.5 ± 6.4 |" in text
-    assert "| G+R | pixels | - | pixels | 14.0 |" in text
+    assert measured.cells[36] == {
+        "psnr": (9.0, 10.0),
+        "recovered": (8.0, 9.0),
+        "class": (10.0, 11.0),
+        "mean": (10.0, 11.0),
+    }
+    text = ablation.report({"gr": measured, "gr-unaligned": measured})
+    assert "| G+R | 36 | 56 | 9.50 ± 6.35 | 8.50 ± 6.35 | 10.50 ± 6.35 | 10.50 ± 6.35 |" in text
+    # Seeds are compared with themselves.
+    assert "| fewer kept tokens | G+R, K = 36 | G+R, K = 64 | -7.00 ± 0.00 |" in text and "| variant |" not in text
+    assert "| alignment | G+R, K = 36 | G+R without alignment, K = 36 | 0.00 ± 0.00 |" in text
+    assert text.count("| - | pixels | - | pixels | 14.0 |") == 1 and "| - | teacher | - | mean | 15.0 |" in text
+    assert text.count("| random weights | 64 | mean | 9.0 |") == 1
     assert set(ablation.panels({"gr": measured})) == {
         "PSNR, dB",
         "PSNR with recovered maps, dB",
