@@ -64,14 +64,17 @@ TRENDS = (
     Trend("fewer kept tokens", ("gr", 36), ("gr", 64)),
     Trend("fewer kept tokens", ("r", 9), ("r", 64)),
     Trend("merging in training", ("gr", 64), ("gr-unmerged", 64)),
+    Trend("merging in training", ("gr-fixed", 64), ("gr-unmerged", 64)),
     Trend("alignment", ("gr", 36), ("gr-unaligned", 36)),
     Trend("alignment", ("r", 9), ("r-unaligned", 9)),
     Trend("source recovery with positions", ("gr", 36), ("gr-unplaced", 36)),
     Trend("several K in training", ("gr", 36), ("gr-fixed", 36)),
     Trend("several K in training", ("gr", 25), ("gr-fixed", 25)),
     Trend("several K in training", ("gr", 64), ("gr-fixed", 64)),
-    Trend("variant", ("gr", 36), ("g", 64)),
-    Trend("variant", ("r", 9), ("g", 64)),
+    Trend("variant, all tokens", ("gr", 64), ("g", 256)),
+    Trend("variant, all tokens", ("r", 64), ("g", 256)),
+    Trend("variant, the paper's K", ("gr", 36), ("g", 64)),
+    Trend("variant, the paper's K", ("r", 9), ("g", 64)),
 )
 
 
