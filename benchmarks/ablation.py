@@ -3,8 +3,8 @@
 python benchmarks/ablation.py --teacher runs/teacher/teacher --out runs/ablation     # resumes where it was stopped
 
 Trains each variant of configs/mergevq_ablation.py with each seed, then measures reconstructions (`mergevq evaluate
-reconstruction`) and features (`mergevq evaluate representation`) at each K, on test scenes of one object. Writes a
-table and a plot: ablation.md and ablation.png in --out; copy them to docs/.
+reconstruction`) and features (`mergevq evaluate representation`) at each K, on test scenes of one object. Writes
+tables and a plot: ablation.md and ablation.png in --out; copy them to docs/.
 """
 
 import argparse
@@ -52,7 +52,7 @@ Cell = dict[str, tuple[float, ...]]  # by quantity: the figures of a variant at 
 
 
 class Trend(NamedTuple):
-    """A difference that the paper reports; each side is a variant and its K."""
+    """What the report compares: each side is a variant and its K."""
 
     cause: str
     one: tuple[str, int]
@@ -90,12 +90,12 @@ class Measured:
     def read(cls, pixels: Path, features: Path, tokenizers: Sequence[str], config: TrainConfig) -> "Measured":
         """From the folders of both evaluations, over the tokenizers of all seeds."""
         rebuilt, probed = _entries(pixels), _entries(features)
+        psnr = {(row["tokenizer"], row["keep"], row["source_map"]): row["psnr"]["mean"] for row in rebuilt}
+        accuracy = {(row["name"], row["keep"], row["pooling"]): row[LINEAR]["mean"] for row in probed}
+        found = {"psnr": (psnr, TRUE), "recovered": (psnr, RECOVERED)}
+        found |= {pooling: (accuracy, pooling) for pooling in POOLINGS}
 
         def cell(keep: int) -> Cell:
-            psnr = {(row["tokenizer"], row["keep"], row["source_map"]): row["psnr"]["mean"] for row in rebuilt}
-            accuracy = {(row["name"], row["keep"], row["pooling"]): row[LINEAR]["mean"] for row in probed}
-            found = {"psnr": (psnr, TRUE), "recovered": (psnr, RECOVERED)}
-            found |= {pooling: (accuracy, pooling) for pooling in POOLINGS}
             return {name: tuple(of[each, keep, key] for each in tokenizers) for name, (of, key) in found.items()}
 
         others = {
@@ -163,22 +163,27 @@ def _estimate(values: Sequence[float]) -> Estimate:
     return estimate(values, independent=len(values) > 1)
 
 
+def _shown(quantity: str, value: Estimate) -> str:
+    return f"{value:.1f}" if quantity in POOLINGS else f"{value:.2f}"
+
+
 def report(measured: dict[str, Measured]) -> str:
     """The tables in Markdown: figures, differences with the same seeds, and what the probe is compared with."""
     head = ("variant", "kept", "of all, %", *QUANTITIES.values())
-    rows = [
-        (VARIANTS[variant], str(keep), f"{100 * keep / found.raw:.0f}", *(f"{_estimate(v):.2f}" for v in cell.values()))
-        for variant, found in measured.items()
-        for keep, cell in found.cells.items()
-    ]
+    rows = []
+    for variant, found in measured.items():
+        for keep, cell in found.cells.items():
+            figures = [_shown(name, _estimate(values)) for name, values in cell.items()]
+            rows.append((VARIANTS[variant], str(keep), f"{100 * keep / found.raw:.0f}", *figures))
     head_of_trends = ("what differs", "of", "less", *QUANTITIES.values())
     trends = []
     for cause, *sides in TRENDS:
         if all(variant in measured for variant, _ in sides):
             one, other = (measured[variant].cells[keep] for variant, keep in sides)
-            gains = [_estimate(np.subtract(one[name], other[name])) for name in QUANTITIES]
+            gains = {name: _estimate(np.subtract(one[name], other[name])) for name in QUANTITIES}
+            shown = ["+" * (gain.mean > 0) + _shown(name, gain) for name, gain in gains.items()]
             labels = [f"{VARIANTS[variant]}, K = {keep}" for variant, keep in sides]
-            trends.append((cause, *labels, *(f"{'+' if gain.mean > 0 else ''}{gain:.2f}" for gain in gains)))
+            trends.append((cause, *labels, *shown))
     others = {}  # the same for all variants, or for those with the same networks
     for variant, found in measured.items():
         for (name, keep, pooling), value in found.others.items():
