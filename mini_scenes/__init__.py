@@ -24,10 +24,12 @@ __getattr__, __dir__, __all__ = lazy.attributes(
             "SceneObject",
             "accent_of",
             "alone",
+            "as_drawing",
             "in_a_row",
             "sample_color",
             "sample_scene",
         ),
+        "mini_scenes.style": ("SHADED", "Style", "sample_style"),
         "mini_scenes.vocabulary": (
             "BACKGROUNDS",
             "CLASSES",

@@ -8,10 +8,12 @@ from jaxtyping import UInt8
 from mini_scenes.backgrounds import axis, paint_background
 from mini_scenes.scene import Light, Scene, SceneObject
 from mini_scenes.shapes import outline_distance
+from mini_scenes.style import Style
 from mini_scenes.vocabulary import UPRIGHT_BACKGROUNDS
 
 SUPERSAMPLING = 2
 BEVEL = 0.36  # width of the rounded rim, in radii
+INK = np.float32([0.1, 0.09, 0.12])  # of outlines
 MIN_SIZE = 16
 
 
@@ -31,15 +33,18 @@ def render_scene(scene: Scene, size: int) -> Rendering:
     if size < MIN_SIZE:
         raise ValueError(f"render_scene: size is {size}, it must be at least {MIN_SIZE} pixels")
     mask = np.zeros((size, size), np.uint8)
-    canvas = paint_background(scene.background, size) * _falloff(scene.light, size)[..., None]
+    style = scene.style
+    canvas = paint_background(scene.background, size)
+    canvas = _even(canvas, scene) if style.plain else canvas
+    canvas = canvas * _falloff(scene.light, size)[..., None] if style.shading else canvas
     # Objects whose lowest point is further down are nearer and cover the others. All shadows are drawn first.
     order = sorted(range(len(scene.objects)), key=lambda i: scene.objects[i].y + 0.85 * scene.objects[i].size)
-    for i in order:
+    for i in order if style.shading else ():
         canvas *= 1 - _shadow(scene, scene.objects[i], size)[..., None]
     # Only the objects need the finer grid: backgrounds and shadows are already smooth or antialiased.
     canvas = canvas.repeat(SUPERSAMPLING, 0).repeat(SUPERSAMPLING, 1)
     for i in order:
-        coverage = _draw(canvas, scene.objects[i], scene.light)
+        coverage = _draw(canvas, scene.objects[i], scene.light, style)
         mask[_shrink(coverage) >= 0.5] = i + 1
     image = np.clip(_shrink(canvas) * _tint(scene.light), 0, 1)
     return Rendering((image * 255 + 0.5).astype(np.uint8), mask)
@@ -80,17 +85,31 @@ def _window(low: float, high: float, side: int) -> slice:
     return slice(max(0, int(np.floor(low * side))), min(side, int(np.ceil(high * side)) + 1))
 
 
-def _draw(canvas: np.ndarray, item: SceneObject, light: Light) -> np.ndarray:
+def _even(canvas: np.ndarray, scene: Scene) -> np.ndarray:
+    """The background's mean colour above the horizon and below it; one colour where there is no ground."""
+    side = len(canvas)
+    edge = side if scene.background.kind in UPRIGHT_BACKGROUNDS else round(scene.background.horizon * side)
+    parts = (canvas[:edge], canvas[edge:])
+    return np.concatenate([np.broadcast_to(part.mean(axis=(0, 1)), part.shape) for part in parts if len(part)])
+
+
+def _draw(canvas: np.ndarray, item: SceneObject, light: Light, style: Style) -> np.ndarray:
     """Paints one object onto the canvas in place and returns its coverage [side, side]."""
     side = canvas.shape[0]
-    reach = 1.15 * item.size
+    reach = (1.15 + style.outline) * item.size
     rows, columns = _window(item.y - reach, item.y + reach, side), _window(item.x - reach, item.x + reach, side)
     u, v = _local(item, axis(side)[None, columns], axis(side)[rows, None])
     pixel = 1 / (side * item.size)
     distance = outline_distance(item.shape, u, v).astype(np.float32)
     part = np.clip(0.5 - distance / pixel, 0, 1)
-    paint = _texture(item, u, v, pixel)
-    body = _shade(paint, distance, pixel, light)
+    body = _texture(item, u, v, pixel, style)
+    if style.shading:
+        body = _shade(body, distance, pixel, light)
+    if style.outline:
+        # Half of the line is inside the outline, half outside.
+        inked = np.clip(0.5 + (0.5 * style.outline - np.abs(distance)) / pixel, 0, 1)[..., None]
+        body = body + inked * (INK - body)
+        part = np.clip(0.5 - (distance - 0.5 * style.outline) / pixel, 0, 1)
     target = canvas[rows, columns]
     target += part[..., None] * (body - target)
     coverage = np.zeros((side, side), np.float32)
@@ -113,13 +132,16 @@ def _shade(paint: np.ndarray, distance: np.ndarray, pixel: float, light: Light) 
     return paint * (0.5 + 0.66 * diffuse)[..., None] + 0.3 * gloss[..., None]
 
 
-def _texture(item: SceneObject, u: np.ndarray, v: np.ndarray, pixel: float) -> np.ndarray:
+def _texture(item: SceneObject, u: np.ndarray, v: np.ndarray, pixel: float, style: Style) -> np.ndarray:
     """Surface colours [..., 3]; the pattern rotates with the object."""
     base, accent = np.float32(item.rgb) / 255, np.float32(item.accent) / 255
     if item.texture == "plain":
         return np.broadcast_to(base, (*u.shape, 3))
     # At least 5.4 pixels of a 64-pixel image, so that the pattern stays visible on the smallest object.
-    period = max(0.46, 0.085 / item.size)
+    period = style.scale * max(0.46, 0.085 / item.size)
+    if style.turn:
+        cosine, sine = np.float32(np.cos(np.deg2rad(style.turn))), np.float32(np.sin(np.deg2rad(style.turn)))
+        u, v = u * cosine + v * sine, v * cosine - u * sine
     inside = PATTERNS[item.texture](u, v, period)
     return base + np.clip(inside / pixel + 0.5, 0, 1)[..., None] * (accent - base)
 

@@ -7,6 +7,7 @@ import json
 import numpy as np
 
 from mini_scenes import vocabulary as words
+from mini_scenes.style import SHADED, Style, sample_style
 
 MAX_OBJECTS = 3
 RGB = tuple[int, int, int]
@@ -77,6 +78,7 @@ class Scene:
     objects: tuple[SceneObject, ...]
     light: Light
     background: Background
+    style: Style = SHADED
 
     @property
     def label(self) -> int:
@@ -91,7 +93,8 @@ class Scene:
 
     def to_json(self) -> str:
         """One line of lossless JSON: `from_json(scene.to_json()) == scene`."""
-        return json.dumps(self, default=vars, separators=(",", ":"))
+        fields = {name: value for name, value in vars(self).items() if name != "style" or value != SHADED}
+        return json.dumps(fields, default=vars, separators=(",", ":"))
 
     @classmethod
     def from_json(cls, text: str) -> "Scene":
@@ -101,7 +104,9 @@ class Scene:
             SceneObject(**{**item, "rgb": tuple(item["rgb"]), "accent": tuple(item["accent"])})
             for item in data["objects"]
         )
-        return cls(objects=objects, light=Light(**data["light"]), background=Background(**data["background"]))
+        style = Style(**data.get("style", {}))
+        light, background = Light(**data["light"]), Background(**data["background"])
+        return cls(objects=objects, light=light, background=background, style=style)
 
 
 def sample_color(rng: np.random.Generator, name: str) -> RGB:
@@ -173,6 +178,30 @@ def in_a_row(scene: Scene, rng: np.random.Generator, size: float = ROW_SIZE) -> 
         light=dataclasses.replace(scene.light, azimuth=azimuth, elevation=45.0),
         background=dataclasses.replace(scene.background, horizon=ROW_HORIZON),
     )
+
+
+# Ranges of `as_drawing`, in shares of the side.
+DRAWN_SIZES = (0.16, 0.23)
+DRAWN_SHIFT = 0.04
+DRAWN_HORIZONS = (0.36, 0.62)
+INKS = ((24, 22, 28), (250, 248, 240))
+
+
+def as_drawing(scene: Scene, rng: np.random.Generator) -> Scene:
+    """The scene as somebody else might draw it: in another style, with objects of other sizes, a little displaced.
+
+    The second colour of a texture is nearly black or nearly white half of the time.
+    """
+    objects = []
+    for item in scene.objects:
+        dx, dy = rng.uniform(-DRAWN_SHIFT, DRAWN_SHIFT, 2).tolist()
+        accent = INKS[rng.integers(2)] if rng.uniform() < 0.5 else item.accent
+        if np.abs(np.subtract(accent, item.rgb)).max() < 100:  # the pattern would not show
+            accent = item.accent
+        moved = {"size": rng.uniform(*DRAWN_SIZES), "x": item.x + dx, "y": item.y + dy, "accent": accent}
+        objects.append(dataclasses.replace(item, **moved))
+    background = dataclasses.replace(scene.background, horizon=rng.uniform(*DRAWN_HORIZONS))
+    return dataclasses.replace(scene, objects=tuple(objects), background=background, style=sample_style(rng))
 
 
 def alone(scene: Scene, rng: np.random.Generator) -> Scene:

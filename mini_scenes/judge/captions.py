@@ -68,7 +68,7 @@ _OBJECT = re.compile(
 _SIDE = re.compile(r"\bto the (left|right) of\b")
 _WARMTH = re.compile(rf"\bin ({_any(LIGHT_WARMTHS)}) light\b")
 _DIRECTION = re.compile(rf"\blit from (?:the )?({_any(LIGHT_DIRECTIONS)})\b")
-_CONNECTIVES = re.compile(r",|\ba picture of\b|\bnext to\b|\band\b")
+_CONNECTIVES = re.compile(r",|\ba (?:picture|drawing) of\b|\bnext to\b|\band\b")
 
 
 def parse_caption(text: str) -> Wanted:

@@ -22,6 +22,7 @@ from mini_scenes import (
     SceneObject,
     accent_of,
     alone,
+    as_drawing,
     caption,
     example_scene,
     full_caption,
@@ -32,7 +33,10 @@ from mini_scenes import (
     sample_color,
     sample_scene,
 )
+from mini_scenes.captions import object_caption, place_caption
 from mini_scenes.examples import make_examples
+from mini_scenes.judge import parse_caption
+from mini_scenes.style import SHADED, Style
 from mini_scenes.vocabulary import MENTION_RATES, SYMMETRY
 
 COUNTS = {"train": 40, "validation": 5, "test": 5}
@@ -368,3 +372,54 @@ def test_bad_config(arguments, message):
 def test_too_small_a_picture():
     with pytest.raises(ValueError, match="at least 16"):
         render_scene(one_object(), 8)
+
+
+def drawings(scenes: list[Scene]) -> list[Scene]:
+    return [
+        as_drawing(in_a_row(scene, np.random.default_rng(i)), np.random.default_rng(i))
+        for i, scene in enumerate(scenes)
+    ]
+
+
+def test_a_drawing_is_called_one_and_keeps_what_captions_say(scenes):
+    for i, (scene, drawn) in enumerate(zip(scenes[:60], drawings(scenes[:60]), strict=True)):
+        text = full_caption(drawn)
+        assert drawn.style != SHADED and "a drawing of" in text and "a drawing of" not in full_caption(scene)
+        wanted = parse_caption(text)
+        assert [item.shape for item in wanted.objects] == [
+            item.shape for item in sorted(drawn.objects, key=lambda o: o.x)
+        ]
+        assert {item.color for item in wanted.objects} == {item.color for item in drawn.objects}
+        assert (wanted.direction is None) == (not drawn.style.shading)
+        assert "a drawing of" in caption(drawn, np.random.default_rng(i))
+        assert Scene.from_json(drawn.to_json()) == drawn
+        assert "style" not in scene.to_json()  # files of earlier versions stay as they are
+
+
+def test_a_style_draws_outlines_even_colours_and_backgrounds_of_one_or_two_colours():
+    shaded = one_object("square")
+    image, mask = render_scene(shaded, 64)
+    even, _ = render_scene(dataclasses.replace(shaded, style=Style(shading=False, plain=True)), 64)
+    assert len(np.unique(even[mask == 1][20:-20], axis=0)) < len(np.unique(image[mask == 1][20:-20], axis=0))
+    assert len(np.unique(even[:8].reshape(-1, 3), axis=0)) == 1  # a wall of one colour
+    lined, covered = render_scene(dataclasses.replace(shaded, style=Style(outline=0.15)), 64)
+    assert (covered[mask == 1] == 1).all() and covered.sum() > mask.sum()
+    rim = (covered == 1) & (mask == 0)
+    assert lined[rim].mean() < 0.6 * image[rim].mean()
+    grass = dataclasses.replace(shaded, background=Background(kind="grass", horizon=0.5, tone=0.5, seed=3))
+    ground, _ = render_scene(dataclasses.replace(grass, style=Style(shading=False, plain=True)), 64)
+    assert len(np.unique(ground[:, 0], axis=0)) == 2
+
+
+def test_parts_of_a_scene_have_captions_of_their_own(scenes):
+    everything, nothing = (dict.fromkeys(MENTION_RATES, rate) for rate in (1.0, 0.0))
+    for i, scene in enumerate(scenes[:40]):
+        rng, item = np.random.default_rng(i), scene.objects[0]
+        assert object_caption(item, rng, nothing) in (f"a {item.shape}", f"an {item.shape}")
+        (wanted,) = parse_caption(object_caption(item, rng, everything)).objects
+        assert (wanted.shape, wanted.color, wanted.texture) == (item.shape, item.color, item.texture)
+        place = BACKGROUNDS[scene.background.kind]
+        assert place_caption(scene, rng, nothing) == place
+        assert place_caption(scene, rng, everything).startswith(f"{place} ") and "lit from" in place_caption(
+            scene, rng, everything
+        )
