@@ -48,6 +48,7 @@ def get_config() -> ConfigDict:
                 },
             },
             "num_scenes": 20_000,
+            "drawn": 0.25,
             "text_to_image": {
                 "flux": {
                     "in_channels": 16,
@@ -64,9 +65,9 @@ def get_config() -> ConfigDict:
                 "text_heads": 4,
                 "captions": {
                     "text_length": 40,
-                    "drop_both": 0.1,
-                    "drop_t5": 0.1,
-                    "drop_clip": 0.1,
+                    "drop_t5": 0.32,
+                    "drop_clip": 0.32,
+                    "local": 0.4,
                     "pair_every": 8,
                     # Words get their meaning several times faster with one object and full captions.
                     "easy_steps": 800,
@@ -74,17 +75,17 @@ def get_config() -> ConfigDict:
                     "object_weights": [0.3, 0.7],
                 },
                 # Positions and colours are decided at high noise, outlines and textures at half of it.
-                "time_mean": 0.4,
+                "time_mean": 0.7,
                 "time_std": 1.2,
                 "layout_weight": 0.3,
                 "words_weight": 0.3,
-                # Teaches T5 which words belong together before it sees an image; final loss: 0.005 nats per word.
+                # Teaches T5 which words belong together before it sees an image, and CLIP which words there are.
                 "reading": {
                     "batch_size": 16,
                     "optimizer": _optimizer(
                         learning_rate=2e-3,
                         muon_learning_rate=0.01,
-                        adam_kernels=["words_head"],
+                        adam_kernels=["(words|bag)_head"],
                         warmup={"steps": 50},
                     ),
                     "loop": {
@@ -104,7 +105,7 @@ def get_config() -> ConfigDict:
                     ),
                     "ema_decay": 0.999,
                     "loop": {
-                        "duration": {"steps": 7500},
+                        "duration": {"steps": 8000},
                         "log_every": 50,
                         "checkpoint_every": 500,
                         "preview_every": 1000,

@@ -14,9 +14,20 @@ import pytest
 from several_tools import ended, launched, write_config
 from tiny_pipeline import random_params
 
-from mini_scenes import CLASSES, COLORS, TEXTURES, SceneObject, caption, example_scene, full_caption
+from mini_scenes import (
+    BACKGROUNDS,
+    CLASSES,
+    COLORS,
+    SHADED,
+    TEXTURES,
+    SceneObject,
+    caption,
+    example_scene,
+    full_caption,
+)
 from runtime_jax import config as config_lib
 from runtime_jax.mesh import make_mesh
+from runtime_jax.networks.clip import CLIPTextEncoder
 from runtime_jax.nn.compute import Compute
 from runtime_jax.training import loop, network
 from runtime_jax.training.network import train_network
@@ -24,7 +35,9 @@ from tokenverse_jax.base import corpus, run, text_to_image, vae
 from tokenverse_jax.base.corpus import CaptionConfig, Corpus, describe
 from tokenverse_jax.base.layout import COVERS, FEATURES, layout, layout_loss
 from tokenverse_jax.base.tokenizers import make_tokenizers, scene_words
-from tokenverse_jax.base.words import UNSAID, VALUES, words, words_loss
+from tokenverse_jax.base.words import PHRASES, UNSAID, VALUES, bag_loss, bags, words, words_loss
+from tokenverse_jax.flux.model import direction
+from tokenverse_jax.flux.offsets import NO_OFFSETS
 from tokenverse_jax.flux.pipeline import Pipeline
 from tokenverse_jax.flux.words import find_word
 
@@ -99,7 +112,7 @@ def test_scenes_are_seen_by_their_number_of_objects(tokenizers, scenes):
 
 
 def test_a_pair_is_two_scenes_side_by_side_under_both_captions(tokenizers, scenes):
-    data = _corpus(scenes, tokenizers, drop_both=0.0, drop_t5=0.0, drop_clip=0.0)
+    data = _corpus(scenes, tokenizers, drop_t5=0.0, drop_clip=0.0)
     single, pair = data.batch(1), data.batch(2)
     assert single["latents"].shape == (6, 4, 4, 2) and pair["latents"].shape == (3, 4, 8, 2)
     assert pair["layouts"].shape == (3, 2, 4, FEATURES)
@@ -110,7 +123,7 @@ def test_a_pair_is_two_scenes_side_by_side_under_both_captions(tokenizers, scene
 
 
 def test_the_first_steps_see_one_object_at_a_time_and_full_captions(tokenizers, scenes):
-    data = _corpus(scenes, tokenizers, easy_steps=3, full_steps=5, drop_both=0.0, drop_t5=0.0, drop_clip=0.0)
+    data = _corpus(scenes, tokenizers, easy_steps=3, full_steps=5, drop_t5=0.0, drop_clip=0.0)
     alone = [number for number, scene in enumerate(scenes) if len(scene.objects) == 1]
     seen = np.concatenate([data.batch(step)["latents"][:, 0, 0, 0] for step in range(3)]) // 32
     assert set(seen) <= set(alone) and data.batch(5)["latents"].shape[2] == 8  # of three steps none was a pair
@@ -119,7 +132,8 @@ def test_the_first_steps_see_one_object_at_a_time_and_full_captions(tokenizers, 
         told = tokenizers.tokenizer_2.batch_decode(batch["t5_ids"], skip_special_tokens=True)
         for place, text in zip((batch["latents"][:, 0, 0, 0] // 32).astype(int), told, strict=True):
             assert text == full_caption(scenes[place])
-    told = tokenizers.tokenizer_2.batch_decode(data.batch(6)["t5_ids"], skip_special_tokens=True)
+    ids = np.concatenate([data.batch(step)["t5_ids"] for step in (6, 7, 9)])
+    told = tokenizers.tokenizer_2.batch_decode(ids, skip_special_tokens=True)
     assert not all(set(text.split()) & set(COLORS) for text in told)
 
 
@@ -182,6 +196,11 @@ def test_t5_reads_captions_of_one_scene_or_two_whole_or_not(tokenizers, scenes):
     whole = {full_caption(scene) for scene in scenes}
     assert set(told[1::2]) <= whole and not set(told[2::2]) <= whole
     np.testing.assert_array_equal(batches[1]["words"], words(tokenizers.tokenizer_2, told, 60))
+    read = tokenizers.tokenizer.batch_decode(batches[1]["clip_ids"], skip_special_tokens=True)
+    same = ["".join(mine.split()) == "".join(other.split()) for mine, other in zip(read, told, strict=True)]
+    assert [i for i, alike in enumerate(same) if not alike] == [i for i in range(16) if i // 2 % 2]
+    np.testing.assert_array_equal(batches[1]["bags"], bags(read))
+    assert batches[1]["bags"].sum(axis=1).min() > 0 and batches[1]["bags"].sum(axis=0).max() < 16
 
 
 def test_the_words_loss_is_the_cross_entropy_of_what_is_said():
@@ -207,9 +226,10 @@ def test_the_layout_loss_counts_owners_only_where_there_is_one(scenes):
 @pytest.mark.parametrize(
     ("shares", "told"),
     [
-        ({"drop_both": 1.0, "drop_t5": 0.0, "drop_clip": 0.0}, (False, False)),
-        ({"drop_both": 0.0, "drop_t5": 1.0, "drop_clip": 0.0}, (False, True)),
-        ({"drop_both": 0.0, "drop_t5": 0.0, "drop_clip": 1.0}, (True, False)),
+        ({"drop_t5": 1.0, "drop_clip": 1.0}, (False, False)),
+        ({"drop_t5": 1.0, "drop_clip": 0.0}, (False, True)),
+        ({"drop_t5": 0.0, "drop_clip": 1.0}, (True, False)),
+        ({"drop_t5": 1.0, "drop_clip": 1.0, "local": 1.0}, (True, False)),  # a word that takes a step must be there
     ],
 )
 def test_captions_are_kept_from_one_encoder_or_both(tokenizers, scenes, shares, told):
@@ -218,6 +238,83 @@ def test_captions_are_kept_from_one_encoder_or_both(tokenizers, scenes, shares, 
     first = batch["t5_ids"][:, 0], batch["clip_ids"][:, 1]
     assert tuple(bool((ids != end).all()) for ids, end in zip(first, empty, strict=True)) == told
     assert all((ids != end).all() or (ids == end).all() for ids, end in zip(first, empty, strict=True))
+
+
+def test_a_bag_has_the_phrases_of_a_caption():
+    text = "a drawing of a red star leaning left to the left of an arrow on the beach, in warm light lit from above"
+    (found,) = bags([text])
+    there = {phrase for phrase, value in zip(PHRASES, found, strict=True) if value}
+    assert there == {
+        "a drawing of", "red", "star", "leaning left", "arrow", "on the beach", "in warm light", "lit from above"
+    }  # fmt: skip
+    scores = jnp.where(jnp.asarray(found) > 0, 50.0, -50.0)[None]
+    assert bag_loss(scores, jnp.asarray([found])) < 1e-6
+    assert bag_loss(jnp.zeros_like(scores), jnp.asarray([found])) == pytest.approx(len(PHRASES) * np.log(2))
+
+
+def test_local_examples_tell_looks_to_the_words_of_their_parts_alone(tokenizers, scenes):
+    """In single pictures and in pairs: bare captions, and an owner for every word of an object or a place."""
+    data = _corpus(scenes, tokenizers, local=1.0, drop_clip=0.0, pair_every=2)
+    for step in range(4):
+        batch = data.batch(step)
+        pictures = batch["latents"].shape[2] // 4
+        assert batch["part_ids"].shape[1:] == (2, 3 * pictures, corpus.PART_LENGTH)
+        told = tokenizers.tokenizer_2.batch_decode(batch["t5_ids"], skip_special_tokens=True)
+        for row, text in enumerate(told):
+            assert not set(text.split()) & {*COLORS, *TEXTURES}
+            tokens = tokenizers.tokenizer_2.convert_ids_to_tokens(batch["t5_ids"][row])
+            numbers = batch["latents"][row, 0, ::4, 0].astype(int) // 32
+            parts = tokenizers.tokenizer.batch_decode(
+                batch["part_ids"][row].reshape(-1, corpus.PART_LENGTH), skip_special_tokens=True
+            )
+            bare, look = (half.tolist() for half in np.split(np.asarray([part.strip() for part in parts]), 2))
+            for picture, number in enumerate(numbers):
+                objects = sorted(scenes[number].objects, key=lambda item: item.x)
+                for i, item in enumerate(objects):
+                    part = 3 * picture + i
+                    own = [t.strip("▁") for t, owner in zip(tokens, batch["owners"][row], strict=True) if owner == part]
+                    assert " ".join(own) == bare[part] and bare[part].split()[1:] == [item.shape]
+                    assert set(look[part].split()) & {*COLORS} <= {item.color}
+                assert bare[3 * picture : 3 * picture + 2][len(objects) :] == [""] * (2 - len(objects))
+                own = [
+                    t.strip("▁")
+                    for t, owner in zip(tokens, batch["owners"][row], strict=True)
+                    if owner == 3 * picture + 2
+                ]
+                place = BACKGROUNDS[scenes[number].background.kind]
+                assert " ".join(own) in ("", place) and look[3 * picture + 2].startswith(place)
+    assert any((data.batch(step)["owners"] == 2).any() for step in range(4))
+    assert (_corpus(scenes, tokenizers, local=1e-9).batch(0)["owners"] == corpus.NOBODY).all()
+    assert "owners" not in _corpus(scenes, tokenizers).batch(0)
+
+
+def test_a_word_takes_the_step_from_its_bare_part_to_the_look(tokenizers, scenes):
+    """The training's steps are those of `tokenverse direction`: vectors of two prompts, through the same layers."""
+    config = _config()
+    networks = text_to_image.make_networks(config.text_to_image, tokenizers, Compute())
+    params = random_params(jax.eval_shape(lambda: text_to_image.init_params(networks, 0)), seed=0)
+    batch = _corpus(scenes, tokenizers, local=1.0).batch(0)
+    offsets = text_to_image.modulation(
+        params["transformer"], params["clip"], jax.tree.map(jnp.asarray, batch), networks
+    )
+    vec = jnp.stack([
+        CLIPTextEncoder(networks.clip).apply({"params": params["clip"]}, jnp.asarray(ids)).pooled
+        for ids in np.moveaxis(batch["part_ids"], 1, 0).reshape(2, -1, corpus.PART_LENGTH)
+    ])  # fmt: skip
+    steps = direction(networks.transformer, params["transformer"], vec[1], vec[0]).reshape(6, 3, -1)
+    for row, token in itertools.product(range(6), range(40)):
+        owner = batch["owners"][row, token]
+        expected = np.zeros(steps.shape[-1]) if owner == corpus.NOBODY else steps[row, owner]
+        np.testing.assert_allclose(offsets.shared[row, token], expected, atol=1e-5)
+    assert text_to_image.modulation(params["transformer"], params["clip"], {}, networks) == NO_OFFSETS
+
+
+def test_drawings_are_a_share_of_the_scenes():
+    found = corpus.rows(0, "train", range(60), drawn=0.25)
+    share = np.mean([scene.style != SHADED for scene in found])
+    assert 0.1 < share < 0.4 and all(scene.style == SHADED for scene in corpus.rows(0, "train", range(20)))
+    plain, drawn = (next(corpus.picture_batches(0, SIZE, 8, 0, drawn=share))["image"] for share in (0.0, 1.0))
+    assert (plain != drawn).any(axis=(1, 2, 3)).all()
 
 
 def _config(**changes) -> run.BaseConfig:
@@ -248,7 +345,7 @@ def _config(**changes) -> run.BaseConfig:
         "vae": {"model": model, "training": training(2)},
         "text_to_image": {
             "flux": flux,
-            "captions": {"pair_every": 1},
+            "captions": {"pair_every": 1, "local": 0.5},
             "reading": training(4, learning_rate=0.5),
             "training": training(4),
         },
@@ -278,8 +375,10 @@ def test_a_config_that_does_not_fit_is_refused(changes, message):
 
 
 def test_shares_of_dropped_captions_are_checked():
-    with pytest.raises(ValueError, match="at most 1"):
-        CaptionConfig(drop_both=0.5, drop_t5=0.4, drop_clip=0.2)
+    for name in ("drop_t5", "drop_clip", "local"):
+        for share in (-0.1, 1.1):
+            with pytest.raises(ValueError, match=f"{name}={share}: a share is needed"):
+                CaptionConfig(**{name: share})
 
 
 def test_the_autoencoder_is_trained_on_samples_of_its_latents():
@@ -299,13 +398,15 @@ def test_the_velocity_loss_starts_at_the_targets_power_and_reaches_all_networks(
     config = _config()
     networks = text_to_image.make_networks(config.text_to_image, tokenizers, Compute())
     params = random_params(jax.eval_shape(lambda: text_to_image.init_params(networks, 0)), seed=0)
-    batch = dataclasses.replace(_corpus(scenes, tokenizers), batch_size=24).batch(0)
+    clip = params.pop("clip")
+    del params["bag_head"]  # trained by reading alone
+    batch = dataclasses.replace(_corpus(scenes, tokenizers, local=0.5), batch_size=24).batch(0)
     batch["latents"] = np.random.default_rng(0).normal(size=batch["latents"].shape).astype(np.float32)
     batch, step = jax.tree.map(jnp.asarray, batch), jnp.zeros((), jnp.int32)
 
     @jax.jit
     def differentiate(params, batch, step):
-        loss = functools.partial(text_to_image.loss, config=config.text_to_image, networks=networks, seed=0)
+        loss = functools.partial(text_to_image.loss, clip=clip, config=config.text_to_image, networks=networks, seed=0)
         return jax.value_and_grad(loss, has_aux=True)(params, batch, step)
 
     _, gradients = differentiate(params, batch, step)
@@ -376,6 +477,9 @@ def test_a_run_leaves_a_pipeline_and_goes_on_where_it_was(trained):
     before = text_to_image.init_params(networks, 0)["t5"]["shared"]["embedding"]
     after = np.asarray(pipeline.t5.params["shared"]["embedding"], np.float32)
     assert np.abs(after - before).max() > 0.3  # T5 has read, at the higher learning rate
+    before = text_to_image.init_params(networks, 0)["clip"]["token_embedding"]["embedding"]
+    after = np.asarray(pipeline.clip.params["token_embedding"]["embedding"], np.float32)
+    assert np.abs(after - before).max() > 0.3  # so has CLIP
     written = {path: path.stat().st_mtime_ns for path in workdir.glob("*.npy")}
     assert len(written) == 2 and list(workdir.glob("text_to_image/**/*.png"))
     again = train()

@@ -48,6 +48,7 @@ class BaseConfig:
     image_size: int = 64
     vae: VAEConfig
     num_scenes: int = 20_000  # for the transformer; the autoencoder sees new ones at every step
+    drawn: float = 0.0  # share of drawings among them
     text_to_image: TextToImageConfig
     schedule: ScheduleConfig = ScheduleConfig()  # of sampling
     sampling: SamplingConfig = SamplingConfig(num_steps=24, cfg_scale=2.5)  # of previews, and the model's own
@@ -80,7 +81,7 @@ def train(config: BaseConfig, workdir: str | os.PathLike) -> loop.Result:
         stage = config.text_to_image
         tokenizers = make_tokenizers(scene_words(), stage.captions.text_length)
         networks = text_to_image.make_networks(stage, tokenizers, config.compute)
-        scenes = corpus.rows(config.seed, "train", range(config.num_scenes))
+        scenes = corpus.rows(config.seed, "train", range(config.num_scenes), drawn=config.drawn)
         result = _train_reading(config, path / "reading", networks, scenes, tokenizers)
         if result.stopped_by is not None:
             return result
@@ -111,7 +112,7 @@ def train(config: BaseConfig, workdir: str | os.PathLike) -> loop.Result:
             )
 
         result = _train_text_to_image(config, path / "text_to_image", networks, reads, data, pipeline)
-        ema = to_host(result.state.ema)
+        ema = to_host(result.state.ema) | {"clip": reads["clip"]}
         if result.stopped_by is None and jax.process_index() == 0:
             ema = jax.tree.map(lambda leaf: np.asarray(leaf, jnp.bfloat16), ema)
             pipeline(ema).save_pretrained(path / FOLDER)
@@ -135,10 +136,12 @@ def _train_vae(config: BaseConfig, workdir: AnyPath) -> loop.Result:
         workdir,
         resolved_config=config_lib.to_dict(config),
         dtype=config.compute.dtype,
-        must_match=("vae", "seed", "image_size"),
+        must_match=("vae", "seed", "image_size", "drawn"),
         init=lambda: vae.init_params(config.vae, config.seed),
         loss=functools.partial(vae.loss, config=config.vae, compute=config.compute, seed=config.seed),
-        batches=lambda step: corpus.picture_batches(config.seed, config.image_size, batch_size, step),
+        batches=lambda step: corpus.picture_batches(
+            config.seed, config.image_size, batch_size, step, drawn=config.drawn
+        ),
         preview=preview,
         evaluate=lambda params, _: {"psnr": vae.psnr(images, rebuilt(params))},
     )
@@ -151,14 +154,14 @@ def _train_reading(
 
     def init() -> Params:
         params = text_to_image.init_params(networks, config.seed)
-        return {name: params[name] for name in ("t5", "words_head")}
+        return {name: params[name] for name in text_to_image.READING}
 
     return train_network(
         stage.reading,
         workdir,
         resolved_config=config_lib.to_dict(config),
         dtype=config.compute.dtype,
-        must_match=("seed", "num_scenes", "text_to_image"),
+        must_match=("seed", "num_scenes", "drawn", "text_to_image"),
         init=init,
         loss=functools.partial(text_to_image.reading_loss, networks=networks),
         batches=functools.partial(
@@ -170,7 +173,7 @@ def _train_reading(
 def _encode(config: BaseConfig, params: Params, scenes: corpus.Scenes, workdir: AnyPath) -> tuple[Part, np.ndarray]:
     """The autoencoder, which now scales latents to mean 0 and variance 1, and the scenes' latents [N, h, w, C]."""
     encode = functools.partial(vae.encode, params, model=config.vae.model, compute=config.compute)
-    path = workdir / f"latents_{len(scenes)}_{fingerprint(params)[:12]}.npy"
+    path = workdir / f"latents_{len(scenes)}_{config.drawn:g}_{fingerprint(params)[:12]}.npy"
     latents = corpus.cached(path, scenes, lambda some: encode(corpus.draw(some, config.image_size)))
     spread = float(latents.std(dtype=np.float64))
     model = replace(config.vae.model, shift_factor=float(latents.mean(dtype=np.float64)), scaling_factor=1 / spread)
@@ -181,7 +184,7 @@ def _layouts(config: BaseConfig, scenes: corpus.Scenes, workdir: AnyPath) -> np.
     """Layouts of the scenes [N, rows, columns, F]."""
     size = config.image_size
     grid = config.vae.model.token_grid(size, size)
-    path = workdir / f"layouts_{len(scenes)}_{config.seed}_{size}.npy"
+    path = workdir / f"layouts_{len(scenes)}_{config.drawn:g}_{config.seed}_{size}.npy"
     return corpus.cached(path, scenes, lambda some: np.stack([layout(scene, size, grid) for scene in some]))
 
 
@@ -197,18 +200,26 @@ def _train_text_to_image(
 
     def preview(params: Params, _: int) -> dict[str, np.ndarray]:
         sides = {"height": config.image_size, "width": config.image_size}
-        images = pipeline(params).generate(captions, **sides, **vars(config.sampling))
+        images = pipeline(params | {"clip": reads["clip"]}).generate(captions, **sides, **vars(config.sampling))
         return {"samples": captioned_grid(to_host(images), captions)}
 
-    stage = config.text_to_image
+    stage, clip = config.text_to_image, reads["clip"]
+
+    def init() -> Params:
+        params = text_to_image.init_params(networks, config.seed)
+        kept = {name: jax.tree.map(jnp.asarray, reads[name]) for name in ("t5", "words_head")}
+        return {name: params[name] for name in ("transformer", "layout_head")} | kept
+
     return train_network(
         stage.training,
         workdir,
         resolved_config=config_lib.to_dict(config),
         dtype=config.compute.dtype,
-        must_match=("seed", "image_size", "num_scenes", "vae", "text_to_image"),
-        init=lambda: text_to_image.init_params(networks, config.seed) | jax.tree.map(jnp.asarray, reads),
-        loss=functools.partial(text_to_image.loss, config=stage, networks=networks, seed=config.seed),
+        must_match=("seed", "image_size", "num_scenes", "drawn", "vae", "text_to_image"),
+        init=init,
+        loss=functools.partial(
+            text_to_image.loss, clip=clip, config=stage, networks=networks, seed=config.seed
+        ),
         batches=data.batches,
         preview=preview,
         variant=data.captions.is_pair_step,

@@ -1,6 +1,6 @@
-"""Stage 2: FLUX's transformer and both text encoders, trained together by flow matching.
+"""Stage 2: FLUX's transformer and T5, trained together by flow matching; CLIP, which has learned to read, is frozen.
 
-Axes: B batch, T text tokens, h w grid of latents, C latent channels, N image tokens.
+Axes: B batch, T text tokens, h w grid of latents, C latent channels, N image tokens, D width, P parts of a picture.
 """
 
 from dataclasses import dataclass
@@ -8,7 +8,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array
+from einops import rearrange
+from jaxtyping import Array, Float
 
 from runtime_jax.networks.clip import CLIPTextConfig, CLIPTextEncoder
 from runtime_jax.nn.compute import Compute
@@ -17,9 +18,10 @@ from runtime_jax.training.network import Means, TrainingConfig
 from tokenverse_jax.base.corpus import CaptionConfig
 from tokenverse_jax.base.layout import LayoutHead, layout_loss
 from tokenverse_jax.base.tokenizers import Tokenizers
-from tokenverse_jax.base.words import WordsHead, words_loss
+from tokenverse_jax.base.words import PHRASES, BagHead, WordsHead, bag_loss, words_loss
 from tokenverse_jax.flux import autoencoder, model
-from tokenverse_jax.flux.model import Flux, FluxConfig
+from tokenverse_jax.flux.model import Flux, FluxConfig, direction
+from tokenverse_jax.flux.offsets import NO_OFFSETS, Offsets
 from tokenverse_jax.flux.schedule import flow, logit_normal_times
 from tokenverse_jax.flux.text_encoders.t5 import T5Config, T5Encoder
 
@@ -38,7 +40,7 @@ class TextToImageConfig:
     time_std: float = 1.0
     layout_weight: float = 0.3  # of the auxiliary loss of the middle single block, see `layout`
     words_weight: float = 0.3  # of T5's auxiliary loss, see `words`
-    reading: TrainingConfig  # of T5 alone, by `words`, first
+    reading: TrainingConfig  # of both text encoders, from captions alone, first; see `words`
     training: TrainingConfig
 
     def __post_init__(self):
@@ -92,8 +94,8 @@ def make_networks(config: TextToImageConfig, tokenizers: Tokenizers, compute: Co
 
 
 def init_params(networks: Networks, seed: int) -> Params:
-    """Random parameters {"transformer", "clip", "t5", "layout_head", "words_head"}, float32."""
-    keys = jax.random.split(stream_key(seed, Stream.PARAMS), 5)
+    """Random parameters {"transformer", "clip", "t5", "layout_head", "words_head", "bag_head"}, float32."""
+    keys = jax.random.split(stream_key(seed, Stream.PARAMS), 6)
     ids = jnp.zeros((1, 1), jnp.int32)
     return {
         "transformer": model.init_params(networks.transformer, keys[0]),
@@ -101,27 +103,67 @@ def init_params(networks: Networks, seed: int) -> Params:
         "t5": T5Encoder(networks.t5).init(keys[2], ids)["params"],
         "layout_head": LayoutHead().init(keys[3], jnp.zeros((1, 1, networks.transformer.width)))["params"],
         "words_head": WordsHead().init(keys[4], jnp.zeros((1, 1, networks.t5.d_model)))["params"],
+        "bag_head": BagHead().init(keys[5], jnp.zeros((1, networks.clip.hidden_size)))["params"],
     }
 
 
+READING = ("t5", "words_head", "clip", "bag_head")  # the parameters that are trained by reading
+
+
 def reading_loss(params: Params, batch: dict[str, Array], step: Array, *, networks: Networks) -> tuple[Array, Means]:
-    """The words loss of T5 alone; `params`: {"t5", "words_head"}, `batch`: "t5_ids" int [B, T], "words" [B, T, A]."""
+    """The losses of T5's words and of CLIP's phrases.
+
+    Args:
+      params: those named in READING.
+      batch: "t5_ids" and "clip_ids" int [B, T], "words" int [B, T, A], "bags" [B, V].
+    """
     txt = T5Encoder(networks.t5, networks.compute).apply({"params": params["t5"]}, batch["t5_ids"])
-    return words_loss(WordsHead().apply({"params": params["words_head"]}, txt), batch["words"]), {}
+    vec = _pooled(params["clip"], batch["clip_ids"], networks)
+    off_words = words_loss(WordsHead().apply({"params": params["words_head"]}, txt), batch["words"])
+    off_bags = bag_loss(BagHead().apply({"params": params["bag_head"]}, vec), batch["bags"])
+    return off_words + off_bags / len(PHRASES), {"words": off_words, "bags": off_bags}
+
+
+def _pooled(clip: Params, ids: Array, networks: Networks) -> Float[Array, "B P"]:
+    return CLIPTextEncoder(networks.clip, networks.compute).apply({"params": clip}, ids).pooled
+
+
+def modulation(params: Params, clip: Params, batch: dict[str, Array], networks: Networks) -> Offsets:
+    """The steps that T5's tokens take in the space M+, see `corpus.Told`; none for a batch without parts.
+
+    Args:
+      params: of the transformer.
+      batch: part_ids int [B, 2, P, L], owners int [B, T].
+    """
+    if "owners" not in batch:
+        return NO_OFFSETS
+    vec = _pooled(clip, rearrange(batch["part_ids"], "b two p l -> (two b p) l"), networks)
+    bare, look = jnp.split(vec, 2)
+    batch_size, _, parts, _ = batch["part_ids"].shape
+    steps = direction(networks.transformer, params, look, bare).reshape(batch_size, parts, -1)
+    return Offsets(shared=jnp.einsum("btp,bpd->btd", jax.nn.one_hot(batch["owners"], parts), steps))
 
 
 def loss(
-    params: Params, batch: dict[str, Array], step: Array, *, config: TextToImageConfig, networks: Networks, seed: int
+    params: Params,
+    batch: dict[str, Array],
+    step: Array,
+    *,
+    clip: Params,
+    config: TextToImageConfig,
+    networks: Networks,
+    seed: int,
 ) -> tuple[Array, Means]:
     """Mean square error of the velocity, and the weighted losses of the layout and of the words.
 
     Args:
-      batch: "latents" [B, h, w, C], "layouts" [B, h / 2, w / 2, F], "t5_ids" and "clip_ids" int [B, T], "words" int
-        [B, T, A], "example" int [B] that time and noise depend on.
+      params: {"transformer", "t5", "layout_head", "words_head"}.
+      batch: of `Corpus.batch`; time and noise depend on "example".
+      clip: parameters of CLIP, which stay as they are.
     """
     compute = networks.compute
     txt = T5Encoder(networks.t5, compute).apply({"params": params["t5"]}, batch["t5_ids"])
-    vec = CLIPTextEncoder(networks.clip, compute).apply({"params": params["clip"]}, batch["clip_ids"]).pooled
+    vec = _pooled(clip, batch["clip_ids"], networks)
     clean = autoencoder.pack(batch["latents"])
     grid = tuple(side // autoencoder.PATCH for side in batch["latents"].shape[1:3])
     keys = example_keys(stream_key(seed, Stream.NOISE, step), batch["example"])
@@ -137,6 +179,7 @@ def loss(
         jnp.zeros((txt.shape[1], 3)),
         times,
         vec,
+        offsets=modulation(params["transformer"], clip, batch, networks),
         capture_intermediates=lambda module, _: module.name == "single_blocks",
         mutable=["intermediates"],
     )

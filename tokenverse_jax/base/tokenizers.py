@@ -23,7 +23,8 @@ SYMBOLS = string.ascii_lowercase + string.digits + string.punctuation
 # Words of captions other than the names of classes, colours, textures, sizes, poses, places and light; and words for
 # captions of two pictures side by side.
 OTHER_WORDS = """
-    a an and at between beside both by contains each first from half halves image images in is it left light lit main
+    a an and at between beside both by contains drawing drawings each first from half halves image images in is it left
+    light lit main
     next of on one other part parts photo picture pictures right second shows side sides split that the there this three
     to two with
 """

@@ -1,20 +1,24 @@
-"""What captions say of each object: T5's target before it sees pictures, and its auxiliary target afterwards.
+"""What captions say: the targets of both text encoders before they see pictures.
 
-FLUX's T5 knows which adjective belongs to which noun before it sees a picture. Without this, ours needs most of a
-training to learn it as soon as there are two objects. The head that predicts it is discarded in the end.
+FLUX's encoders know words before they see a picture. Ours learn from captions alone, first. T5 learns which adjective
+belongs to which noun, `words`: without this, it needs most of a training to learn it as soon as there are two objects.
+It remains T5's auxiliary target afterwards. CLIP's pooled output learns which words a caption has, `bags`. The heads
+that predict them are discarded in the end.
 
-Axes: B batch, T text tokens, A attributes, F features (all values of all attributes).
+Axes: B batch, T text tokens, A attributes, F features (all values of all attributes), V phrases.
 """
 
+import re
 from collections.abc import Sequence
 
 import flax.linen as nn
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jaxtyping import Array, Float, Int, Int32
+from jaxtyping import Array, Float, Float32, Int, Int32
 
-from mini_scenes import CLASSES, COLORS, POSES, TEXTURES
+from mini_scenes import BACKGROUNDS, CLASSES, COLORS, LIGHT_WARMTHS, POSES, TEXTURES
+from mini_scenes.captions import FROM
 from mini_scenes.judge.captions import objects_in
 from mini_scenes.scene import MAX_IN_A_ROW
 from tokenverse_jax.flux.words import Tokenizer
@@ -23,6 +27,13 @@ MOST_OBJECTS = 2 * MAX_IN_A_ROW  # of a caption: two pictures side by side
 # Values of the attributes: class, colour, texture, pose, and which object of the caption it is.
 VALUES = (CLASSES, tuple(COLORS), TEXTURES, tuple(POSES), tuple(range(MOST_OBJECTS)))
 UNSAID = -1
+# The phrases of a caption whose presence CLIP tells.
+PHRASES = (
+    *(*CLASSES, *COLORS, *TEXTURES, *POSES, *BACKGROUNDS.values(), "a drawing of"),
+    *(f"in {warmth} light" for warmth in LIGHT_WARMTHS if warmth != "neutral"),
+    *(f"lit from {side}" for side in FROM.values()),
+)
+_FINDERS = tuple(re.compile(rf"\b{phrase}\b") for phrase in PHRASES)
 
 
 def words(tokenizer: Tokenizer, captions: Sequence[str], length: int) -> Int32[np.ndarray, "B T A"]:
@@ -58,3 +69,22 @@ def words_loss(scores: Float[Array, "B T F"], truth: Int[Array, "B T A"]) -> Flo
         for number, part in enumerate(parts)
     ]
     return jnp.sum(jnp.stack(found, axis=-1) * said) / jnp.maximum(jnp.sum(said), 1)
+
+
+def bags(captions: Sequence[str]) -> Float32[np.ndarray, "B V"]:
+    """1 for each of PHRASES that a caption has, 0 for the others."""
+    found = [[finder.search(caption) is not None for finder in _FINDERS] for caption in captions]
+    return np.asarray(found, np.float32).reshape(len(captions), len(PHRASES))
+
+
+class BagHead(nn.Module):
+    """Scores of PHRASES, from CLIP's pooled output."""
+
+    @nn.compact
+    def __call__(self, vec: Float[Array, "B P"]) -> Float[Array, "B V"]:
+        return nn.Dense(len(PHRASES), name="out_layer", kernel_init=nn.initializers.zeros)(vec.astype(jnp.float32))
+
+
+def bag_loss(scores: Float[Array, "B V"], truth: Float[Array, "B V"]) -> Float[Array, ""]:
+    """Mean over captions of the sum of binary cross-entropies, in nats."""
+    return jnp.mean(jnp.sum(optax.sigmoid_binary_cross_entropy(scores, truth), axis=-1))
