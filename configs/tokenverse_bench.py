@@ -2,13 +2,18 @@
 
 tokenverse bench --config tokenverse_bench --workdir runs/bench            # 64 images, 4 seeds
 tokenverse bench --config tokenverse_bench:demo --workdir runs/bench_demo  # a small version to try out
+tokenverse bench --config tokenverse_bench:drawings --workdir runs/bench_drawings  # of benchmarks/drawings.py
 """
 
 from ml_collections import ConfigDict
 
 from runtime_jax.config import load
 
-VARIANTS = {"full": {"images": 64, "seeds": 4}, "demo": {"images": 8, "seeds": 2}}
+VARIANTS = {
+    "full": {"images": 64, "seeds": 4},
+    "demo": {"images": 8, "seeds": 2},
+    "drawings": {"images": 16, "seeds": 4, "pictures": "runs/drawings", "rows": ["M+, per block, isolation"]},
+}
 
 
 def get_config(arg: str = "full") -> ConfigDict:

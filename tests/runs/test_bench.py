@@ -4,6 +4,8 @@ import dataclasses
 import json
 import re
 import signal
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -14,7 +16,7 @@ from mini_scenes.judge import Judge, Seen, parse_caption
 from runtime_jax.training.optimizer import OptimizerConfig
 from runtime_jax.training.stop import StoppedError
 from tokenverse_jax.bench.appearance import Appearance, light_likeness, object_likeness
-from tokenverse_jax.bench.cases import Case, make_cases, make_images
+from tokenverse_jax.bench.cases import Case, make_cases, make_images, read_images
 from tokenverse_jax.bench.metrics import View, measure
 from tokenverse_jax.bench.rows import FULL, PROMPT, RENDERED, make_rows
 from tokenverse_jax.bench.run import BenchConfig, bench
@@ -199,6 +201,51 @@ def test_the_second_of_two_objects_of_one_class_is_the_right_one():
     assert measure(case, view, view).cp == pytest.approx(1)
 
 
+def test_directions_of_each_kind_are_reached_by_the_true_scene_and_not_by_others():
+    kinds = []
+    for case in of_task("direction"):
+        (use,) = case.uses
+        kind, value = use.named
+        kinds.append(kind)
+        assert parse_caption(f"a star {case.attribute}" if use.object is None else case.attribute)
+        words = value.split()[-1] if kind != "warmth" else f"{value} light"
+        assert words in case.attribute and words not in case.neutral
+        assert case.neutral.split()[-1] in case.attribute
+        view = perfect_sight(case.scene)
+        result = measure(case, view, view)
+        assert result.reached == 1 and result.kept == 1 and f"reached: {kind}" in result.parts
+        assert result.light == (None if use.object is None else 1)
+        if use.object is None:
+            opposite = {"warmth": -case.scene.light.warmth} if kind == "warmth" else {"azimuth": 270.0}
+            if value == "above":
+                opposite = {"azimuth": 5.0}
+            other = dataclasses.replace(case.scene, light=dataclasses.replace(case.scene.light, **opposite))
+        else:
+            changes = {
+                "color": {"color": "white" if value != "white" else "red"},
+                "texture": {"texture": "plain"},
+                "pose": {"rotation": 0.0},
+            }[kind]
+            other = case.scene.with_object(use.object, **changes)
+        assert measure(case, perfect_sight(other), view).reached == 0
+        assert measure(case, perfect_sight(other), view).kept == 1
+    assert {kinds.count(kind) for kind in ("color", "texture", "pose")} == {8}
+    assert kinds.count("warmth") + kinds.count("direction") == 8
+
+
+def test_a_neighbour_or_a_light_that_changes_is_not_kept():
+    for case in of_task("single"):
+        (use,) = case.uses
+        view, other = perfect_sight(case.scene), 1 - use.object
+        changed = perfect_sight(repainted(case, other))
+        assert (measure(case, view, view).kept, measure(case, changed, view).kept) == (1, 0)
+        without = dataclasses.replace(case.scene, objects=case.scene.objects[use.object :][:1])
+        assert measure(case, perfect_sight(without), view).kept == 0  # it has gone
+        assert measure(case, view, perfect_sight(without)).kept is None  # it was never there
+        dawn = dataclasses.replace(case.scene, light=dataclasses.replace(case.scene.light, warmth=0.9))
+        assert (measure(case, view, view).light, measure(case, perfect_sight(dawn), view).light) == (1, 0)
+
+
 def test_likeness_of_looks():
     item = IMAGES[0].scene.objects[0]
     look = Appearance(rgb=item.rgb, texture="dotted", rotation=30.0)
@@ -237,8 +284,8 @@ def test_the_judge_gives_true_scenes_high_marks_and_others_low_ones():
 
 def record(row: str, case: int, values: list[float], unit: int | None = None) -> dict:
     def measured(value):
-        names = ("locality", "inside", "outside", "bleeding")
-        return {"cp": value, "pf": 1.0, "cp_pf": value, "parts": {"color": value}, **dict.fromkeys(names)}
+        names = ("locality", "inside", "outside", "bleeding", "reached", "kept", "light")
+        return {"cp": value, "pf": 1.0, "cp_pf": value, "parts": {"CP: color": value}, **dict.fromkeys(names)}
 
     unit = case if unit is None else unit
     return {"row": row, "task": "full", "unit": unit, "case": case, "seeds": [measured(value) for value in values]}
@@ -289,9 +336,39 @@ def test_rows_leave_parts_of_the_method_out():
     assert rows["M+"].takes("full") and not rows["M+"].takes("direction") and rows[PROMPT].takes("direction")
 
 
+def test_a_run_may_have_some_rows_only():
+    rows = dataclasses.replace(CONFIG, rows=(FULL,)).make_rows()
+    assert [row.name for row in rows] == [PROMPT, FULL]  # others are measured against the prompt's images
+
+
+def test_images_may_be_pictures_from_elsewhere(tmp_path):
+    subprocess.run([sys.executable, "benchmarks/drawings.py", "--out", str(tmp_path)], check=True)
+    images = read_images(tmp_path, 16)
+    assert len(images) == 16 and len(make_cases(images, seed=0)) > 40
+    for image in images:
+        assert image.pixels(SIZE).shape == (SIZE, SIZE, 3) and image.path.suffix == ".png"
+        assert all(caption.count("a drawing of") == 1 and parse_caption(caption) for caption in image.captions)
+        assert len(image.words) == 2  # a drawing without shading has no light to learn
+    seen = Judge.load().look(np.stack([image.pixels(SIZE) for image in images]))
+    both = ((image.scene, view.scene) for image, view in zip(images, seen, strict=True))
+    found = [
+        set.intersection(*({(item.shape, item.color) for item in scene.objects} for scene in pair)) for pair in both
+    ]
+    assert sum(map(len, found)) >= 0.8 * 2 * len(images)  # the judge reads them, though it has seen none
+    with pytest.raises(ValueError, match=r"16 files \*\.png, but images=20 are needed"):
+        read_images(tmp_path, 20)
+    (tmp_path / "03.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"03\.json: not a scene"):
+        read_images(tmp_path, 4)
+    (tmp_path / "00.json").unlink()
+    with pytest.raises(ValueError, match=r"00\.json: no such file; the scene of 00\.png is needed"):
+        read_images(tmp_path, 4)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        ({"rows": ("M++",)}, r"rows: no M\+\+; there are prompt only, M, "),
         ({"learn": dataclasses.replace(LEARN, flip=True)}, "mirroring"),
         ({"learn": dataclasses.replace(LEARN, isolation=None)}, "full method"),
         ({"batch_size": 7}, "multiple of seeds"),

@@ -59,11 +59,13 @@ def object_likeness(
 
 
 def light_likeness(appearance: Appearance, light: Light) -> dict[str, float]:
-    """Similarity of a light to an appearance, in [0, 1] for warmth and direction."""
-    return {
-        "warmth": _near(abs(appearance.warmth - light.warmth), WARMTH_REACH),
-        "direction": _near(_angle(appearance.azimuth - light.azimuth), DIRECTION_REACH),
-    }
+    """Similarity of a light to an appearance, in [0, 1] for warmth and direction, those that the appearance has."""
+    parts = {}
+    if appearance.warmth is not None:
+        parts["warmth"] = _near(abs(appearance.warmth - light.warmth), WARMTH_REACH)
+    if appearance.azimuth is not None:
+        parts["direction"] = _near(_angle(appearance.azimuth - light.azimuth), DIRECTION_REACH)
+    return parts
 
 
 def _near(distance: float, reach: float) -> float:

@@ -10,7 +10,8 @@ Tasks, as in the paper's section 4.2, and three of our own:
     full           of other pairs: the first object of one image beside the second of the other, and the other way round
     single         one concept beside an object that must not change, for locality and bleeding
     same word      two concepts of the same class: "a circle to the left of a circle"
-    direction      no learning: a colour or texture, from a pair of prompts, added to an object
+    direction      no learning: from a pair of prompts, a colour, texture or pose added to an object, or a light to the
+                   place; as many of each
 
 Everything is a pure function of the seed. Each case also has the scene that a perfect method would draw.
 """
@@ -18,12 +19,19 @@ Everything is a pure function of the seed. Each case also has the scene that a p
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
+from jaxtyping import UInt8
 
 from mini_scenes import (
     BACKGROUNDS,
     CLASSES,
+    LIGHT_DIRECTIONS,
+    LIGHT_WARMTHS,
+    POSES,
+    SHADED,
+    SYMMETRY,
     TEXTURES,
     Background,
     Light,
@@ -31,13 +39,17 @@ from mini_scenes import (
     SceneObject,
     accent_of,
     in_a_row,
+    render_scene,
     sample_color,
     sample_scene,
 )
+from mini_scenes.captions import FROM
 from mini_scenes.scene import ROW_HEIGHT, ROW_HORIZON, ROW_SIZE
 from runtime_jax.prng import Stream, host_rng
 from tokenverse_jax.bench.appearance import Appearance
+from tokenverse_jax.concepts.concept_data import read_image
 
+KINDS = ("color", "texture", "pose", "light")  # of directions without learning
 NEUTRAL_LIGHT = Light(azimuth=90.0, elevation=45.0, warmth=0.0)
 
 
@@ -45,6 +57,7 @@ NEUTRAL_LIGHT = Light(azimuth=90.0, elevation=45.0, warmth=0.0)
 class ConceptImage:
     """An image to learn from.
 
+    path: the picture's file; None: the scene, rendered.
     captions: several for the same image; none names a colour, texture, pose, size or light.
     words: the appearance that each word to learn stands for.
     """
@@ -53,6 +66,11 @@ class ConceptImage:
     scene: Scene
     captions: tuple[str, ...]
     words: dict[str, Appearance]
+    path: Path | None = None
+
+    def pixels(self, size: int) -> UInt8[np.ndarray, "{size} {size} 3"]:
+        """The picture."""
+        return render_scene(self.scene, size).image if self.path is None else read_image(self.path, size)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,6 +81,7 @@ class Use:
     target: the word of the prompt that it is put on.
     object: number of the scene's object that takes the look; None for the light.
     image, word: where it was learned; None for a direction without learning.
+    named: the attribute that a direction without learning names, and its value: ("color", "red"), for example.
     """
 
     look: Appearance
@@ -70,6 +89,7 @@ class Use:
     object: int | None
     image: int | None = None
     word: str | None = None
+    named: tuple[str, str] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,10 +123,7 @@ class Case:
 
 def make_images(count: int, seed: int) -> list[ConceptImage]:
     """`count` concept images, a multiple of four."""
-    if count < 4 or count % 4:
-        raise ValueError(
-            f"images={count}: a positive multiple of 4 is needed: pairs for composition, and as many for full"
-        )
+    _check_count(count)
     images: list[ConceptImage] = []
     for number in range(count):
         rng = host_rng(seed, Stream.EVAL, 0, number)
@@ -115,10 +132,48 @@ def make_images(count: int, seed: int) -> list[ConceptImage]:
             scene = _scene(rng)
             if len(scene.objects) == 2 and _differ(scene, partner):
                 break
-        words = {_a(item.shape): Appearance.of_object(item) for item in scene.objects}
-        words[BACKGROUNDS[scene.background.kind]] = Appearance.of_light(scene.light)
-        images.append(ConceptImage(number=number, scene=scene, captions=_captions(scene), words=words))
+        images.append(_concept_image(number, scene))
     return images
+
+
+def read_images(folder: Path, count: int) -> list[ConceptImage]:
+    """The first `count` pictures of a folder, in the order of their names: NAME.png with its scene in NAME.json.
+
+    Raises:
+      ValueError: fewer pictures, one without a scene of two objects of different classes, or a `count` that is no
+        multiple of four.
+    """
+    _check_count(count)
+    paths = sorted(folder.glob("*.png"))[:count]
+    if len(paths) < count:
+        raise ValueError(f"pictures={folder}: {len(paths)} files *.png, but images={count} are needed")
+    images = []
+    for number, path in enumerate(paths):
+        truth = path.with_suffix(".json")
+        if not truth.is_file():
+            raise ValueError(f"{truth}: no such file; the scene of {path.name} is needed")
+        try:
+            scene = Scene.from_json(truth.read_text())
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{truth}: not a scene of mini_scenes ({error!r})") from error
+        if len({item.shape for item in scene.objects}) != len(scene.objects) or len(scene.objects) != 2:
+            raise ValueError(f"{truth}: two objects of different classes are needed")
+        images.append(replace(_concept_image(number, scene), path=path))
+    return images
+
+
+def _check_count(count: int) -> None:
+    if count < 4 or count % 4:
+        raise ValueError(
+            f"images={count}: a positive multiple of 4 is needed: pairs for composition, and as many for full"
+        )
+
+
+def _concept_image(number: int, scene: Scene) -> ConceptImage:
+    words = {_a(item.shape): Appearance.of_object(item) for item in scene.objects}
+    if scene.style.shading:
+        words[BACKGROUNDS[scene.background.kind]] = Appearance.of_light(scene.light)
+    return ConceptImage(number=number, scene=scene, captions=_captions(scene), words=words)
 
 
 def _scene(rng: np.random.Generator) -> Scene:
@@ -135,9 +190,13 @@ def _captions(scene: Scene) -> tuple[str, ...]:
     """The forms of mini_scenes for two objects, from left to right, which the base model has learned to read."""
     place = BACKGROUNDS[scene.background.kind]
     left, right = (_a(item.shape) for item in sorted(scene.objects, key=lambda item: item.x))
-    both = f"{left} and {right}"
+    pairs = [f"{left} {joint} {right}" for joint in ("and", "next to", "to the left of")]
+    if scene.style != SHADED:
+        pairs = [f"a drawing of {pair}" for pair in pairs]
+        return (*(f"{pair} {place}" for pair in pairs), *(f"{place}, {pair}" for pair in pairs[:2]))
+    both = pairs[0]
     captions = [f"{both} {place}", f"a picture of {both} {place}", f"{place}, {both}"]
-    return (*captions, *(f"{left} {side} {right} {place}" for side in ("next to", "to the left of")))
+    return (*captions, *(f"{pair} {place}" for pair in pairs[1:]))
 
 
 def _a(phrase: str) -> str:
@@ -163,7 +222,7 @@ def make_cases(images: Sequence[ConceptImage], seed: int) -> list[Case]:
             for rng, image in _each(seed, 4, first)
         ),
         "same word": ([make_pair(rng, *pair)] for rng, pair in _each(seed, 5, twins)),
-        "direction": ([_direction(rng)] for rng, _ in _each(seed, 6, range(len(images) // 2))),
+        "direction": ([_direction(rng, KINDS[i % len(KINDS)])] for rng, i in _each(seed, 6, range(len(images) // 2))),
     }
     cases = []
     for task, units in makers.items():
@@ -181,11 +240,11 @@ def _pairs(images: Sequence[ConceptImage]) -> list[tuple[ConceptImage, ConceptIm
 
 
 def _composition(rng: np.random.Generator, first: ConceptImage, second: ConceptImage) -> Case:
-    """Two objects, in every second pair an object and the light."""
-    if second.number % 4 == 1:
+    """Two objects, in every second pair an object and the light, where the second image has one to learn."""
+    kind, light = second.scene.background.kind, second.scene.light
+    if second.number % 4 == 1 or BACKGROUNDS[kind] not in second.words:
         return make_pair(rng, first, second)
     item, use = _bring(first, 0)
-    kind, light = second.scene.background.kind, second.scene.light
     case = _objects_case(rng, [(item, use), (_bystander(rng, item), None)], kind)
     word = BACKGROUNDS[kind]
     lit = Use(look=second.words[word], target=word, object=None, image=second.number, word=word)
@@ -197,17 +256,46 @@ def make_pair(rng: np.random.Generator, first: ConceptImage, second: ConceptImag
     return _objects_case(rng, [_bring(first, 0), _bring(second, 0)])
 
 
-def _direction(rng: np.random.Generator) -> Case:
-    item = _scene(rng).objects[0]
-    if rng.uniform() < 0.5:
+def _direction(rng: np.random.Generator, kind: str) -> Case:
+    """A direction of a kind, from a pair of prompts."""
+    while True:
+        item = _scene(rng).objects[0]
+        if kind != "pose" or SYMMETRY[item.shape] == 1:
+            break
+    bare = _a(item.shape)
+    if kind == "light":
+        return _light_direction(rng, item)
+    if kind == "color":
         item = replace(item, rgb=_middle(item.color))
-        attribute, look = item.color, Appearance(rgb=item.rgb)
+        value, look, attribute = item.color, Appearance(rgb=item.rgb), _a(f"{item.color} {item.shape}")
+    elif kind == "texture":
+        value = str(rng.choice(TEXTURES[1:]))
+        item = replace(item, texture=value)
+        look, attribute = Appearance(texture=value), _a(f"{value} {item.shape}")
     else:
-        item = replace(item, texture=str(rng.choice(TEXTURES[1:])))
-        attribute, look = item.texture, Appearance(texture=item.texture)
-    use = Use(look=look, target=_a(item.shape), object=0)
+        value = str(rng.choice([pose for pose in POSES if pose != "upright"]))
+        item = replace(item, rotation=(POSES[value][0] + 180.0) % 360 - 180)
+        look, attribute = Appearance(rotation=item.rotation), f"{bare} {value}"
+    use = Use(look=look, target=bare, object=0, named=(kind, value))
     case = _objects_case(rng, [(item, use), (_bystander(rng, item), None)])
-    return replace(case, attribute=_a(f"{attribute} {item.shape}"), neutral=_a(item.shape))
+    return replace(case, attribute=attribute, neutral=bare)
+
+
+def _light_direction(rng: np.random.Generator, item: SceneObject) -> Case:
+    """A light, warm or cool or from a side, on the words of the place."""
+    case = _objects_case(rng, [(item, None), (_bystander(rng, item), None)])
+    place = BACKGROUNDS[case.scene.background.kind]
+    if rng.uniform() < 0.5:
+        warmth = str(rng.choice([name for name in LIGHT_WARMTHS if name != "neutral"]))
+        light = replace(NEUTRAL_LIGHT, warmth=sum(LIGHT_WARMTHS[warmth]) / 2)
+        named, look, words = ("warmth", warmth), Appearance(warmth=light.warmth), f"in {warmth} light"
+    else:
+        side = str(rng.choice(tuple(FROM)))
+        light = replace(NEUTRAL_LIGHT, azimuth=sum(LIGHT_DIRECTIONS[side]) / 2)
+        named, look, words = ("direction", side), Appearance(azimuth=light.azimuth), f"lit from {FROM[side]}"
+    use = Use(look=look, target=place, object=None, named=named)
+    scene = replace(case.scene, light=light)
+    return replace(case, scene=scene, uses=(use,), attribute=f"{place} {words}", neutral=place)
 
 
 def _middle(color: str) -> tuple[int, int, int]:

@@ -15,6 +15,13 @@ locality: inside / (inside + outside), the changes inside and outside of the obj
 bleeding: how much more similar the other objects are to the concept than in the base model's image from the same noise
   (colour and texture). 0: no more, however they look. Values below 0 are chance. An object that is missing in either
   image is left out here; PF counts it.
+reached: whether the object, or the light, has the attribute that a direction without learning names. A method that
+  ignores the direction reaches some by chance: as many as the prompt alone.
+kept: the share of the other objects that have the class, colour, texture and pose that they have in the base model's
+  image from the same noise. A method that does nothing keeps all. An object that is missing in the base model's image
+  is left out.
+light kept: whether the light's warmth and direction have the names that they have in the base model's image; for
+  prompts without a concept on the light.
 
 The figures are as good as the judge. The row "rendered" measures true scenes in the same way, through the base model's
 autoencoder: it is the upper bound of every method.
@@ -49,11 +56,14 @@ class Measurement(NamedTuple):
     cp: float
     pf: float
     cp_pf: float
-    parts: dict[str, float]  # of CP: colour, texture, pose, warmth, direction
+    parts: dict[str, float]  # of CP: colour, texture, pose, warmth, direction; and of what is reached
     inside: float | None  # levels of 255, as `outside`
     outside: float | None
     locality: float | None
     bleeding: float | None
+    reached: float | None
+    kept: float | None
+    light: float | None
 
 
 def measure(case: Case, view: View, base: View) -> Measurement:
@@ -63,18 +73,26 @@ def measure(case: Case, view: View, base: View) -> Measurement:
     each = [likeness(use, view.seen, verdict) for use in case.uses]
     cp = float(np.mean([np.mean(list(parts.values())) for parts in each]))
     kinds = sorted({kind for parts in each for kind in parts})
-    parts = {kind: float(np.mean([own[kind] for own in each if kind in own])) for kind in kinds}
+    parts = {f"CP: {kind}": float(np.mean([own[kind] for own in each if kind in own])) for kind in kinds}
+    named = (use for use in case.uses if use.named is not None)
+    reached = {f"reached: {use.named[0]}": _reached(use, view.seen, verdict) for use in named}
+    others = [number for number in range(len(case.scene.objects)) if number not in {use.object for use in case.uses}]
+    kept = [_kept(number, (view.seen, verdict), (base.seen, before)) for number in others]
+    kept = [value for value in kept if value is not None]
     inside, outside = _change(case, (view, verdict), (base, before)) or (None, None)
     idle = inside is None or inside + outside < IDLE
     return Measurement(
         cp=cp,
         pf=verdict.score,
         cp_pf=cp * verdict.score,
-        parts=parts,
+        parts=parts | reached,
         inside=inside,
         outside=outside,
         locality=None if idle else inside / (inside + outside),
         bleeding=_bleeding(case, (view.seen, verdict), (base.seen, before)),
+        reached=float(np.mean(list(reached.values()))) if reached else None,
+        kept=float(np.mean(kept)) if kept else None,
+        light=None if any(use.object is None for use in case.uses) else _light_kept(view.seen, base.seen),
     )
 
 
@@ -87,6 +105,29 @@ def likeness(use: Use, seen: Seen, verdict: Verdict) -> dict[str, float]:
         names = {"color": use.look.rgb, "texture": use.look.texture, "pose": use.look.rotation}
         return {name: 0.0 for name, value in names.items() if value is not None}
     return object_likeness(use.look, seen.scene.objects[found], seen.textures[found])
+
+
+def _reached(use: Use, seen: Seen, verdict: Verdict) -> float:
+    kind, value = use.named
+    if use.object is None:
+        return float(getattr(seen.scene.light, f"{kind}_name") == value)
+    found = verdict.places[use.object]
+    return float(found is not None and getattr(seen.scene.objects[found], kind) == value)
+
+
+def _kept(number: int, after: tuple[Seen, Verdict], before: tuple[Seen, Verdict]) -> float | None:
+    """Whether an object of the prompt has the looks that it had; None where it was missing."""
+    looks = []
+    for seen, verdict in (after, before):
+        found = verdict.places[number]
+        item = None if found is None else seen.scene.objects[found]
+        looks.append(item and (item.shape, item.color, item.texture, item.pose))
+    return None if looks[1] is None else float(looks[0] == looks[1])
+
+
+def _light_kept(after: Seen, before: Seen) -> float:
+    lights = [(seen.scene.light.warmth_name, seen.scene.light.direction_name) for seen in (after, before)]
+    return float(lights[0] == lights[1])
 
 
 def _change(case: Case, after: tuple[View, Verdict], before: tuple[View, Verdict]) -> tuple[float, float] | None:
@@ -120,4 +161,5 @@ def _surface_likeness(use: Use, seen: Seen, found: int | None) -> float | None:
     if found is None:
         return None
     parts = object_likeness(use.look, seen.scene.objects[found], seen.textures[found])
-    return float(np.mean([value for kind, value in parts.items() if kind != "pose"]))
+    surface = [value for kind, value in parts.items() if kind != "pose"]
+    return float(np.mean(surface)) if surface else None

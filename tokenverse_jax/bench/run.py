@@ -18,7 +18,7 @@ from runtime_jax import config as config_lib
 from runtime_jax.files import is_remote, write_text
 from runtime_jax.training.stop import Stop
 from runtime_jax.workdir import only_writer
-from tokenverse_jax.bench.cases import Case, ConceptImage, make_cases, make_images
+from tokenverse_jax.bench.cases import Case, ConceptImage, make_cases, make_images, read_images
 from tokenverse_jax.bench.metrics import View, measure
 from tokenverse_jax.bench.picture import write_picture
 from tokenverse_jax.bench.rows import FULL, PROMPT, RENDERED, Row, make_rows, steer_case
@@ -51,11 +51,15 @@ class BenchConfig:
     learn: how the full method learns, with per_block and isolation; the other rows leave parts of it out.
     strengths: of the directions without learning.
     images: concept images, a multiple of four.
+    pictures: a folder of pictures with their scenes, to learn from instead of scenes of mini_scenes, see `read_images`.
+    rows: names of the rows to draw; empty: all.
     """
 
     model: str = "tiny"
     size: int = 64
     images: int = 64
+    pictures: str | None = None
+    rows: tuple[str, ...] = ()
     seeds: int = 4
     seed: int = 0
     learn: LearnConfig
@@ -71,6 +75,14 @@ class BenchConfig:
             raise ValueError("learn.flip: mirroring changes pose and light, which are measured here")
         if self.seeds < 1 or self.batch_size % self.seeds:
             raise ValueError(f"batch_size={self.batch_size} must be a multiple of seeds={self.seeds}")
+        self.make_rows()
+
+    def make_rows(self) -> list[Row]:
+        """The rows to draw; the prompt alone is always among them, for others are measured against its images."""
+        rows = {row.name: row for row in make_rows(self.learn, self.strengths)}
+        if unknown := sorted(set(self.rows) - rows.keys()):
+            raise ValueError(f"rows: no {', '.join(unknown)}; there are {', '.join(rows)}")
+        return [row for name, row in rows.items() if name in (PROMPT, *(self.rows or rows))]
 
 
 def bench(config: BenchConfig, workdir: str | Path) -> Path:
@@ -114,7 +126,8 @@ class Bench:
     @classmethod
     def open(cls, config: BenchConfig, workdir: str | Path) -> "Bench":
         """A new benchmark, or the one in a workdir; ValueError where config, model and workdir do not fit."""
-        images = make_images(config.images, config.seed)
+        folder = config.pictures
+        images = read_images(Path(folder), config.images) if folder else make_images(config.images, config.seed)
         pipeline, judge = Pipeline.from_pretrained(config.model), Judge.load()
         weights = {part: fingerprint(getattr(pipeline, part).params) for part in PARTS}
         resolved = config_lib.to_dict(config) | {"weights": weights, "judge": fingerprint(judge.params)}
@@ -126,7 +139,7 @@ class Bench:
             judge=judge,
             images=images,
             cases=make_cases(images, config.seed),
-            rows=make_rows(config.learn, config.strengths),
+            rows=config.make_rows(),
         )
 
     # Learning.
@@ -151,8 +164,7 @@ class Bench:
     def _encode(self, config: LearnConfig, image: ConceptImage) -> ConceptData:
         tokenizer, length = self.pipeline.tokenizer_2, self.pipeline.text_length
         captions = bind_captions(tokenizer, length, [image.captions], list(image.words), config.isolation)
-        pixels, _ = render_scene(image.scene, self.config.size)
-        data = encode_concept(self.pipeline, config, pixels[None], captions)
+        data = encode_concept(self.pipeline, config, image.pixels(self.config.size)[None], captions)
         return replace(data, pool_latents=self._pool_latents) if config.isolation else data
 
     @functools.cached_property
@@ -241,7 +253,7 @@ class Bench:
                 [case for case in drawn if case.task == task],
                 self.images,
                 [row.name for row in self.rows if row.takes(task)],
-                concept=lambda image: render_scene(image.scene, self.config.size).image,
+                concept=lambda image: image.pixels(self.config.size),
                 drawn=lambda row, case: self._drawn(row, case)[0],
                 path=self.files.path / f"{task.replace(' ', '_')}.png",
             )

@@ -20,6 +20,9 @@ FIGURES = {
     "inside": "change inside",
     "outside": "outside",
     "bleeding": "bleeding",
+    "reached": "reached",
+    "kept": "kept",
+    "light": "light kept",
 }
 LEVELS = ("inside", "outside")  # figures in levels of 255, the others are shares
 
@@ -28,7 +31,7 @@ class Figures(NamedTuple):
     """Of one row in one task."""
 
     means: dict[str, Estimate | None]  # by name in FIGURES; None: no image has it
-    parts: dict[str, Estimate]  # of CP
+    parts: dict[str, Estimate]  # of CP and of what is reached, by the head of their column
     against: Estimate | None  # CP·PF minus the reference row's, unit by unit
 
 
@@ -86,7 +89,7 @@ def markdown(records: Sequence[Record], rows: Sequence[str], reference: str) -> 
         kinds = sorted({kind for figures in summary.values() for kind in figures.parts})
         compared = any(figures.against for figures in summary.values())
         head = ["row", *(FIGURES[name] for name in shown)]
-        head += [f"CP·PF less that of {reference}"] * compared + [f"CP: {kind}" for kind in kinds]
+        head += [f"CP·PF less that of {reference}"] * compared + kinds
         units = max(figures.means["cp"].count for figures in summary.values())
         lines = [f"### {task} ({units} independent units)", "", f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
         for row, figures in summary.items():
