@@ -16,7 +16,8 @@ from runtime_jax.nn.compute import Compute
 from runtime_jax.sharding import param_shardings, place, shard_batch
 from runtime_jax.training.optimizer import OptimizerConfig
 from runtime_jax.training.program import Program
-from tokenverse_jax.concepts.concept_data import bind_captions, draw, encode_concept, encode_images, make_concepts
+from tokenverse_jax.concepts.captions import bind_captions
+from tokenverse_jax.concepts.concept_data import draw, encode_concept, encode_images, make_concepts
 from tokenverse_jax.concepts.concept_mod import ConceptModConfig
 from tokenverse_jax.concepts.isolation import IsolationConfig
 from tokenverse_jax.concepts.learn import LearnConfig, StageConfig, init_state, learn_step, make_optimizers, steer

@@ -131,6 +131,83 @@ def test_a_killed_run_goes_on_bit_equal(trained, config, tmp_path, monkeypatch):
     assert logged(tmp_path) == logged(trained)
 
 
+@pytest.fixture(scope="module")
+def bank(config, folder):
+    """A config of three images, each with a word of its own, whose captions differ in length."""
+    for name, seed in (("hat", 1), ("dog", 2)):
+        pixels = np.random.default_rng(seed).integers(0, 256, (12, 16, 3), np.uint8)
+        Image.fromarray(pixels).save(folder / f"{name}.png")
+    images = [
+        {
+            "path": str(folder / "ball.png"),
+            "captions": ["a ball on the beach", "the beach and a ball"],
+            "words": ["ball"],
+        },
+        {
+            "path": str(folder / "hat.png"),
+            "captions": ["a hat and a cat and a cat and a cat"],
+            "words": ["hat", "cat#2"],
+        },
+        {"path": str(folder / "dog.png"), "captions": ["a dog"], "words": ["dog"]},
+    ]
+    return build(
+        LearnRunConfig,
+        to_dict(config) | {"images": images, "words": [], "prompts": ["a ball and a dog"]},
+    )
+
+
+def test_images_with_words_of_their_own_are_learned_as_each_alone(bank, tmp_path):
+    result = learn(dataclasses.replace(bank, at_once=2), tmp_path / "all")  # two together, then the third
+    assert (result.step, result.stopped_by) == (5, None)
+    assert (tmp_path / "all" / "images" / "prompts_00000005.png").is_file()
+    assert (tmp_path / "all" / "ball.safetensors").is_file() and not (tmp_path / "all" / CONCEPT_FILE).exists()
+    for image in bank.images[1:]:
+        alone = dataclasses.replace(image, words=())
+        learn(dataclasses.replace(bank, images=(alone,), words=image.words, prompts=()), tmp_path / image.name)
+        expected = load_concepts(tmp_path / image.name / CONCEPT_FILE)
+        found = load_concepts(tmp_path / "all" / f"{image.name}.safetensors")
+        assert [concept.word for concept in found.concepts] == list(image.words)
+        assert found.caption == image.captions[0]
+        np.testing.assert_array_equal(found.image, expected.image)
+        for mine, other in zip(found.concepts, expected.concepts, strict=True):
+            np.testing.assert_allclose(mine.offset, other.offset, rtol=2e-3, atol=1e-5)
+            np.testing.assert_allclose(mine.block_offset, other.block_offset, rtol=2e-2, atol=1e-5)
+
+
+def test_images_learned_together_may_have_words_that_others_lack(bank, tmp_path):
+    images = tuple(dataclasses.replace(image, words=()) for image in bank.images[:2])
+    isolation = dataclasses.replace(bank.learn.isolation, probability=1.0, together=0.5)
+    how = dataclasses.replace(bank.learn, isolation=isolation)
+    joint = dataclasses.replace(bank, images=images, words=("ball", "hat"), learn=how, prompts=("a hat and a ball",))
+    assert learn(joint, tmp_path).step == 5
+    file = load_concepts(tmp_path / CONCEPT_FILE)
+    assert [concept.word for concept in file.concepts] == ["ball", "hat"]
+    assert all(np.abs(concept.offset).max() > 0 for concept in file.concepts)
+    lines = logged(tmp_path)
+    assert {"together" in line for line in lines} == {True, False}
+    assert all(("together" in line) != ("isolation" in line) for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"words": ("ball",)}, "either the run has words, .* or each image has its own"),
+        ({"at_once": 0}, "at_once=0: at least 1"),
+    ],
+)
+def test_words_of_images_that_are_not_possible(bank, changes, message):
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(bank, **changes)
+    one, other, *_ = bank.images
+    with pytest.raises(ValueError, match="each image has its own"):
+        dataclasses.replace(bank, images=(one, dataclasses.replace(other, words=())))
+    with pytest.raises(ValueError, match=r"files of different names .* got \['ball', 'ball'\]"):
+        dataclasses.replace(bank, images=(one, one))
+    isolation = dataclasses.replace(bank.learn.isolation, together=0.5)
+    with pytest.raises(ValueError, match="together needs images that are learned together"):
+        dataclasses.replace(bank, learn=dataclasses.replace(bank.learn, isolation=isolation))
+
+
 def test_a_run_does_not_go_on_with_another_model_or_image(trained, config, folder, monkeypatch):
     """By their content: a path may hold something else by now."""
     with monkeypatch.context() as patch, pytest.raises(ValueError, match=r"weights\.transformer"):

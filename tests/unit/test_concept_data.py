@@ -9,14 +9,14 @@ import pytest
 from PIL import Image
 from tiny_pipeline import SIDE, tiny_pipeline
 
+from tokenverse_jax.concepts.captions import bind_captions
 from tokenverse_jax.concepts.concept_data import (
-    bind_captions,
+    beside,
     draw,
     draw_times,
     encode_concept,
     encode_images,
     encode_prompts,
-    is_isolated,
     read_image,
 )
 from tokenverse_jax.concepts.isolation import IsolationConfig
@@ -109,6 +109,58 @@ def test_captions_and_words_that_do_not_fit(tokenizer, texts, words, message):
         bind_captions(tokenizer, LENGTH, texts, words, ISOLATION)
 
 
+def test_an_image_may_lack_words_of_others(tokenizer):
+    isolation = dataclasses.replace(ISOLATION, together=0.5)
+    bound = bind_captions(tokenizer, LENGTH, [*CAPTIONS, ["a dog"]], ["ball", "dog"], isolation)
+    lacks = [[not own for own in bound.words[word]] for word in ("ball", "dog")]
+    assert lacks == [[False] * (len(bound.texts) - 1) + [True], [True] * (len(bound.texts) - 1) + [False]]
+    assert bound.word_ids["dog"] == (tokenizer(bound.texts[-1])["input_ids"][bound.words["dog"][-1][0]],)
+    images = {bound.image[i]: set() for i in range(len(bound.texts))}
+    for pair in bound.together:
+        left, right = pair.captions
+        assert bound.image[left] != bound.image[right]
+        images[bound.image[left]].add(bound.image[right])
+        for caption, shift in zip(pair.captions, pair.shifts, strict=True):
+            at = [position + shift for position in bound.tokens[caption]]
+            assert pieces(tokenizer, pair.text, at) == pieces(tokenizer, bound.texts[caption], bound.tokens[caption])
+        assert pair.shifts[0] + max(bound.tokens[left]) < pair.shifts[1] + min(bound.tokens[right])
+    assert all(others == images.keys() - {own} for own, others in images.items())
+    with pytest.raises(ValueError, match=r"images\[2\]: none of the words \['ball'\] is in its caption 'a dog'"):
+        bind_captions(tokenizer, LENGTH, [*CAPTIONS, ["a dog"]], ["ball"], ISOLATION)
+    with pytest.raises(ValueError, match="two images or more are needed"):
+        bind_captions(tokenizer, LENGTH, [["a ball"]], ["ball"], isolation)
+
+
+def test_pairs_of_the_runs_own_images_belong_together(pipeline):
+    isolation = dataclasses.replace(ISOLATION, together=1.0, probability=1.0)
+    config = dataclasses.replace(CONFIG, isolation=isolation, batch_size=8)
+    captions = bind_captions(pipeline.tokenizer_2, LENGTH, [*CAPTIONS, ["a dog"]], ["ball", "dog"], isolation)
+    images = np.random.default_rng(1).integers(0, 256, (len(CAPTIONS) + 1, 2 * SIDE, 2 * SIDE, 3), np.uint8)
+    data = encode_concept(pipeline, config, images, captions)
+    rows = data.mask.shape[1]
+    for row, pair in zip(data.own_rows, captions.together, strict=True):
+        for half, (caption, shift) in enumerate(zip(pair.captions, pair.shifts, strict=True)):
+            own = captions.tokens[caption]
+            assert row[[position + shift for position in own]].tolist() == [half * rows + position for position in own]
+        assert (row == 2 * rows).sum() == len(row) - sum(len(captions.tokens[caption]) for caption in pair.captions)
+    batch = draw(data, config, 0, 0)
+    assert batch.keys() >= {"other_latents", "other_txt", "other_mask", "pair_rows"} and "pool_latents" not in batch
+    views = data.latents.reshape(-1, *data.latents.shape[2:])
+    for i in range(8):
+        (left,), (right,) = (
+            [v for v in range(len(data.txt)) if (data.txt[v] == batch[name][i]).all()] for name in ("txt", "other_txt")
+        )
+        assert captions.image[left] != captions.image[right]
+        places = [
+            np.flatnonzero([(view == batch[name][i]).all() for view in views])[0] // data.latents.shape[1]
+            for name in ("latents", "other_latents")
+        ]
+        assert places == [captions.image[left], captions.image[right]]
+        (pair,) = [q for q, each in enumerate(captions.together) if each.captions == (left, right)]
+        np.testing.assert_array_equal(batch["pair_txt"][i], data.own_txt[pair])
+        np.testing.assert_array_equal(batch["pair_rows"][i], data.own_rows[pair])
+
+
 def test_captions_and_words_with_other_quotes(tokenizer):
     texts = ["the dog\u2019s hat", "a hat, the dog's"]
     positions = bind_captions(tokenizer, LENGTH, [texts], ["dog\u02bcs"], None).words["dog\u02bcs"]
@@ -191,7 +243,7 @@ def test_a_batch_is_a_function_of_seed_and_step(data):
             np.testing.assert_array_equal(one[name], two[name])
     assert all((one["noise"] != two["noise"]).any() for one, two in zip(first, other, strict=True))
     assert (first[0]["noise"] != first[1]["noise"]).any()
-    assert [("pair_txt" in batch) for batch in first] == [is_isolated(CONFIG, 3, step) for step in steps]
+    assert [("pair_txt" in batch) for batch in first] == [beside(CONFIG, 3, step) == "pool" for step in steps]
 
 
 def test_rows_of_a_batch_belong_together(data):
@@ -236,5 +288,5 @@ def test_times_and_isolation_have_their_shares():
             part = np.sort(times[(times > low) & (times <= high)])
             even = np.linspace(low, high, len(part))
             assert np.abs(part - even).max() < 0.08 * (high - low) + 3 / len(part)
-    assert np.mean([is_isolated(CONFIG, 0, step) for step in range(2000)]) == pytest.approx(0.5, abs=0.04)
-    assert not is_isolated(dataclasses.replace(CONFIG, isolation=None), 0, 0)
+    assert np.mean([beside(CONFIG, 0, step) == "pool" for step in range(2000)]) == pytest.approx(0.5, abs=0.04)
+    assert beside(dataclasses.replace(CONFIG, isolation=None), 0, 0) == "nothing"

@@ -217,9 +217,7 @@ def _train_text_to_image(
         dtype=config.compute.dtype,
         must_match=("seed", "image_size", "num_scenes", "drawn", "vae", "text_to_image"),
         init=init,
-        loss=functools.partial(
-            text_to_image.loss, clip=clip, config=stage, networks=networks, seed=config.seed
-        ),
+        loss=functools.partial(text_to_image.loss, clip=clip, config=stage, networks=networks, seed=config.seed),
         batches=data.batches,
         preview=preview,
         variant=data.captions.is_pair_step,

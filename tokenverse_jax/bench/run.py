@@ -25,9 +25,9 @@ from tokenverse_jax.bench.rows import FULL, PROMPT, RENDERED, Row, make_rows, st
 from tokenverse_jax.bench.table import complete, markdown
 from tokenverse_jax.bench.workdir import Workdir
 from tokenverse_jax.concepts.bank import Concept, ConceptFile, load_concepts
+from tokenverse_jax.concepts.captions import bind_captions
 from tokenverse_jax.concepts.concept_data import (
     ConceptData,
-    bind_captions,
     encode_concept,
     encode_images,
     encode_prompts,

@@ -17,7 +17,7 @@ from runtime_jax.prng import key_shape
 from runtime_jax.sharding import sharded_shapes
 from runtime_jax.training.program import Program
 from tokenverse_jax.commands.learn import LearnRunConfig
-from tokenverse_jax.concepts.concept_data import ROWS
+from tokenverse_jax.concepts.concept_data import ROWS, Beside
 from tokenverse_jax.concepts.learn import LearnConfig, LearnState, init_state, learn_step, make_optimizers
 from tokenverse_jax.concepts.learner import make_program
 from tokenverse_jax.flux import model_folder
@@ -167,7 +167,7 @@ def _batch(images: Sequence[dict[str, Any]], learn: LearnConfig) -> dict[str, ja
     }
 
 
-def abstract_step(config: LearnRunConfig, mesh: Mesh) -> tuple[Program, dict[str, Any], tuple[int, bool, Grid]]:
+def abstract_step(config: LearnRunConfig, mesh: Mesh) -> tuple[Program, dict[str, Any], tuple[int, Beside, Grid]]:
     """The program of a run without weights, the shapes of a batch, and the variant of its costliest step."""
     configs, learn = read_configs(config.model), config.learn
     flux, grid = configs["transformer"], configs["vae"].token_grid(config.size, config.size)
@@ -175,8 +175,11 @@ def abstract_step(config: LearnRunConfig, mesh: Mesh) -> tuple[Program, dict[str
     images = [_inputs(grid, flux, learn.batch_size)]
     if learn.isolation:
         images.append(_inputs((grid[0], 2 * grid[1]), flux, learn.batch_size))
-    program = make_program(Flux(flux, config.compute), learn, mesh, frozen)
-    return program, _batch(images, learn), (2 if learn.stage_2.steps else 1, len(images) == 2, grid)
+    program = make_program(Flux(flux, config.compute), learn, mesh, frozen, runs=config.runs, at_once=config.at_once)
+    batch = _batch(images, learn)
+    if config.runs is not None:
+        batch = {name: leaf.update(shape=(leaf.shape[0], config.runs, *leaf.shape[1:])) for name, leaf in batch.items()}
+    return program, batch, (2 if learn.stage_2.steps else 1, "pool" if len(images) == 2 else "nothing", grid)
 
 
 def trace_generate(config: LearnRunConfig, mesh: Mesh, batch_size: int) -> tuple[tuple[Params, Params], Any]:

@@ -1,121 +1,34 @@
-"""A concept's images and captions: words bound to tokens, everything encoded once, and the batch of every step.
+"""A run's images and captions, encoded once, and the batch of every step.
 
 Axes: I images, F an image and its mirror image, V captions of all images, K images of the pool, S sides of a pair that
-the concept's image may be on, B batch, N image tokens, C channels of an image token, T text tokens, R first text tokens
-of a caption and M of a merged one, J and P widths of the text encoders.
+the concept's image may be on, Q pairs of the run's own images, B batch, N image tokens, C channels of an image token, T
+text tokens, R first text tokens of a caption and M of a merged one, J and P widths of the text encoders.
 """
 
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Bool, Float, Int, UInt8
+from jaxtyping import Bool, Float, Int, Int32, UInt8
 
 from runtime_jax.data import center_crop, decode_image
 from runtime_jax.files import is_file, path_of, read_bytes
 from runtime_jax.prng import Stream, host_rng
 from runtime_jax.sharding import to_host
 from tokenverse_jax.concepts.bank import Concept
+from tokenverse_jax.concepts.captions import Captions, Positions
 from tokenverse_jax.concepts.concept_mod import Params, word_directions
-from tokenverse_jax.concepts.isolation import IsolationConfig
 from tokenverse_jax.concepts.learn import LearnConfig
-from tokenverse_jax.flux import text
 from tokenverse_jax.flux.pipeline import Pipeline, PromptEncoding
-from tokenverse_jax.flux.words import Tokenizer, find_span, find_word, word_key
 
 MAX_ASPECT = 2.0  # images are cropped to a square; a longer one would lose more than half
 ROWS = 16  # R and M are multiples of it, so that runs with captions of similar length share a program
 ENCODED_AT_ONCE = 8  # prompts
-
-Positions = tuple[int, ...]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Captions:
-    """Captions whose words are bound to T5's tokens; needs only the tokenizer.
-
-    Attributes:
-      texts: of all images.
-      image: number of each caption's image.
-      tokens: positions of each caption's tokens, without the end token, which belongs to no word.
-      words: by word, its positions in each caption.
-      word_ids: by word, T5's ids of its tokens in the first caption.
-      merged: for each caption its S K merges with the pool's captions, ordered by side; empty without isolation.
-      merged_shifts: how far each merge moves the caption's tokens, in positions.
-    """
-
-    texts: tuple[str, ...]
-    image: tuple[int, ...]
-    tokens: tuple[Positions, ...]
-    words: Mapping[str, tuple[Positions, ...]]
-    word_ids: Mapping[str, tuple[int, ...]]
-    merged: tuple[tuple[str, ...], ...] = ()
-    merged_shifts: tuple[Positions, ...] = ()
-
-
-def bind_captions(
-    tokenizer: Tokenizer,
-    text_length: int,
-    captions: Sequence[Sequence[str]],
-    words: Sequence[str],
-    isolation: IsolationConfig | None,
-) -> Captions:
-    """Finds the words in every caption.
-
-    Args:
-      tokenizer: T5's.
-      text_length: T.
-      captions: those of each image.
-      words: to learn, as `find_word` takes them.
-
-    Raises:
-      ValueError: no images, captions or words; a word that a caption lacks, or has in another number of tokens than
-        the first one; a caption, by itself or merged with another, that is too long.
-    """
-    if not words or len({word_key(word) for word in words}) < len(words):
-        raise ValueError(f"words: one or more different words of the captions are needed, got {list(words)}")
-    if not captions or not all(captions):
-        raise ValueError("images: at least one image is needed, and a caption for each")
-    texts = tuple(caption for own in captions for caption in own)
-    ids = text.encode(tokenizer, texts, text_length)
-    found = {}
-    for word in words:
-        count = len(find_word(tokenizer, texts[0], word))
-        found[word] = tuple(find_word(tokenizer, caption, word, num_tokens=count) for caption in texts)
-    bound = Captions(
-        texts=texts,
-        image=tuple(i for i, own in enumerate(captions) for _ in own),
-        tokens=tuple(find_span(tokenizer, caption, 0, len(caption)) for caption in texts),
-        words=found,
-        word_ids={word: tuple(map(int, ids[0, list(positions[0])])) for word, positions in found.items()},
-    )
-    if isolation is None:
-        return bound
-    merged, merged_shifts = [], []
-    for caption, positions in zip(texts, bound.tokens, strict=True):
-        both = [isolation.merge(caption, other, side) for side in isolation.sides for other in isolation.captions]
-        merged.append(tuple(whole for whole, _ in both))
-        text.encode(tokenizer, merged[-1], text_length)
-        merged_shifts.append(tuple(_moved_by(tokenizer, caption, positions, *each) for each in both))
-    return replace(bound, merged=tuple(merged), merged_shifts=tuple(merged_shifts))
-
-
-def _moved_by(tokenizer: Tokenizer, caption: str, positions: Positions, both: str, start: int) -> int:
-    """By how many positions a merged caption moves the tokens of the caption at its character `start`."""
-    moved = find_span(tokenizer, both, start, start + len(caption))
-    own, found = (
-        np.asarray(tokenizer(whole, verbose=False)["input_ids"])[list(at)]
-        for whole, at in ((caption, positions), (both, moved))
-    )
-    if not np.array_equal(own, found):
-        raise ValueError(
-            f"isolation.template: the caption {caption!r} has other tokens in {both!r} than by itself: put spaces, or "
-            "nothing, before and after {left} and {right}"
-        )
-    return moved[0] - positions[0]
+Beside = Literal["nothing", "pool", "own"]  # what stands beside the concept's image at a step: another one of the run
 
 
 def read_image(path: str | os.PathLike, size: int) -> UInt8[np.ndarray, "{size} {size} 3"]:
@@ -153,6 +66,7 @@ class ConceptData:
       pool_latents: of the pool's images.
       pair_txt, pair_vec: like txt and vec, for the merged captions.
       pair_rows: which of the R rows belongs to each of their first M tokens, R for none.
+      own_txt, own_vec, own_rows: the same for the captions of two of the run's images; of the rows of both, left first.
     """
 
     captions: Captions
@@ -165,6 +79,9 @@ class ConceptData:
     pair_txt: Float[np.ndarray, "V merged T J"] | None = None
     pair_vec: Float[np.ndarray, "V merged P"] | None = None
     pair_rows: Int[np.ndarray, "V merged M"] | None = None
+    own_txt: Float[np.ndarray, "Q T J"] | None = None
+    own_vec: Float[np.ndarray, "Q P"] | None = None
+    own_rows: Int[np.ndarray, "Q both"] | None = None
 
 
 def encode_concept(
@@ -195,14 +112,48 @@ def encode_concept(
         return data
     pairs = encode_prompts(pipeline, [caption for row in captions.merged for caption in row])
     txt, vec = (array.reshape(len(captions.merged), -1, *array.shape[1:]) for array in (pairs.txt, pairs.vec))
-    shifts = np.asarray(captions.merged_shifts)[..., None]
-    own = np.arange(_rows(last + 1 + int(shifts.max()), length)) - shifts
-    own = np.where((own >= 0) & (own < rows), own, rows).astype(np.int32)
-    return replace(data, pair_txt=txt, pair_vec=vec, pair_rows=own)
+    shifts = np.asarray(captions.merged_shifts)
+    pair_rows = _moved_rows(shifts, rows, _rows(last + 1 + int(shifts.max()), length))
+    data = replace(data, pair_txt=txt, pair_vec=vec, pair_rows=pair_rows)
+    if not captions.together:
+        return data
+    own = encode_prompts(pipeline, [each.text for each in captions.together])
+    shifts = np.asarray([each.shifts for each in captions.together])
+    own_rows = np.full((len(shifts), _rows(last + 1 + int(shifts.max()), length)), 2 * rows, np.int32)
+    for row, each in zip(own_rows, captions.together, strict=True):
+        for half, (caption, shift) in enumerate(zip(each.captions, each.shifts, strict=True)):
+            positions = np.asarray(captions.tokens[caption])
+            row[positions + shift] = half * rows + positions
+    return replace(data, own_txt=own.txt, own_vec=own.vec, own_rows=own_rows)
+
+
+def _moved_rows(shifts: Int[np.ndarray, "..."], rows: int, tokens: int) -> Int32[np.ndarray, "... tokens"]:
+    """Which of the rows belongs to each of the first tokens of captions that move them by `shifts`; `rows` for none."""
+    own = np.arange(tokens) - shifts[..., None]
+    return np.where((own >= 0) & (own < rows), own, rows).astype(np.int32)
 
 
 def _rows(tokens: int, length: int) -> int:
     return min(ROWS * math.ceil(tokens / ROWS), length)
+
+
+def alike(runs: Sequence[ConceptData]) -> list[ConceptData]:
+    """The data of several runs, with as many R and M in each, so that batches of one step can be stacked."""
+    rows = max(data.mask.shape[1] for data in runs)
+    tokens = max(0 if data.pair_rows is None else data.pair_rows.shape[-1] for data in runs)
+    found = []
+    for data in runs:
+        padded = replace(data, mask=_widened(data.mask, rows, False))
+        if data.pair_rows is not None:
+            # R is the row of no token; where R grows, the old R is a row without a direction.
+            padded = replace(padded, pair_rows=_widened(data.pair_rows, tokens, rows))
+        found.append(padded)
+    return found
+
+
+def _widened(array: np.ndarray, size: int, value: int) -> np.ndarray:
+    """With the last axis filled up to `size`."""
+    return np.pad(array, [(0, 0)] * (array.ndim - 1) + [(0, size - array.shape[-1])], constant_values=value)
 
 
 def encode_prompts(pipeline: Pipeline, prompts: Sequence[str]) -> PromptEncoding:
@@ -224,11 +175,12 @@ def encode_images(pipeline: Pipeline, images: UInt8[np.ndarray, "B H W 3"]) -> F
 # The random part of a step, a pure function of seed and step.
 
 
-def is_isolated(config: LearnConfig, seed: int, step: int) -> bool:
-    """Whether a step has an isolation loss."""
-    return config.isolation is not None and (
-        host_rng(seed, Stream.AUGMENT, step).random() < config.isolation.probability
-    )
+def beside(config: LearnConfig, seed: int, step: int) -> Beside:
+    """What stands beside the concept's image at a step, for the isolation loss or for pairs of the run's own images."""
+    rng = host_rng(seed, Stream.AUGMENT, step)
+    if config.isolation is None or rng.random() >= config.isolation.probability:
+        return "nothing"
+    return "own" if rng.random() < config.isolation.together else "pool"
 
 
 def draw_times(config: LearnConfig, rng: np.random.Generator, step: int) -> Float[np.ndarray, " B"]:
@@ -257,27 +209,43 @@ def draw(data: ConceptData, config: LearnConfig, seed: int, step: int) -> dict[s
         "vec": data.vec[caption],
         "mask": data.mask[caption],
     }
-    if is_isolated(config, seed, step):
+    kind = beside(config, seed, step)
+    if kind == "nothing":
+        return batch
+    size, tokens, channels = latents.shape
+    batch["pair_noise"] = noise.standard_normal((size, 2 * tokens, channels), np.float32)
+    if kind == "pool":
         merged = rng.integers(data.pair_txt.shape[1], size=config.batch_size)
         side, other = np.divmod(merged, len(data.pool_latents))
-        size, tokens, channels = latents.shape
-        batch |= {
+        return batch | {
             "pool_latents": data.pool_latents[other],
             "on_right": np.asarray(config.isolation.sides)[side] == "right",
-            "pair_noise": noise.standard_normal((size, 2 * tokens, channels), np.float32),
             "pair_txt": data.pair_txt[caption, merged],
             "pair_vec": data.pair_vec[caption, merged],
             "pair_rows": data.pair_rows[caption, merged],
         }
-    return batch
+    pairs = [
+        rng.choice([i for i, pair in enumerate(data.captions.together) if pair.captions[0] == left]) for left in caption
+    ]
+    other = np.asarray([data.captions.together[pair].captions[1] for pair in pairs])
+    view = rng.integers(data.latents.shape[1], size=config.batch_size)
+    return batch | {
+        "other_latents": data.latents[np.asarray(data.captions.image)[other], view],
+        "other_txt": data.txt[other],
+        "other_mask": data.mask[other],
+        "pair_txt": data.own_txt[pairs],
+        "pair_vec": data.own_vec[pairs],
+        "pair_rows": data.own_rows[pairs],
+    }
 
 
 def make_concepts(params: Params, data: ConceptData, config: LearnConfig) -> tuple[Concept, ...]:
-    """The concept of each word, the mean over the captions."""
+    """The concept of each word, the mean over the captions that have it."""
     txt, ids = jnp.asarray(data.txt), data.captions.word_ids
 
     def concept(word: str, positions: Sequence[Positions]) -> Concept:
-        own = to_host(word_directions(params, txt, positions))
+        there = [row for row, own in enumerate(positions) if own]
+        own = to_host(word_directions(params, txt[np.asarray(there)], [positions[row] for row in there]))
         offsets = {"offset": own.shared, "block_offset": own.per_block}
         return Concept(word=word, token_ids=ids[word], blocks=config.blocks, **offsets)
 

@@ -31,6 +31,9 @@ class IsolationConfig:
     weight: float = 10.0  # the paper gives none; this is XVerse's
     sides: tuple[Side, ...] = ("left",)  # of the concept's image, equally likely; the paper's figure has the left
     own_weight: float = 0.0  # of the flow matching loss in the concept's own half; the paper's method has none
+    # Share of the steps of this loss at which another image of the run stands in the pool's place, with its own words'
+    # directions, and both halves are learned: concepts of different images that would blend learn to stand apart.
+    together: float = 0.0
 
     def __post_init__(self):
         if not self.captions:
@@ -42,6 +45,8 @@ class IsolationConfig:
                 f"probability={self.probability} must be in (0, 1], weight={self.weight} positive and "
                 f"own_weight={self.own_weight} not negative; isolation=None disables the loss"
             )
+        if not 0 <= self.together <= 1:
+            raise ValueError(f"together={self.together}: a share is needed, from 0 to 1")
         if not self.sides or len(set(self.sides)) < len(self.sides):
             raise ValueError(f"sides={self.sides}: one or both of {', '.join(get_args(Side))}")
 

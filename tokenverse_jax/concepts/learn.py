@@ -153,7 +153,9 @@ def learn_step(
       batch: latents and noise [B, N, C], times [B], txt [B, T, J], vec [B, P], mask [B, R] of the tokens that have a
         direction. A step with an isolation loss is another program, and its batch also has pool_latents [B, N, C],
         pair_noise [B, 2 N, C], on_right [B] (the side of the concept's image), pair_txt and pair_vec of the merged
-        captions, and pair_rows [B, M], which of the R rows belongs to each of their first M tokens, R for none.
+        captions, and pair_rows [B, M], which of the R rows belongs to each of their first M tokens, R for none. A step
+        with a pair of the run's own images has other_latents, other_txt and other_mask of the right one instead of
+        pool_latents and on_right, and pair_rows are of the rows of both.
       config, flux, optimizer, stage, grid: static.
 
     Returns:
@@ -199,16 +201,26 @@ def _losses(
     if "pair_noise" not in batch:
         return loss, {"loss": loss}
 
-    own, other, on_right = batch["latents"], batch["pool_latents"], batch["on_right"]
-    pair = jnp.where(on_right[:, None, None], side_by_side(other, own, grid), side_by_side(own, other, grid))
-    x, target = flow(pair, batch["pair_noise"], times)
-    txt, vec = batch["pair_txt"], batch["pair_vec"]
-    base = velocity(x, 2 * grid[1], txt, vec)
     # A merged caption moves the tokens of the concept's own; its other tokens take no direction.
     move = jax.vmap(functools.partial(jnp.take, axis=-2, mode="fill", fill_value=0))
+    together = "other_mask" in batch
+    if together:
+        others = directions(trained, batch["other_txt"][:, :rows], batch["other_mask"]).replace(blocks=config.blocks)
+        learned = jax.tree.map(lambda *parts: jnp.concatenate(parts, axis=-2), learned, others)
+    txt, vec = batch["pair_txt"], batch["pair_vec"]
     moved = jax.tree.map(lambda part: move(part, batch["pair_rows"]), learned)
-    txt, offsets = steer(config.space, txt, moved)
-    steered = velocity(x, 2 * grid[1], txt, vec, offsets)
+    steered_txt, offsets = steer(config.space, txt, moved)
+    own, other = batch["latents"], batch["other_latents" if together else "pool_latents"]
+    pair = side_by_side(own, other, grid)
+    if not together:
+        on_right = batch["on_right"]
+        pair = jnp.where(on_right[:, None, None], side_by_side(other, own, grid), pair)
+    x, target = flow(pair, batch["pair_noise"], times)
+    steered = velocity(x, 2 * grid[1], steered_txt, vec, offsets)
+    if together:
+        metrics = {"loss": loss, "together": jnp.mean(jnp.square(steered - target))}
+        return loss + metrics["together"], metrics
+    base = velocity(x, 2 * grid[1], txt, vec)
     metrics = {"loss": loss, "isolation": isolation_loss(steered, base, grid, on_right)}
     loss += config.isolation.weight * metrics["isolation"]
     if config.isolation.own_weight:

@@ -1,4 +1,4 @@
-"""Learns concepts of one model, one after the other, with programs that are compiled once."""
+"""Learns concepts of one model, several at once or one after the other, with programs that are compiled once."""
 
 import functools
 from collections.abc import Mapping, Sequence
@@ -6,46 +6,74 @@ from dataclasses import replace
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import UInt8
+from jaxtyping import Array, UInt8
 
 from runtime_jax.data import center_crop
 from runtime_jax.mesh import MeshConfig, make_mesh
 from runtime_jax.prng import Stream, stream_key
 from runtime_jax.training.program import Program
 from tokenverse_jax.concepts.bank import KEPT_SIDE, ConceptFile
+from tokenverse_jax.concepts.captions import bind_captions
 from tokenverse_jax.concepts.concept_data import (
+    Beside,
     ConceptData,
-    bind_captions,
+    beside,
     draw,
     encode_concept,
     encode_images,
-    is_isolated,
     make_concepts,
 )
 from tokenverse_jax.concepts.concept_mod import SHARDING_RULES, Params
 from tokenverse_jax.concepts.learn import LearnConfig, LearnState, Metrics, init_state, learn_step, make_optimizers
-from tokenverse_jax.flux.model import Flux
+from tokenverse_jax.flux.model import Flux, FluxConfig
 from tokenverse_jax.flux.pipeline import Pipeline
 
 
-def make_program(flux: Flux, config: LearnConfig, mesh: Mesh, frozen: Params) -> Program:
+def make_program(
+    flux: Flux, config: LearnConfig, mesh: Mesh, frozen: Params, *, runs: int | None = None, at_once: int = 1
+) -> Program:
     """The program of learning, with the parameters of `flux` as its frozen ones.
 
-    Its variants are (stage, whether the step has an isolation loss, grid of image tokens).
+    Its variants are (stage, what stands beside the concept's image, grid of image tokens).
+
+    Args:
+      runs: None: one run. Otherwise all leaves of the state but its step have a first axis of so many runs, and those
+        of a batch a second one.
+      at_once: so many of the runs are computed together, the others after them.
     """
     optimizers = make_optimizers(config)
 
     def train_step(state, frozen, batch, variant):
         stage, _, grid = variant
         static = {"config": config, "flux": flux, "optimizer": optimizers[stage - 1], "stage": stage, "grid": grid}
-        return learn_step(state, frozen, batch, **static)
+        if runs is None:
+            return learn_step(state, frozen, batch, **static)
+
+        def learn_one(own: tuple[LearnState, Mapping[str, Any]]) -> tuple[LearnState, Metrics]:
+            return learn_step(own[0].replace(step=state.step), frozen, own[1], **static)
+
+        own = state.replace(step=None), jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), batch)
+        new, metrics = jax.lax.map(learn_one, own, batch_size=at_once)
+        return new.replace(step=state.step + 1), jax.tree.map(lambda x: x.sum(axis=0), metrics)
 
     def init():
-        return init_state(config, flux.config, jax.random.key(0))
+        return init_states(config, flux.config, jax.random.key(0), runs)
 
-    return Program(init, train_step, SHARDING_RULES, mesh, frozen)
+    rules = SHARDING_RULES
+    if runs is not None:  # an optimizer's count is a number for each run
+        rules = [*((name, axes and (None, *axes)) for name, axes in rules), (r"count", ())]
+    return Program(init, train_step, rules, mesh, frozen)
+
+
+def init_states(config: LearnConfig, flux: FluxConfig, key: Array, runs: int | None) -> LearnState:
+    """A new state, or that of so many runs, which all begin alike; their step is one."""
+    state = init_state(config, flux, key)
+    if runs is None:
+        return state
+    return jax.tree.map(lambda x: jnp.broadcast_to(x, (runs, *x.shape)), state).replace(step=state.step)
 
 
 class Learner:
@@ -57,27 +85,40 @@ class Learner:
     >>> concepts = make_concepts(learner.learn(data, seed=0), data, config)
     """
 
-    def __init__(self, pipeline: Pipeline, config: LearnConfig, mesh: Mesh | None = None):
-        """`pipeline` needs only its transformer, which lies on the mesh, or without one on the default device."""
+    def __init__(
+        self,
+        pipeline: Pipeline,
+        config: LearnConfig,
+        mesh: Mesh | None = None,
+        *,
+        runs: int | None = None,
+        at_once: int = 1,
+    ):
+        """`pipeline` needs only its transformer, which lies on the mesh, or without one on the default device.
+
+        `runs`, `at_once`: as of `make_program`.
+        """
         flux, devices = pipeline.transformer, jax.devices()[:1]
         mesh = make_mesh(MeshConfig(), devices) if mesh is None else mesh
         self._config = config
-        self._init = functools.partial(init_state, config, flux.config)
-        self.program = make_program(Flux(flux.config, pipeline.compute), config, mesh, flux.params)
+        self._init = functools.partial(init_states, config, flux.config, runs=runs)
+        module = Flux(flux.config, pipeline.compute)
+        self.program = make_program(module, config, mesh, flux.params, runs=runs, at_once=at_once)
 
     def init(self, seed: int) -> LearnState:
         """A new state, made where it belongs."""
         return jax.jit(self._init, out_shardings=self.program.shardings)(stream_key(seed, Stream.PARAMS))
 
-    def variant(self, step: int, seed: int, data: ConceptData) -> tuple[int, bool, tuple[int, int]]:
-        """The program of a step: its stage, whether it has an isolation loss, and the grid of image tokens."""
-        return self._config.stage(step), is_isolated(self._config, seed, step), data.grid
+    def variant(self, step: int, seed: int, data: ConceptData) -> tuple[int, Beside, tuple[int, int]]:
+        """The program of a step: its stage, what stands beside the concept's image, and the grid of image tokens."""
+        return self._config.stage(step), beside(self._config, seed, step), data.grid
 
     def step(
         self, state: LearnState, batch: Mapping[str, Any], step: int, data: ConceptData
     ) -> tuple[LearnState, Metrics]:
         """One update with a batch of `concept_data.draw`; `state` is donated."""
-        return self.program.step(state, batch, (self._config.stage(step), "pair_noise" in batch, data.grid))
+        kind = "own" if "other_mask" in batch else "pool" if "pair_noise" in batch else "nothing"
+        return self.program.step(state, batch, (self._config.stage(step), kind, data.grid))
 
     def learn(self, data: ConceptData, seed: int) -> Params:
         """All steps of both stages; returns Concept-Mod's parameters, FloatingPointError if updates were not finite."""

@@ -14,8 +14,9 @@ from runtime_jax.files import AnyPath, is_file, path_of
 from runtime_jax.messages import cut
 from runtime_jax.training.stop import Stop
 from tokenverse_jax.concepts.bank import ConceptFile, load_concepts
+from tokenverse_jax.concepts.captions import bind_captions
 from tokenverse_jax.concepts.compose import PlacedConcept, place_recomputed, place_stored
-from tokenverse_jax.concepts.concept_data import bind_captions, encode_prompts, read_image
+from tokenverse_jax.concepts.concept_data import encode_prompts, read_image
 from tokenverse_jax.concepts.learn import LearnConfig
 from tokenverse_jax.concepts.learner import Learner, learn_concepts
 from tokenverse_jax.concepts.pool import make_pool
