@@ -13,12 +13,16 @@ from run_tools import logged
 from safetensors.numpy import load_file
 from tiny_pipeline import FLUX, SIDE, write_tiny_pipeline
 
+from mini_scenes import full_caption
 from runtime_jax.config import build, load, to_dict
 from runtime_jax.training.program import Program
+from tokenverse_jax.base.corpus import draw as draw_scenes
+from tokenverse_jax.base.corpus import rows
 from tokenverse_jax.commands.learn import CONCEPT_FILE, LearnRunConfig, learn
 from tokenverse_jax.concepts.bank import load_concepts
 from tokenverse_jax.concepts.compose import compose, place_recomputed, place_stored
-from tokenverse_jax.concepts.concept_data import read_image
+from tokenverse_jax.concepts.concept_data import encode_images, encode_prompts, read_image
+from tokenverse_jax.concepts.familiar import UNFAMILIAR, loss_ratios, warn_unfamiliar
 from tokenverse_jax.flux import model_folder
 from tokenverse_jax.flux.pipeline import Pipeline
 
@@ -186,6 +190,30 @@ def test_images_learned_together_may_have_words_that_others_lack(bank, tmp_path)
     lines = logged(tmp_path)
     assert {"together" in line for line in lines} == {True, False}
     assert all(("together" in line) != ("isolation" in line) for line in lines)
+
+
+def test_pictures_that_the_model_cannot_draw_are_warned_of(caplog):
+    warn_unfamiliar([1.9, 4.25], ["mine.png", "page.png"])
+    (record,) = caplog.records
+    assert record.getMessage().startswith("page.png: the model's loss on this picture is 4.2 times that on its own")
+
+
+def test_scenes_are_familiar_to_the_shipped_model_and_noise_is_not():
+    pipeline = Pipeline.from_pretrained("tiny")
+    rng = np.random.default_rng(0)
+    scenes = rows(0, "test", range(12))
+    images, captions = draw_scenes(scenes, 64), [full_caption(scene) for scene in scenes]
+    noise = rng.integers(0, 256, images[:2].shape, np.uint8)
+    stripes = np.broadcast_to(np.where(np.arange(64) % 4 < 2, 255, 0)[:, None, None], images[:2].shape).astype(np.uint8)
+    encoded = [
+        (encode_images(pipeline, pictures), encode_prompts(pipeline, texts))
+        for pictures, texts in (
+            (np.concatenate([images[:6], noise, stripes]), [*captions[:6], *["a star on the beach"] * 4]),
+            (images[6:], captions[6:]),
+        )
+    ]
+    ratios = loss_ratios(pipeline, *encoded, (8, 8), guidance=1.0)
+    assert ratios[:6].max() < UNFAMILIAR < ratios[6:].min()
 
 
 @pytest.mark.parametrize(

@@ -41,6 +41,7 @@ from tokenverse_jax.concepts.concept_data import (
     read_image,
 )
 from tokenverse_jax.concepts.concept_mod import Params
+from tokenverse_jax.concepts.familiar import loss_ratios, warn_unfamiliar
 from tokenverse_jax.concepts.learn import LearnConfig, LearnState
 from tokenverse_jax.concepts.learner import Learner
 from tokenverse_jax.concepts.pool import make_pool
@@ -287,5 +288,21 @@ def _prepare(config: LearnRunConfig, load: Loader, images: np.ndarray, captions:
             negative=negative,
         )
         pool_latents = encode_images(pipeline, pool)
+        _warn_unfamiliar(config, pipeline, data, (pool_latents, pool_prompts))
         data = [replace(run, pool_latents=pool_latents) for run in data]
     return _Prepared(config=config, pipeline=pipeline, weights=weights, data=data, prompts=prompts, negative=negative)
+
+
+def _warn_unfamiliar(
+    config: LearnRunConfig,
+    pipeline: Pipeline,
+    runs: Sequence[ConceptData],
+    own: tuple[np.ndarray, PromptEncoding],
+) -> None:
+    """Warns of images that the model cannot draw, each under its first caption."""
+    first = [(run, run.captions.image.index(number)) for run in runs for number in range(len(run.latents))]
+    latents = np.concatenate([run.latents[:, 0] for run in runs])
+    captions = PromptEncoding(*(np.stack([getattr(run, name)[row] for run, row in first]) for name in ("txt", "vec")))
+    ratios = loss_ratios(pipeline, (latents, captions), own, runs[0].grid, config.learn.guidance)
+    if jax.process_index() == 0:
+        warn_unfamiliar(ratios.tolist(), [image.path for image in config.images])
