@@ -20,12 +20,10 @@ demo: $(VENV)/.installed
 		--metrics $(RUN)/metrics.jsonl --out $(RUN)/report
 	$(FAST) $(BIN)/mergevq sample --model tiny-mergear --num 48 --batch-size 48 --keep 144 --cfg-scale 3.5 \
 		--show-cache --out $(RUN)/samples
-	for word in star heart; do \
-		$(FAST) $(BIN)/tokenverse learn --config configs/tokenverse_tiny.py:$$word --workdir $(RUN)/$$word \
-			--config.cache=$(RUN)/pool || exit 1; \
-	done
+	$(FAST) $(BIN)/tokenverse learn --config configs/tokenverse_tiny.py:all --workdir $(RUN)/concepts \
+		--config.cache=$(RUN)/pool
 	$(FAST) $(BIN)/tokenverse generate --prompt "a star and a heart on the beach" --compare each \
-		--concept "a star=$(RUN)/star/concept.safetensors" --concept "a heart=$(RUN)/heart/concept.safetensors" \
+		--concept "a star=$(RUN)/concepts/star.safetensors" --concept "a heart=$(RUN)/concepts/heart.safetensors" \
 		--out $(RUN)/tokenverse
 	@echo "Look at reconstructions.png, loss.png and summary.md in $(RUN)/report, at samples.png and cache.png in $(RUN)/samples,"
 	@echo "and at $(RUN)/tokenverse/overview.png"

@@ -3,6 +3,7 @@
 Words include the article, because this model's text encoder spreads an object over its article and noun.
 
     tokenverse learn --config tokenverse_tiny:star --workdir runs/star       # from mini_scenes/pictures/star.png
+    tokenverse learn --config tokenverse_tiny:all --workdir runs/concepts    # from star.png and heart.png, side by side
     tokenverse learn --config tokenverse_tiny --workdir runs/mine \
         --config.images="[{'path': 'mine.png', 'captions': ['a star and a drop in the snow']}]" \
         --config.words="['a star', 'a drop']" --config.prompts="['a star and a ring on the beach']"
@@ -14,6 +15,13 @@ from mini_scenes import BACKGROUNDS, CLASSES, example_path
 
 # Example images of mini_scenes: the two objects from left to right, and the background.
 EXAMPLES = {"star": (("a star", "a drop"), "in the snow"), "heart": (("a ring", "a heart"), "on the grass")}
+
+
+def _all() -> dict:
+    """All examples, each image with its own words."""
+    examples = [_example(name) for name in EXAMPLES]
+    images = [each["images"][0] | {"words": each["words"]} for each in examples]
+    return {"images": images, "prompts": [prompt for each in examples for prompt in each["prompts"]]}
 
 
 def _example(name: str) -> dict:
@@ -40,10 +48,12 @@ def _pool() -> list[str]:
 
 
 def get_config(arg: str = "") -> ConfigDict:
-    """`arg`: an example of EXAMPLES. Without it, images, captions and words to learn are left empty."""
-    if arg and arg not in EXAMPLES:
-        raise ValueError(f"no example {arg!r}; there are {', '.join(EXAMPLES)}")
-    learned = _example(arg) if arg else {"images": [], "words": []}
+    """`arg`: an example of EXAMPLES, or "all". Without it, images, captions and words to learn are left empty."""
+    if arg not in ("", "all", *EXAMPLES):
+        raise ValueError(f"no example {arg!r}; there are {', '.join(EXAMPLES)}, and all")
+    learned = {"images": [], "words": []}
+    if arg:
+        learned = _all() if arg == "all" else _example(arg)
     return ConfigDict(
         {
             "model": "tiny",

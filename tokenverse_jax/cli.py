@@ -225,10 +225,12 @@ def _build(cls: type, args, overrides: list[str]):
 
 def _learn(args, overrides) -> None:
     from runtime_jax.workdir import absolute
-    from tokenverse_jax.commands.learn import CONCEPT_FILE, LearnRunConfig, learn
+    from tokenverse_jax.commands.learn import LearnRunConfig, learn
 
-    result = learn(_build(LearnRunConfig, args, overrides), args.workdir)
-    report_end(f"the concepts are in {absolute(args.workdir) / CONCEPT_FILE}", result.stopped_by, result.step)
+    config = _build(LearnRunConfig, args, overrides)
+    result = learn(config, args.workdir)
+    files = ", ".join(str(absolute(args.workdir) / name) for name in config.files())
+    report_end(f"the concepts are in {files}", result.stopped_by, result.step)
 
 
 def _concepts(args, _) -> None:

@@ -304,6 +304,12 @@ def test_configs_build(name):
         assert (learn.isolation.probability, learn.flip, learn.guidance) == (0.5, True, 1.0)
 
 
+def test_all_examples_are_learned_side_by_side():
+    config = build(LearnRunConfig, load("tokenverse_tiny:all"))
+    assert config.runs == 2 and config.files() == ["star.safetensors", "heart.safetensors"]
+    assert [image.words for image in config.images] == [("a star", "a drop"), ("a ring", "a heart")]
+
+
 @pytest.mark.parametrize("name", ["star", "heart"])
 def test_the_examples_are_there(name):
     config = build(LearnRunConfig, load(f"configs/tokenverse_tiny.py:{name}"))
