@@ -1,4 +1,4 @@
-"""Two studies of concepts learned by `tokenverse bench`: four in one prompt, and parallel attention keys.
+"""Three studies of concepts learned by `tokenverse bench`: four in one prompt, parallel attention keys, joint learning.
 
 python benchmarks/concepts.py --bench runs/bench --out runs/concepts
 
@@ -9,12 +9,15 @@ four at once    One prompt asks for two pictures side by side, with four concept
                 `own_weight`), which takes a quarter of a minute each.
 parallel keys   Does the cosine that `tokenverse concepts inspect` prints for two concepts predict how well they work in
                 one image?
+joint learning  The pairs with the most parallel keys, learned again: both images in one run of as many examples
+                (`LearnRunConfig.words`), half of its pairs being the two images side by side (`IsolationConfig.together`).
+                Do they come apart?
 """
 
 import argparse
 import dataclasses
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -22,7 +25,6 @@ import numpy as np
 from scipy.stats import spearmanr
 from tqdm import tqdm
 
-from mini_scenes import render_scene
 from runtime_jax.config import build
 from runtime_jax.cost import table
 from runtime_jax.estimate import estimate
@@ -31,12 +33,15 @@ from runtime_jax.prng import Stream, host_rng
 from tokenverse_jax.base.corpus import PAIR
 from tokenverse_jax.bench.cases import Case, ConceptImage, Use, make_pair
 from tokenverse_jax.bench.metrics import View, measure
-from tokenverse_jax.bench.rows import FULL
+from tokenverse_jax.bench.rows import FULL, PROMPT
 from tokenverse_jax.bench.run import Bench, BenchConfig
 from tokenverse_jax.commands.concepts import compiled_keys, cosine_in_prompt
 from tokenverse_jax.concepts.bank import Concept, load_concepts
+from tokenverse_jax.concepts.captions import bind_captions
 from tokenverse_jax.concepts.compose import compose, place_stored
-from tokenverse_jax.concepts.concept_data import encode_prompts
+from tokenverse_jax.concepts.concept_data import encode_concept, encode_prompts, make_concepts
+from tokenverse_jax.concepts.learn import LearnConfig, StageConfig
+from tokenverse_jax.concepts.learner import Learner
 from tokenverse_jax.flux.pipeline import PromptEncoding
 
 
@@ -88,8 +93,11 @@ class Study:
 
     def views(self, images: np.ndarray) -> list[list[View]]:
         """What the judge sees in the left and the right pictures."""
-        parts = [np.ascontiguousarray(part) for part in np.split(images, 2, axis=2)]
-        return [[View(*pair) for pair in zip(part, self.judge.look(part), strict=True)] for part in parts]
+        return [self.see(np.ascontiguousarray(part)) for part in np.split(images, 2, axis=2)]
+
+    def see(self, images: np.ndarray) -> list[View]:
+        """What the judge sees in each image."""
+        return [View(*pair) for pair in zip(images, self.judge.look(images), strict=True)]
 
 
 def four_at_once(study: Study, out: Path) -> Iterator[str]:
@@ -112,7 +120,7 @@ def four_at_once(study: Study, out: Path) -> Iterator[str]:
                 found = [measure(half, *pair) for pair in zip(own, base, strict=True)]
                 measured.append([np.mean([getattr(m, field) for m in found]) for field in ("cp", "pf", "cp_pf")])
             rows[name].append([*np.mean(measured, axis=0), measured[0][0], measured[1][0]])
-        sources = [render_scene(image.scene, size).image for image in group]
+        sources = [image.pixels(size) for image in group]
         columns.append([np.hstack(sources[:2]), np.hstack(sources[2:]), *(images[0] for images in drawn.values())])
     labels = ["left from", "right from", *rows]
     save_png(out / "four.png", image_grid(list(map(list, zip(*columns, strict=True))), row_labels=labels, scale=1))
@@ -127,20 +135,24 @@ def _halves(group: list[ConceptImage], number: int) -> list[Case]:
     return [dataclasses.replace(half, prompt=half.prompt.replace(" to the left of ", " and ")) for half in halves]
 
 
-def parallel_keys(study: Study) -> Iterator[str]:
-    """A table by fifths of the cosine, over all cases with concepts on two objects; then rank correlations."""
-    measured = {(r["task"], r["case"]): r["seeds"] for r in study.alone.files.records() if r["row"] == FULL}
-    keys, found = compiled_keys(study.pipeline), []
+def cosines(study: Study) -> list[tuple[float, Case]]:
+    """Of all cases with concepts on two objects, in the order of the cosine of the concepts' keys."""
+    keys, tokenizer, found = compiled_keys(study.pipeline), study.pipeline.tokenizer_2, []
     for case in study.alone.cases:
         if len(case.uses) != 2 or any(use.object is None for use in case.uses):
             continue
-        placed = [
-            place_stored(
-                study.concept(study.alone, use.image, use.word), study.pipeline.tokenizer_2, case.prompt, use.target
-            )
-            for use in case.uses
-        ]
+        concepts = [(use, study.concept(study.alone, use.image, use.word)) for use in case.uses]
+        placed = [place_stored(concept, tokenizer, case.prompt, use.target) for use, concept in concepts]
         _, cosine = cosine_in_prompt(keys, study.pipeline.encode_prompts([case.prompt]), placed)
+        found.append((float(cosine), case))
+    return sorted(found, key=lambda pair: pair[0])
+
+
+def parallel_keys(study: Study, ordered: Sequence[tuple[float, Case]]) -> Iterator[str]:
+    """A table by fifths of the cosine; then rank correlations."""
+    measured = {(r["task"], r["case"]): r["seeds"] for r in study.alone.files.records() if r["row"] == FULL}
+    found = []
+    for cosine, case in ordered:
         seeds = measured[case.task, case.number]
         bleeding = [one["bleeding"] for one in seeds if one["bleeding"] is not None]
         if bleeding:
@@ -156,14 +168,68 @@ def parallel_keys(study: Study) -> Iterator[str]:
         yield f"rank correlation of the cosine with {name}: {rank.statistic:.2f} (p = {rank.pvalue:.1g})"
 
 
+def joint_learning(study: Study, ordered: Sequence[tuple[float, Case]], count: int, out: Path) -> Iterator[str]:
+    """A table of the `count` most parallel pairs, learned apart and together; writes a picture of their first seeds."""
+    pairs = {}
+    for _, case in reversed(ordered):
+        first, second = case.uses
+        if first.image != second.image and first.word != second.word:
+            pairs.setdefault(frozenset((use.image, use.word) for use in case.uses), case)
+    how = study.config.learn
+    isolation = dataclasses.replace(how.isolation, together=0.5)
+    stages = {name: dataclasses.replace(stage, steps=2 * stage.steps) for name, stage in _stages(how).items()}
+    how = dataclasses.replace(how, isolation=isolation, **stages)
+    learner, tokenizer = Learner(study.pipeline, how), study.pipeline.tokenizer_2
+    full = next(row for row in study.alone.rows if row.name == FULL)
+    figures: dict[str, list[list[float]]] = {"learned apart": [], "learned together": []}
+    columns = []
+    for case in tqdm(list(pairs.values())[:count], desc="pairs", disable=None):
+        images = [study.alone.images[use.image] for use in case.uses]
+        words = [use.word for use in case.uses]
+        texts = [image.captions for image in images]
+        captions = bind_captions(tokenizer, study.pipeline.text_length, texts, words, isolation)
+        pixels = np.stack([image.pixels(study.config.size) for image in images])
+        data = study.alone.with_pool(encode_concept(study.pipeline, how, pixels, captions))
+        together = make_concepts(learner.learn(data, study.config.seed), data, how)
+        concepts = {(use.image, use.word): concept for use, concept in zip(case.uses, together, strict=True)}
+        seeds = study.config.seeds
+        drawn = {
+            "learned apart": study.alone.files.images(FULL, case, seeds),
+            "learned together": study.alone.generate(full, [case], [concepts]),
+        }
+        base = study.see(study.alone.files.images(PROMPT, case, seeds))
+        for name, images_of in drawn.items():
+            measured = [measure(case, *both) for both in zip(study.see(images_of), base, strict=True)]
+            bleeding = [one.bleeding for one in measured if one.bleeding is not None]
+            means = [np.mean([getattr(one, field) for one in measured]) for field in ("cp", "pf", "cp_pf")]
+            figures[name].append([*means, np.mean(bleeding) if bleeding else np.nan])
+        columns.append([*pixels, *(images_of[0] for images_of in drawn.values())])
+    labels = ["from", "and", *figures]
+    save_png(out / "joint.png", image_grid(list(map(list, zip(*columns, strict=True))), row_labels=labels, scale=2))
+    apart, together = (np.asarray(rows) for rows in figures.values())
+    rows = {**figures, "difference": together - apart}
+    cells = [
+        (name, *(str(estimate(column[~np.isnan(column)])) for column in np.transpose(values)))
+        for name, values in rows.items()
+    ]
+    yield from table(("the most parallel pairs", "CP", "PF", "CP·PF", "bleeding"), cells)
+
+
+def _stages(how: LearnConfig) -> dict[str, StageConfig]:
+    return {"stage_1": how.stage_1, "stage_2": how.stage_2}
+
+
 def main() -> None:
-    """Prints the tables of both studies."""
+    """Prints the tables of all studies."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--bench", type=Path, default=Path("runs/bench"), help="workdir of a finished benchmark")
     parser.add_argument("--out", type=Path, default=Path("runs/concepts"))
+    parser.add_argument("--pairs", type=int, default=16, help="of joint learning")
     args = parser.parse_args()
     study = Study(args.bench, args.out)
-    print("\n".join([*four_at_once(study, args.out), "", *parallel_keys(study)]))
+    ordered = cosines(study)
+    print("\n".join([*four_at_once(study, args.out), "", *parallel_keys(study, ordered), ""]))
+    print("\n".join(joint_learning(study, ordered, args.pairs, args.out)))
 
 
 if __name__ == "__main__":

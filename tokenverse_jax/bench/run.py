@@ -2,7 +2,7 @@
 
 import functools
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -165,7 +165,11 @@ class Bench:
         tokenizer, length = self.pipeline.tokenizer_2, self.pipeline.text_length
         captions = bind_captions(tokenizer, length, [image.captions], list(image.words), config.isolation)
         data = encode_concept(self.pipeline, config, image.pixels(self.config.size)[None], captions)
-        return replace(data, pool_latents=self._pool_latents) if config.isolation else data
+        return self.with_pool(data) if config.isolation else data
+
+    def with_pool(self, data: ConceptData) -> ConceptData:
+        """The data with the isolation loss's pool."""
+        return replace(data, pool_latents=self._pool_latents)
 
     @functools.cached_property
     def _pool_latents(self) -> np.ndarray:
@@ -196,16 +200,23 @@ class Bench:
             for start in tqdm(range(0, len(missing), together), desc=row.name, leave=False, disable=None):
                 self.stop.check()
                 some = missing[start : start + together]
-                images = self._generate(row, some + some[-1:] * (together - len(some)))
+                filled = some + some[-1:] * (together - len(some))
+                images = self.generate(row, filled, [self._concepts(row, case) for case in filled])
                 for case, own in zip(some, images.reshape(together, seeds, *images.shape[1:]), strict=False):
                     self.files.save_images(row.name, case, own)
 
-    def _generate(self, row: Row, cases: Sequence[Case]) -> Images:
-        """All seeds of the first case, then of the next one."""
+    def generate(
+        self, row: Row, cases: Sequence[Case], concepts: Sequence[Mapping[tuple[int, str], Concept]]
+    ) -> Images:
+        """All seeds of the first case, then of the next one.
+
+        Args:
+          concepts: of each case, by number of the image and word.
+        """
         encoded = encode_prompts(self.pipeline, [case.prompt for case in cases])
         steered = [
-            steer_case(self.pipeline, row, case, txt, self._concepts(row, case))
-            for case, txt in zip(cases, encoded.txt, strict=True)
+            steer_case(self.pipeline, row, case, txt, own)
+            for case, txt, own in zip(cases, encoded.txt, concepts, strict=True)
         ]
         seeds = self.config.seeds
         txt, offsets = jax.tree.map(lambda *parts: jnp.repeat(jnp.stack(parts), seeds, axis=0), *steered)
