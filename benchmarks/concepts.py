@@ -10,8 +10,8 @@ four at once    One prompt asks for two pictures side by side, with four concept
 parallel keys   Does the cosine that `tokenverse concepts inspect` prints for two concepts predict how well they work in
                 one image?
 joint learning  The pairs with the most parallel keys, learned again: both images in one run of as many examples
-                (`LearnRunConfig.words`), half of its pairs being the two images side by side (`IsolationConfig.together`).
-                Do they come apart?
+                (`LearnRunConfig.words`), where half of the isolation loss's pairs are of the two images themselves
+                (`IsolationConfig.together`). Do they come apart?
 """
 
 import argparse

@@ -34,6 +34,7 @@ from runtime_jax.training.network import train_network
 from tokenverse_jax.base import corpus, run, text_to_image, vae
 from tokenverse_jax.base.corpus import CaptionConfig, Corpus, describe
 from tokenverse_jax.base.layout import COVERS, FEATURES, layout, layout_loss
+from tokenverse_jax.base.report import held_out_captions, report
 from tokenverse_jax.base.tokenizers import make_tokenizers, scene_words
 from tokenverse_jax.base.words import PHRASES, UNSAID, VALUES, bag_loss, bags, words, words_loss
 from tokenverse_jax.flux.model import direction
@@ -484,6 +485,27 @@ def test_a_run_leaves_a_pipeline_and_goes_on_where_it_was(trained):
     assert len(written) == 2 and list(workdir.glob("text_to_image/**/*.png"))
     again = train()
     assert again.step == 2 and {path: path.stat().st_mtime_ns for path in workdir.glob("*.npy")} == written
+
+
+def test_captions_may_be_read_by_one_encoder_alone(trained, tmp_path, monkeypatch):
+    pipeline = Pipeline.from_pretrained(trained[0] / "pipeline")
+    seen = []
+
+    def recorded(self, prompts, **settings):
+        seen.append(jax.tree.map(np.asarray, prompts))
+        return np.zeros((len(prompts.vec), 64, 64, 3), np.uint8)
+
+    monkeypatch.setattr(Pipeline, "generate", recorded)
+    for reads in ("both", "clip", "t5"):
+        report(pipeline, tmp_path, count=3, sampling=pipeline.usual, reads=reads, objects=1)
+    both, clip, t5 = seen
+    assert (clip.vec == both.vec).all() and (t5.txt == both.txt).all()
+    assert (clip.txt == clip.txt[:1]).all() and (t5.vec == t5.vec[:1]).all()  # of nothing
+    assert (clip.txt != both.txt).any() and (t5.vec != both.vec).any()
+    captions = held_out_captions("test", 5, objects=2)
+    assert len(captions) == 5 and all(
+        sum(word in CLASSES for word in c.replace(",", "").split()) == 2 for c in captions
+    )
 
 
 @pytest.mark.slow

@@ -14,6 +14,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--model", default="tiny", help="the pipeline's folder (default: the shipped one, tiny)")
     parser.add_argument("--num", type=int, default=256, help="captions")
     parser.add_argument("--cfg-scale", type=float, help="default: the model's own")
+    parser.add_argument(
+        "--reads", choices=["both", "clip", "t5"], default="both", help="encoders that get the captions"
+    )
+    parser.add_argument("--objects", type=int, choices=[1, 2], help="in each caption (default: either)")
     parser.add_argument("--out", type=Path, default=Path("runs/base_report"), help="for follows.md and follows.png")
     return line.main(argv)
 
@@ -30,7 +34,8 @@ def _evaluate(args: argparse.Namespace, _: list[str]) -> None:
     check_output(args.out)
     pipeline = Pipeline.from_pretrained(args.model)
     usual = pipeline.usual if args.cfg_scale is None else replace(pipeline.usual, cfg_scale=args.cfg_scale)
-    print(report(pipeline, args.out, count=args.num, sampling=usual), end="")
+    settings = {"count": args.num, "sampling": usual, "reads": args.reads, "objects": args.objects}
+    print(report(pipeline, args.out, **settings), end="")
 
 
 if __name__ == "__main__":
