@@ -3,8 +3,13 @@
 python benchmarks/ablation.py --teacher runs/teacher/teacher --out runs/ablation     # resumes where it was stopped
 
 Trains each variant of configs/mergevq_ablation.py with each seed, then measures reconstructions (`mergevq evaluate
-reconstruction`) and features (`mergevq evaluate representation`) at each K, on test scenes of one object. Writes
-tables and a plot: ablation.md and ablation.png in --out; copy them to docs/.
+reconstruction`) and features (`mergevq evaluate representation`) at each K, on test scenes of one object. The figures
+of a variant stay in --out as VARIANT.json, and are not measured again. Writes tables and a plot of all variants that
+have some: ablation.md and ablation.png in --out. docs/ablation holds figures, and the teacher that they are of:
+
+    cp -r docs/ablation runs/ablation && python benchmarks/ablation.py --out runs/ablation --variants
+
+writes their report again.
 """
 
 import argparse
@@ -87,6 +92,18 @@ class Measured:
     others: dict[tuple[str, str, str], float]  # accuracy of teacher, random weights and pixels, %: by name, K, pooling
 
     @classmethod
+    def load(cls, path: Path) -> "Measured":
+        """The inverse of `save`."""
+        fields = json.loads(path.read_text())
+        cells = {int(keep): {name: tuple(of) for name, of in cell.items()} for keep, cell in fields["cells"].items()}
+        return cls(fields["raw"], cells, {tuple(key): value for *key, value in fields["others"]})
+
+    def save(self, path: Path) -> None:
+        """Writes a JSON file."""
+        others = [[*key, value] for key, value in self.others.items()]
+        write_json(path, {"raw": self.raw, "cells": self.cells, "others": others})
+
+    @classmethod
     def read(cls, pixels: Path, features: Path, tokenizers: Sequence[str], config: TrainConfig) -> "Measured":
         """From the folders of both evaluations, over the tokenizers of all seeds."""
         rebuilt, probed = _entries(pixels), _entries(features)
@@ -99,7 +116,7 @@ class Measured:
             return {name: tuple(of[each, keep, key] for each in tokenizers) for name, (of, key) in found.items()}
 
         others = {
-            (row["name"], str(row["keep"] or "-"), row["pooling"]): row[LINEAR]["mean"]
+            (Path(row["name"]).name, str(row["keep"] or "-"), row["pooling"]): row[LINEAR]["mean"]
             for row in probed
             if row["name"] not in tokenizers
         }
@@ -111,7 +128,10 @@ def _entries(folder: Path) -> list[dict[str, Any]]:
 
 
 def measure(variant: str, seeds: int, *, teacher: str, out: Path, steps: int | None, data_dir: str) -> Measured:
-    """Trains and measures what is missing of a variant."""
+    """The figures of a variant; trains and measures what is missing."""
+    path = out / f"{variant}.json"
+    if path.exists():
+        return Measured.load(path)
     folders = []
     for seed in range(seeds):
         workdir = out / variant / f"seed_{seed}"
@@ -137,16 +157,24 @@ def measure(variant: str, seeds: int, *, teacher: str, out: Path, steps: int | N
         config=build(RepresentationConfig, load("representation")),
     )
     representation.evaluate(request, out=features)
-    return Measured.read(pixels, features, folders, config)
+    found = Measured.read(pixels, features, folders, config)
+    found.save(path)
+    return found
 
 
-def check_same(out: Path, wanted: dict[str, Any]) -> None:
-    """Raises ValueError if `out` holds an ablation with other settings; otherwise it is this one's from now on."""
+def check_same(out: Path, teacher: str, steps: int | None, seeds: int | None) -> tuple[int | None, int]:
+    """Steps and seeds of the ablation in `out`, or, where there is none, of this one, which is then the one in `out`.
+
+    Raises ValueError if there is one with another teacher (given by its fingerprint), other steps or other seeds.
+    """
     path = out / "ablation.json"
     if not path.exists():
-        write_json(path, wanted)
-    elif (there := json.loads(path.read_text())) != wanted:
+        write_json(path, {"teacher": teacher, "steps": steps, "seeds": seeds or 3})
+    there = json.loads(path.read_text())
+    wanted = {"teacher": teacher, "steps": steps or there["steps"], "seeds": seeds or there["seeds"]}
+    if there != wanted:
         raise ValueError(f"{out} holds an ablation with {there}, this one has {wanted}: choose another --out")
+    return there["steps"], there["seeds"]
 
 
 def read_config(variant: str, seed: int, *, teacher: str, steps: int | None, data_dir: str) -> TrainConfig:
@@ -188,7 +216,7 @@ def report(measured: dict[str, Measured]) -> str:
     for variant, found in measured.items():
         for (name, keep, pooling), value in found.others.items():
             size = "-" if keep == "-" else VARIANTS[variant.partition("-")[0]]
-            others[size, Path(name).name, keep, pooling] = f"{value:.1f}"
+            others[size, name, keep, pooling] = f"{value:.1f}"
     head_of_others = ("variant", "compared with", "kept", "tokens", "linear probe, %")
     compared = table(head_of_others, [(*key, value) for key, value in others.items()])
     return "\n".join([*table(head, rows), "", *table(head_of_trends, trends), "", *compared]) + "\n"
@@ -210,17 +238,24 @@ def panels(measured: dict[str, Measured]) -> dict[str, dict[str, Points]]:
 def main() -> None:
     """Trains, measures and writes."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--teacher", required=True, help="DINOv2 folder of the alignment loss; see docs/teacher.md")
+    parser.add_argument("--teacher", help="DINOv2 folder of the alignment loss (docs/teacher.md); default: OUT/teacher")
     parser.add_argument("--out", type=Path, default=Path("runs/ablation"))
-    parser.add_argument("--variants", nargs="+", choices=list(VARIANTS), default=list(VARIANTS))
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--steps", type=int, help="of each training (default: the config's)")
+    parser.add_argument("--variants", nargs="*", metavar="V", default=list(VARIANTS), help=f"of {', '.join(VARIANTS)}")
+    parser.add_argument("--seeds", type=int, help="default: 3, or those of the ablation in --out")
+    parser.add_argument(
+        "--steps", type=int, help="of each training (default: the config's, or those of --out)"
+    )
     parser.add_argument("--data-dir", default="data")
     args = parser.parse_args()
-    settings = {"teacher": args.teacher, "out": args.out, "steps": args.steps, "data_dir": args.data_dir}
-    teacher = fingerprint(load_dinov2(args.teacher)[1])
-    check_same(args.out, {"teacher": teacher, "steps": args.steps, "seeds": args.seeds})
-    measured = {variant: measure(variant, args.seeds, **settings) for variant in args.variants}
+    if unknown := set(args.variants) - set(VARIANTS):
+        parser.error(f"no variants {', '.join(sorted(unknown))}; there are {', '.join(VARIANTS)}")
+    teacher = args.teacher or str(args.out / "teacher")
+    weights = fingerprint(load_dinov2(teacher)[1])
+    steps, seeds = check_same(args.out, weights, args.steps, args.seeds)
+    for variant in args.variants:
+        measure(variant, seeds, teacher=teacher, out=args.out, steps=steps, data_dir=args.data_dir)
+    paths = {variant: args.out / f"{variant}.json" for variant in VARIANTS}
+    measured = {variant: Measured.load(path) for variant, path in paths.items() if path.exists()}
     text = report(measured)
     print(text)
     write_text(args.out / "ablation.md", text)

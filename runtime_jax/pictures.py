@@ -242,7 +242,7 @@ def plot_lines(panels: Mapping[str, Mapping[str, Points]], path: str | os.PathLi
         for axes, lines in zip(all_axes, panels.values(), strict=True):
             for name, (x, y, half_widths) in lines.items():
                 axes.errorbar(x, y, np.nan_to_num(half_widths), marker="o", capsize=3, label=name)
-        all_axes[0].legend()
+        all_axes[0].legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=3)
 
 
 @contextlib.contextmanager

@@ -1,6 +1,6 @@
 """The report of benchmarks/ablation.py, from made-up figures."""
 
-import json
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -85,14 +85,29 @@ def test_probes_have_the_settings_for_few_images(monkeypatch, tmp_path):
     monkeypatch.setattr(ablation, "train", lambda config, workdir: SimpleNamespace(stopped_by=None))
     monkeypatch.setattr(ablation.reconstruction, "evaluate", lambda request, out: None)
     monkeypatch.setattr(ablation.representation, "evaluate", lambda request, out: asked.append(request.config.linear))
-    monkeypatch.setattr(ablation.Measured, "read", lambda *args: None)
+    monkeypatch.setattr(ablation.Measured, "read", lambda *args: ablation.Measured(64, {}, {}))
     ablation.measure("gr", 2, teacher="t", out=tmp_path, steps=60, data_dir="d")
     assert [(probe.batch_size, probe.learning_rate) for probe in asked] == [(128, 1e-2)]
 
 
 def test_another_ablation_in_the_folder_is_refused(tmp_path):
-    ablation.check_same(tmp_path, {"steps": 60})
-    ablation.check_same(tmp_path, {"steps": 60})
-    assert json.loads((tmp_path / "ablation.json").read_text()) == {"steps": 60}
-    with pytest.raises(ValueError, match=r"'steps': 60.*'steps': 70.*another --out"):
-        ablation.check_same(tmp_path, {"steps": 70})
+    assert ablation.check_same(tmp_path, "abc", 60, None) == (60, 3)
+    assert ablation.check_same(tmp_path, "abc", None, None) == (60, 3)
+    for other in (("abd", 60, 3), ("abc", 70, 3), ("abc", 60, 2)):
+        with pytest.raises(ValueError, match=r"'steps': 60.*another --out"):
+            ablation.check_same(tmp_path, *other)
+
+
+def test_figures_of_a_variant_are_kept_and_not_measured_again(measured, tmp_path, monkeypatch):
+    measured.save(tmp_path / "gr.json")
+    monkeypatch.setattr(ablation, "train", None)
+    found = ablation.measure("gr", 2, teacher="t", out=tmp_path, steps=60, data_dir="d")
+    assert found == measured
+
+
+def test_the_figures_in_docs_are_those_of_their_report():
+    folder = Path(ablation.__file__).parents[1] / "docs/ablation"
+    found = {variant: folder / f"{variant}.json" for variant in ablation.VARIANTS}
+    figures = {variant: ablation.Measured.load(path) for variant, path in found.items() if path.exists()}
+    text = (folder.parent / "ablation.md").read_text()
+    assert figures and all(line in text for line in ablation.report(figures).splitlines())
