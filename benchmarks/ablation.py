@@ -4,12 +4,8 @@ python benchmarks/ablation.py --teacher runs/teacher/teacher --out runs/ablation
 
 Trains each variant of configs/mergevq_ablation.py with each seed, then measures reconstructions (`mergevq evaluate
 reconstruction`) and features (`mergevq evaluate representation`) at each K, on test scenes of one object. The figures
-of a variant stay in --out as VARIANT.json, and are not measured again. Writes tables and a plot of all variants that
-have some: ablation.md and ablation.png in --out. docs/ablation holds figures, and the teacher that they are of:
-
-    cp -r docs/ablation runs/ablation && python benchmarks/ablation.py --out runs/ablation --variants
-
-writes their report again.
+of a variant stay in --out as VARIANT.json, and are not measured again. Writes tables and plots of all variants that
+have some into --out: ablation.md, ablation.png and differences.png. With --variants and no name, it writes just these.
 """
 
 import argparse
@@ -34,7 +30,7 @@ from runtime_jax.data import SourceConfig
 from runtime_jax.estimate import Estimate, estimate
 from runtime_jax.files import write_json, write_text
 from runtime_jax.networks.dinov2 import load_dinov2
-from runtime_jax.pictures import Points, plot_lines
+from runtime_jax.pictures import Points, plot_intervals, plot_lines
 from runtime_jax.weights.fingerprint import fingerprint
 
 VARIANTS = {
@@ -204,14 +200,14 @@ def report(measured: dict[str, Measured]) -> str:
             figures = [_shown(name, _estimate(values)) for name, values in cell.items()]
             rows.append((VARIANTS[variant], str(keep), f"{100 * keep / found.raw:.0f}", *figures))
     head_of_trends = ("what differs", "of", "less", *QUANTITIES.values())
-    trends = []
-    for cause, *sides in TRENDS:
-        if all(variant in measured for variant, _ in sides):
-            one, other = (measured[variant].cells[keep] for variant, keep in sides)
-            gains = {name: _estimate(np.subtract(one[name], other[name])) for name in QUANTITIES}
-            shown = ["+" * (gain.mean > 0) + _shown(name, gain) for name, gain in gains.items()]
-            labels = [f"{VARIANTS[variant]}, K = {keep}" for variant, keep in sides]
-            trends.append((cause, *labels, *shown))
+    trends = [
+        (
+            trend.cause,
+            *(f"{VARIANTS[variant]}, K = {keep}" for variant, keep in (trend.one, trend.other)),
+            *("+" * (gain.mean > 0) + _shown(name, gain) for name, gain in gains.items()),
+        )
+        for trend, gains in differences(measured).items()
+    ]
     others = {}  # the same for all variants, or for those with the same networks
     for variant, found in measured.items():
         for (name, keep, pooling), value in found.others.items():
@@ -220,6 +216,26 @@ def report(measured: dict[str, Measured]) -> str:
     head_of_others = ("variant", "compared with", "kept", "tokens", "linear probe, %")
     compared = table(head_of_others, [(*key, value) for key, value in others.items()])
     return "\n".join([*table(head, rows), "", *table(head_of_trends, trends), "", *compared]) + "\n"
+
+
+def differences(measured: dict[str, Measured]) -> dict[Trend, dict[str, Estimate]]:
+    """What each of TRENDS that is measured makes of every quantity, from trainings with the same seeds."""
+    found = {}
+    for trend in TRENDS:
+        if trend.one[0] in measured and trend.other[0] in measured:
+            one, other = (measured[variant].cells[keep] for variant, keep in (trend.one, trend.other))
+            found[trend] = {name: _estimate(np.subtract(one[name], other[name])) for name in QUANTITIES}
+    return found
+
+
+def interval_panels(found: dict[Trend, dict[str, Estimate]]) -> dict[str, dict[str, tuple[float, float]]]:
+    """The differences of every quantity, for `plot_intervals`."""
+    rows: dict[str, dict[str, tuple[float, float]]] = {label: {} for label in QUANTITIES.values()}
+    for trend, gains in found.items():
+        sides = [f"{VARIANTS[variant]} {keep}" for variant, keep in (trend.one, trend.other)]
+        for name, gain in gains.items():
+            rows[QUANTITIES[name]][f"{trend.cause}: {sides[0]} - {sides[1]}"] = gain.mean, gain.half_width or np.nan
+    return rows
 
 
 def panels(measured: dict[str, Measured]) -> dict[str, dict[str, Points]]:
@@ -242,9 +258,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/ablation"))
     parser.add_argument("--variants", nargs="*", metavar="V", default=list(VARIANTS), help=f"of {', '.join(VARIANTS)}")
     parser.add_argument("--seeds", type=int, help="default: 3, or those of the ablation in --out")
-    parser.add_argument(
-        "--steps", type=int, help="of each training (default: the config's, or those of --out)"
-    )
+    parser.add_argument("--steps", type=int, help="of each training (default: the config's, or those of --out)")
     parser.add_argument("--data-dir", default="data")
     args = parser.parse_args()
     if unknown := set(args.variants) - set(VARIANTS):
@@ -260,6 +274,7 @@ def main() -> None:
     print(text)
     write_text(args.out / "ablation.md", text)
     plot_lines(panels(measured), args.out / "ablation.png", x_label="kept tokens, % of all")
+    plot_intervals(interval_panels(differences(measured)), args.out / "differences.png", x_label="difference")
 
 
 if __name__ == "__main__":

@@ -245,6 +245,32 @@ def plot_lines(panels: Mapping[str, Mapping[str, Points]], path: str | os.PathLi
         all_axes[0].legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=3)
 
 
+def plot_intervals(
+    panels: Mapping[str, Mapping[str, tuple[float, float]]], path: str | os.PathLike, *, x_label: str = ""
+) -> None:
+    """Draws means and half-widths of their intervals as a PNG: one panel per quantity, one row per name.
+
+    A line at 0 shows which intervals hold it. A name may be missing in some of the panels.
+    """
+    from matplotlib.figure import Figure
+
+    names = list(dict.fromkeys(name for rows in panels.values() for name in rows))
+    figure = Figure(figsize=(3.2 + 2.1 * len(panels), 1.0 + 0.34 * len(names)), layout="constrained")
+    all_axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
+    for axes, (quantity, rows) in zip(all_axes, panels.items(), strict=True):
+        places = [names.index(name) for name in rows]
+        means, half_widths = zip(*rows.values(), strict=True)
+        axes.axvline(0, color="black", linewidth=0.8)
+        axes.errorbar(means, places, xerr=half_widths, fmt="o", capsize=3)
+        axes.set_title(quantity, fontsize=9)
+        axes.set_xlabel(x_label)
+        axes.grid(alpha=0.3)
+    all_axes[0].set_yticks(range(len(names)), names)
+    all_axes[0].invert_yaxis()
+    with replacing(path) as new:
+        figure.savefig(new, format="png", dpi=120)
+
+
 @contextlib.contextmanager
 def _panels(path: str | os.PathLike, names: Collection[str], *, x_label: str) -> Iterator[np.ndarray]:
     """Axes one above the other, labelled with `names`; when the block ends, the figure is written as a PNG."""

@@ -1,12 +1,13 @@
 """The report of benchmarks/ablation.py, from made-up figures."""
 
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
 from benchmarks import ablation
+from runtime_jax.data import decode_image
 from runtime_jax.files import write_json
+from runtime_jax.pictures import plot_intervals
 
 
 @pytest.fixture
@@ -67,6 +68,14 @@ def test_a_report_has_all_figures(measured):
     }
 
 
+def test_differences_are_drawn_with_their_intervals(measured, tmp_path):
+    found = ablation.interval_panels(ablation.differences({"gr": measured, "gr-unaligned": measured}))
+    assert found["PSNR, dB"]["fewer kept tokens: G+R 36 - G+R 64"][0] == -7.0
+    assert found["PSNR, dB"]["alignment: G+R 36 - G+R without alignment 36"][0] == 0.0
+    plot_intervals(found, tmp_path / "differences.png")
+    assert decode_image((tmp_path / "differences.png").read_bytes()).std() > 10
+
+
 @pytest.mark.parametrize("trend", ablation.TRENDS)
 def test_what_a_report_compares_is_measured(trend):
     for variant, keep in (trend.one, trend.other):
@@ -103,11 +112,3 @@ def test_figures_of_a_variant_are_kept_and_not_measured_again(measured, tmp_path
     monkeypatch.setattr(ablation, "train", None)
     found = ablation.measure("gr", 2, teacher="t", out=tmp_path, steps=60, data_dir="d")
     assert found == measured
-
-
-def test_the_figures_in_docs_are_those_of_their_report():
-    folder = Path(ablation.__file__).parents[1] / "docs/ablation"
-    found = {variant: folder / f"{variant}.json" for variant in ablation.VARIANTS}
-    figures = {variant: ablation.Measured.load(path) for variant, path in found.items() if path.exists()}
-    text = (folder.parent / "ablation.md").read_text()
-    assert figures and all(line in text for line in ablation.report(figures).splitlines())
