@@ -31,7 +31,7 @@ def get_config(arg: str = "full") -> ConfigDict:
             "size": tiny["size"],
             **VARIANTS[arg],
             "learn": tiny["learn"] | {"batch_size": 2, "stage_1": stage(110, 0.92), "stage_2": stage(50, 0.08)},
-            "strengths": [1.0, 2.0, 4.0],
+            "strengths": [0.5, 0.7, 1.0, 2.0],
             "sampling": tiny["sampling"] | {"cfg_scale": 4.0},
             "batch_size": 32,
         }

@@ -1,14 +1,18 @@
-"""The shipped tiny FLUX pipeline: its size, and that it draws what captions name."""
+"""The shipped tiny FLUX pipelines: their size, that they draw what captions name, and what directions do."""
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mini_scenes.judge import accuracies, follows
+from mini_scenes.judge import Judge, accuracies, follows
 from runtime_jax.config import build, load
 from tokenverse_jax.base.report import held_out_captions
 from tokenverse_jax.base.run import BaseConfig
+from tokenverse_jax.flux.model import direction
+from tokenverse_jax.flux.offsets import Offsets, place_on_tokens
 from tokenverse_jax.flux.pipeline import Pipeline
 from tokenverse_jax.flux.pretrained import SHIPPED
+from tokenverse_jax.flux.words import find_word
 
 
 @pytest.fixture(scope="module")
@@ -17,7 +21,8 @@ def pipeline() -> Pipeline:
 
 
 def test_its_folder_is_small():
-    assert sum(path.stat().st_size for path in SHIPPED["tiny"].rglob("*") if path.is_file()) < 12e6
+    for folder in SHIPPED.values():
+        assert sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) < 12e6
 
 
 def test_it_is_what_its_config_makes(pipeline):
@@ -34,3 +39,22 @@ def test_it_draws_what_captions_name(pipeline):
     # Seen: 1, 0.979, 0.955, 0.815, 0.938; another rounding may change a picture or two.
     for kind, bound in {"background": 0.93, "class": 0.93, "color": 0.86, "texture": 0.74, "count": 0.87}.items():
         assert shares[kind].mean > bound, kind
+
+
+def test_a_direction_from_two_prompts_changes_the_word_that_it_is_put_on():
+    """The observation that the paper starts from, with the model that was trained for it."""
+    pipeline = Pipeline.from_pretrained("tiny-directions")
+    prompt, seeds = "a star to the left of a ring on the beach", 6
+    flux, vec = pipeline.transformer, pipeline.encode_prompts(["a purple star", "a star"]).vec
+    one = np.asarray(direction(flux.config, flux.params, vec[:1], vec[1:]))[0]
+    positions = find_word(pipeline.tokenizer_2, prompt, "a star")
+    judge, seen = Judge.load(), {}
+    for strength in (0.0, 0.7):
+        offset = place_on_tokens(jnp.asarray(strength * one), positions, pipeline.text_length)
+        settings = pipeline.usual.arguments(num_steps=12)
+        images = pipeline.generate([prompt] * seeds, offsets=Offsets(shared=offset).repeat(seeds), **settings)
+        found = [{item.shape: item.color for item in view.scene.objects} for view in judge.look(np.asarray(images))]
+        seen[strength] = found
+    assert sum(view.get("star") == "purple" for view in seen[0.0]) <= 2
+    assert sum(view.get("star") == "purple" for view in seen[0.7]) >= 5
+    assert sum(one.get("ring") == other.get("ring") for one, other in zip(*seen.values(), strict=True)) >= 5

@@ -18,8 +18,8 @@ bleeding: how much more similar the other objects are to the concept than in the
 reached: whether the object, or the light, has the attribute that a direction without learning names. A method that
   ignores the direction reaches some by chance: as many as the prompt alone.
 kept: the share of the other objects that have the class, colour, texture and pose that they have in the base model's
-  image from the same noise. A method that does nothing keeps all. An object that is missing in the base model's image
-  is left out.
+  image from the same noise; beside a direction without learning, the class and the attribute that it names. A method
+  that does nothing keeps all. An object that is missing in the base model's image is left out.
 light kept: whether the light's warmth and direction have the names that they have in the base model's image; for
   prompts without a concept on the light.
 
@@ -27,6 +27,7 @@ The figures are as good as the judge. The row "rendered" measures true scenes in
 autoencoder: it is the upper bound of every method.
 """
 
+from collections.abc import Collection
 from typing import NamedTuple
 
 import numpy as np
@@ -38,6 +39,7 @@ from tokenverse_jax.bench.appearance import light_likeness, object_likeness
 from tokenverse_jax.bench.cases import Case, Use
 
 MARGIN = 2  # pixels around a region
+LOOKS = ("color", "texture", "pose")
 IDLE = 1.0  # levels of 255: a smaller change than this, inside and outside together, is none
 
 Image = UInt8[np.ndarray, "H W 3"]
@@ -77,7 +79,8 @@ def measure(case: Case, view: View, base: View) -> Measurement:
     named = (use for use in case.uses if use.named is not None)
     reached = {f"reached: {use.named[0]}": _reached(use, view.seen, verdict) for use in named}
     others = [number for number in range(len(case.scene.objects)) if number not in {use.object for use in case.uses}]
-    kept = [_kept(number, (view.seen, verdict), (base.seen, before)) for number in others]
+    kinds = {use.named[0] for use in case.uses if use.named is not None} & {*LOOKS} or LOOKS
+    kept = [_kept(number, kinds, (view.seen, verdict), (base.seen, before)) for number in others]
     kept = [value for value in kept if value is not None]
     inside, outside = _change(case, (view, verdict), (base, before)) or (None, None)
     idle = inside is None or inside + outside < IDLE
@@ -115,13 +118,15 @@ def _reached(use: Use, seen: Seen, verdict: Verdict) -> float:
     return float(found is not None and getattr(seen.scene.objects[found], kind) == value)
 
 
-def _kept(number: int, after: tuple[Seen, Verdict], before: tuple[Seen, Verdict]) -> float | None:
-    """Whether an object of the prompt has the looks that it had; None where it was missing."""
+def _kept(
+    number: int, kinds: Collection[str], after: tuple[Seen, Verdict], before: tuple[Seen, Verdict]
+) -> float | None:
+    """Whether an object of the prompt has the looks of these kinds that it had; None where it was missing."""
     looks = []
     for seen, verdict in (after, before):
         found = verdict.places[number]
         item = None if found is None else seen.scene.objects[found]
-        looks.append(item and (item.shape, item.color, item.texture, item.pose))
+        looks.append(item and (item.shape, *(getattr(item, kind) for kind in kinds)))
     return None if looks[1] is None else float(looks[0] == looks[1])
 
 
