@@ -40,7 +40,6 @@ from tokenverse_jax.concepts.bank import Concept, load_concepts
 from tokenverse_jax.concepts.captions import bind_captions
 from tokenverse_jax.concepts.compose import compose, place_stored
 from tokenverse_jax.concepts.concept_data import encode_concept, encode_prompts, make_concepts
-from tokenverse_jax.concepts.learn import LearnConfig, StageConfig
 from tokenverse_jax.concepts.learner import Learner
 from tokenverse_jax.flux.pipeline import PromptEncoding
 
@@ -177,8 +176,8 @@ def joint_learning(study: Study, ordered: Sequence[tuple[float, Case]], count: i
             pairs.setdefault(frozenset((use.image, use.word) for use in case.uses), case)
     how = study.config.learn
     isolation = dataclasses.replace(how.isolation, together=0.5)
-    stages = {name: dataclasses.replace(stage, steps=2 * stage.steps) for name, stage in _stages(how).items()}
-    how = dataclasses.replace(how, isolation=isolation, **stages)
+    first, second = (dataclasses.replace(stage, steps=2 * stage.steps) for stage in (how.stage_1, how.stage_2))
+    how = dataclasses.replace(how, isolation=isolation, stage_1=first, stage_2=second)
     learner, tokenizer = Learner(study.pipeline, how), study.pipeline.tokenizer_2
     full = next(row for row in study.alone.rows if row.name == FULL)
     figures: dict[str, list[list[float]]] = {"learned apart": [], "learned together": []}
@@ -213,10 +212,6 @@ def joint_learning(study: Study, ordered: Sequence[tuple[float, Case]], count: i
         for name, values in rows.items()
     ]
     yield from table(("the most parallel pairs", "CP", "PF", "CP·PF", "bleeding"), cells)
-
-
-def _stages(how: LearnConfig) -> dict[str, StageConfig]:
-    return {"stage_1": how.stage_1, "stage_2": how.stage_2}
 
 
 def main() -> None:

@@ -178,8 +178,9 @@ def learn(config: LearnRunConfig, workdir: str | os.PathLike) -> loop.Result:
                 must_match=must_match,
             )
             if result.stopped_by is None:
-                every = ready.params(result.state)
-                for name, params, data, image in zip(config.files(), every, ready.data, images, strict=False):
+                first = images[: len(ready.data)]  # one for each file
+                every = zip(config.files(), ready.params(result.state), ready.data, first, strict=True)
+                for name, params, data, image in every:
                     file = ConceptFile(
                         concepts=make_concepts(params, data, how),
                         caption=data.captions.texts[0],
