@@ -17,6 +17,7 @@ def get_config() -> ConfigDict:
             "task": "base",
             "seed": 0,
             "image_size": 64,
+            "init_from": None,
             "vae": {
                 "model": {
                     "block_out_channels": [16, 32, 64],

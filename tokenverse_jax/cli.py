@@ -21,6 +21,7 @@ A concept is given as TARGET=FILE[:WORD][@STRENGTH]:
   --concept doll=bank/doll.safetensors           the file's "doll", or its only word, on the prompt's "doll"
   --concept dawn=bank/street.safetensors:light   the file's "light" on the prompt's "dawn"
   --concept "circle#2=bank/a.safetensors@0.8"    on the prompt's second "circle", weakened
+  --concept "a star=tiny-star"                   a shipped file
 """
 EVALUATE = """\
 For example:
@@ -192,10 +193,11 @@ def _generate(args, _) -> None:
     from runtime_jax.workdir import check_output
     from tokenverse_jax.commands.generate import generate
     from tokenverse_jax.concepts.compose import parse_request
+    from tokenverse_jax.concepts.pretrained import SHIPPED
 
     requests = [parse_request(text) for text in args.concept]
     for request in requests:
-        if not is_file(path(request.path)):  # loading a model takes a while
+        if request.path not in SHIPPED and not is_file(path(request.path)):  # loading a model takes a while
             raise ValueError(f"{request.path}: no such concept file")
     check_output(args.out)
     settings = {"num": args.num, "mode": args.mode, "compare": args.compare, "out": args.out}

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import itertools
 import json
+import shutil
 import subprocess
 import sys
 
@@ -39,7 +40,7 @@ from tokenverse_jax.base.tokenizers import make_tokenizers, scene_words
 from tokenverse_jax.base.words import PHRASES, UNSAID, VALUES, bag_loss, bags, words, words_loss
 from tokenverse_jax.flux.model import direction
 from tokenverse_jax.flux.offsets import NO_OFFSETS
-from tokenverse_jax.flux.pipeline import Pipeline
+from tokenverse_jax.flux.pipeline import PARTS, Pipeline
 from tokenverse_jax.flux.words import find_word
 
 SIZE = 16
@@ -485,6 +486,40 @@ def test_a_run_leaves_a_pipeline_and_goes_on_where_it_was(trained):
     assert len(written) == 2 and list(workdir.glob("text_to_image/**/*.png"))
     again = train()
     assert again.step == 2 and {path: path.stat().st_mtime_ns for path in workdir.glob("*.npy")} == written
+
+
+def test_a_run_may_go_on_from_a_pipeline(trained, tmp_path, monkeypatch):
+    """Its autoencoder and CLIP stay to the bit; without updates to speak of so do its transformer and T5."""
+    monkeypatch.setattr(network, "make_mesh", functools.partial(make_mesh, devices=jax.devices()[:2]))
+    folder = trained[0] / "pipeline"
+    config = _config(init_from=str(folder), seed=1)
+    stage = config.text_to_image
+    still = dataclasses.replace(
+        stage.training, optimizer=dataclasses.replace(stage.training.optimizer, learning_rate=1e-12)
+    )
+    config = dataclasses.replace(config, text_to_image=dataclasses.replace(stage, training=still))
+    run.train(config, tmp_path)
+    assert {path.name for path in tmp_path.iterdir() if path.is_dir()} == {"text_to_image", "pipeline"}
+    ours, start = Pipeline.from_pretrained(tmp_path / "pipeline"), Pipeline.from_pretrained(folder)
+    for name in PARTS:
+        assert getattr(ours, name).config == getattr(start, name).config
+        same = functools.partial(np.testing.assert_allclose, rtol=0, atol=0 if name in ("vae", "clip") else 1e-11)
+        jax.tree.map(same, getattr(ours, name).params, getattr(start, name).params)
+
+
+def test_a_pipeline_that_a_run_cannot_go_on_from_is_refused(trained, tmp_path, tokenizers):
+    folder = trained[0] / "pipeline"
+    changed = config_lib.to_dict(_config())["text_to_image"]
+    changed["flux"] |= {"num_single_layers": 2}
+    config = _config(init_from=str(folder), text_to_image=changed)
+    with pytest.raises(ValueError, match=r"init_from .*: its transformer is .*num_single_layers=1"):
+        run.train(config, tmp_path / "a")
+    other = tmp_path / "other"
+    shutil.copytree(folder, other)
+    shutil.rmtree(other / "tokenizer_2")
+    make_tokenizers([*scene_words()[1:], "zebra"], 40).tokenizer_2.save_pretrained(other / "tokenizer_2")
+    with pytest.raises(ValueError, match=r"init_from .*: its tokenizer_2 has other tokens"):
+        run.train(_config(init_from=str(other)), tmp_path / "b")
 
 
 def test_captions_may_be_read_by_one_encoder_alone(trained, tmp_path, monkeypatch):

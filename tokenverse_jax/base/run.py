@@ -28,12 +28,13 @@ from tokenverse_jax.base.vae import VAEConfig
 from tokenverse_jax.flux import autoencoder
 from tokenverse_jax.flux.fingerprint import fingerprint
 from tokenverse_jax.flux.model_folder import Part
-from tokenverse_jax.flux.pipeline import Pipeline
+from tokenverse_jax.flux.pipeline import PARTS, Pipeline
 from tokenverse_jax.flux.sampling import SamplingConfig, UsualSampling
 from tokenverse_jax.flux.schedule import ScheduleConfig
 
 Params = Any
 FOLDER = "pipeline"
+SCALES = ("shift_factor", "scaling_factor")  # of the autoencoder's latents, computed from the scenes
 HELD_OUT = 64  # pictures that reconstruction is measured on
 PREVIEWS = 24  # captions that are drawn on the way
 
@@ -52,6 +53,7 @@ class BaseConfig:
     text_to_image: TextToImageConfig
     schedule: ScheduleConfig = ScheduleConfig()  # of sampling
     sampling: SamplingConfig = SamplingConfig(num_steps=24, cfg_scale=2.5)  # of previews, and the model's own
+    init_from: str | None = None  # a pipeline: its autoencoder and CLIP stay, its transformer and T5 are trained on
 
     def __post_init__(self):
         self.vae.model.token_grid(self.image_size, self.image_size)
@@ -74,21 +76,28 @@ def train(config: BaseConfig, workdir: str | os.PathLike) -> loop.Result:
       FloatingPointError: too many updates in a row were not finite.
     """
     with only_writer(workdir) as path:
-        result = _train_vae(config, path / "vae")
-        if result.stopped_by is not None:
-            return result
-        vae_params = to_host(result.state.ema)
         stage = config.text_to_image
         tokenizers = make_tokenizers(scene_words(), stage.captions.text_length)
         networks = text_to_image.make_networks(stage, tokenizers, config.compute)
         scenes = corpus.rows(config.seed, "train", range(config.num_scenes), drawn=config.drawn)
-        result = _train_reading(config, path / "reading", networks, scenes, tokenizers)
-        if result.stopped_by is not None:
-            return result
-        reads = to_host(result.state.params)
-        part, latents = _encode(config, vae_params, scenes, path)
+        if config.init_from is not None:
+            start = _load_start(config, networks, tokenizers)
+            part, latents = start.vae, _encode(config, start.vae.params, scenes, path)
+            weights = {name: to_host(getattr(start, name).params) for name in ("transformer", "t5", "clip")}
+        else:
+            result = _train_vae(config, path / "vae")
+            if result.stopped_by is not None:
+                return result
+            vae_params = to_host(result.state.ema)
+            result = _train_reading(config, path / "reading", networks, scenes, tokenizers)
+            if result.stopped_by is not None:
+                return result
+            latents = _encode(config, vae_params, scenes, path)
+            part = _scaled(Part(config.vae.model, vae_params), latents)
+            weights = {name: to_host(result.state.params[name]) for name in ("t5", "clip", "words_head")}
+        clip = weights.pop("clip")
         data = Corpus(
-            latents=latents,
+            latents=np.asarray(autoencoder.to_latents(jnp.asarray(latents, jnp.float32), part.config)),
             layouts=_layouts(config, scenes, path),
             scenes=scenes,
             tokenizers=tokenizers,
@@ -102,7 +111,7 @@ def train(config: BaseConfig, workdir: str | os.PathLike) -> loop.Result:
             return Pipeline(
                 transformer=Part(networks.transformer, params["transformer"]),
                 vae=part,
-                clip=Part(networks.clip, params["clip"]),
+                clip=Part(networks.clip, clip),
                 t5=Part(networks.t5, params["t5"]),
                 **tokenizers._asdict(),
                 schedule=config.schedule,
@@ -111,12 +120,39 @@ def train(config: BaseConfig, workdir: str | os.PathLike) -> loop.Result:
                 compute=config.compute,
             )
 
-        result = _train_text_to_image(config, path / "text_to_image", networks, reads, data, pipeline)
-        ema = to_host(result.state.ema) | {"clip": reads["clip"]}
+        result = _train_text_to_image(config, path / "text_to_image", networks, weights, clip, data, pipeline)
         if result.stopped_by is None and jax.process_index() == 0:
-            ema = jax.tree.map(lambda leaf: np.asarray(leaf, jnp.bfloat16), ema)
-            pipeline(ema).save_pretrained(path / FOLDER)
+            _in_bfloat16(pipeline(to_host(result.state.ema))).save_pretrained(path / FOLDER)
         return result
+
+
+def _in_bfloat16(pipeline: Pipeline) -> Pipeline:
+    parts = {name: getattr(pipeline, name) for name in PARTS}
+    small = {
+        name: Part(part.config, jax.tree.map(lambda leaf: np.asarray(leaf, jnp.bfloat16), part.params))
+        for name, part in parts.items()
+    }
+    return replace(pipeline, **small)
+
+
+def _load_start(config: BaseConfig, networks: Networks, tokenizers: Tokenizers) -> Pipeline:
+    """The pipeline that `init_from` names.
+
+    Raises:
+      ValueError: its networks or tokenizers are not this config's.
+    """
+    start = Pipeline.from_pretrained(config.init_from, compute=config.compute)
+    scaled = replace(config.vae.model, **{name: getattr(start.vae.config, name) for name in SCALES})
+    wanted = {"vae": scaled, **{name: getattr(networks, name) for name in ("transformer", "clip", "t5")}}
+    for name, network in wanted.items():
+        if getattr(start, name).config != network:
+            raise ValueError(
+                f"init_from {config.init_from}: its {name} is {getattr(start, name).config}, not {network}"
+            )
+    for name, tokenizer in tokenizers._asdict().items():
+        if getattr(start, name).get_vocab() != tokenizer.get_vocab():
+            raise ValueError(f"init_from {config.init_from}: its {name} has other tokens than this version's captions")
+    return start
 
 
 def _train_vae(config: BaseConfig, workdir: AnyPath) -> loop.Result:
@@ -170,14 +206,17 @@ def _train_reading(
     )
 
 
-def _encode(config: BaseConfig, params: Params, scenes: corpus.Scenes, workdir: AnyPath) -> tuple[Part, np.ndarray]:
-    """The autoencoder, which now scales latents to mean 0 and variance 1, and the scenes' latents [N, h, w, C]."""
+def _encode(config: BaseConfig, params: Params, scenes: corpus.Scenes, workdir: AnyPath) -> np.ndarray:
+    """The autoencoder's means of the scenes [N, h, w, C], not scaled."""
     encode = functools.partial(vae.encode, params, model=config.vae.model, compute=config.compute)
     path = workdir / f"latents_{len(scenes)}_{config.drawn:g}_{fingerprint(params)[:12]}.npy"
-    latents = corpus.cached(path, scenes, lambda some: encode(corpus.draw(some, config.image_size)))
-    spread = float(latents.std(dtype=np.float64))
-    model = replace(config.vae.model, shift_factor=float(latents.mean(dtype=np.float64)), scaling_factor=1 / spread)
-    return Part(model, params), np.asarray(autoencoder.to_latents(jnp.asarray(latents, jnp.float32), model))
+    return corpus.cached(path, scenes, lambda some: encode(corpus.draw(some, config.image_size)))
+
+
+def _scaled(part: Part, latents: np.ndarray) -> Part:
+    """The autoencoder, which scales these latents to mean 0 and variance 1."""
+    shift, spread = float(latents.mean(dtype=np.float64)), float(latents.std(dtype=np.float64))
+    return replace(part, config=replace(part.config, shift_factor=shift, scaling_factor=1 / spread))
 
 
 def _layouts(config: BaseConfig, scenes: corpus.Scenes, workdir: AnyPath) -> np.ndarray:
@@ -192,7 +231,8 @@ def _train_text_to_image(
     config: BaseConfig,
     workdir: AnyPath,
     networks: Networks,
-    reads: Params,
+    weights: Params,
+    clip: Params,
     data: Corpus,
     pipeline: Callable[[Params], Pipeline],
 ) -> loop.Result:
@@ -200,25 +240,25 @@ def _train_text_to_image(
 
     def preview(params: Params, _: int) -> dict[str, np.ndarray]:
         sides = {"height": config.image_size, "width": config.image_size}
-        images = pipeline(params | {"clip": reads["clip"]}).generate(captions, **sides, **vars(config.sampling))
+        images = pipeline(params).generate(captions, **sides, **vars(config.sampling))
         return {"samples": captioned_grid(to_host(images), captions)}
 
-    stage, clip = config.text_to_image, reads["clip"]
+    stage = config.text_to_image
 
     def init() -> Params:
         params = text_to_image.init_params(networks, config.seed)
-        kept = {name: jax.tree.map(jnp.asarray, reads[name]) for name in ("t5", "words_head")}
-        return {name: params[name] for name in ("transformer", "layout_head")} | kept
+        return {name: params[name] for name in text_to_image.DRAWING}
 
     return train_network(
         stage.training,
         workdir,
         resolved_config=config_lib.to_dict(config),
         dtype=config.compute.dtype,
-        must_match=("seed", "image_size", "num_scenes", "drawn", "vae", "text_to_image"),
+        must_match=("seed", "image_size", "num_scenes", "drawn", "vae", "text_to_image", "init_from"),
         init=init,
         loss=functools.partial(text_to_image.loss, clip=clip, config=stage, networks=networks, seed=config.seed),
         batches=data.batches,
         preview=preview,
         variant=data.captions.is_pair_step,
+        start=weights,
     )

@@ -107,7 +107,9 @@ def init_params(networks: Networks, seed: int) -> Params:
     }
 
 
-READING = ("t5", "words_head", "clip", "bag_head")  # the parameters that are trained by reading
+# The parameters that are trained by reading, and by drawing.
+READING = ("t5", "words_head", "clip", "bag_head")
+DRAWING = ("transformer", "layout_head", "t5", "words_head")
 
 
 def reading_loss(params: Params, batch: dict[str, Array], step: Array, *, networks: Networks) -> tuple[Array, Means]:

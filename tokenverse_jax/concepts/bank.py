@@ -32,6 +32,7 @@ from runtime_jax.config import build
 from runtime_jax.files import path_of
 from runtime_jax.weights import read_safetensors, write_safetensors
 from tokenverse_jax.concepts.concept_mod import Params
+from tokenverse_jax.concepts.pretrained import SHIPPED
 from tokenverse_jax.flux.layers import QKNorm
 from tokenverse_jax.flux.model import Flux
 from tokenverse_jax.flux.offsets import OffsetBlocks
@@ -168,6 +169,7 @@ def load_concepts(
     """Reads a concept file.
 
     Args:
+      path: of the file, or the name of a shipped one, such as "tiny-star".
       base: the model that the concepts are for; None: whatever they were learned on.
       base_hash: of `Pipeline.base_hash`, instead of `base`.
 
@@ -175,6 +177,7 @@ def load_concepts(
       ValueError: no such file, another format or version, damaged, or learned on another model.
     """
     base_hash = base_hash if base is None else base.base_hash()
+    path = SHIPPED.get(os.fspath(path), path)
     tensors, fields = read_safetensors(path)
     if fields.get("format") != FORMAT:
         raise ValueError(f"{path}: not a concept file (its format is {fields.get('format')!r}, not {FORMAT!r})")

@@ -18,6 +18,7 @@ from jaxtyping import Array, Float
 
 from tokenverse_jax.concepts.bank import Concept, ConceptFile
 from tokenverse_jax.concepts.concept_mod import Params, word_directions
+from tokenverse_jax.concepts.pretrained import SHIPPED
 from tokenverse_jax.flux.offsets import Offsets, place_on_tokens
 from tokenverse_jax.flux.words import Tokenizer, find_word, split_number, word_key
 
@@ -43,7 +44,7 @@ class ConceptRequest:
 
     Attributes:
       target: word of the prompt; "doll#2" is its second "doll".
-      path: of the concept file.
+      path: of the concept file, or the name of a shipped one.
       word: of the file; None: the file's only word, or else the target: "doll#2" if the file has it, otherwise "doll".
       strength: factor on the concept's own.
     """
@@ -67,7 +68,7 @@ class ConceptRequest:
 
 
 def parse_request(text: str) -> ConceptRequest:
-    """Reads TARGET=FILE[:WORD][@STRENGTH].
+    """Reads TARGET=FILE[:WORD][@STRENGTH], FILE being a path or the name of a shipped file.
 
     "doll=bank/doll.safetensors" puts the file's "doll" (or its only word) on the prompt's "doll",
     "dawn=bank/street.safetensors:light@0.8" the file's "light", weakened, on the prompt's "dawn".
@@ -75,9 +76,13 @@ def parse_request(text: str) -> ConceptRequest:
     Raises:
       ValueError: another form, or a strength that is not a finite number.
     """
-    match = re.fullmatch(r"([^=]+)=(.+\.safetensors)(?::([^@]+))?(?:@(.+))?", text)
+    files = "|".join([r".+\.safetensors", *map(re.escape, SHIPPED)])
+    match = re.fullmatch(rf"([^=]+)=({files})(?::([^@]+))?(?:@(.+))?", text)
     if match is None:
-        raise ValueError(f"{text!r}: not of the form TARGET=FILE.safetensors[:WORD][@STRENGTH]")
+        shipped = ", ".join(SHIPPED)
+        raise ValueError(
+            f"{text!r}: not of the form TARGET=FILE.safetensors[:WORD][@STRENGTH]; shipped are the files {shipped}"
+        )
     target, path, word, strength = match.groups()
     try:
         value = 1.0 if strength is None else float(strength)
