@@ -12,21 +12,28 @@ FAST := GLIBC_TUNABLES=$(KEEP_PAGES) JAX_COMPILATION_CACHE_DIR=$(RUN)/compiled \
 
 .PHONY: demo test test-fast parity gpu-check lint format clean
 
+# First the shipped models' pictures, then what a short training makes.
 demo: $(VENV)/.installed
+	rm -rf $(RUN)/shipped $(RUN)/report
+	$(FAST) $(BIN)/mergevq reconstruct mini_scenes/pictures --out $(RUN)/shipped/reconstructions
+	$(FAST) $(BIN)/mergevq sample --model tiny-mergear --num 48 --batch-size 48 --keep 144 --cfg-scale 3.5 \
+		--show-cache --out $(RUN)/shipped/samples
+	$(FAST) $(BIN)/tokenverse generate --prompt "a star and a heart on the beach" --compare each \
+		--concept "a star=tiny-star" --concept "a heart=tiny-heart" --out $(RUN)/shipped/tokenverse
+	@echo "The shipped models' pictures are in $(RUN)/shipped: reconstructions, samples/samples.png, samples/cache.png,"
+	@echo "and tokenverse/overview.png, with concepts that were learned from one picture each. Now the same is trained:"
+	@echo "a tokenizer for a few minutes, and the concepts of two pictures."
 	$(BIN)/mergevq scenes --data-dir data
 	$(FAST) $(BIN)/mergevq train --config configs/mergevq_tiny.py:demo --workdir $(RUN)
-	rm -rf $(RUN)/report
 	$(FAST) $(BIN)/mergevq evaluate reconstruction --tokenizer tiny --tokenizer $(RUN)/tokenizer \
 		--metrics $(RUN)/metrics.jsonl --out $(RUN)/report
-	$(FAST) $(BIN)/mergevq sample --model tiny-mergear --num 48 --batch-size 48 --keep 144 --cfg-scale 3.5 \
-		--show-cache --out $(RUN)/samples
 	$(FAST) $(BIN)/tokenverse learn --config configs/tokenverse_tiny.py:all --workdir $(RUN)/concepts \
 		--config.cache=$(RUN)/pool
 	$(FAST) $(BIN)/tokenverse generate --prompt "a star and a heart on the beach" --compare each \
 		--concept "a star=$(RUN)/concepts/star.safetensors" --concept "a heart=$(RUN)/concepts/heart.safetensors" \
 		--out $(RUN)/tokenverse
-	@echo "Look at reconstructions.png, loss.png and summary.md in $(RUN)/report, at samples.png and cache.png in $(RUN)/samples,"
-	@echo "and at $(RUN)/tokenverse/overview.png"
+	@echo "Look at $(RUN)/shipped, at reconstructions.png, loss.png and summary.md in $(RUN)/report, and at"
+	@echo "$(RUN)/tokenverse/overview.png"
 
 # One worker a core, up to four: a worker needs some gigabytes. Neighbours share what they compile: work moves only to idle workers.
 test: $(VENV)/.installed

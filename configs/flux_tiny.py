@@ -1,6 +1,7 @@
-"""The shipped tiny FLUX pipeline, trained on mini_scenes: 64 px, 64 image tokens.
+"""The shipped tiny FLUX pipeline, trained on mini_scenes: 64 px, 64 image tokens; and its training on new scenes.
 
-tokenverse train-base --config flux_tiny --workdir runs/flux_tiny
+tokenverse train-base --config flux_tiny --workdir runs/flux_first
+tokenverse train-base --config flux_tiny:more --workdir runs/flux_tiny        # goes on from the first
 """
 
 from ml_collections import ConfigDict
@@ -10,8 +11,21 @@ def _optimizer(**values) -> dict:
     return {"schedule": "cosine", "final_fraction": 0.02, "b1": 0.9, "b2": 0.95, "clip_norm": 1.0} | values
 
 
-def get_config() -> ConfigDict:
-    """The config of the shipped model."""
+def get_config(arg: str = "") -> ConfigDict:
+    """`arg`: "more" goes on from a pipeline, `init_from`: new scenes, smaller steps, more words for T5."""
+    if arg not in ("", "more"):
+        raise ValueError(f"no variant {arg!r}; there is more")
+    config = _first()
+    if arg == "more":
+        config.update({"init_from": "runs/flux_first/pipeline", "seed": 1})
+        stage = config.text_to_image
+        stage.captions.update({"drop_t5": 0.2, "local": 0.3, "easy_steps": 0, "full_steps": 0})
+        stage.training.optimizer.update({"learning_rate": 1.2e-3, "muon_learning_rate": 0.006})
+        stage.training.loop.duration.steps = 9000
+    return config
+
+
+def _first() -> ConfigDict:
     return ConfigDict(
         {
             "task": "base",
