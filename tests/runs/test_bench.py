@@ -13,13 +13,14 @@ from tiny_pipeline import write_tiny_pipeline
 
 from mini_scenes import BACKGROUNDS, TEXTURES, Scene, accent_of, render_scene
 from mini_scenes.judge import Judge, Seen, parse_caption
+from runtime_jax.config import build, load
 from runtime_jax.training.optimizer import OptimizerConfig
 from runtime_jax.training.stop import StoppedError
 from tokenverse_jax.bench.appearance import Appearance, light_likeness, object_likeness
 from tokenverse_jax.bench.cases import Case, make_cases, make_images, read_images
 from tokenverse_jax.bench.metrics import View, measure
 from tokenverse_jax.bench.rows import FULL, PROMPT, RENDERED, make_rows
-from tokenverse_jax.bench.run import BenchConfig, bench
+from tokenverse_jax.bench.run import Bench, BenchConfig, bench
 from tokenverse_jax.bench.table import complete, markdown, summarize
 from tokenverse_jax.concepts.concept_mod import ConceptModConfig
 from tokenverse_jax.concepts.isolation import IsolationConfig
@@ -354,6 +355,8 @@ def test_images_may_be_pictures_from_elsewhere(tmp_path):
     names = [[{(item.shape, item.color) for item in scene.objects} for scene in pair] for pair in both]
     found = [mine & others for mine, others in names]
     assert sum(map(len, found)) >= 0.8 * 2 * len(images)  # the judge reads them, though it has seen none
+    config = build(BenchConfig, load("tokenverse_bench:drawings", [f"pictures={tmp_path}", "model=tiny-directions"]))
+    Bench.open(config, tmp_path / "bench")  # binds all captions, also beside those of the isolation loss
     with pytest.raises(ValueError, match=r"16 files \*\.png, but images=20 are needed"):
         read_images(tmp_path, 20)
     (tmp_path / "03.json").write_text("{}")

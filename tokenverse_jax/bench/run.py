@@ -25,7 +25,7 @@ from tokenverse_jax.bench.rows import FULL, PROMPT, RENDERED, Row, make_rows, st
 from tokenverse_jax.bench.table import complete, markdown
 from tokenverse_jax.bench.workdir import Workdir
 from tokenverse_jax.concepts.bank import Concept, ConceptFile, load_concepts
-from tokenverse_jax.concepts.captions import bind_captions
+from tokenverse_jax.concepts.captions import Captions, bind_captions
 from tokenverse_jax.concepts.concept_data import (
     ConceptData,
     encode_concept,
@@ -131,6 +131,8 @@ class Bench:
         pipeline, judge = Pipeline.from_pretrained(config.model), Judge.load()
         weights = {part: fingerprint(getattr(pipeline, part).params) for part in PARTS}
         resolved = config_lib.to_dict(config) | {"weights": weights, "judge": fingerprint(judge.params)}
+        for image in images:  # a caption that is too long is found now, and not when its turn comes
+            _bind(pipeline, config.learn, image)
         return cls(
             config=config,
             files=Workdir(workdir, resolved),
@@ -162,8 +164,7 @@ class Bench:
             ).save(path)
 
     def _encode(self, config: LearnConfig, image: ConceptImage) -> ConceptData:
-        tokenizer, length = self.pipeline.tokenizer_2, self.pipeline.text_length
-        captions = bind_captions(tokenizer, length, [image.captions], list(image.words), config.isolation)
+        captions = _bind(self.pipeline, config, image)
         data = encode_concept(self.pipeline, config, image.pixels(self.config.size)[None], captions)
         return self.with_pool(data) if config.isolation else data
 
@@ -284,3 +285,8 @@ class Bench:
         grid = self.pipeline.vae.config.token_grid(*pixels.shape[:2])
         decoded = self.pipeline.decode_latents(self.pipeline.encode_images(pixels[None]), grid)
         return np.repeat(np.asarray(decoded), self.config.seeds, axis=0)
+
+
+def _bind(pipeline: Pipeline, config: LearnConfig, image: ConceptImage) -> Captions:
+    tokenizer, length = pipeline.tokenizer_2, pipeline.text_length
+    return bind_captions(tokenizer, length, [image.captions], list(image.words), config.isolation)
