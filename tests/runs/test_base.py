@@ -39,6 +39,7 @@ from tokenverse_jax.base.report import held_out_captions, report
 from tokenverse_jax.base.tokenizers import make_tokenizers, scene_words
 from tokenverse_jax.base.words import PHRASES, UNSAID, VALUES, bag_loss, bags, words, words_loss
 from tokenverse_jax.flux.model import direction
+from tokenverse_jax.flux.model_folder import Part
 from tokenverse_jax.flux.offsets import NO_OFFSETS
 from tokenverse_jax.flux.pipeline import PARTS, Pipeline
 from tokenverse_jax.flux.words import find_word
@@ -508,6 +509,10 @@ def test_a_run_may_go_on_from_a_pipeline(trained, tmp_path, monkeypatch):
         assert getattr(ours, name).config == getattr(start, name).config
         same = functools.partial(np.testing.assert_allclose, rtol=0, atol=0 if name in ("vae", "clip") else 1e-11)
         jax.tree.map(same, getattr(ours, name).params, getattr(start, name).params)
+    other = dataclasses.replace(start, clip=Part(start.clip.config, jax.tree.map(lambda x: 2 * x, start.clip.params)))
+    other.save_pretrained(tmp_path / "other")
+    with pytest.raises(ValueError, match=r"frozen\.clip"):
+        run.train(dataclasses.replace(config, init_from=str(tmp_path / "other")), tmp_path)
 
 
 def test_a_pipeline_that_a_run_cannot_go_on_from_is_refused(trained, tmp_path, tokenizers):

@@ -95,7 +95,7 @@ def train(config: BaseConfig, workdir: str | os.PathLike) -> loop.Result:
             latents = _encode(config, vae_params, scenes, path)
             part = _scaled(Part(config.vae.model, vae_params), latents)
             weights = {name: to_host(result.state.params[name]) for name in ("t5", "clip", "words_head")}
-        clip = weights.pop("clip")
+        frozen = {"vae": part.params, "clip": weights.pop("clip")}
         data = Corpus(
             latents=np.asarray(autoencoder.to_latents(jnp.asarray(latents, jnp.float32), part.config)),
             layouts=_layouts(config, scenes, path),
@@ -111,7 +111,7 @@ def train(config: BaseConfig, workdir: str | os.PathLike) -> loop.Result:
             return Pipeline(
                 transformer=Part(networks.transformer, params["transformer"]),
                 vae=part,
-                clip=Part(networks.clip, clip),
+                clip=Part(networks.clip, frozen["clip"]),
                 t5=Part(networks.t5, params["t5"]),
                 **tokenizers._asdict(),
                 schedule=config.schedule,
@@ -120,7 +120,7 @@ def train(config: BaseConfig, workdir: str | os.PathLike) -> loop.Result:
                 compute=config.compute,
             )
 
-        result = _train_text_to_image(config, path / "text_to_image", networks, weights, clip, data, pipeline)
+        result = _train_text_to_image(config, path / "text_to_image", networks, weights, frozen, data, pipeline)
         if result.stopped_by is None and jax.process_index() == 0:
             _in_bfloat16(pipeline(to_host(result.state.ema))).save_pretrained(path / FOLDER)
         return result
@@ -232,7 +232,7 @@ def _train_text_to_image(
     workdir: AnyPath,
     networks: Networks,
     weights: Params,
-    clip: Params,
+    frozen: Params,
     data: Corpus,
     pipeline: Callable[[Params], Pipeline],
 ) -> loop.Result:
@@ -243,7 +243,9 @@ def _train_text_to_image(
         images = pipeline(params).generate(captions, **sides, **vars(config.sampling))
         return {"samples": captioned_grid(to_host(images), captions)}
 
-    stage = config.text_to_image
+    stage, clip = config.text_to_image, frozen["clip"]
+    # Files that a pipeline was read from may hold another one when the run is resumed.
+    prints = {name: fingerprint(params) for name, params in frozen.items()}
 
     def init() -> Params:
         params = text_to_image.init_params(networks, config.seed)
@@ -252,9 +254,9 @@ def _train_text_to_image(
     return train_network(
         stage.training,
         workdir,
-        resolved_config=config_lib.to_dict(config),
+        resolved_config=config_lib.to_dict(config) | {"frozen": prints},
         dtype=config.compute.dtype,
-        must_match=("seed", "image_size", "num_scenes", "drawn", "vae", "text_to_image", "init_from"),
+        must_match=("seed", "image_size", "num_scenes", "drawn", "vae", "text_to_image", "frozen"),
         init=init,
         loss=functools.partial(text_to_image.loss, clip=clip, config=stage, networks=networks, seed=config.seed),
         batches=data.batches,
