@@ -82,7 +82,7 @@ def _command_line() -> CommandLine:
 
     sub = line.command("concepts", _concepts, "List concept files.")
     sub.add_argument("action", choices=("inspect",), help="a table, and a warning where two words would blend")
-    sub.add_argument("files", nargs="+", type=path)
+    sub.add_argument("files", nargs="+", type=path, help="or names of shipped ones")
     _model_arguments(
         sub, default=None, help="base model, to compare attention keys (default: the one named in the files)"
     )
@@ -237,8 +237,10 @@ def _learn(args, overrides) -> None:
 
 def _concepts(args, _) -> None:
     from tokenverse_jax.commands.concepts import inspect_bank
+    from tokenverse_jax.concepts.pretrained import SHIPPED
 
-    print(inspect_bank(args.files, functools.partial(_loader, args), args.model))
+    files = [SHIPPED.get(str(file), file) for file in args.files]
+    print(inspect_bank(files, functools.partial(_loader, args), args.model))
 
 
 def _inspect(args, _) -> None:

@@ -355,7 +355,7 @@ def test_images_may_be_pictures_from_elsewhere(tmp_path):
     names = [[{(item.shape, item.color) for item in scene.objects} for scene in pair] for pair in both]
     found = [mine & others for mine, others in names]
     assert sum(map(len, found)) >= 0.8 * 2 * len(images)  # the judge reads them, though it has seen none
-    config = build(BenchConfig, load("tokenverse_bench:drawings", [f"pictures={tmp_path}", "model=tiny-directions"]))
+    config = build(BenchConfig, load("tokenverse_bench:drawings", [f"pictures={tmp_path}"]))
     Bench.open(config, tmp_path / "bench")  # binds all captions, also beside those of the isolation loss
     with pytest.raises(ValueError, match=r"16 files \*\.png, but images=20 are needed"):
         read_images(tmp_path, 20)

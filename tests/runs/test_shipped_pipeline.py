@@ -1,4 +1,4 @@
-"""The shipped tiny FLUX pipelines: their size, that they draw what captions name, and what directions do."""
+"""The shipped tiny FLUX pipeline and concepts: sizes, that captions are followed, what directions and concepts do."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -6,8 +6,11 @@ import pytest
 
 from mini_scenes.judge import Judge, accuracies, follows
 from runtime_jax.config import build, load
+from tokenverse_jax import generate
 from tokenverse_jax.base.report import held_out_captions
 from tokenverse_jax.base.run import BaseConfig
+from tokenverse_jax.concepts.bank import load_concepts
+from tokenverse_jax.concepts.pretrained import SHIPPED as CONCEPTS
 from tokenverse_jax.flux.model import direction
 from tokenverse_jax.flux.offsets import Offsets, place_on_tokens
 from tokenverse_jax.flux.pipeline import Pipeline
@@ -41,9 +44,8 @@ def test_it_draws_what_captions_name(pipeline):
         assert shares[kind].mean > bound, kind
 
 
-def test_a_direction_from_two_prompts_changes_the_word_that_it_is_put_on():
-    """The observation that the paper starts from, with the model that was trained for it."""
-    pipeline = Pipeline.from_pretrained("tiny-directions")
+def test_a_direction_from_two_prompts_changes_the_word_that_it_is_put_on(pipeline):
+    """The observation that the paper starts from."""
     prompt, seeds = "a star to the left of a ring on the beach", 6
     flux, vec = pipeline.transformer, pipeline.encode_prompts(["a purple star", "a star"]).vec
     one = np.asarray(direction(flux.config, flux.params, vec[:1], vec[1:]))[0]
@@ -58,3 +60,22 @@ def test_a_direction_from_two_prompts_changes_the_word_that_it_is_put_on():
     assert sum(view.get("star") == "purple" for view in seen[0.0]) <= 2
     assert sum(view.get("star") == "purple" for view in seen[0.7]) >= 5
     assert sum(one.get("ring") == other.get("ring") for one, other in zip(*seen.values(), strict=True)) >= 5
+
+
+def test_shipped_concepts_bring_their_look(pipeline):
+    """Each in one prompt with the other, as in the README's first picture; both were learned on these weights."""
+    words = {"tiny-star": "a star", "tiny-heart": "a heart"}
+    files = {name: load_concepts(name, pipeline) for name in CONCEPTS}
+    assert files.keys() == words.keys() and all(file.image is not None for file in files.values())
+    concepts = {word: files[name].concept(word) for name, word in words.items()}
+    images = generate(pipeline, "a star and a heart on the beach", concepts, num=6)
+    judge = Judge.load()
+    learned = judge.look(np.stack([file.image for file in files.values()]))
+    looks = {item.shape: (item.color, item.texture) for view in learned for item in view.scene.objects}
+    drawn = [
+        (item.color, item.texture) == looks[item.shape]
+        for view in judge.look(images)
+        for item in view.scene.objects
+        if item.shape in ("star", "heart")
+    ]
+    assert len(drawn) >= 10 and sum(drawn) >= 8

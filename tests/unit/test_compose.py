@@ -62,6 +62,8 @@ def make_file(*words):
         ("teddy bear=C:\\me@home\\a=b.safetensors@2", ("teddy bear", "C:\\me@home\\a=b.safetensors", None, 2.0)),
         ("a = b.safetensors : c @ 1e-1", None),  # no spaces around the path's end
         (" a = b.safetensors: c @ 1e-1", ("a", "b.safetensors", "c", 0.1)),
+        ("a star=tiny-star", ("a star", "tiny-star", None, 1.0)),
+        ("a ring=tiny-star:a drop@0.5", ("a ring", "tiny-star", "a drop", 0.5)),
     ],
 )
 def test_requests(text, expected):
@@ -73,7 +75,8 @@ def test_requests(text, expected):
 
 
 @pytest.mark.parametrize(
-    "text", ["", "doll", "doll=", "=a.safetensors", "doll=doll.pt", "doll=a.safetensors:", "a.safetensors"]
+    "text",
+    ["", "doll", "doll=", "=a.safetensors", "doll=doll.pt", "doll=a.safetensors:", "a.safetensors", "doll=tiny-stars"],
 )
 def test_requests_of_another_form(text):
     with pytest.raises(ValueError, match=r"not of the form TARGET=FILE\.safetensors\[:WORD\]\[@STRENGTH\]"):
