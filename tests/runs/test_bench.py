@@ -240,6 +240,9 @@ def test_a_neighbour_or_a_light_that_changes_is_not_kept():
         view, other = perfect_sight(case.scene), 1 - use.object
         changed = perfect_sight(repainted(case, other))
         assert (measure(case, view, view).kept, measure(case, changed, view).kept) == (1, 0)
+        slightly = [channel + (8 if channel < 128 else -8) for channel in case.scene.objects[other].rgb]
+        lighter = perfect_sight(case.scene.with_object(other, rgb=tuple(slightly)))
+        assert measure(case, lighter, view).kept == 1  # whatever the two colours are called
         without = dataclasses.replace(case.scene, objects=case.scene.objects[use.object :][:1])
         assert measure(case, perfect_sight(without), view).kept == 0  # it has gone
         assert measure(case, view, perfect_sight(without)).kept is None  # it was never there

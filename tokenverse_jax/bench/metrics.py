@@ -17,11 +17,12 @@ bleeding: how much more similar the other objects are to the concept than in the
   image is left out here; PF counts it.
 reached: whether the object, or the light, has the attribute that a direction without learning names. A method that
   ignores the direction reaches some by chance: as many as the prompt alone.
-kept: the share of the other objects that have the class, colour, texture and pose that they have in the base model's
-  image from the same noise; beside a direction without learning, the class and the attribute that it names. A method
+kept: the share of the other objects that have the class that they have in the base model's image from the same noise,
+  and a likeness of KEPT or more to their colour, texture and pose there; beside a direction without learning, to the
+  attribute that it names. Names alone would change with the least change of an object between two of them. A method
   that does nothing keeps all. An object that is missing in the base model's image is left out.
-light kept: whether the light's warmth and direction have the names that they have in the base model's image; for
-  prompts without a concept on the light.
+light kept: whether the light has a likeness of KEPT or more to the warmth and the direction that it has in the base
+  model's image; for prompts without a concept on the light.
 
 The figures are as good as the judge. The row "rendered" measures true scenes in the same way, through the base model's
 autoencoder: it is the upper bound of every method.
@@ -35,11 +36,12 @@ from jaxtyping import UInt8
 from scipy import ndimage
 
 from mini_scenes.judge import Seen, Verdict, compare, parse_caption
-from tokenverse_jax.bench.appearance import light_likeness, object_likeness
+from tokenverse_jax.bench.appearance import Appearance, light_likeness, object_likeness
 from tokenverse_jax.bench.cases import Case, Use
 
 MARGIN = 2  # pixels around a region
 LOOKS = ("color", "texture", "pose")
+KEPT = 0.5  # likeness: a distance of 25 between colours, 45 degrees, a quarter of the range of warmth
 IDLE = 1.0  # levels of 255: a smaller change than this, inside and outside together, is none
 
 Image = UInt8[np.ndarray, "H W 3"]
@@ -122,17 +124,22 @@ def _kept(
     number: int, kinds: Collection[str], after: tuple[Seen, Verdict], before: tuple[Seen, Verdict]
 ) -> float | None:
     """Whether an object of the prompt has the looks of these kinds that it had; None where it was missing."""
-    looks = []
-    for seen, verdict in (after, before):
-        found = verdict.places[number]
-        item = None if found is None else seen.scene.objects[found]
-        looks.append(item and (item.shape, *(getattr(item, kind) for kind in kinds)))
-    return None if looks[1] is None else float(looks[0] == looks[1])
+    (seen, verdict), (seen_before, verdict_before) = after, before
+    found, found_before = verdict.places[number], verdict_before.places[number]
+    if found_before is None:
+        return None
+    if found is None:
+        return 0.0
+    item, item_before = seen.scene.objects[found], seen_before.scene.objects[found_before]
+    textures = seen.textures[found] / seen.textures[found].max()  # whatever the judge sees of itself is kept
+    likes = object_likeness(Appearance.of_object(item_before), item, textures)
+    same = [like >= KEPT for kind, like in likes.items() if kind in kinds]
+    return float(item.shape == item_before.shape and all(same))
 
 
 def _light_kept(after: Seen, before: Seen) -> float:
-    lights = [(seen.scene.light.warmth_name, seen.scene.light.direction_name) for seen in (after, before)]
-    return float(lights[0] == lights[1])
+    likes = light_likeness(Appearance.of_light(before.scene.light), after.scene.light)
+    return float(min(likes.values()) >= KEPT)
 
 
 def _change(case: Case, after: tuple[View, Verdict], before: tuple[View, Verdict]) -> tuple[float, float] | None:
