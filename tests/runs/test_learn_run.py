@@ -201,19 +201,19 @@ def test_pictures_that_the_model_cannot_draw_are_warned_of(caplog):
 def test_scenes_are_familiar_to_the_shipped_model_and_noise_is_not():
     pipeline = Pipeline.from_pretrained("tiny")
     rng = np.random.default_rng(0)
-    scenes = rows(0, "test", range(12))
+    scenes = rows(0, "test", range(22))
     images, captions = draw_scenes(scenes, 64), [full_caption(scene) for scene in scenes]
     noise = rng.integers(0, 256, images[:2].shape, np.uint8)
     stripes = np.broadcast_to(np.where(np.arange(64) % 4 < 2, 255, 0)[:, None, None], images[:2].shape).astype(np.uint8)
     encoded = [
         (encode_images(pipeline, pictures), encode_prompts(pipeline, texts))
         for pictures, texts in (
-            (np.concatenate([images[:6], noise, stripes]), [*captions[:6], *["a star on the beach"] * 4]),
-            (images[6:], captions[6:]),
+            (np.concatenate([images[:16], noise, stripes]), [*captions[:16], *["a star on the beach"] * 4]),
+            (images[16:], captions[16:]),
         )
     ]
     ratios = loss_ratios(pipeline, *encoded, (8, 8), guidance=1.0)
-    assert ratios[:6].max() < UNFAMILIAR < ratios[6:].min()
+    assert ratios[:16].max() < UNFAMILIAR < ratios[16:].min()
 
 
 @pytest.mark.parametrize(
