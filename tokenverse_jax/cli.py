@@ -193,11 +193,10 @@ def _generate(args, _) -> None:
     from runtime_jax.workdir import check_output
     from tokenverse_jax.commands.generate import generate
     from tokenverse_jax.concepts.compose import parse_request
-    from tokenverse_jax.concepts.pretrained import SHIPPED
 
     requests = [parse_request(text) for text in args.concept]
     for request in requests:
-        if request.path not in SHIPPED and not is_file(path(request.path)):  # loading a model takes a while
+        if not is_file(path(request.path)):  # loading a model takes a while
             raise ValueError(f"{request.path}: no such concept file")
     check_output(args.out)
     settings = {"num": args.num, "mode": args.mode, "compare": args.compare, "out": args.out}

@@ -477,6 +477,7 @@ def test_a_run_leaves_a_pipeline_and_goes_on_where_it_was(trained):
     config = _config()
     pipeline = Pipeline.from_pretrained(workdir / "pipeline")
     assert pipeline.text_length == 40
+    assert any((leaf != leaf.astype(jnp.bfloat16)).any() for leaf in jax.tree.leaves(pipeline.vae.params))  # float32
     tokens = pipeline.encode_images(corpus.draw(corpus.rows(0, "train", range(8)), SIZE))
     np.testing.assert_allclose([tokens.mean(), tokens.std()], [0, 1], atol=2e-2)  # what scaling and shift are for
     networks = text_to_image.make_networks(config.text_to_image, make_tokenizers(scene_words(), 40), Compute())

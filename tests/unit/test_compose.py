@@ -22,6 +22,7 @@ from tokenverse_jax.concepts.compose import (
     place_recomputed,
     place_stored,
 )
+from tokenverse_jax.concepts.pretrained import SHIPPED
 
 D, BLOCKS, LENGTH = 6, 3, 8
 
@@ -62,8 +63,8 @@ def make_file(*words):
         ("teddy bear=C:\\me@home\\a=b.safetensors@2", ("teddy bear", "C:\\me@home\\a=b.safetensors", None, 2.0)),
         ("a = b.safetensors : c @ 1e-1", None),  # no spaces around the path's end
         (" a = b.safetensors: c @ 1e-1", ("a", "b.safetensors", "c", 0.1)),
-        ("a star=tiny-star", ("a star", "tiny-star", None, 1.0)),
-        ("a ring=tiny-star:a drop@0.5", ("a ring", "tiny-star", "a drop", 0.5)),
+        ("a star=tiny-star", ("a star", str(SHIPPED["tiny-star"]), None, 1.0)),
+        ("a ring=tiny-star:a drop@0.5", ("a ring", str(SHIPPED["tiny-star"]), "a drop", 0.5)),
     ],
 )
 def test_requests(text, expected):

@@ -122,17 +122,14 @@ def train(config: BaseConfig, workdir: str | os.PathLike) -> loop.Result:
 
         result = _train_text_to_image(config, path / "text_to_image", networks, weights, frozen, data, pipeline)
         if result.stopped_by is None and jax.process_index() == 0:
-            _in_bfloat16(pipeline(to_host(result.state.ema))).save_pretrained(path / FOLDER)
+            trained = pipeline(to_host(result.state.ema))
+            small = {name: _in_bfloat16(getattr(trained, name)) for name in PARTS if name != "vae"}
+            replace(trained, **small).save_pretrained(path / FOLDER)
         return result
 
 
-def _in_bfloat16(pipeline: Pipeline) -> Pipeline:
-    parts = {name: getattr(pipeline, name) for name in PARTS}
-    small = {
-        name: Part(part.config, jax.tree.map(lambda leaf: np.asarray(leaf, jnp.bfloat16), part.params))
-        for name, part in parts.items()
-    }
-    return replace(pipeline, **small)
+def _in_bfloat16(part: Part) -> Part:
+    return replace(part, params=jax.tree.map(lambda leaf: np.asarray(leaf, jnp.bfloat16), part.params))
 
 
 def _load_start(config: BaseConfig, networks: Networks, tokenizers: Tokenizers) -> Pipeline:

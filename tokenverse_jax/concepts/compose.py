@@ -44,7 +44,7 @@ class ConceptRequest:
 
     Attributes:
       target: word of the prompt; "doll#2" is its second "doll".
-      path: of the concept file, or the name of a shipped one.
+      path: of the concept file.
       word: of the file; None: the file's only word, or else the target: "doll#2" if the file has it, otherwise "doll".
       strength: factor on the concept's own.
     """
@@ -90,7 +90,8 @@ def parse_request(text: str) -> ConceptRequest:
         value = math.nan
     if not math.isfinite(value):
         raise ValueError(f"{text!r}: the strength {strength!r} is not a number")
-    return ConceptRequest(target=target.strip(), path=path.strip(), word=word and word.strip(), strength=value)
+    path = str(SHIPPED.get(path, path.strip()))
+    return ConceptRequest(target=target.strip(), path=path, word=word and word.strip(), strength=value)
 
 
 class PlacedConcept(NamedTuple):
