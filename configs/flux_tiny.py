@@ -12,16 +12,16 @@ def _optimizer(**values) -> dict:
 
 
 def get_config(arg: str = "") -> ConfigDict:
-    """`arg`: "more" goes on from a pipeline, `init_from`: new scenes, more drawings, more words for T5."""
+    """`arg`: "more" goes on from a pipeline, `init_from`: new scenes, with more drawings and more words."""
     if arg not in ("", "more"):
         raise ValueError(f"no variant {arg!r}; there is more")
     config = _first()
     if arg == "more":
-        config.update({"init_from": "runs/flux_first/pipeline", "seed": 2, "drawn": 0.5})
+        config.update({"init_from": "runs/flux_first/pipeline", "seed": 3, "drawn": 0.5})
         stage = config.text_to_image
-        stage.captions.update({"drop_t5": 0.2, "local": 0.3, "easy_steps": 0, "full_steps": 0})
+        stage.captions.update({"drop_t5": 0.2, "local": 0.3, "light": 0.6, "easy_steps": 0, "full_steps": 0})
         stage.training.optimizer.update({"learning_rate": 1.2e-3, "muon_learning_rate": 0.006})
-        stage.training.loop.duration.steps = 8000
+        stage.training.loop.duration.steps = 7000
     return config
 
 

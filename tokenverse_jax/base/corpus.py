@@ -124,13 +124,14 @@ class CaptionConfig:
     drop_t5: float = 0.32  # shares of the examples, each by itself: both are dropped in their product
     drop_clip: float = 0.32
     local: float = 0.0  # share of the examples whose looks are told by modulation alone, see `Told`
+    light: float = 0.3  # probability that a caption names the light's warmth, and its side
     pair_every: int = 8  # one batch in this many has pairs; 0: none
     easy_steps: int = 0  # the first steps, with scenes of one object
     full_steps: int = 0  # the first steps, with captions that name everything in one fixed form
     object_weights: tuple[float, ...] = (1.0, 1.0)  # after easy_steps: shares of scenes of one object and of two
 
     def __post_init__(self):
-        for name in ("drop_t5", "drop_clip", "local"):
+        for name in ("drop_t5", "drop_clip", "local", "light"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name}={getattr(self, name)}: a share is needed, from 0 to 1")
         weights = self.object_weights
@@ -139,6 +140,11 @@ class CaptionConfig:
         for name in ("pair_every", "easy_steps", "full_steps"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}={getattr(self, name)}: a positive number is needed, or 0 for none")
+
+    @property
+    def rates(self) -> Mapping[str, float]:
+        """The probability that a caption mentions each attribute."""
+        return {**MENTION_RATES, "warmth": self.light, "direction": self.light}
 
     def is_easy_step(self, step: int) -> bool:
         """Whether this step's scenes have one object."""
@@ -231,7 +237,7 @@ class Corpus:
         scenes = [self.scenes[pick] for pick in picks]
         is_local = rng.uniform() < config.local
         no_t5, no_clip = rng.uniform(size=2) < (config.drop_t5, config.drop_clip)
-        rates = BARE_RATES if is_local else None if name_all else MENTION_RATES
+        rates = BARE_RATES if is_local else None if name_all else config.rates
         (t5, starts), (clip, _) = (_caption(scenes, rng, self.tokenizers, config, rates) for _ in range(2))
         told = Told(
             t5="" if no_t5 and not is_local else t5,

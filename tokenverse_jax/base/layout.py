@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, Float32
 from mini_scenes import CLASSES, SYMMETRY, TEXTURES, Scene, SceneObject, render_scene
 
 COVERS = len(CLASSES)  # the first features: how much of a token each class covers
-OWNER = len(TEXTURES) + 9  # then: the object that covers most of a token, and 1 if there is one
+OWNER = len(TEXTURES) + 12  # then: the object that covers most of a token, the light on it, and 1 if there is one
 FEATURES = COVERS + OWNER
 EPS = 1e-6
 
@@ -31,17 +31,23 @@ def layout(scene: Scene, size: int, grid: tuple[int, int]) -> Float32[np.ndarray
         cover = reduce((mask == number).astype(np.float32), "(h y) (w x) -> h w", "mean", h=grid[0], w=grid[1])
         found[..., CLASSES.index(item.shape)] += cover
         is_owner = cover > most
-        found[is_owner, COVERS:] = _owner(item, grid)[is_owner]
+        found[is_owner, COVERS:] = _owner(scene, item, grid)[is_owner]
         most = np.maximum(most, cover)
     return found
 
 
-def _owner(item: SceneObject, grid: tuple[int, int]) -> Float[np.ndarray, "h w F"]:
-    """Texture, rotation, colour, size, the offset of the token from the object's centre in units of its size, and 1."""
+def _owner(scene: Scene, item: SceneObject, grid: tuple[int, int]) -> Float[np.ndarray, "h w F"]:
+    """What is known of an object of the scene.
+
+    Texture, rotation, colour, size, the light's side (0 without shading) and warmth, the offset of the token from the
+    object's centre in units of its size, and 1.
+    """
     rows, columns = np.meshgrid(*((np.arange(side) + 0.5) / side for side in grid), indexing="ij")
     turn = np.deg2rad(SYMMETRY[item.shape] * item.rotation)
     texture = [float(item.texture == name) for name in TEXTURES]
-    same = [*texture, np.cos(turn), np.sin(turn), *(np.float32(item.rgb) / 127.5 - 1), 5 * item.size]
+    azimuth, lit = np.deg2rad(scene.light.azimuth), float(scene.style.shading)
+    light = [lit * np.cos(azimuth), lit * np.sin(azimuth), scene.light.warmth]
+    same = [*texture, np.cos(turn), np.sin(turn), *(np.float32(item.rgb) / 127.5 - 1), 5 * item.size, *light]
     way = np.stack([columns - item.x, rows - item.y], axis=-1) / item.size
     return np.concatenate([np.broadcast_to(same, (*grid, len(same))), way, np.ones((*grid, 1))], axis=-1)
 
