@@ -53,7 +53,9 @@ class BaseConfig:
     text_to_image: TextToImageConfig
     schedule: ScheduleConfig = ScheduleConfig()  # of sampling
     sampling: SamplingConfig = SamplingConfig(num_steps=24, cfg_scale=2.5)  # of previews, and the model's own
-    init_from: str | None = None  # a pipeline: its autoencoder and CLIP stay, its transformer and T5 are trained on
+    init_from: str | None = (
+        None  # a pipeline: its encoder and CLIP stay, the rest is trained on
+    )
 
     def __post_init__(self):
         self.vae.model.token_grid(self.image_size, self.image_size)
@@ -82,7 +84,11 @@ def train(config: BaseConfig, workdir: str | os.PathLike) -> loop.Result:
         scenes = corpus.rows(config.seed, "train", range(config.num_scenes), drawn=config.drawn)
         if config.init_from is not None:
             start = _load_start(config, networks, tokenizers)
-            part, latents = start.vae, _encode(config, start.vae.params, scenes, path)
+            result = _train_vae(config, path / "vae", start.vae)
+            if result.stopped_by is not None:
+                return result
+            part = replace(start.vae, params={**start.vae.params, **to_host(result.state.ema)})
+            latents = _encode(config, part.params, scenes, path)
             weights = {name: to_host(getattr(start, name).params) for name in ("transformer", "t5", "clip")}
         else:
             result = _train_vae(config, path / "vae")
@@ -152,12 +158,18 @@ def _load_start(config: BaseConfig, networks: Networks, tokenizers: Tokenizers) 
     return start
 
 
-def _train_vae(config: BaseConfig, workdir: AnyPath) -> loop.Result:
+def _train_vae(config: BaseConfig, workdir: AnyPath, start: Part | None = None) -> loop.Result:
+    """Trains the autoencoder, or the decoder of `start` alone."""
     batch_size = config.vae.training.batch_size
+    frozen = {} if start is None else {"encoder": start.params["encoder"]}
     images = corpus.draw(corpus.scenes(config.seed, "validation", range(HELD_OUT)), config.image_size)
 
+    def init() -> Params:
+        params = vae.init_params(config.vae, config.seed)
+        return {name: value for name, value in params.items() if name not in frozen}
+
     def rebuilt(params: Params) -> np.ndarray:
-        return to_host(vae.reconstruct(params, images, model=config.vae.model, compute=config.compute))
+        return to_host(vae.reconstruct({**frozen, **params}, images, model=config.vae.model, compute=config.compute))
 
     def preview(params: Params, _: int) -> dict[str, np.ndarray]:
         both = images, rebuilt(params)
@@ -167,17 +179,23 @@ def _train_vae(config: BaseConfig, workdir: AnyPath) -> loop.Result:
     return train_network(
         config.vae.training,
         workdir,
-        resolved_config=config_lib.to_dict(config),
+        resolved_config=config_lib.to_dict(config) | {"frozen": _prints(frozen)},
         dtype=config.compute.dtype,
-        must_match=("vae", "seed", "image_size", "drawn"),
-        init=lambda: vae.init_params(config.vae, config.seed),
-        loss=functools.partial(vae.loss, config=config.vae, compute=config.compute, seed=config.seed),
+        must_match=("vae", "seed", "image_size", "drawn", "frozen"),
+        init=init,
+        loss=functools.partial(vae.loss, frozen=frozen, config=config.vae, compute=config.compute, seed=config.seed),
         batches=lambda step: corpus.picture_batches(
             config.seed, config.image_size, batch_size, step, drawn=config.drawn
         ),
         preview=preview,
         evaluate=lambda params, _: {"psnr": vae.psnr(images, rebuilt(params))},
+        start=None if start is None else {"decoder": to_host(start.params["decoder"])},
     )
+
+
+def _prints(frozen: dict[str, Params]) -> dict[str, str]:
+    """Fingerprints: files that a pipeline was read from may hold another one when the run is resumed."""
+    return {name: fingerprint(params) for name, params in frozen.items()}
 
 
 def _train_reading(
@@ -241,8 +259,6 @@ def _train_text_to_image(
         return {"samples": captioned_grid(to_host(images), captions)}
 
     stage, clip = config.text_to_image, frozen["clip"]
-    # Files that a pipeline was read from may hold another one when the run is resumed.
-    prints = {name: fingerprint(params) for name, params in frozen.items()}
 
     def init() -> Params:
         params = text_to_image.init_params(networks, config.seed)
@@ -251,7 +267,7 @@ def _train_text_to_image(
     return train_network(
         stage.training,
         workdir,
-        resolved_config=config_lib.to_dict(config) | {"frozen": prints},
+        resolved_config=config_lib.to_dict(config) | {"frozen": _prints(frozen)},
         dtype=config.compute.dtype,
         must_match=("seed", "image_size", "num_scenes", "drawn", "vae", "text_to_image", "frozen"),
         init=init,

@@ -37,14 +37,22 @@ def init_params(config: VAEConfig, seed: int) -> Params:
 
 
 def loss(
-    params: Params, batch: dict[str, Array], step: Array, *, config: VAEConfig, compute: Compute, seed: int
+    params: Params,
+    batch: dict[str, Array],
+    step: Array,
+    *,
+    frozen: Params,
+    config: VAEConfig,
+    compute: Compute,
+    seed: int,
 ) -> tuple[Array, Means]:
     """Reconstruction error from samples of the latents, and the latents' divergence from a standard normal.
 
     Args:
+      params, frozen: together the autoencoder's; frozen ones stay as they are.
       batch: "image" uint8 [B, H, W, 3], "example" int [B] that the noise depends on.
     """
-    vae, images = Autoencoder(config.model, compute), to_float(batch["image"])
+    vae, images, params = Autoencoder(config.model, compute), to_float(batch["image"]), {**frozen, **params}
     posterior = vae.apply({"params": params}, images, method="encode")
     keys = example_keys(stream_key(seed, Stream.NOISE, step), batch["example"])
     noise = jax.vmap(lambda key: jax.random.normal(key, posterior.mean.shape[1:]))(keys)
