@@ -128,7 +128,8 @@ def _painted(texture: str, color: tuple[int, int, int], second: tuple[int, int, 
     for i in range(-6, 12):
         at = i * period
         if texture == "striped":
-            pen.line([(at, -10), (at + SIDE, SIDE + 10)], fill=second, width=round(0.32 * period))
+            start = math.sqrt(2) * at  # of a diagonal
+            pen.line([(start, -10), (start + SIDE + 20, SIDE + 10)], fill=second, width=round(0.32 * period))
         elif texture == "zigzag":
             points = [(j * period / 2, at + (period / 2) * (j % 2)) for j in range(-1, 13)]
             pen.line(points, fill=second, width=round(0.34 * period))

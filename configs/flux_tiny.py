@@ -18,7 +18,7 @@ def get_config(arg: str = "") -> ConfigDict:
     config = _first()
     if arg == "more":
         config.update({"init_from": "runs/flux_first/pipeline", "seed": 3, "drawn": 0.5})
-        config.vae.training.loop.duration.steps = 6000  # of the decoder alone
+        config.vae.training.loop.duration.steps = 4000  # of the decoder alone
         stage = config.text_to_image
         stage.captions.update({"drop_t5": 0.2, "local": 0.3, "light": 0.6, "easy_steps": 0, "full_steps": 0})
         stage.training.optimizer.update({"learning_rate": 1.2e-3, "muon_learning_rate": 0.006})

@@ -53,9 +53,7 @@ class BaseConfig:
     text_to_image: TextToImageConfig
     schedule: ScheduleConfig = ScheduleConfig()  # of sampling
     sampling: SamplingConfig = SamplingConfig(num_steps=24, cfg_scale=2.5)  # of previews, and the model's own
-    init_from: str | None = (
-        None  # a pipeline: its encoder and CLIP stay, the rest is trained on
-    )
+    init_from: str | None = None  # a pipeline: its encoder and CLIP stay, the rest is trained on
 
     def __post_init__(self):
         self.vae.model.token_grid(self.image_size, self.image_size)

@@ -8,7 +8,8 @@ Tasks, as in the paper's section 4.2, and three of our own:
     composition    one concept of each image of a pair: two objects, in every second pair an object and the light
     decomposition  both objects of one image, in another arrangement and place
     full           of other pairs: the first object of one image beside the second of the other, and the other way round
-    single         one concept beside an object that must not change, for locality and bleeding
+    single         one concept beside an object that must not change and whose colour and texture the prompt names, for
+                   locality, bleeding and what is kept
     same word      two concepts of the same class: "a circle to the left of a circle"
     direction      no learning: from a pair of prompts, a colour, texture or pose added to an object, or a light to the
                    place; as many of each
@@ -219,7 +220,11 @@ def make_cases(images: Sequence[ConceptImage], seed: int) -> list[Case]:
             for rng, (one, other) in _each(seed, 3, _pairs(second))
         ),
         "single": (
-            [_objects_case(rng, [_bring(image, 0), (_bystander(rng, *image.scene.objects), None)])]
+            [
+                _objects_case(
+                    rng, [_bring(image, 0), (_bystander(rng, *image.scene.objects), None)], names_bystander=True
+                )
+            ]
             for rng, image in _each(seed, 4, first)
         ),
         "same word": ([make_pair(rng, *pair)] for rng, pair in _each(seed, 5, twins)),
@@ -238,6 +243,12 @@ def _each(seed: int, stream: int, things: Sequence) -> Iterator[tuple[np.random.
 
 def _pairs(images: Sequence[ConceptImage]) -> list[tuple[ConceptImage, ConceptImage]]:
     return list(zip(images[::2], images[1::2], strict=True))
+
+
+def _single(rng: np.random.Generator, image: ConceptImage) -> Case:
+    """The first object beside another one, whose colour and texture the prompt names."""
+    brought = [_bring(image, 0), (_bystander(rng, *image.scene.objects), None)]
+    return _objects_case(rng, brought, names_bystander=True)
 
 
 def _composition(rng: np.random.Generator, first: ConceptImage, second: ConceptImage) -> Case:
@@ -323,8 +334,13 @@ def _bystander(rng: np.random.Generator, *items: SceneObject) -> SceneObject:
             return other
 
 
-def _objects_case(rng: np.random.Generator, brought: Sequence[Brought], kind: str | None = None) -> Case:
-    """Two objects side by side, in random order, before the background `kind`, or a random one."""
+def _objects_case(
+    rng: np.random.Generator, brought: Sequence[Brought], kind: str | None = None, *, names_bystander: bool = False
+) -> Case:
+    """Two objects side by side, in random order, before the background `kind`, or a random one.
+
+    The prompt says nothing of their looks; with `names_bystander`, those of objects without a concept.
+    """
     left, right = (brought[i] for i in rng.permutation(2))
     kind = kind or str(rng.choice(tuple(BACKGROUNDS)))
     tone, seed = float(rng.uniform()), int(rng.integers(2**31))
@@ -333,7 +349,11 @@ def _objects_case(rng: np.random.Generator, brought: Sequence[Brought], kind: st
         light=NEUTRAL_LIGHT,
         background=Background(kind=kind, horizon=ROW_HORIZON, tone=tone, seed=seed),
     )
-    prompt = f"{_a(left[0].shape)} to the left of {_a(right[0].shape)} {BACKGROUNDS[kind]}"
+    named = [
+        _a(f"{item.color} {item.texture} {item.shape}" if names_bystander and use is None else item.shape)
+        for item, use in (left, right)
+    ]
+    prompt = f"{' to the left of '.join(named)} {BACKGROUNDS[kind]}"
     twins = left[0].shape == right[0].shape
     uses = tuple(
         replace(use, object=number, target=f"{use.target}#{number + 1}" if twins else use.target)
