@@ -103,6 +103,8 @@ def test_prompts_ask_for_what_the_true_scene_has_and_name_no_looks_of_concepts()
             is_named = case.task == "single" and number not in uses
             assert (asked.color, asked.texture) == ((item.color, item.texture) if is_named else (None, None))
             assert asked.size is asked.pose is None
+        light = (case.scene.light.warmth_name, case.scene.light.direction_name)
+        assert (wanted.warmth, wanted.direction) == (light if case.task == "single" else (None, None))
         for use in case.uses:
             phrase = use.target.split("#")[0]
             assert re.search(rf"\b{phrase}\b", case.prompt)
@@ -250,8 +252,9 @@ def test_a_neighbour_or_a_light_that_changes_is_not_kept():
         without = dataclasses.replace(case.scene, objects=case.scene.objects[use.object :][:1])
         assert measure(case, perfect_sight(without), view).kept == 0  # it has gone
         assert measure(case, view, perfect_sight(without)).kept is None  # it was never there
-        dawn = dataclasses.replace(case.scene, light=dataclasses.replace(case.scene.light, warmth=0.9))
-        assert (measure(case, view, view).light, measure(case, perfect_sight(dawn), view).light) == (1, 0)
+        light = dataclasses.replace(case.scene.light, warmth=-case.scene.light.warmth)
+        other_light = perfect_sight(dataclasses.replace(case.scene, light=light))
+        assert (measure(case, view, view).light, measure(case, other_light, view).light) == (1, 0)
 
 
 def test_likeness_of_looks():

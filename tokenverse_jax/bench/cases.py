@@ -8,7 +8,7 @@ Tasks, as in the paper's section 4.2, and three of our own:
     composition    one concept of each image of a pair: two objects, in every second pair an object and the light
     decomposition  both objects of one image, in another arrangement and place
     full           of other pairs: the first object of one image beside the second of the other, and the other way round
-    single         one concept beside an object that must not change and whose colour and texture the prompt names, for
+    single         one concept beside an object and in a light that must not change and that the prompt describes, for
                    locality, bleeding and what is kept
     same word      two concepts of the same class: "a circle to the left of a circle"
     direction      no learning: from a pair of prompts, a colour, texture or pose added to an object, or a light to the
@@ -219,14 +219,7 @@ def make_cases(images: Sequence[ConceptImage], seed: int) -> list[Case]:
             [_objects_case(rng, [_bring(one, i), _bring(other, 1 - i)]) for i in (0, 1)]
             for rng, (one, other) in _each(seed, 3, _pairs(second))
         ),
-        "single": (
-            [
-                _objects_case(
-                    rng, [_bring(image, 0), (_bystander(rng, *image.scene.objects), None)], names_bystander=True
-                )
-            ]
-            for rng, image in _each(seed, 4, first)
-        ),
+        "single": ([_single(rng, image)] for rng, image in _each(seed, 4, first)),
         "same word": ([make_pair(rng, *pair)] for rng, pair in _each(seed, 5, twins)),
         "direction": ([_direction(rng, KINDS[i % len(KINDS)])] for rng, i in _each(seed, 6, range(len(images) // 2))),
     }
@@ -246,9 +239,12 @@ def _pairs(images: Sequence[ConceptImage]) -> list[tuple[ConceptImage, ConceptIm
 
 
 def _single(rng: np.random.Generator, image: ConceptImage) -> Case:
-    """The first object beside another one, whose colour and texture the prompt names."""
+    """The first object beside another one, whose colour and texture the prompt names, in a light that it names too."""
     brought = [_bring(image, 0), (_bystander(rng, *image.scene.objects), None)]
-    return _objects_case(rng, brought, names_bystander=True)
+    case = _objects_case(rng, brought, names_bystander=True)
+    warmth, side = str(rng.choice(["cool", "warm"])), str(rng.choice(tuple(FROM)))
+    prompt = f"{case.prompt} in {warmth} light lit from {FROM[side]}"
+    return replace(case, prompt=prompt, scene=replace(case.scene, light=_light(warmth=warmth, side=side)))
 
 
 def _composition(rng: np.random.Generator, first: ConceptImage, second: ConceptImage) -> Case:
@@ -299,15 +295,20 @@ def _light_direction(rng: np.random.Generator, item: SceneObject) -> Case:
     place = BACKGROUNDS[case.scene.background.kind]
     if rng.uniform() < 0.5:
         warmth = str(rng.choice([name for name in LIGHT_WARMTHS if name != "neutral"]))
-        light = replace(NEUTRAL_LIGHT, warmth=sum(LIGHT_WARMTHS[warmth]) / 2)
+        light = _light(warmth=warmth)
         named, look, words = ("warmth", warmth), Appearance(warmth=light.warmth), f"in {warmth} light"
     else:
         side = str(rng.choice(tuple(FROM)))
-        light = replace(NEUTRAL_LIGHT, azimuth=sum(LIGHT_DIRECTIONS[side]) / 2)
+        light = _light(side=side)
         named, look, words = ("direction", side), Appearance(azimuth=light.azimuth), f"lit from {FROM[side]}"
     use = Use(look=look, target=place, object=None, named=named)
     scene = replace(case.scene, light=light)
     return replace(case, scene=scene, uses=(use,), attribute=f"{place} {words}", neutral=place)
+
+
+def _light(*, warmth: str = "neutral", side: str = "above") -> Light:
+    """The middle of a named light."""
+    return replace(NEUTRAL_LIGHT, warmth=sum(LIGHT_WARMTHS[warmth]) / 2, azimuth=sum(LIGHT_DIRECTIONS[side]) / 2)
 
 
 def _middle(color: str) -> tuple[int, int, int]:
