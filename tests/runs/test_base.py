@@ -142,6 +142,17 @@ def test_the_first_steps_see_one_object_at_a_time_and_full_captions(tokenizers, 
     assert not all(set(text.split()) & set(COLORS) for text in told)
 
 
+def test_the_share_of_captions_that_name_the_light_is_a_setting(tokenizers, scenes):
+    for light in (0.0, 1.0):
+        data = _corpus(scenes, tokenizers, light=light, drop_t5=0.0, drop_clip=0.0, pair_every=0)
+        for step in range(3):
+            batch = data.batch(step)
+            for reader, ids in ((tokenizers.tokenizer_2, batch["t5_ids"]), (tokenizers.tokenizer, batch["clip_ids"])):
+                told = reader.batch_decode(ids, skip_special_tokens=True)
+                for place, text in zip((batch["latents"][:, 0, 0, 0] // 32).astype(int), told, strict=True):
+                    assert ("lit from" in text) == (light > 0), (scenes[place].style, text)
+
+
 def test_captions_read_from_left_to_right(scenes):
     for number, scene in enumerate(scenes):
         text = describe(scene, np.random.default_rng(number))
@@ -388,7 +399,7 @@ def test_a_config_that_does_not_fit_is_refused(changes, message):
 
 
 def test_shares_of_dropped_captions_are_checked():
-    for name in ("drop_t5", "drop_clip", "local"):
+    for name in ("drop_t5", "drop_clip", "local", "light"):
         for share in (-0.1, 1.1):
             with pytest.raises(ValueError, match=f"{name}={share}: a share is needed"):
                 CaptionConfig(**{name: share})
