@@ -266,7 +266,7 @@ def _caption(
             starts = left, BESIDE.merge(*reversed(texts), "right")[1]
         if len(tokenizers.tokenizer_2(text, verbose=False)["input_ids"]) <= config.text_length:
             return text, starts
-        rates = MENTION_RATES if rates is None else rates
+        rates = config.rates if rates is None else rates
 
 
 def _parts(scenes: Sequence[Scene], rng: np.random.Generator) -> tuple[tuple[str, str], ...]:
@@ -305,7 +305,7 @@ def texts(
         for example in range(step * batch_size, (step + 1) * batch_size):
             rng = host_rng(seed, Stream.AUGMENT, example)
             some = [scenes[pick] for pick in rng.integers(len(scenes), size=1 + (example % 8 == 0))]
-            text, _ = _caption(some, rng, tokenizers, captions, None if example % 2 else MENTION_RATES)
+            text, _ = _caption(some, rng, tokenizers, captions, None if example % 2 else captions.rates)
             parts = [look for _, look in _parts(some, rng) if look]
             t5.append(text)
             clip.append(str(rng.choice(parts)) if example // 2 % 2 else text)

@@ -51,7 +51,7 @@ from tokenverse_jax.bench.appearance import Appearance
 from tokenverse_jax.concepts.concept_data import read_image
 
 KINDS = ("color", "texture", "pose", "light")  # of directions without learning
-NEUTRAL_LIGHT = Light(azimuth=90.0, elevation=45.0, warmth=0.0)
+TINTS = tuple(name for name in LIGHT_WARMTHS if name != "neutral")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -242,7 +242,7 @@ def _single(rng: np.random.Generator, image: ConceptImage) -> Case:
     """The first object beside another one, whose colour and texture the prompt names, in a light that it names too."""
     brought = [_bring(image, 0), (_bystander(rng, *image.scene.objects), None)]
     case = _objects_case(rng, brought, names_bystander=True)
-    warmth, side = str(rng.choice(["cool", "warm"])), str(rng.choice(tuple(FROM)))
+    warmth, side = str(rng.choice(TINTS)), str(rng.choice(tuple(FROM)))
     prompt = f"{case.prompt} in {warmth} light lit from {FROM[side]}"
     return replace(case, prompt=prompt, scene=replace(case.scene, light=_light(warmth=warmth, side=side)))
 
@@ -294,7 +294,7 @@ def _light_direction(rng: np.random.Generator, item: SceneObject) -> Case:
     case = _objects_case(rng, [(item, None), (_bystander(rng, item), None)])
     place = BACKGROUNDS[case.scene.background.kind]
     if rng.uniform() < 0.5:
-        warmth = str(rng.choice([name for name in LIGHT_WARMTHS if name != "neutral"]))
+        warmth = str(rng.choice(TINTS))
         light = _light(warmth=warmth)
         named, look, words = ("warmth", warmth), Appearance(warmth=light.warmth), f"in {warmth} light"
     else:
@@ -308,7 +308,8 @@ def _light_direction(rng: np.random.Generator, item: SceneObject) -> Case:
 
 def _light(*, warmth: str = "neutral", side: str = "above") -> Light:
     """The middle of a named light."""
-    return replace(NEUTRAL_LIGHT, warmth=sum(LIGHT_WARMTHS[warmth]) / 2, azimuth=sum(LIGHT_DIRECTIONS[side]) / 2)
+    azimuth, tint = sum(LIGHT_DIRECTIONS[side]) / 2, sum(LIGHT_WARMTHS[warmth]) / 2
+    return Light(azimuth=azimuth, elevation=45.0, warmth=tint)
 
 
 def _middle(color: str) -> tuple[int, int, int]:
@@ -347,7 +348,7 @@ def _objects_case(
     tone, seed = float(rng.uniform()), int(rng.integers(2**31))
     scene = Scene(
         objects=(_put(left[0], 0.25), _put(right[0], 0.75)),
-        light=NEUTRAL_LIGHT,
+        light=_light(),
         background=Background(kind=kind, horizon=ROW_HORIZON, tone=tone, seed=seed),
     )
     named = [
